@@ -1,0 +1,95 @@
+"""The demo's figures as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def combine(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> dict:
+    """One flat dictionary of both runs; the keys up to ``vbar`` are the ones that other programs rely on."""
+    shared = (
+        "budget_bytes",
+        "peak_resident_bytes",
+        "peak_rss_bytes",
+        "load_s",
+        "first_step_s",
+        "step_s",
+        "bytes_streamed",
+        "faults",
+        "evictions",
+        "device",
+        "vbar",
+        "weights_bytes",
+        "peak_anonymous_bytes",
+        "misses",
+        "stalls",
+        "steps_s",
+        "latents_finite",
+    )
+    own = ("load_s", "first_step_s", "step_s", "peak_resident_bytes", "peak_rss_bytes", "peak_anonymous_bytes")
+    return {
+        "max_abs_diff": max_abs_diff,
+        **{key: offloaded[key] for key in shared},
+        **{f"full_{key}": full[key] for key in own},
+    }
+
+
+def failures(result: Mapping) -> list[str]:
+    """What makes the demo fail, in words; empty when all is well."""
+    found = []
+    if not result["latents_finite"]:
+        found.append("the latents are not finite: the comparison says nothing")
+    if result["max_abs_diff"] != 0:  # true of a NaN as well
+        found.append(f"the offloaded run differs from the fully loaded one by up to {result['max_abs_diff']:g}")
+    if result["peak_resident_bytes"] > result["budget_bytes"]:
+        over = result["peak_resident_bytes"] - result["budget_bytes"]
+        found.append(f"the resident weights went {over} bytes over the budget")
+    return found
+
+
+def megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def table(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> str:
+    """Both runs side by side."""
+    kinds = {
+        "load_s": ("load", lambda v: f"{v * 1000:,.0f} ms"),
+        "first_step_s": ("first step", lambda v: f"{v:.2f} s"),
+        "step_s": ("later steps (median)", lambda v: f"{v:.2f} s"),
+        "budget_bytes": ("budget for weights", lambda v: "none" if v is None else megabytes(v)),
+        "peak_resident_bytes": ("peak resident", megabytes),
+        "bytes_streamed": ("streamed", megabytes),
+        "faults": ("faults", lambda v: f"{v:,}"),
+        "misses": ("misses", lambda v: f"{v:,}"),
+        "evictions": ("evictions", lambda v: f"{v:,}"),
+        "stalls": ("stalls", lambda v: f"{v:,}"),
+        "peak_rss_bytes": ("peak RSS of the process", megabytes),
+        "peak_anonymous_bytes": ("... without mapped files", megabytes),
+    }
+    lines = [f"{'':<26}{'offloaded':>16}{'fully loaded':>16}"]
+    lines += [f"{label:<26}{show(offloaded[key]):>16}{show(full[key]):>16}" for key, (label, show) in kinds.items()]
+    lines.append(f"{'largest difference':<26}{max_abs_diff:>16g}")
+    return "\n".join(lines)
+
+
+def figures_for_picture(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> list[str]:
+    """The short version, for the panel beside the picture."""
+    megabyte = 1e6
+    return [
+        f"weights    {offloaded['weights_bytes'] / megabyte:8.1f} MB",
+        f"budget     {offloaded['budget_bytes'] / megabyte:8.1f} MB",
+        f"peak       {offloaded['peak_resident_bytes'] / megabyte:8.1f} MB",
+        f"streamed   {offloaded['bytes_streamed'] / megabyte:8.1f} MB",
+        f"bundles    {len(offloaded['residency'][0]):8}",
+        f"faults     {offloaded['faults']:8}",
+        f"misses     {offloaded['misses']:8}",
+        f"evictions  {offloaded['evictions']:8}",
+        f"load       {offloaded['load_s'] * 1000:8.0f} ms",
+        f"first step {offloaded['first_step_s']:8.2f} s",
+        f"later steps{offloaded['step_s']:8.2f} s",
+        f"all loaded {full['step_s']:8.2f} s",
+        f"difference {max_abs_diff:8g}",
+        "",
+        f"{offloaded['device']}, {offloaded['vbar']} VBAR",
+    ]

@@ -1,0 +1,1 @@
+"""Who remembers: memory accounting. Never imports ComfyUI."""

@@ -1,0 +1,21 @@
+"""The list of the pack's nodes, as ComfyUI's V3 API asks for it."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
+from .make_dynamic import SpillwayMakeDynamic
+from .policy import SpillwayPolicy
+
+
+class SpillwayExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            SpillwayLoadDiffusionModel,
+            SpillwayLoadCheckpoint,
+            SpillwayLoadCLIP,
+            SpillwayLoadVAE,
+            SpillwayMakeDynamic,
+            SpillwayPolicy,
+        ]

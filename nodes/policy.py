@@ -1,0 +1,85 @@
+"""The node that says how much memory a model may take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patcher.comfy_load import is_ours
+from ..patcher.policy import Policy
+from .types import CATEGORY, PolicyType
+
+GIB = 1 << 30
+AUTO = -1.0
+
+
+def _bytes(gigabytes: float) -> int | None:
+    return None if gigabytes < 0 else int(gigabytes * GIB)
+
+
+def _gigabytes(name: str, tooltip: str) -> io.Input:
+    return io.Float.Input(
+        name, default=AUTO, min=AUTO, max=1024.0, step=0.1, tooltip=f"{tooltip} In GB; -1 leaves it to Spillway."
+    )
+
+
+class SpillwayPolicy(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayPolicy",
+            display_name="Spillway Policy",
+            category=CATEGORY,
+            description="Says how much memory a model may take. Connect the policy to a loader, or put the node between a "
+            "loader and a sampler.",
+            search_aliases=["vram budget", "reserve vram", "headroom", "low vram", "unload model", "keep loaded"],
+            inputs=[
+                io.Model.Input("model", optional=True, tooltip="A MODEL of a Spillway loader that gets this policy."),
+                _gigabytes("vram_gb", "The most that its weights may hold on the device; 0 streams everything."),
+                _gigabytes("headroom_gb", "Device memory to keep free for the computation and other programs."),
+                _gigabytes("pinned_gb", "Page-locked RAM for weights that are not on the device."),
+                io.Combo.Input(
+                    "keep",
+                    options=["auto", "always", "free after use"],
+                    default="auto",
+                    tooltip="auto: gives way when memory is wanted. always: never gives way to other models. "
+                    "free after use: gives everything back after each run.",
+                ),
+                io.Int.Input(
+                    "priority", default=0, min=-100, max=100, tooltip="Models of higher priority give way later."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with this policy, where one was given."),
+                PolicyType.Output("policy", tooltip="For the policy input of a Spillway loader."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vram_gb: float,
+        headroom_gb: float,
+        pinned_gb: float,
+        keep: str,
+        priority: int,
+        model: Any = None,
+    ) -> io.NodeOutput:
+        policy = Policy(
+            vram_bytes=_bytes(vram_gb),
+            headroom_bytes=_bytes(headroom_gb),
+            pinned_bytes=_bytes(pinned_gb),
+            keep=keep,  # type: ignore[arg-type]
+            priority=priority,
+        )
+        if model is None:
+            return io.NodeOutput(None, policy)
+        if not is_ours(model):
+            raise ValueError(
+                "Spillway Policy: this MODEL is not managed by Spillway. Load it with a Spillway loader, or put a "
+                "Make Dynamic (Spillway) node before this one."
+            )
+        model = model.clone()
+        model.set_policy(policy)
+        return io.NodeOutput(model, policy)

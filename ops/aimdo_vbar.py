@@ -1,0 +1,133 @@
+"""The VBAR of comfy-aimdo (0.4.5 and later): device pages mapped by its native library.
+
+Nothing here initialises devices that the host already initialised: a second initialisation tears live hooks down.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .vbar import lock
+
+PAGE = 32 << 20
+
+
+class AimdoSlice(NamedTuple):
+    """An allocation: comfy-aimdo's own handle, and the place it has from the start of the range."""
+
+    handle: Any
+    offset: int
+    nbytes: int
+
+
+def serves(device: torch.device, may_init: bool = False) -> tuple[bool, str]:
+    """Whether comfy-aimdo can hold weights for a device, and the reason in words.
+
+    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI the host decides that.
+    """
+    if device.type != "cuda":
+        return False, f"comfy-aimdo serves CUDA and ROCm devices, not {device.type}"
+    try:
+        import comfy_aimdo.control as control
+    except ImportError as error:
+        return False, f"comfy-aimdo is not installed ({error})"
+    index = device.index or 0
+    if getattr(control, "lib", None) is None and not (may_init and control.init()):
+        return False, "comfy-aimdo is not initialised (dynamic VRAM is off or the device is not supported)"
+    if not getattr(control, "devctxs", None):
+        if not may_init:
+            return False, "comfy-aimdo has no device initialised (dynamic VRAM is off)"
+        init = getattr(control, "init_devices", None)
+        if not (init([index]) if init is not None else control.init_device(index)):
+            return False, f"comfy-aimdo could not initialise device {index}"
+    return True, "comfy-aimdo serves the device"
+
+
+class AimdoVBAR:
+    """nbytes: addresses to reserve; comfy-aimdo clamps them to the device's capacity."""
+
+    kind = "aimdo"
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        import comfy_aimdo.model_vbar as model_vbar
+        import comfy_aimdo.torch as aimdo_torch
+
+        self._api = model_vbar
+        self._to_tensor = aimdo_torch.aimdo_to_tensor
+        self.device = device
+        self.limit: int | None = None
+        self._offset = 0
+        self._peak = 0
+        with lock:
+            self._vbar: Any = model_vbar.ModelVBAR(nbytes, device.index or 0)
+            self.capacity = self._vbar.get_nr_pages() * PAGE
+
+    def alloc(self, nbytes: int, on_evict: object = None) -> AimdoSlice | None:
+        """None where the range is full: such a bundle is always streamed."""
+        if self._offset + nbytes > self.capacity:
+            return None
+        piece = AimdoSlice(self._vbar.alloc(nbytes), self._offset, nbytes)
+        self._offset = piece.handle[1] - self._vbar.base_addr + nbytes
+        return piece
+
+    def fault(self, piece: AimdoSlice | None) -> Any | None:
+        if piece is None:
+            return None
+        with lock:
+            return self._api.vbar_fault(piece.handle)
+
+    def same(self, signature: Any, other: Any | None) -> bool:
+        return other is not None and bool(self._api.vbar_signature_compare(signature, other))
+
+    def unpin(self, piece: AimdoSlice) -> None:
+        with lock:
+            self._api.vbar_unpin(piece.handle)
+
+    def tensor(self, piece: AimdoSlice) -> torch.Tensor:
+        return self._to_tensor(piece.handle, self.device)
+
+    def prioritize(self) -> None:
+        with lock:
+            self._vbar.prioritize()
+            # prioritize() resets the watermark, and with it our budget.
+            if self.limit is not None and self.limit < self.capacity:
+                self._vbar.set_watermark(self.limit // PAGE * PAGE)
+
+    def deprioritize(self) -> None:
+        with lock:
+            self._vbar.deprioritize()
+
+    def set_limit(self, nbytes: int | None) -> None:
+        self.limit = nbytes
+        self.prioritize()
+
+    def free_memory(self, nbytes: int) -> int:
+        with lock:
+            return int(self._vbar.free_memory(int(nbytes)))
+
+    def loaded_size(self) -> int:
+        with lock:
+            now = int(self._vbar.loaded_size())
+        self._peak = max(self._peak, now)
+        return now
+
+    def peak_size(self) -> int:
+        self.loaded_size()
+        return self._peak
+
+    def resident(self, piece: AimdoSlice | None) -> bool:
+        if piece is None:
+            return False
+        with lock:
+            pages = self._vbar.get_residency()
+        first, last = piece.offset // PAGE, (piece.offset + max(1, piece.nbytes) - 1) // PAGE
+        return all(pages[page] for page in range(first, last + 1))
+
+    def close(self) -> None:
+        with lock:
+            vbar, self._vbar = self._vbar, None
+            close = getattr(vbar, "close", None)
+            if close is not None:
+                close()

@@ -1,0 +1,136 @@
+"""What a device can do: allocate, copy on side streams, wait. One class per kind of device, chosen by `backend_for`.
+
+The protocol is what a CUDA device does; a test puts a simulated device in its place whose copies take effect only when
+something waits for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self) -> None: ...
+
+
+class Backend:
+    """A device whose transfers are synchronous: MPS, DirectML and whatever torch reports without streams.
+
+    in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
+    """
+
+    in_place = False
+    streams = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised uint8 memory on the device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        """Host memory that the device copies from; page-locked where that helps. Raises RuntimeError where refused."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def stream(self) -> Any:
+        """A new offload stream; None on a device without."""
+        return None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Enqueue target <- source on the stream."""
+        target.copy_(source)
+
+    def record(self, stream: Any) -> Event | None:
+        """An event after what the stream has been given so far; stream None is the main stream."""
+        return None
+
+    def wait(self, event: Event | None, stream: Any) -> None:
+        """Work given to `stream` from now on (None: the main stream) waits for the event. The host goes on."""
+
+    def synchronize(self) -> None:
+        """The host waits for everything."""
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes that weights could take on the device."""
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+
+class CpuBackend(Backend):
+    """The CPU: weights are used where they lie."""
+
+    in_place = True
+
+
+class StreamBackend(Backend):
+    """CUDA, ROCm and XPU: side streams, events, page-locked host memory."""
+
+    streams = 2
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._module: Any = torch.get_device_module(device)
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def stream(self) -> Any:
+        return self._module.Stream(device=self.device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        with self._module.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def record(self, stream: Any) -> Any:
+        event = self._module.Event()
+        event.record(stream or self._module.current_stream(self.device))
+        return event
+
+    def wait(self, event: Any, stream: Any) -> None:
+        if event is not None:
+            (stream or self._module.current_stream(self.device)).wait_event(event)
+
+    def synchronize(self) -> None:
+        self._module.synchronize(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self._module.mem_get_info(self.device)
+        # What torch's allocator holds but does not use is as good as free.
+        idle = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
+        return free + max(0, idle), total
+
+
+class DeviceError(RuntimeError):
+    """A device that does not exist or cannot hold weights."""
+
+
+def backend_for(device: str | torch.device) -> Backend:
+    """The backend of a device. Raises DeviceError, with what there is, for a device that does not exist."""
+    try:
+        device = torch.device(device)
+        if device.type not in ("cpu", "meta"):
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu"]
+        for kind in ("cuda", "xpu", "mps"):
+            module = getattr(torch, kind, None)
+            if module is not None and module.is_available():
+                count = module.device_count() if hasattr(module, "device_count") else 1
+                there += [f"{kind}:{index}" for index in range(count)]
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device '{device}' cannot be used ({reason}). This machine has: {', '.join(there)}.") from None
+    if device.type == "meta":
+        raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
+    if device.type == "cpu":
+        return CpuBackend(device)
+    if device.type in ("cuda", "xpu"):
+        if device.index is None:
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        return StreamBackend(device)
+    return Backend(device)

@@ -1,0 +1,211 @@
+"""The caster: lends a bundle's tensors to an op. What all devices share; how the bytes move is in the two subclasses.
+
+Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and pin current
+(one transfer of the finished bundle); no room and no pin (gather, patch, write back where the pin budget allows).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .backend import Backend
+from .bundle import Bundle
+from .gather import copy_into, interpret_gathered_like
+from .ledger import Ledger, in_words
+from .pins import Pins
+from .ring import Slot
+from .vbar import VBAR
+
+
+class Loan:
+    """One use of a bundle, from the request for its memory to the end of the op."""
+
+    __slots__ = ("bundle", "event", "finished", "keep", "signature", "slot", "target", "views")
+
+    def __init__(self, bundle: Bundle, signature: object | None) -> None:
+        self.bundle = bundle
+        self.signature = signature  # not None: the slice is pinned in the VBAR
+        self.views: Sequence[torch.Tensor] | None = None  # set: ready to use
+        self.target: torch.Tensor | None = None  # where the transfer goes
+        self.slot: Slot | None = None
+        self.event: object | None = None
+        self.finished = False  # the transfer brings the finished form
+        self.keep: object | None = None  # memory that must outlive a transfer
+
+
+class Caster:
+    """Lends bundles. `enter` and `exit` bracket one forward of one module; both run on the thread of the computation."""
+
+    def __init__(self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger) -> None:
+        self.backend = backend
+        self.vbar = vbar
+        self.pins = pins
+        self.ledger = ledger
+        self.counters = ledger.counters
+        self.previous: Bundle | None = None
+        self.first: Bundle | None = None
+        # Called when the first bundle is asked for again: a step begins.
+        self.on_step: Callable[[], None] = lambda: None
+        self.broken = False  # the VBAR failed twice: everything is streamed
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a dynamic module is a plain one."""
+
+    # -- what a layer calls
+
+    def enter(self, bundle: Bundle) -> None:
+        """Borrow: after this the module's parameters are tensors that its op can use.
+
+        Raises SourceError where a parameter has no data; whatever is raised, nothing stays pinned.
+        """
+        if bundle is self.first:
+            self.on_step()
+        elif self.first is None:
+            self.first = bundle
+        loan = self.take(bundle)
+        try:
+            if loan.views is None:
+                loan.views = self.finish(loan)
+            views = loan.views
+            if bundle.computes:
+                views = [
+                    view if param.compute_dtype is None else view.to(param.compute_dtype)
+                    for param, view in zip(bundle.params, views, strict=True)
+                ]
+            bundle.install(views)
+        except BaseException:
+            bundle.restore()
+            self.release(loan)
+            raise
+        bundle.loan = loan
+        bundle.depth = 1
+        previous = self.previous
+        if previous is not None:
+            previous.successor = bundle
+        self.previous = bundle
+        self.look_ahead(bundle)
+
+    def exit(self, bundle: Bundle) -> None:
+        """Give back: the idle parameters stand in the module again."""
+        loan = bundle.loan
+        if loan is None:
+            return
+        bundle.depth = 0
+        bundle.loan = None
+        bundle.restore()
+        self.release(loan)
+
+    @contextmanager
+    def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:
+        """The same as a context manager that yields the tensors, in the order of the bundle's parameters."""
+        self.enter(bundle)
+        try:
+            yield [param.owner._parameters[param.attr] for param in bundle.params]  # type: ignore[misc]
+        finally:
+            self.exit(bundle)
+
+    # -- residency
+
+    def fault(self, bundle: Bundle) -> object | None:
+        """Ask for the bundle's memory. A driver error is answered by one retry after a synchronisation, then by streaming."""
+        if self.broken:
+            return None
+        try:
+            return self.vbar.fault(bundle.piece)
+        except RuntimeError as error:
+            self.backend.synchronize()
+            try:
+                return self.vbar.fault(bundle.piece)
+            except RuntimeError:
+                self.broken = True
+                self.ledger.decide(
+                    f"the {self.vbar.kind} VBAR failed twice at '{bundle.name}' ({error}): this model streams its weights "
+                    "until it is loaded again. Other models are not affected.",
+                    level=logging.WARNING,
+                )
+                return None
+
+    def take(self, bundle: Bundle) -> Loan:
+        """A loan for the bundle: ready where it is resident and current, else begun."""
+        signature = self.fault(bundle)
+        loan = Loan(bundle, signature)
+        if signature is None:
+            self.counters.misses += 1
+        else:
+            self.counters.faults += 1
+            if self.vbar.same(signature, bundle.signature):
+                self.counters.hits += 1
+                loan.views = bundle.views
+                return loan
+        try:
+            self.begin(loan)
+        except BaseException:
+            self.release(loan)
+            raise
+        return loan
+
+    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
+        """After an out-of-memory error in a layer: evict everything that is not in use. False where nothing was freed."""
+        self.forget()
+        freed = self.vbar.free_memory(1 << 62)
+        if not freed:
+            return False
+        self.counters.retries += 1
+        self.ledger.decide(
+            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights and ran it again. "
+            "A larger headroom avoids this.",
+            level=logging.WARNING,
+        )
+        return True
+
+    # -- how bytes move: the subclasses
+
+    def begin(self, loan: Loan) -> None:
+        """Start bringing the bytes."""
+        raise NotImplementedError
+
+    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+        """The work of the main stream: wait, cast, patch. Returns the tensors in their finished form."""
+        raise NotImplementedError
+
+    def release(self, loan: Loan) -> None:
+        """End a loan, used or not."""
+        if loan.signature is not None:
+            self.vbar.unpin(loan.bundle.piece)
+            loan.signature = None
+
+    def look_ahead(self, bundle: Bundle) -> None:
+        """Begin what will be asked for next."""
+
+    def forget(self) -> None:
+        """Drop what was begun ahead: the order changed, or memory is wanted."""
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.forget()
+        self.pins.free(float("inf"))
+
+    # -- shared by the subclasses
+
+    def form(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        """Cast `source` into `memory` and apply the patches there; returns the finished views."""
+        views = interpret_gathered_like(bundle.form, memory)
+        for param, view, tensor in zip(bundle.params, views, source, strict=True):
+            assert view is not None
+            if param.patch is None:
+                copy_into(view, tensor)
+            else:
+                # A patch gets the weight in the model's dtype and gives it back in the same.
+                start = tensor if tensor.dtype == view.dtype else tensor.to(view.dtype)
+                copy_into(view, param.patch(start))
+                self.counters.patched += 1
+        return views  # type: ignore[return-value]
+
+    def keep_resident(self, bundle: Bundle, loan: Loan, views: Sequence[torch.Tensor]) -> None:
+        """The bundle's slice now holds its finished form."""
+        bundle.signature = loan.signature
+        bundle.views = list(views)

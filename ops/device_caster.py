@@ -1,0 +1,203 @@
+"""The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .backend import Backend
+from .bundle import Bundle
+from .caster import Caster, Loan
+from .gather import copy_into, interpret_gathered_like
+from .ledger import Ledger
+from .pins import Pins
+from .ring import Ring
+from .vbar import VBAR
+
+
+class DeviceCaster(Caster):
+    """prefetch: bundles to begin ahead of their use. streams: offload streams to use, at most the device's."""
+
+    def __init__(
+        self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger, prefetch: int = 2, streams: int = 2
+    ) -> None:
+        super().__init__(backend, vbar, pins, ledger)
+        count = min(streams, backend.streams)
+        self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
+        self.prefetch = prefetch if count else 0
+        self.turn = 0
+        # One in use, the ones ahead, one draining.
+        slots = self.prefetch + 2
+        self.ring = Ring(self._ring_memory, slots, self.counters)
+        # Host buffers that unpinned bundles are gathered in.
+        self.staging = Ring(self._staging_memory, slots, self.counters)
+        self.ahead: dict[Bundle, Loan] = {}
+        self.horizon: Bundle | None = None
+        self.write_backs: list[tuple[Any, torch.Tensor]] = []
+
+    def _ring_memory(self, nbytes: int) -> torch.Tensor:
+        memory = self.backend.empty(nbytes)
+        if nbytes:
+            # The allocator may hand out memory that work still queued on the main stream reads; a transfer must not
+            # overtake it. A ring grows a few times in its life, so the host may wait.
+            self.backend.synchronize()
+        return memory
+
+    def _staging_memory(self, nbytes: int) -> torch.Tensor:
+        try:
+            return self.backend.host_empty(nbytes)
+        except RuntimeError as error:
+            self.ledger.decide_once(f"page-locked staging memory was refused ({error}): transfers are synchronous.")
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+    # -- a loan's way
+
+    def take(self, bundle: Bundle) -> Loan:
+        loan = self.ahead.pop(bundle, None)
+        if loan is not None:
+            return loan
+        if self.ahead:
+            self.forget()  # the order is not what it was
+        self.horizon = None
+        return super().take(bundle)
+
+    def begin(self, loan: Loan) -> None:
+        bundle = loan.bundle
+        bundle.check_present()
+        stream = self.streams[self.turn]
+        self.turn = (self.turn + 1) % len(self.streams)
+        pin = self.pins.get(bundle)
+        current = pin is not None and pin.version == bundle.version
+        loan.finished = current or bundle.plain
+        nbytes = bundle.nbytes if loan.finished else bundle.store_bytes
+        if loan.finished and loan.signature is not None:
+            loan.target = self.vbar.tensor(bundle.piece)[:nbytes]
+            # What lay there before may still be read by work that was given to the main stream.
+            self.backend.wait(self.backend.record(None), stream)
+        else:
+            loan.slot = self.ring.take(nbytes)
+            if loan.slot is None:  # nested modules hold every slot
+                loan.target = self.backend.empty(nbytes)
+                self.backend.wait(self.backend.record(None), stream)
+            else:
+                loan.target = loan.slot.buffer[:nbytes]
+        if not current and (pin is None or pin.version is not None):
+            pin = self.pins.take(bundle, bundle.store_bytes, None) if not self._worth_writing_back(bundle) else None
+            if pin is not None:
+                self._gather(bundle, pin.buffer)
+        if pin is not None:
+            if pin.ready is not None:
+                self.backend.wait(pin.ready, stream)
+            self.backend.copy(loan.target, pin.buffer[:nbytes], stream)
+            loan.event = pin.busy = self.backend.record(stream)
+        else:
+            self._stage(bundle, loan, stream)
+        if loan.signature is None:
+            self.counters.bytes_streamed += nbytes
+        else:
+            self.counters.bytes_loaded += nbytes
+
+    def _gather(self, bundle: Bundle, buffer: torch.Tensor) -> None:
+        for view, tensor in zip(interpret_gathered_like(bundle.store, buffer), bundle.store, strict=True):
+            assert view is not None
+            copy_into(view, tensor)
+        bundle.drop_pages()
+
+    def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:
+        assert loan.target is not None
+        staging = self.staging.take(bundle.store_bytes)
+        buffer = torch.empty(bundle.store_bytes, dtype=torch.uint8) if staging is None else staging.buffer
+        self._gather(bundle, buffer)
+        self.backend.copy(loan.target, buffer[: bundle.store_bytes], stream)
+        loan.event = self.backend.record(stream)
+        if staging is None:
+            loan.keep = buffer
+        else:
+            self.staging.give(staging, loan.event)  # type: ignore[arg-type]
+
+    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+        bundle = loan.bundle
+        assert loan.target is not None
+        self.backend.wait(loan.event, None)  # type: ignore[arg-type]
+        if loan.finished:
+            views: list[torch.Tensor] = interpret_gathered_like(bundle.form, loan.target)  # type: ignore[assignment]
+        else:
+            source: list[torch.Tensor] = interpret_gathered_like(bundle.store, loan.target)  # type: ignore[assignment]
+            resident = loan.signature is not None
+            memory = self.vbar.tensor(bundle.piece)[: bundle.nbytes] if resident else self.backend.empty(bundle.nbytes)
+            views = self.form(bundle, source, memory)
+            if not resident:
+                loan.keep = memory
+                self._write_back(bundle, memory)
+            self._free_slot(loan)
+        if loan.signature is not None:
+            self.keep_resident(bundle, loan, views)
+        return views
+
+    @staticmethod
+    def _worth_writing_back(bundle: Bundle) -> bool:
+        """A finished form saves its patches' arithmetic, or bytes; a mere upcast is cheaper to repeat than to transfer."""
+        return bundle.patched or bundle.nbytes < bundle.store_bytes
+
+    def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
+        if not self._worth_writing_back(bundle):
+            return
+        pin = self.pins.take(bundle, bundle.nbytes, bundle.version)
+        if pin is None:
+            return
+        stream = self.streams[self.turn]
+        self.backend.wait(self.backend.record(None), stream)  # the finished form is made on the main stream
+        self.backend.copy(pin.buffer, memory, stream)
+        pin.ready = self.backend.record(stream)
+        # The allocator must not hand this memory out while the stream reads it.
+        self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
+        self.write_backs.append((pin.ready, memory))
+        self.counters.write_backs += 1
+        self.counters.bytes_written_back += bundle.nbytes
+
+    def _free_slot(self, loan: Loan) -> None:
+        if loan.slot is not None:
+            self.ring.give(loan.slot, self.backend.record(None))
+            loan.slot = None
+
+    def release(self, loan: Loan) -> None:
+        if loan.views is None and loan.event is not None:
+            loan.event.synchronize()  # type: ignore[attr-defined] # nobody waited: its target must not be reused yet
+        self._free_slot(loan)
+        super().release(loan)
+
+    # -- ahead of the use
+
+    def look_ahead(self, bundle: Bundle) -> None:
+        if not self.prefetch:
+            return
+        last = self.horizon if self.horizon is not None else bundle
+        while len(self.ahead) < self.prefetch:
+            following = last.successor
+            if following is None or following is bundle or following in self.ahead or following.loan is not None:
+                break
+            loan = super().take(following)
+            self.ahead[following] = loan
+            if loan.views is None:
+                self.counters.prefetched += 1
+            last = following
+        self.horizon = last if self.ahead else None
+
+    def forget(self) -> None:
+        for loan in self.ahead.values():
+            self.release(loan)
+        self.ahead.clear()
+        self.horizon = None
+
+    def close(self) -> None:
+        self.backend.synchronize()
+        super().close()
+        self.write_backs.clear()
+        self.ring.clear()
+        self.staging.clear()
+
+
+def _done(event: Any) -> bool:
+    return event is None or event.query()

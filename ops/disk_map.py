@@ -1,0 +1,257 @@
+"""A safetensors file as a source of weights, read through a memory map.
+
+Format: https://github.com/huggingface/safetensors#format. Nothing is read but the header until a tensor is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+for _name, _attribute in {
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}.items():
+    if hasattr(torch, _attribute):
+        DTYPES[_name] = getattr(torch, _attribute)
+
+# The limit of the format's reference implementation.
+MAX_HEADER_BYTES = 100_000_000
+MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+class SourceError(ValueError):
+    """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+def _header(path: Path, file_bytes: int, head: bytes) -> dict[str, Any]:
+    again = "Download or copy the file again."
+    if file_bytes < 8:
+        raise SourceError(f"{path}: the file has {file_bytes} bytes; a safetensors file begins with 8 bytes. {again}")
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "
+            "with a wrong name, convert it: load it with torch.load(weights_only=True) and write it with "
+            "safetensors.torch.save_file."
+        )
+    if 8 + length > file_bytes:
+        raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {again}")
+    try:
+        header = json.loads(head[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: the header is not JSON ({error}). {again}") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{path}: the header is a {type(header).__name__}, not an object. {again}")
+    if not isinstance(header.get("__metadata__") or {}, dict):
+        raise SourceError(f"{path}: __metadata__ is {header['__metadata__']!r}, not an object. {again}")
+    return header
+
+
+def _spec(path: Path, key: str, entry: Any, base: int, file_bytes: int) -> TensorSpec:
+    try:
+        name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sizes = [*shape, start, end]
+        if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in sizes):
+            raise TypeError
+        # torch counts the elements of an empty tensor too.
+        if math.prod(max(1, n) for n in shape) > MAX_ELEMENTS:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(
+            f"{path}: tensor '{key}': expected dtype, shape and data_offsets in the header, found {entry!r}. "
+            "The file is damaged: download or copy it again."
+        ) from None
+    if name not in DTYPES:
+        raise SourceError(
+            f"{path}: tensor '{key}' has dtype {name}, which this torch ({torch.__version__}) cannot hold. "
+            f"Known: {', '.join(DTYPES)}. Convert the file or update torch."
+        )
+    nbytes = math.prod(shape) * DTYPES[name].itemsize
+    if end - start != nbytes:
+        raise SourceError(
+            f"{path}: tensor '{key}' of {name} {shape} needs {nbytes} bytes, its offsets hold {end - start}. "
+            "The file is damaged: download or copy it again."
+        )
+    if base + end > file_bytes:
+        raise SourceError(
+            f"{path}: truncated: tensor '{key}' ends at byte {base + end}, the file has {file_bytes}. "
+            "Download or copy the file again."
+        )
+    return TensorSpec(DTYPES[name], tuple(shape), base + start, nbytes)
+
+
+def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
+    before, end = "", 0
+    for key, spec in sorted(specs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if spec.nbytes and spec.offset < end:
+            raise SourceError(
+                f"{path}: tensor '{key}' overlaps '{before}'. The file is damaged: download or copy it again."
+            )
+        before, end = key, spec.offset + spec.nbytes
+
+
+def _private_map(fileno: int) -> mmap.mmap:
+    """A stray write to the map stays in this process and never reaches the file."""
+    if sys.platform == "linux":
+        # Without MAP_NORESERVE the kernel refuses a private map that is larger than memory and swap together.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        return mmap.mmap(fileno, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
+
+
+class DiskMap:
+    """A safetensors file; tensors are views of its memory map.
+
+    keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are cast
+    on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for anything that is no
+    whole safetensors file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keep: Callable[[str], bool] | None = None,
+        rename: Callable[[str], str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.dtype = dtype
+        if self.path.suffix.lower() in PICKLES:
+            raise SourceError(
+                f"{self.path}: {self.path.suffix} files are pickles: they cannot be mapped and may run code. Convert it "
+                "once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+            )
+        if not self.path.is_file():
+            what = "is a folder; name the safetensors file in it" if self.path.is_dir() else "no such file"
+            raise SourceError(f"{self.path}: {what}.")
+        self.file_bytes = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if length <= MAX_HEADER_BYTES:
+                head += file.read(length)
+            header = _header(self.path, self.file_bytes, head)
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            base = 8 + length
+            self._specs: dict[str, TensorSpec] = {}
+            for key, entry in header.items():
+                if keep is None or keep(key):
+                    name = key if rename is None else rename(key)
+                    if name in self._specs:
+                        raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
+                    self._specs[name] = _spec(self.path, key, entry, base, self.file_bytes)
+            _check_overlap(self.path, self._specs)
+            self._map = _private_map(file.fileno())
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
+        _open_maps.add(self)
+
+    def keys(self) -> Iterable[str]:
+        """The keys, in file order."""
+        return self._specs.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._specs
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype, shape and place of a tensor. Raises SourceError for a key that is not there."""
+        try:
+            return self._specs[key]
+        except KeyError:
+            some = ", ".join(list(self._specs)[:3])
+            raise SourceError(f"{self.path}: no tensor '{key}'. The file has {len(self._specs)}, such as {some}.") from None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor as a view of the map: nothing is read until its elements are."""
+        spec = self.spec(key)
+        if not spec.nbytes:
+            view = torch.empty(spec.shape, dtype=spec.dtype)
+        else:
+            count = spec.nbytes // spec.dtype.itemsize
+            view = torch.frombuffer(self._map, dtype=spec.dtype, count=count, offset=spec.offset).view(spec.shape)
+        return view.to(self.dtype) if self.dtype is not None and spec.dtype.is_floating_point else view
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors as views of the map."""
+        return {key: self.tensor(key) for key in self._specs}
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Give the whole pages of a range back to the system; a later read brings them again."""
+        self._advise("MADV_DONTNEED", offset, nbytes, inward=True)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Ask the system to read a range ahead."""
+        self._advise("MADV_WILLNEED", offset, nbytes, inward=False)
+
+    def _advise(self, advice: str, offset: int, nbytes: int, *, inward: bool) -> None:
+        option = getattr(mmap, advice, None)
+        if option is None:  # Windows: the system trims working sets by itself
+            return
+        page = mmap.PAGESIZE
+        start = -(-offset // page) * page if inward else offset // page * page
+        end = (offset + nbytes) // page * page if inward else offset + nbytes
+        if end > start:
+            self._map.madvise(option, start, end - start)
+
+
+_open_maps: weakref.WeakSet[DiskMap] = weakref.WeakSet()
+
+
+def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
+    """The map, offset and bytes that a plain contiguous tensor is a view of, or None where it lies in ordinary memory."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    for disk_map in _open_maps:
+        offset = address - disk_map.address
+        if 0 <= offset and offset + nbytes <= disk_map.file_bytes:
+            return disk_map, offset, nbytes
+    return None
+
+
+def open_maps() -> Iterator[DiskMap]:
+    """The maps that are open now, for memory reports."""
+    return iter(list(_open_maps))

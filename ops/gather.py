@@ -1,0 +1,86 @@
+"""Several tensors in one aligned buffer, so that a module's weights travel in one transfer.
+
+A tensor may be a wrapper subclass (a quantised tensor): its inner tensors are laid out one after the other and the wrapper
+is built again around views of the buffer, through torch's `__tensor_flatten__` / `__tensor_unflatten__` protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# A VBAR allocation starts on 512 bytes; every kernel is content with less.
+ALIGNMENT = 512
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment of a bundle's parts."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, a wrapper's inner tensors included."""
+    return sum(part.numel() * part.element_size() for part in inner_tensors(tensor))
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a tensor keeps its data in inner tensors."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that hold the data, in the order in which they are gathered."""
+    if not is_wrapper(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in inner_tensors(getattr(tensor, name))]
+
+
+def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A template of the same shape in another dtype: a tensor without memory. Wrappers keep their own form."""
+    return tensor if is_wrapper(tensor) else torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def gathered_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
+    """Bytes of the buffer that holds all tensors."""
+    total = 0
+    for tensor in tensors:
+        if tensor is not None:
+            total += sum(aligned(part.numel() * part.element_size()) for part in inner_tensors(tensor))
+    return total
+
+
+def interpret_gathered_like(
+    tensors: Sequence[torch.Tensor | None], buffer: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Views of `buffer` with the shapes, dtypes and wrappers of `tensors`; None stays None.
+
+    `buffer` is one-dimensional uint8. Raises ValueError where it is not, or is too small.
+    """
+    if buffer.dim() != 1 or buffer.dtype != torch.uint8:
+        raise ValueError(f"a gathered buffer is 1-D uint8, not {buffer.dim()}-D {buffer.dtype}")
+    needed = gathered_bytes(tensors)
+    if needed > buffer.numel():
+        raise ValueError(f"the gathered tensors need {needed} bytes, the buffer has {buffer.numel()}")
+    offset = 0
+
+    def take(template: torch.Tensor) -> torch.Tensor:
+        nonlocal offset
+        if is_wrapper(template):
+            names, context = template.__tensor_flatten__()  # type: ignore[attr-defined]
+            parts = {name: take(getattr(template, name)) for name in names}
+            return type(template).__tensor_unflatten__(parts, context, template.shape, None)  # type: ignore[attr-defined]
+        nbytes = template.numel() * template.element_size()
+        view = buffer[offset : offset + nbytes].view(template.dtype).view(template.shape)
+        offset += aligned(nbytes)
+        return view
+
+    return [None if tensor is None else take(tensor) for tensor in tensors]
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+    """Copy, casting where the dtypes differ; wrappers are copied part by part."""
+    for to, part in zip(inner_tensors(target), inner_tensors(source), strict=True):
+        to.copy_(part, non_blocking=non_blocking)

@@ -1,0 +1,71 @@
+"""Module classes whose forward borrows the module's parameters: one mechanism for plain modules and for a host's op classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .caster import Caster
+
+_classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+
+OUT_OF_MEMORY = tuple(
+    {getattr(torch, "OutOfMemoryError", RuntimeError), getattr(torch.cuda, "OutOfMemoryError", RuntimeError)}
+    - {RuntimeError}
+) + (MemoryError,)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on any device."""
+    if isinstance(error, OUT_OF_MEMORY):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in str(error) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+class DynamicLayer:
+    """Mixed into a module class by `dynamic_class`. Without a bundle it is the plain module."""
+
+    spillway_bundle: Bundle | None = None
+    spillway_caster: Caster | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bundle = self.spillway_bundle
+        if bundle is None or bundle.depth:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        caster = self.spillway_caster
+        assert caster is not None
+        caster.enter(bundle)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            if not is_out_of_memory(error) or not caster.make_room(bundle, error):
+                raise
+        finally:
+            caster.exit(bundle)
+        # Weights gave way: once more, from the start of this layer.
+        caster.enter(bundle)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            caster.exit(bundle)
+
+
+def dynamic_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class of the same name whose forward borrows; itself for a class that already does."""
+    if issubclass(cls, DynamicLayer):
+        return cls
+    made = _classes.get(cls)
+    if made is None:
+        attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "spillway_plain_class": cls}
+        made = _classes[cls] = type(cls.__name__, (DynamicLayer, cls), attributes)
+    return made
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether a module can be called; containers of parameters cannot."""
+    return type(module).forward is not torch.nn.Module.forward

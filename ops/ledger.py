@@ -1,0 +1,80 @@
+"""The ledger: what was done to a model's weights, in numbers and in words. Logs, nodes and tests read this one record."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+
+log = logging.getLogger("spillway")
+
+
+@dataclass
+class Counters:
+    """Totals since the model was made. All sizes in bytes."""
+
+    bytes_loaded: int = 0  # put into the VBAR, to stay
+    bytes_streamed: int = 0  # brought for one use only
+    bytes_written_back: int = 0
+    faults: int = 0  # faults that were granted
+    misses: int = 0  # faults that found no room
+    hits: int = 0  # granted, and the data was still there
+    evictions: int = 0
+    patched: int = 0  # tensors whose patches were computed
+    write_backs: int = 0
+    prefetched: int = 0  # bundles begun before they were asked for
+    stalls: int = 0  # times the host waited for the device
+    retries: int = 0  # layers run again after an out-of-memory error
+    steps: int = 0
+
+
+@dataclass
+class Ledger:
+    """Counters and decisions of one model."""
+
+    name: str = "model"
+    counters: Counters = field(default_factory=Counters)
+    decisions: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    _said: set[str] = field(default_factory=set)
+    _summarised: Counters = field(default_factory=Counters)
+
+    def decide(self, text: str, *, level: int = logging.INFO) -> None:
+        """Record a decision and the reason for it; repeats of the last one are dropped."""
+        if self.decisions and self.decisions[-1] == text:
+            return
+        self.decisions.append(text)
+        log.log(level, "%s: %s", self.name, text)
+
+    def decide_once(self, text: str, *, level: int = logging.WARNING) -> None:
+        """Record a decision that would otherwise repeat at every layer."""
+        if text not in self._said:
+            self._said.add(text)
+            self.decide(text, level=level)
+
+    def summarise(self, resident: int, total: int) -> None:
+        """Log what was done since the last summary. Sizes in bytes."""
+        now, before = self.counters, self._summarised
+        steps = now.steps - before.steps
+        log.info(
+            "%s: %s of %s resident; since the last report %d steps, %s streamed, %s loaded, %d evictions",
+            self.name,
+            in_words(resident),
+            in_words(total),
+            steps,
+            in_words(now.bytes_streamed - before.bytes_streamed),
+            in_words(now.bytes_loaded - before.bytes_loaded),
+            now.evictions - before.evictions,
+        )
+        self._summarised = replace(now)
+
+    def as_dict(self) -> dict[str, object]:
+        """Counters and decisions as plain data, for JSON."""
+        return {"name": self.name, "counters": asdict(self.counters), "decisions": list(self.decisions)}
+
+
+def in_words(nbytes: float) -> str:
+    """A size for a person: '3.1 GiB', '12.0 MiB', '512 B'."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(nbytes) >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{int(nbytes)} B"

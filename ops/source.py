@@ -1,0 +1,42 @@
+"""Where weights come from: a file map (`DiskMap`) or tensors already in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+
+from .disk_map import SourceError
+
+
+class Source(Protocol):
+    """Tensors by key; asking for one reads nothing."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def tensor(self, key: str) -> torch.Tensor: ...
+
+
+class StateDict:
+    """A state dict in memory as a source. The tensors are used as they are, not copied."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], name: str = "the state dict") -> None:
+        self.path = name
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        """The keys."""
+        return self._tensors.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor. Raises SourceError for a key that is not there."""
+        try:
+            return self._tensors[key].detach()
+        except KeyError:
+            raise SourceError(f"{self.path}: no tensor '{key}'.") from None

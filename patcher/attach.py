@@ -1,0 +1,119 @@
+"""Turning a module into a dynamic one: its classes, its bundles, its idle parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..ops.bundle import FLOATS, Bundle, Param
+from ..ops.disk_map import SourceError
+from ..ops.gather import is_wrapper
+from ..ops.layer import dynamic_class, has_forward
+from ..ops.source import Source
+from .policy import Policy
+
+ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
+
+
+class Unsupported(TypeError):
+    """A module that cannot be made dynamic, and why."""
+
+
+def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
+    # Integers, indices and packed weights keep their bits; only numbers are cast.
+    return wanted if source.is_floating_point() else source.dtype
+
+
+def collect_bundles(
+    root: torch.nn.Module, source: Source | None, policy: Policy, model_dtype: ModelDtype | None = None
+) -> list[Bundle]:
+    """The bundles of a module tree, in registration order.
+
+    A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList) go
+    to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their own
+    source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
+    Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.
+    """
+    modules = dict(root.named_modules())
+    params: dict[str, list[Param]] = {}
+    missing: list[str] = []
+    for name, module in modules.items():
+        owner = name
+        while owner and not has_forward(modules[owner]):
+            owner = owner.rpartition(".")[0]
+        for attr, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            key = f"{name}.{attr}" if name else attr
+            dtype = model_dtype(module, attr, parameter) if model_dtype is not None else parameter.dtype
+            idle = parameter
+            if source is not None:
+                if key not in source:
+                    missing.append(key)
+                    continue
+                tensor = source.tensor(key)
+                if tensor.shape != parameter.shape and not is_wrapper(tensor):
+                    raise SourceError(
+                        f"{getattr(source, 'path', 'source')}: tensor '{key}' has shape {tuple(tensor.shape)}, "
+                        f"{type(module).__name__} expects {tuple(parameter.shape)}. The file is of another architecture."
+                    )
+                idle = torch.nn.Parameter(tensor, requires_grad=False)
+            data = idle.detach()
+            if type(data) is not torch.Tensor and not is_wrapper(data):
+                raise Unsupported(
+                    f"'{key}' is a {type(data).__name__}, a tensor class that cannot be laid out in a bundle. "
+                    "Load this model with its own loader, or load an unquantised or comfy_quant file here."
+                )
+            rule = policy.rule_for(name)
+            compute = None
+            if rule is not None and data.dtype in FLOATS:
+                compute = rule.compute_dtype or (dtype if rule.storage_dtype is not None else None)
+                dtype = rule.storage_dtype or dtype
+            params.setdefault(owner, []).append(Param(module, attr, key, idle, _form_dtype(data, dtype), compute))
+    if missing:
+        raise SourceError(
+            f"{getattr(source, 'path', 'source')}: {len(missing)} tensors that {type(root).__name__} needs are missing, "
+            f"such as {', '.join(missing[:3])}. The file is incomplete or of another architecture."
+        )
+    bundles = []
+    for name, entries in params.items():
+        bundle = Bundle(name, modules[name], entries)
+        rule = policy.rule_for(name)
+        bundle.place = rule.offload if rule is not None else "auto"
+        bundles.append(bundle)
+    # Registration order is the best guess at the execution order until the first step has run.
+    for bundle, following in zip(bundles, bundles[1:] + bundles[:1], strict=True):
+        bundle.successor = following
+    return bundles
+
+
+def load_buffers(root: torch.nn.Module, source: Source) -> None:
+    """Fill persistent buffers that the source has; they are small and stay where the module is."""
+    for name, module in root.named_modules():
+        for attr, buffer in list(module._buffers.items()):
+            key = f"{name}.{attr}" if name else attr
+            if buffer is not None and key in source:
+                module._buffers[attr] = source.tensor(key).to(dtype=buffer.dtype, copy=True)
+
+
+def attach(bundles: list[Bundle]) -> None:
+    """Make the bundles' modules borrow: their classes are swapped, their parameters are the idle ones."""
+    for bundle in bundles:
+        bundle.module.__class__ = dynamic_class(type(bundle.module))
+        bundle.module.spillway_bundle = bundle  # type: ignore[assignment]
+        bundle.restore()
+
+
+def detach(bundles: list[Bundle]) -> None:
+    """The modules are what they were, with the idle parameters."""
+    for bundle in bundles:
+        for param in bundle.params:
+            param.idle = param.original
+        bundle.restore()
+        module = bundle.module
+        plain = getattr(type(module), "spillway_plain_class", None)
+        if plain is not None:
+            module.__class__ = plain
+        module.__dict__.pop("spillway_bundle", None)
+        module.__dict__.pop("spillway_caster", None)

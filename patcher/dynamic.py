@@ -1,0 +1,438 @@
+"""The dynamic model: a module whose weights come when they are used and give way when memory is wanted."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..ops.backend import Backend, backend_for
+from ..ops.bundle import Bundle, Patch
+from ..ops.caster import Caster
+from ..ops.device_caster import DeviceCaster
+from ..ops.host_caster import HostCaster
+from ..ops.layer import is_out_of_memory
+from ..ops.ledger import Ledger, in_words
+from ..ops.pins import Pins
+from ..ops.source import Source
+from ..ops.vbar import VBAR
+from .attach import ModelDtype, attach, collect_bundles, detach, load_buffers
+from .choose_vbar import choose_vbar
+from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
+from .policy import Policy
+
+GIB = 1 << 30
+
+# Every dynamic model that is alive, for the memory report and for freeing.
+models: weakref.WeakSet[DynamicModel] = weakref.WeakSet()
+
+
+def default_headroom(backend: Backend) -> int:
+    """Bytes kept free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
+    _, total = backend.memory()
+    return min(max(total // 20, GIB // 2), 2 * GIB)
+
+
+class DynamicModel:
+    """Runs `module` with weights from `source` on `device`, within `policy`.
+
+    Making one reads nothing and maps nothing: memory is reserved in the first forward. `source` None takes the module's
+    own parameters. Calling it calls the module. model_dtype: see `collect_bundles`. backend: a device of another kind, for
+    tests. may_init: initialise comfy-aimdo where nobody has.
+    Raises SourceError, Unsupported or DeviceError where module, source and device do not fit together.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        source: Source | None = None,
+        device: str | torch.device = "cpu",
+        policy: Policy | None = None,
+        *,
+        name: str | None = None,
+        model_dtype: ModelDtype | None = None,
+        backend: Backend | None = None,
+        may_init: bool = True,
+    ) -> None:
+        self.module = module
+        self.policy = policy or Policy()
+        self.backend = backend if backend is not None else backend_for(device)
+        self.device = self.backend.device
+        self.ledger = Ledger(name or type(module).__name__)
+        self.may_init = may_init
+        self.bundles = collect_bundles(module, source, self.policy, model_dtype)
+        self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
+        if source is not None:
+            load_buffers(module, source)
+        self.caster: Caster | None = None
+        self.plan: LoadPlan | None = None
+        self._peak = 0
+        self.fixed_bytes = 0  # placed on the device for good by the host, beside the VBAR
+        self._order: list[Bundle] = self.bundles
+        self._addresses: list[Bundle] = []
+        self._traced = False
+        attach(self.bundles)
+        self._use(_Unprepared(self))
+        models.add(self)
+
+    # -- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward; once more, with everything evicted, where an allocation of the computation failed."""
+        try:
+            return self._run(*args, **kwargs)
+        except Exception as error:
+            if self.caster is None or not is_out_of_memory(error) or not self.caster.make_room(self.bundles[0], error):
+                raise
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self.after_run()
+
+    def after_run(self) -> None:
+        """A forward has ended, well or not: what was begun ahead of the next one is kept only if it will be used."""
+        self.note_peak()
+        if self.policy.keep == "free after use":
+            self.release()
+
+    def prepare(self) -> None:
+        """Reserve addresses and choose the residency plan. Done by the first forward."""
+        if self.caster is not None:
+            return
+        total = sum(bundle.nbytes for bundle in self.bundles)
+        vbar = choose_vbar(self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init)
+        pins = Pins(self.backend, self.ledger, self._pin_budget(total))
+        if self.backend.in_place:
+            caster: Caster = HostCaster(self.backend, vbar, pins, self.ledger)
+        else:
+            caster = DeviceCaster(
+                self.backend, vbar, pins, self.ledger, prefetch=self.policy.prefetch, streams=self.policy.streams
+            )
+        caster.on_step = self._on_step
+        self.caster = caster
+        self._move_buffers()
+        self._lay_out(vbar)
+        self._apply_budget()
+        self._use(caster)
+
+    def _range_bytes(self) -> int:
+        # 512 bytes of alignment for each bundle.
+        return sum(bundle.nbytes + 512 for bundle in self.bundles)
+
+    def _pin_budget(self, total: int) -> int:
+        if self.policy.pinned_bytes is not None:
+            return self.policy.pinned_bytes
+        if self.backend.in_place:
+            return 0
+        # Half of what the machine has left: pins are a cache of the file, never a reason to swap.
+        import psutil
+
+        return min(total, psutil.virtual_memory().available // 2)
+
+    def _move_buffers(self) -> None:
+        for module in self.module.modules():
+            for attr, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device and not buffer.is_meta:
+                    module._buffers[attr] = buffer.to(self.device)
+
+    def _lay_out(self, vbar: VBAR) -> None:
+        """Allocate every bundle's addresses, the lowest for those that should stay."""
+        on_evict = {bundle: _evicted(bundle, self.ledger) for bundle in self.bundles}
+        self._addresses = interleave([b for b in self._order if self._may_reside(b)], self.cost)
+        for bundle in self._addresses:
+            bundle.piece = vbar.alloc(bundle.nbytes, on_evict[bundle])  # type: ignore[call-arg]
+        for bundle in self.bundles:
+            bundle.signature = bundle.views = None
+            if not self._may_reside(bundle):
+                bundle.piece = None
+
+    def _may_reside(self, bundle: Bundle) -> bool:
+        rule = self.policy.rule_for(bundle.name)
+        return rule is None or rule.resident
+
+    def _use(self, caster: Any) -> None:
+        for bundle in self.bundles:
+            bundle.module.spillway_caster = caster
+
+    # -- budget
+
+    @property
+    def headroom(self) -> int:
+        """Bytes kept free on the device for the computation."""
+        wanted = self.policy.headroom_bytes
+        return default_headroom(self.backend) if wanted is None else wanted
+
+    def cost(self, bundle: Bundle) -> int:
+        """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
+        if not self.backend.in_place:
+            return bundle.offload_cost()
+        return 0 if bundle.in_place else bundle.offload_cost() - bundle.store_bytes
+
+    def budget(self) -> int | None:
+        """Bytes that the weights may hold on the device now; None where only what is free limits them."""
+        return self.policy.vram_bytes
+
+    def _apply_budget(self) -> None:
+        assert self.caster is not None
+        vbar, budget, before = self.caster.vbar, self.budget(), self.plan
+        streams = min(self.policy.streams, self.backend.streams)
+        if budget is None:
+            free, _ = self.backend.memory()
+            expected = max(0, free + vbar.loaded_size() - self.headroom)
+            self.plan = plan_load(self._addresses, expected, streams, self.cost)
+            # comfy-aimdo sees every allocation as it happens; the software VBAR is told at each step.
+            vbar.set_limit(self.plan.limit if vbar.kind == "software" else None)
+            reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
+        else:
+            self.plan = plan_load(self._addresses, budget, streams, self.cost)
+            vbar.set_limit(self.plan.limit)
+            reason = f"budget {in_words(budget)} set by the policy"
+        words = self._in_words(self.plan, reason)
+        if self.plan != before:
+            self.ledger.decide(words)
+        largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
+        if budget is not None and largest > budget:
+            self.ledger.decide_once(
+                f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle needs "
+                "while it is used: nothing stays resident, and the peak is that bundle.",
+                level=logging.INFO,
+            )
+
+    def _in_words(self, plan: LoadPlan, reason: str) -> str:
+        count = len(self._addresses)
+        if plan.state is LoadState.FULL:
+            return f"all {count} bundles may stay resident ({in_words(self.total_bytes)}): {reason}"
+        return (
+            f"offloaded {plan.offloaded} of {count} bundles ({in_words(plan.offloaded_bytes)}): {reason}, "
+            f"{in_words(plan.reserve)} reserved for transfers"
+        )
+
+    def _on_step(self) -> None:
+        """A step begins: take note of the last one, follow the execution order, use a budget that has grown."""
+        assert self.caster is not None
+        self.ledger.counters.steps += 1
+        self.note_peak()
+        if not self._traced:
+            self._follow_trace()
+        if self.budget() is None and self.caster.vbar.kind == "software":
+            self._follow_free_memory()
+        if self.caster.vbar.loaded_size() < self.total_bytes:
+            self.caster.vbar.prioritize()
+            if self.policy.priority < 0:
+                self.caster.vbar.deprioritize()
+
+    def _follow_free_memory(self) -> None:
+        """Without a budget: shrink at once when the headroom is gone, grow when clearly more is free."""
+        assert self.caster is not None and self.plan is not None
+        free, _ = self.backend.memory()
+        allowed = self.caster.vbar.loaded_size() + free - self.headroom
+        grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
+        if allowed < min(self.plan.limit, self.total_bytes) or grown:
+            self._apply_budget()
+
+    def _follow_trace(self) -> None:
+        """Lay the bundles out again where the first step ran them in another order than they are registered in."""
+        assert self.caster is not None
+        self._traced = True
+        order = self.execution_order()
+        if isinstance(self.caster, HostCaster):
+            maps = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
+            # A file that fits into the free memory is in the page cache by now.
+            self.caster.advise = sum(m.file_bytes for m in maps) > self.backend.memory()[0] // 2
+        if order == self._order:
+            return
+        self._order = order
+        if self.plan is not None and self.plan.state is LoadState.PARTIAL:
+            self.ledger.decide("the first step ran the bundles in another order than they are registered: laid out anew")
+            self._rebuild(prepare_now=True)
+
+    def execution_order(self) -> list[Bundle]:
+        """The bundles in the order of the last step; those that did not run come last."""
+        order: dict[Bundle, None] = {}
+        bundle = self.caster.first if self.caster is not None else None
+        while bundle is not None and bundle not in order:
+            order[bundle] = None
+            bundle = bundle.successor
+        return list(order) + [bundle for bundle in self.bundles if bundle not in order]
+
+    def _rebuild(self, prepare_now: bool) -> None:
+        """Give the VBAR back and, where asked, lay out a new one. No bundle may be lent."""
+        caster = self.caster
+        if caster is None:
+            return
+        caster.forget()
+        self.note_peak()
+        first, previous = caster.first, caster.previous
+        caster.vbar.close()
+        for bundle in self.bundles:
+            bundle.piece = bundle.signature = bundle.views = None
+        if prepare_now:
+            caster.vbar = choose_vbar(
+                self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init
+            )
+            caster.first, caster.previous = first, previous
+            self._lay_out(caster.vbar)
+            self._apply_budget()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Change what the model may take; between steps, at once, up and down.
+
+        A change of rules or of the kind of VBAR needs a new model: it raises ValueError.
+        """
+        if policy.rules != self.policy.rules:
+            raise ValueError("the rules of a policy are read when the model is made: load the model again with the new ones.")
+        rebuild = policy.vbar != self.policy.vbar
+        self.policy = policy
+        if self.caster is None:
+            return
+        if rebuild:
+            self._rebuild(prepare_now=True)
+        self.caster.pins.budget = self._pin_budget(self.total_bytes)
+        self.caster.pins.free(self.caster.pins.used - self.caster.pins.budget)
+        headroom = getattr(self.caster.vbar, "headroom", None)
+        if headroom is not None:
+            self.caster.vbar.headroom = self.headroom  # type: ignore[attr-defined]
+        self._apply_budget()
+        self.caster.vbar.prioritize()
+
+    # -- patches
+
+    def set_patches(self, patches: Mapping[str, Patch], changed: Iterable[str] | None = None) -> int:
+        """Attach functions by parameter key: weight in the model's dtype -> patched weight. Replaces all earlier ones.
+
+        changed: keys whose patch is not what it was (default: every key that has or had one). Only their bundles are
+        gathered and patched again. Returns the number of bundles touched.
+        """
+        if changed is None:
+            had = {param.key for bundle in self.bundles for param in bundle.params if param.patch is not None}
+            changed = had | set(patches)
+        if self.caster is not None:
+            self.caster.forget()
+        touched = {self.by_key[key] for key in changed if key in self.by_key}
+        for bundle in self.bundles:
+            for param in bundle.params:
+                param.set_patch(patches.get(param.key))
+        for bundle in touched:
+            if bundle.touch():  # its range holds the old size
+                bundle.piece = None
+        return len(touched)
+
+    # -- memory
+
+    def note_peak(self) -> None:
+        """Remember the most that was resident, before its VBAR goes or shrinks."""
+        if self.caster is not None:
+            self._peak = max(self._peak, self.caster.vbar.peak_size())
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """The most bytes of the VBAR that were mapped, ever."""
+        self.note_peak()
+        return self._peak
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all bundles in their finished form."""
+        return sum(bundle.nbytes for bundle in self.bundles)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the VBAR that are mapped now."""
+        return self.caster.vbar.loaded_size() if self.caster is not None else 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes held in pins."""
+        return self.caster.pins.used if self.caster is not None else 0
+
+    @property
+    def vbar_kind(self) -> str:
+        """'aimdo', 'software', or 'none' before the first forward."""
+        return self.caster.vbar.kind if self.caster is not None else "none"
+
+    def residency(self) -> list[tuple[str, int, bool]]:
+        """(bundle, bytes, resident) in execution order."""
+        vbar = self.caster.vbar if self.caster is not None else None
+        return [
+            (bundle.name, bundle.nbytes, vbar is not None and bundle.piece is not None and vbar.resident(bundle.piece))
+            for bundle in self.execution_order()
+        ]
+
+    def free(self, nbytes: int | None = None) -> int:
+        """Evict weights from the device until `nbytes` are free (None: all). Returns the bytes freed.
+
+        Safe between steps and from another thread: what is lent stays.
+        """
+        if self.caster is None:
+            return 0
+        self.note_peak()
+        if nbytes is None:
+            self.caster.forget()
+            return self.caster.vbar.free_memory(1 << 62)
+        vbar = self.caster.vbar
+        resident = [bundle for bundle in self._addresses if bundle.piece is not None and vbar.resident(bundle.piece)]
+        reserve = self.plan.reserve if self.plan is not None else 0
+        wanted = plan_unload(resident, nbytes, reserve, self.backend.streams, self.cost)
+        return vbar.free_memory(wanted)
+
+    def free_pins(self, nbytes: float = float("inf")) -> int:
+        """Give pinned host memory back; returns the bytes freed."""
+        return self.caster.pins.free(nbytes) if self.caster is not None else 0
+
+    def release(self) -> None:
+        """Give back all memory of device and pins. The next forward begins anew."""
+        if self.caster is None:
+            return
+        self.note_peak()
+        self.caster.close()
+        self._rebuild(prepare_now=False)
+        for bundle in self.bundles:
+            bundle.drop_pages()
+        self.caster = None
+        self._use(_Unprepared(self))
+
+    def close(self) -> None:
+        """Release everything; the module is a plain one again, with its weights where the source has them."""
+        self.release()
+        detach(self.bundles)
+        models.discard(self)
+
+
+class _Unprepared:
+    """Stands for the caster until the first forward asks for one."""
+
+    def __init__(self, model: DynamicModel) -> None:
+        self._model = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a dynamic module is a plain one."""
+
+    def enter(self, bundle: Bundle) -> None:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(f"the dynamic model of '{bundle.name}' was dropped while its module is still in use.")
+        model.prepare()
+        assert model.caster is not None
+        bundle.module.spillway_caster.enter(bundle)  # type: ignore[union-attr, operator]
+
+    def exit(self, bundle: Bundle) -> None:
+        bundle.module.spillway_caster.exit(bundle)  # type: ignore[union-attr, operator]
+
+    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
+        return bool(bundle.module.spillway_caster.make_room(bundle, error))  # type: ignore[union-attr, operator]
+
+
+def _evicted(bundle: Bundle, ledger: Ledger) -> Any:
+    def evicted() -> None:
+        ledger.counters.evictions += 1
+        bundle.views = None
+        if bundle.in_place:
+            bundle.drop_pages()
+
+    return evicted

@@ -1,0 +1,100 @@
+"""How much of a model stays on the device, and in which address order its bundles lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ..ops.bundle import Bundle
+from ..ops.gather import aligned
+
+# Below this a bundle costs more to move than to keep.
+SMALL_BYTES = 16 << 10
+
+Cost = Callable[[Bundle], int]
+
+
+class LoadState(Enum):
+    """How much of a model can be resident."""
+
+    NONE = "none"
+    PARTIAL = "partial"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """limit: bytes that may be resident. reserve: bytes of temporary memory that offloading needs beside them."""
+
+    state: LoadState
+    limit: int
+    reserve: int
+    resident: int  # bundles
+    offloaded: int
+    offloaded_bytes: int
+
+
+def _buffer(offloaded: Sequence[Bundle], streams: int, cost: Cost) -> int:
+    """Temporary memory that offloading needs: the bundle in use and one under way for each stream, at their costliest."""
+    return sum(sorted((cost(bundle) for bundle in offloaded), reverse=True)[: 1 + streams])
+
+
+def plan_load(order: Sequence[Bundle], budget: int, streams: int, cost: Cost) -> LoadPlan:
+    """Which of the bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
+
+    The buffers are summed over the upcoming bundles, not the largest multiplied.
+    """
+    total = sum(aligned(bundle.nbytes) for bundle in order)
+    if total <= budget:
+        return LoadPlan(LoadState.FULL, budget, 0, len(order), 0, 0)
+    reserve = 0
+    while True:
+        limit = max(0, budget - reserve)
+        used = count = 0
+        for bundle in order:
+            used += aligned(bundle.nbytes)
+            if used > limit:
+                break
+            count += 1
+        offloaded = order[count:]
+        needed = _buffer(offloaded, streams, cost)
+        if needed <= reserve:
+            break
+        reserve = needed
+    state = LoadState.PARTIAL if count else LoadState.NONE
+    return LoadPlan(state, limit, reserve, count, len(offloaded), sum(bundle.nbytes for bundle in offloaded))
+
+
+def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: int, cost: Cost) -> int:
+    """Bytes to evict so that `nbytes` more are free: the same sum from the other end of the address order.
+
+    resident: what is resident, in address order; what lies highest goes first, and its buffers count against it.
+    """
+    freed = 0
+    for index in range(len(resident) - 1, -1, -1):
+        grown = max(0, _buffer(resident[index + 1 :], streams, cost) - reserve)
+        if freed - grown >= nbytes:
+            break
+        freed += resident[index].nbytes
+    return freed
+
+
+def interleave(order: Sequence[Bundle], cost: Cost) -> list[Bundle]:
+    """The address order of bundles that run in `order`: any prefix of it is spread evenly over the execution.
+
+    Small bundles lie lowest, so they are resident whenever anything is. The others lie in bit-reversed order of their place
+    in the execution, measured in offload cost, so every transfer has resident neighbours to hide behind.
+    """
+    bits = 20
+    small = [bundle for bundle in order if bundle.nbytes < SMALL_BYTES]
+    large = [bundle for bundle in order if bundle.nbytes >= SMALL_BYTES]
+    weights = [max(1, cost(bundle), bundle.nbytes) for bundle in large]
+    total = sum(weights) or 1
+    keyed: list[tuple[int, int, Bundle]] = []
+    before = 0
+    for bundle, weight in zip(large, weights, strict=True):
+        place = int((before + weight / 2) / total * (1 << bits))
+        keyed.append((int(f"{place:0{bits}b}"[::-1], 2), len(keyed), bundle))
+        before += weight
+    return small + [bundle for _, _, bundle in sorted(keyed, key=lambda entry: entry[:2])]

@@ -1,0 +1,69 @@
+"""What a model may take, and where its weights stay while they are not in use."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+Keep = Literal["auto", "always", "free after use"]
+Place = Literal["auto", "disk", "ram", "pin"]
+Kind = Literal["auto", "aimdo", "software"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the modules whose names match `pattern` (shell wildcards) are kept, in the four states of DiffSynth-Studio.
+
+    offload: where the weight lies while not in use; disk: only in its file, ram: in ordinary memory, pin: page-locked.
+    storage_dtype: what stays on the device (onload). compute_dtype: what the op is given (preparing, computation).
+    resident: False streams these modules always.
+    """
+
+    pattern: str
+    offload: Place = "auto"
+    storage_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    resident: bool = True
+
+
+@dataclass(frozen=True)
+class Policy:
+    """All sizes in bytes; None leaves the choice to the pack.
+
+    vram_bytes: the most that the weights may hold on the device (on a CPU: of its memory). 0 streams everything.
+    headroom_bytes: kept free on the device for the computation.
+    pinned_bytes: host memory for pins. prefetch: bundles begun ahead. streams: offload streams.
+    keep: 'always' never gives way to other models, 'free after use' gives everything back after each run.
+    priority: models of higher priority are evicted later.
+    """
+
+    vram_bytes: int | None = None
+    headroom_bytes: int | None = None
+    pinned_bytes: int | None = None
+    keep: Keep = "auto"
+    priority: int = 0
+    prefetch: int = 2
+    streams: int = 2
+    vbar: Kind = "auto"
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vram_bytes", "headroom_bytes", "pinned_bytes", "prefetch", "streams"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"policy: {name} is {value!r}; expected a whole number of at least 0, or None.")
+        for name, allowed in (("keep", Keep), ("vbar", Kind)):
+            choices = allowed.__args__  # type: ignore[attr-defined]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"policy: {name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule whose pattern matches a module's name."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
+
+    def with_changes(self, **changes: Any) -> Policy:
+        """A copy with some fields changed."""
+        return replace(self, **changes)

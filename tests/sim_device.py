@@ -1,0 +1,151 @@
+"""A simulated device for tests: its own memory, poisoned when allocated; copies take effect only when something waits.
+
+A missing wait leaves the poison in place, which floating-point tensors show as NaN. A copy that is still enqueued when
+its host buffer is overwritten, or that lands in a buffer after it was given to somebody else, shows as wrong values.
+A copy into memory that the main stream may still be using (it was just allocated, or just read) fails at once: on a
+real device the allocator hands such memory out while kernels that read it are still queued.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+
+import torch
+from spillway.ops import software_vbar
+from spillway.ops.backend import Backend
+
+POISON = 0xFF  # NaN in fp8, fp16, bf16 and fp32
+
+
+class SimEvent:
+    """The end of what a stream had been given when it was recorded; of the main stream where stream is None."""
+
+    def __init__(self, device: SimDevice, stream: SimStream | None) -> None:
+        self.device, self.stream = device, stream
+        self.position = stream.given if stream is not None else device.clock
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.run_to(self.position)
+            self.arrived()
+        else:
+            self.device.host_saw = max(self.device.host_saw, self.position)
+
+    def arrived(self) -> list[torch.Tensor]:
+        """Where the copies up to here went, each told once."""
+        targets, tensors = self.stream.targets, []
+        while targets and targets[0][0] <= self.position:
+            tensors.append(targets.popleft()[1])
+        return tensors
+
+    def query(self) -> bool:
+        return self.stream is None or self.stream.done >= self.position
+
+
+class SimStream:
+    """Work in order; each piece runs when somebody waits for it or for something behind it."""
+
+    def __init__(self) -> None:
+        self.work: deque = deque()
+        self.targets: deque = deque()
+        self.given = self.done = 0
+        self.saw = 0  # how far along the main stream it is known to be
+        self.lock = threading.RLock()
+
+    def give(self, work) -> None:
+        with self.lock:
+            self.work.append(work)
+            self.given += 1
+
+    def run_to(self, position: int) -> None:
+        with self.lock:
+            while self.done < position:
+                self.done += 1
+                self.work.popleft()()
+
+
+class SimDevice(Backend):
+    """A device with `capacity` bytes. eager: copies take effect at once, as on a fast bus."""
+
+    streams = 2
+
+    def __init__(
+        self, capacity: int = 1 << 30, *, eager: bool = False, streams: int = 2, pin_limit: int = 1 << 40
+    ) -> None:
+        super().__init__(torch.device("cpu"))
+        self.capacity, self.eager, self.streams, self.pin_limit = capacity, eager, streams, pin_limit
+        self.other = 0  # bytes used by others
+        self.pinned = 0
+        self.copies = 0
+        self.most_outstanding = 0
+        self.all_streams: list[SimStream] = []
+        self.clock = self.host_saw = 0  # of the main stream: how much it has been given, and how much is known to be done
+        self.busy: dict[int, tuple[weakref.ref, int]] = {}  # device memory by address: in use by the main stream until
+        software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
+
+    def empty(self, nbytes):
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        self._use(memory)
+        return memory
+
+    def _use(self, memory) -> None:
+        self.clock += 1
+        self.busy[memory.untyped_storage().data_ptr()] = (weakref.ref(memory.untyped_storage()), self.clock)
+
+    def _check(self, memory, stream) -> None:
+        born, until = self.busy.get(memory.untyped_storage().data_ptr(), (None, 0))
+        if born is not None and born() is not None:
+            assert max(stream.saw, self.host_saw) >= until, "a side stream overtakes the main stream's use of this memory"
+
+    def host_empty(self, nbytes):
+        if self.pinned + nbytes > self.pin_limit:
+            raise RuntimeError("simulated: out of page-locked memory")
+        self.pinned += nbytes
+        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+
+    def stream(self):
+        stream = SimStream()
+        self.all_streams.append(stream)
+        return stream
+
+    def copy(self, target, source, stream):
+        assert target.numel() == source.numel()
+        self.copies += 1
+        if stream is None:
+            target.copy_(source)
+            return
+        self._check(target, stream)
+        self._check(source, stream)
+        if self.eager:
+            target.copy_(source)
+            stream.give(lambda: None)
+        else:
+            stream.give(lambda: target.copy_(source))
+        stream.targets.append((stream.given, target))
+        self.most_outstanding = max(self.most_outstanding, sum(s.given - s.done for s in self.all_streams))
+
+    def record(self, stream):
+        return SimEvent(self, stream)
+
+    def wait(self, event, stream):
+        if event is None or event.stream is stream:
+            return
+        if event.stream is None:
+            stream.saw = max(stream.saw, event.position)
+        elif stream is None:
+            for tensor in event.arrived():
+                self._use(tensor)  # it is read from now on
+            event.synchronize()
+        else:
+            stream.give(event.synchronize)
+
+    def synchronize(self):
+        for stream in self.all_streams:
+            stream.run_to(stream.given)
+        self.host_saw = self.clock
+
+    def memory(self):
+        used = sum(vbar.used for vbar in software_vbar.books_for(self).vbars)
+        return max(0, self.capacity - self.other - used), self.capacity
