@@ -21,24 +21,25 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
             node_id="SpillwayLoadDiffusionModel",
             display_name="Load Diffusion Model (Spillway)",
             category=CATEGORY,
-            description="Loads a diffusion model in no time and almost no memory: its weights are brought as they are "
-            "used, and give way when memory is wanted.",
+            description="Loads a diffusion model almost at once and with almost no memory. Each weight is read when it "
+            "is first used, and gives way when the memory is needed elsewhere.",
             search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "offload", "dynamic vram"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file in models/diffusion_models. Only safetensors files can be loaded lazily.",
+                    tooltip="A safetensors file in models/diffusion_models. Other formats must be converted first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="What the weights are kept in. 'default' follows the file and the device.",
+                    tooltip="The number format that the weights are kept in. 'default' follows the file and the "
+                    "device; the fp8 choices halve the size of a 16-bit model and cost some quality.",
                 ),
                 policy_input(),
             ],
-            outputs=[io.Model.Output(tooltip="A MODEL for any sampler; LoRA and hook nodes work on it.")],
+            outputs=[io.Model.Output(tooltip="A MODEL for any sampler. LoRA and hook nodes work on it as usual.")],
         )
 
     @classmethod
@@ -54,21 +55,22 @@ class SpillwayLoadCheckpoint(io.ComfyNode):
             node_id="SpillwayLoadCheckpoint",
             display_name="Load Checkpoint (Spillway)",
             category=CATEGORY,
-            description="Loads a checkpoint; model, text encoder, VAE and CLIP vision are all brought as they are used.",
+            description="Loads a checkpoint almost at once and with almost no memory. The weights of its model, text "
+            "encoder, VAE and CLIP vision are read when they are first used.",
             search_aliases=["load checkpoint", "checkpoint loader", "ckpt", "low vram", "offload"],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
                     options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="A file in models/checkpoints. Only safetensors files can be loaded lazily.",
+                    tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
                 ),
                 policy_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
-                io.Clip.Output(tooltip="The text encoder, where the file has one."),
-                io.Vae.Output(tooltip="The VAE, where the file has one."),
-                io.ClipVision.Output(tooltip="The CLIP vision model, where the file has one (unCLIP, SVD)."),
+                io.Clip.Output(tooltip="The text encoder. Empty if the file has none."),
+                io.Vae.Output(tooltip="The VAE. Empty if the file has none."),
+                io.ClipVision.Output(tooltip="The CLIP vision model (unCLIP, SVD). Empty if the file has none."),
             ],
         )
 
@@ -86,21 +88,30 @@ class SpillwayLoadCLIP(io.ComfyNode):
             node_id="SpillwayLoadCLIP",
             display_name="Load CLIP (Spillway)",
             category=CATEGORY,
-            description="Loads one to three text encoder files as one CLIP, brought as it is used.",
+            description="Loads one to three text encoder files as one CLIP. Their weights are read when they are "
+            "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                io.Combo.Input("clip_name1", options=files, tooltip="A file in models/text_encoders."),
+                io.Combo.Input("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],
                     default="stable_diffusion",
-                    tooltip="The kind of model that the text encoder is for.",
+                    tooltip="The model family that the prompt is for, such as flux, sd3 or lumina2 (for Z-Image too).",
                 ),
                 io.Combo.Input(
-                    "clip_name2", options=[NONE, *files], default=NONE, optional=True, tooltip="A second file, if needed."
+                    "clip_name2",
+                    options=[NONE, *files],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A second file, if the model needs one.",
                 ),
                 io.Combo.Input(
-                    "clip_name3", options=[NONE, *files], default=NONE, optional=True, tooltip="A third file, if needed."
+                    "clip_name3",
+                    options=[NONE, *files],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A third file, if the model needs one.",
                 ),
                 policy_input(),
             ],
@@ -123,17 +134,17 @@ class SpillwayLoadVAE(io.ComfyNode):
             node_id="SpillwayLoadVAE",
             display_name="Load VAE (Spillway)",
             category=CATEGORY,
-            description="Loads a VAE whose weights are brought as they are used.",
+            description="Loads a VAE. Its weights are read when they are first used.",
             search_aliases=["load vae", "vae loader", "low vram", "offload"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=folder_paths.get_filename_list("vae"),
-                    tooltip="A file in models/vae. Only safetensors files can be loaded lazily.",
+                    tooltip="A safetensors file in models/vae. Other formats must be converted first.",
                 ),
                 policy_input(),
             ],
-            outputs=[io.Vae.Output(tooltip="A VAE for the encode and decode nodes.")],
+            outputs=[io.Vae.Output(tooltip="A VAE for the VAE encode and decode nodes.")],
         )
 
     @classmethod

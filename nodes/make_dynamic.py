@@ -17,19 +17,19 @@ class SpillwayMakeDynamic(io.ComfyNode):
             node_id="SpillwayMakeDynamic",
             display_name="Make Dynamic (Spillway)",
             category=CATEGORY,
-            description="Hands a MODEL of any other loader to Spillway, with the LoRAs and patches it carries; a CLIP and a "
-            "VAE too. The models that come in are left as they are.",
+            description="Hands a MODEL from any other loader to Spillway, with the LoRAs and patches it carries; a "
+            "CLIP and a VAE too. The models that come in are not changed.",
             search_aliases=["convert model", "low vram", "offload", "dynamic vram", "block swap"],
             inputs=[
-                io.Model.Input("model", tooltip="A MODEL from any loader."),
-                io.Clip.Input("clip", optional=True, tooltip="A CLIP to be managed too."),
-                io.Vae.Input("vae", optional=True, tooltip="A VAE to be managed too."),
+                io.Model.Input("model", tooltip="A MODEL from any loader, with or without LoRAs."),
+                io.Clip.Input("clip", optional=True, tooltip="A CLIP that Spillway is to manage too."),
+                io.Vae.Input("vae", optional=True, tooltip="A VAE that Spillway is to manage too."),
                 policy_input(),
             ],
             outputs=[
-                io.Model.Output(tooltip="The same model, managed by Spillway."),
-                io.Clip.Output(tooltip="The same CLIP, where one was given."),
-                io.Vae.Output(tooltip="The same VAE, where one was given."),
+                io.Model.Output(tooltip="The same model and patches, managed by Spillway."),
+                io.Clip.Output(tooltip="The same CLIP, managed by Spillway. Empty if none was connected."),
+                io.Vae.Output(tooltip="The same VAE, managed by Spillway. Empty if none was connected."),
             ],
         )
 

@@ -31,28 +31,30 @@ class SpillwayPolicy(io.ComfyNode):
             node_id="SpillwayPolicy",
             display_name="Spillway Policy",
             category=CATEGORY,
-            description="Says how much memory a model may take. Connect the policy to a loader, or put the node between a "
-            "loader and a sampler.",
+            description="Says how much memory a model may take. Connect the policy to Spillway loaders, or put the "
+            "node between a Spillway loader and a sampler.",
             search_aliases=["vram budget", "reserve vram", "headroom", "low vram", "unload model", "keep loaded"],
             inputs=[
-                io.Model.Input("model", optional=True, tooltip="A MODEL of a Spillway loader that gets this policy."),
-                _gigabytes("vram_gb", "The most that its weights may hold on the device; 0 streams everything."),
+                io.Model.Input("model", optional=True, tooltip="A MODEL from a Spillway node. It gets this policy."),
+                _gigabytes("vram_gb", "The most device memory that the weights may hold; 0 keeps none there."),
                 _gigabytes("headroom_gb", "Device memory to keep free for the computation and other programs."),
-                _gigabytes("pinned_gb", "Page-locked RAM for weights that are not on the device."),
+                _gigabytes(
+                    "pinned_gb", "Page-locked RAM for weights that are not on the device; makes their transfers faster."
+                ),
                 io.Combo.Input(
                     "keep",
                     options=["auto", "always", "free after use"],
                     default="auto",
-                    tooltip="auto: gives way when memory is wanted. always: never gives way to other models. "
+                    tooltip="auto: gives way when memory is needed elsewhere. always: never gives way to other models. "
                     "free after use: gives everything back after each run.",
                 ),
                 io.Int.Input(
-                    "priority", default=0, min=-100, max=100, tooltip="Models of higher priority give way later."
+                    "priority", default=0, min=-100, max=100, tooltip="Models with a higher priority give way later."
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model with this policy, where one was given."),
-                PolicyType.Output("policy", tooltip="For the policy input of a Spillway loader."),
+                io.Model.Output(tooltip="The model with this policy. Empty if none was connected."),
+                PolicyType.Output("policy", tooltip="For the policy input of any Spillway node."),
             ],
         )
 

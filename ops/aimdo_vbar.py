@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backend import Backend
 from .vbar import lock
 
 PAGE = 32 << 20
@@ -22,18 +23,18 @@ class AimdoSlice(NamedTuple):
     nbytes: int
 
 
-def serves(device: torch.device, may_init: bool = False) -> tuple[bool, str]:
+def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
     """Whether comfy-aimdo can hold weights for a device, and the reason in words.
 
     may_init: initialise the device where nobody has (the engine used alone). In ComfyUI the host decides that.
     """
-    if device.type != "cuda":
-        return False, f"comfy-aimdo serves CUDA and ROCm devices, not {device.type}"
+    index = backend.aimdo_device
+    if index is None:
+        return False, f"comfy-aimdo serves CUDA and ROCm devices, not {backend.device.type}"
     try:
         import comfy_aimdo.control as control
     except ImportError as error:
         return False, f"comfy-aimdo is not installed ({error})"
-    index = device.index or 0
     if getattr(control, "lib", None) is None and not (may_init and control.init()):
         return False, "comfy-aimdo is not initialised (dynamic VRAM is off or the device is not supported)"
     if not getattr(control, "devctxs", None):
@@ -50,18 +51,18 @@ class AimdoVBAR:
 
     kind = "aimdo"
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, backend: Backend, nbytes: int) -> None:
         import comfy_aimdo.model_vbar as model_vbar
         import comfy_aimdo.torch as aimdo_torch
 
         self._api = model_vbar
         self._to_tensor = aimdo_torch.aimdo_to_tensor
-        self.device = device
+        self.device = backend.device
         self.limit: int | None = None
         self._offset = 0
         self._peak = 0
         with lock:
-            self._vbar: Any = model_vbar.ModelVBAR(nbytes, device.index or 0)
+            self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
             self.capacity = self._vbar.get_nr_pages() * PAGE
 
     def alloc(self, nbytes: int, on_evict: object = None) -> AimdoSlice | None:
@@ -73,7 +74,7 @@ class AimdoVBAR:
         return piece
 
     def fault(self, piece: AimdoSlice | None) -> Any | None:
-        if piece is None:
+        if piece is None or (self.limit is not None and piece.offset + piece.nbytes > self.limit):
             return None
         with lock:
             return self._api.vbar_fault(piece.handle)
@@ -91,17 +92,18 @@ class AimdoVBAR:
     def prioritize(self) -> None:
         with lock:
             self._vbar.prioritize()
-            # prioritize() resets the watermark, and with it our budget.
-            if self.limit is not None and self.limit < self.capacity:
-                self._vbar.set_watermark(self.limit // PAGE * PAGE)
 
     def deprioritize(self) -> None:
         with lock:
             self._vbar.deprioritize()
 
     def set_limit(self, nbytes: int | None) -> None:
-        self.limit = nbytes
-        self.prioritize()
+        # Kept here rather than as a watermark: `prioritize` resets those, and 0.4.5 cannot set one.
+        self.limit = None if nbytes is None else nbytes // PAGE * PAGE
+        with lock:
+            above = 0 if self.limit is None else int(self._vbar.loaded_size()) - self.limit
+            if above > 0:
+                self._vbar.free_memory(above)
 
     def free_memory(self, nbytes: int) -> int:
         with lock:

@@ -6,6 +6,7 @@ something waits for them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import psutil
@@ -22,17 +23,23 @@ class Backend:
     """A device whose transfers are synchronous: MPS, DirectML and whatever torch reports without streams.
 
     in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
+    aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
     """
 
     in_place = False
     streams = 0
+    aimdo_device: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialised uint8 memory on the device."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        """Uninitialised uint8 memory on the device.
+
+        Never an inference tensor, which later code outside inference mode could not write to.
+        """
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Host memory that the device copies from; page-locked where that helps. Raises RuntimeError where refused."""
@@ -56,6 +63,10 @@ class Backend:
     def synchronize(self) -> None:
         """The host waits for everything."""
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes this the current device: driver calls, and comfy-aimdo's look at free memory, ask the current one."""
+        return nullcontext()
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes that weights could take on the device."""
         memory = psutil.virtual_memory()
@@ -76,6 +87,8 @@ class StreamBackend(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._module: Any = torch.get_device_module(device)
+        if device.type == "cuda":  # ROCm too
+            self.aimdo_device = device.index
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -95,6 +108,9 @@ class StreamBackend(Backend):
     def wait(self, event: Any, stream: Any) -> None:
         if event is not None:
             (stream or self._module.current_stream(self.device)).wait_event(event)
+
+    def current(self) -> AbstractContextManager[Any]:
+        return self._module.device(self.device)  # type: ignore[no-any-return]
 
     def synchronize(self) -> None:
         self._module.synchronize(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from .backend import Backend
 from .vbar import lock
 
 _serials = itertools.count(1)
+_ranks = itertools.count(1)
 # Reading the system's free memory costs tens of microseconds.
 POLL_SECONDS = 0.05
 # Faults between two looks at whether the computation has eaten into the headroom.
@@ -20,13 +22,19 @@ LOOK_EVERY = 64
 
 
 class DeviceBooks:
-    """The VBARs of one device, lowest priority first, and what is free there beside them."""
+    """The VBARs of one device, and what is free there beside them."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.vbars: list[SoftwareVBAR] = []
+        # Weak: a model that is dropped without being closed takes its memory with it.
+        self.open: weakref.WeakSet[SoftwareVBAR] = weakref.WeakSet()
         self._free = 0
         self._polled = -POLL_SECONDS
+
+    @property
+    def vbars(self) -> list[SoftwareVBAR]:
+        """The open VBARs, lowest priority first."""
+        return sorted(self.open, key=lambda vbar: vbar.rank)
 
     def free(self) -> int:
         """Free bytes of the device, at most POLL_SECONDS old, less what was granted since."""
@@ -83,8 +91,9 @@ class SoftwareVBAR:
         self.used = 0
         self.peak = 0
         self._faults = 0
+        self.rank = next(_ranks)  # of two VBARs the one of lower rank is evicted from first
         with lock:
-            self.books.vbars.append(self)
+            self.books.open.add(self)
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> SoftwareSlice:
         piece = SoftwareSlice(self.top, nbytes, on_evict)
@@ -97,7 +106,9 @@ class SoftwareVBAR:
         # What lies above the limit would be brought only to be evicted by what lies below it.
         return self.top if self.limit is None else min(self.top, self.limit)
 
-    def fault(self, piece: SoftwareSlice) -> int | None:
+    def fault(self, piece: SoftwareSlice | None) -> int | None:
+        if piece is None:
+            return None
         with lock:
             self._faults += 1
             if self._faults % LOOK_EVERY == 0:
@@ -162,6 +173,7 @@ class SoftwareVBAR:
     def unpin(self, piece: SoftwareSlice) -> None:
         with lock:
             piece.pins -= 1
+            self._keep_limit()  # it may have been lowered while the slice was lent
 
     def tensor(self, piece: SoftwareSlice) -> torch.Tensor:
         if piece.memory is None:
@@ -170,21 +182,22 @@ class SoftwareVBAR:
 
     def prioritize(self) -> None:
         with lock:
-            self.books.vbars.remove(self)
-            self.books.vbars.append(self)
+            self.rank = next(_ranks)
             self.watermark = self._ceiling()
 
     def deprioritize(self) -> None:
         with lock:
-            self.books.vbars.remove(self)
-            self.books.vbars.insert(0, self)
+            self.rank = -next(_ranks)
 
     def set_limit(self, nbytes: int | None) -> None:
         with lock:
             self.limit = nbytes
             self.watermark = self._ceiling()
-            while nbytes is not None and self.used > nbytes and self._evict_top():
-                pass
+            self._keep_limit()
+
+    def _keep_limit(self) -> None:
+        while self.limit is not None and self.used > self.limit and self._evict_top():
+            pass
 
     def free_memory(self, nbytes: int) -> int:
         with lock:
@@ -199,8 +212,8 @@ class SoftwareVBAR:
     def peak_size(self) -> int:
         return self.peak
 
-    def resident(self, piece: SoftwareSlice) -> bool:
-        return bool(piece.serial)
+    def resident(self, piece: SoftwareSlice | None) -> bool:
+        return piece is not None and bool(piece.serial)
 
     def close(self) -> None:
         with lock:
@@ -209,5 +222,4 @@ class SoftwareVBAR:
                     piece.pins = 0
                     self._evict(piece)
             self.slices.clear()
-            if self in self.books.vbars:
-                self.books.vbars.remove(self)
+            self.books.open.discard(self)

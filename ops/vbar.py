@@ -33,7 +33,7 @@ class VBAR(Protocol):
         """Reserve addresses, above all earlier allocations. Maps nothing."""
 
     def fault(self, piece: Any) -> Signature | None:
-        """Ask for the memory of a slice and pin it; None, and no pin, where there is no room."""
+        """Ask for the memory of a slice and pin it; None, and no pin, where there is no room or no slice."""
 
     def same(self, signature: Signature, other: Signature | None) -> bool:
         """Whether nothing was evicted between two faults of one slice."""
@@ -51,7 +51,7 @@ class VBAR(Protocol):
         """Below all other VBARs of the device: the first to be evicted from."""
 
     def set_limit(self, nbytes: int | None) -> None:
-        """The most that may be resident; None for no limit of its own. What lies above is evicted at once."""
+        """The most that may be resident; None for no limit of its own. What lies above is evicted, pinned slices later."""
 
     def free_memory(self, nbytes: int) -> int:
         """Evict from the top until that much is free; returns the bytes freed. Pinned slices stay."""

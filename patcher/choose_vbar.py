@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..ops.aimdo_vbar import PAGE, AimdoVBAR, serves
-from ..ops.backend import Backend, StreamBackend
+from ..ops.backend import Backend
 from ..ops.ledger import Ledger, in_words
 from ..ops.software_vbar import SoftwareVBAR
 from ..ops.vbar import VBAR
@@ -14,15 +14,12 @@ from .policy import Policy
 
 def choose_vbar(backend: Backend, policy: Policy, headroom: int, nbytes: int, ledger: Ledger, may_init: bool) -> VBAR:
     """Make the VBAR for `nbytes` of bundles. Raises RuntimeError where the policy forces one that cannot be had."""
-    served, reason = serves(backend.device, may_init) if isinstance(backend, StreamBackend) else (
-        False,
-        f"comfy-aimdo serves CUDA and ROCm devices, not {backend.device.type}",
-    )
+    served, reason = serves(backend, may_init)
     if policy.vbar == "aimdo" and not served:
         raise RuntimeError(f"the policy asks for comfy-aimdo's VBAR, but {reason}. Choose 'auto' or 'software'.")
     if served and policy.vbar != "software":
         # Addresses cost nothing: room for the alignment of every bundle and a page more.
-        vbar = AimdoVBAR(backend.device, nbytes + PAGE)
+        vbar = AimdoVBAR(backend, nbytes + PAGE)
         ledger.decide_once(f"comfy-aimdo VBAR of {in_words(vbar.capacity)}: {reason}", level=logging.INFO)
         return vbar
     why = "the policy asks for it" if policy.vbar == "software" else reason

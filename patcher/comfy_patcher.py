@@ -302,8 +302,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
         dynamic = self.state.dynamic
-        if dynamic is None or self.policy.keep == "always":
+        if dynamic is None:
             return 0
+        if self.policy.keep == "always":
+            # Less than asked would make the core unload the model as a whole. It measures what is really free afterwards.
+            return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 
     def partially_unload_ram(self, ram_to_unload: float, subsets: Any = PIN_SUBSETS) -> int:

@@ -91,7 +91,8 @@ class DynamicModel:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self.module(*args, **kwargs)
+            with self.backend.current():
+                return self.module(*args, **kwargs)
         finally:
             self.after_run()
 
@@ -223,9 +224,19 @@ class DynamicModel:
         if self.budget() is None and self.caster.vbar.kind == "software":
             self._follow_free_memory()
         if self.caster.vbar.loaded_size() < self.total_bytes:
-            self.caster.vbar.prioritize()
-            if self.policy.priority < 0:
-                self.caster.vbar.deprioritize()
+            self._prioritize()
+
+    @property
+    def rank(self) -> float:
+        """The order in which models give way, the lowest first; among equals the least recently used."""
+        return float("inf") if self.policy.keep == "always" else self.policy.priority
+
+    def _prioritize(self) -> None:
+        assert self.caster is not None
+        self.caster.vbar.prioritize()
+        above = [m for m in models if m.caster is not None and m.device == self.device and m.rank > self.rank]
+        for model in sorted(above, key=lambda m: m.rank):
+            model.caster.vbar.prioritize()
 
     def _follow_free_memory(self) -> None:
         """Without a budget: shrink at once when the headroom is gone, grow when clearly more is free."""
@@ -299,7 +310,7 @@ class DynamicModel:
         if headroom is not None:
             self.caster.vbar.headroom = self.headroom  # type: ignore[attr-defined]
         self._apply_budget()
-        self.caster.vbar.prioritize()
+        self._prioritize()
 
     # -- patches
 
