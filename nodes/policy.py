@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..patcher.comfy_load import is_ours
 from ..patcher.policy import Policy
@@ -76,7 +77,8 @@ class SpillwayPolicy(io.ComfyNode):
             priority=priority,
         )
         if model is None:
-            return io.NodeOutput(None, policy)
+            missing = "Spillway Policy: its MODEL output is used, but no model is connected to its input."
+            return io.NodeOutput(ExecutionBlocker(missing), policy)
         if not is_ours(model):
             raise ValueError(
                 "Spillway Policy: this MODEL is not managed by Spillway. Load it with a Spillway loader, or put a "

@@ -14,7 +14,7 @@ import torch
 
 from .backend import Backend
 from .bundle import Bundle
-from .gather import copy_into, interpret_gathered_like
+from .gather import copy_into, interpret_gathered_like, is_wrapper
 from .ledger import Ledger, in_words
 from .pins import Pins
 from .ring import Slot
@@ -48,7 +48,7 @@ class Caster:
         self.counters = ledger.counters
         self.previous: Bundle | None = None
         self.first: Bundle | None = None
-        # Called when the first bundle is asked for again: a step begins.
+        # Called whenever the first bundle is asked for: a step begins.
         self.on_step: Callable[[], None] = lambda: None
         self.broken = False  # the VBAR failed twice: everything is streamed
 
@@ -62,10 +62,10 @@ class Caster:
 
         Raises SourceError where a parameter has no data; whatever is raised, nothing stays pinned.
         """
+        if self.first is None:
+            self.first = bundle
         if bundle is self.first:
             self.on_step()
-        elif self.first is None:
-            self.first = bundle
         loan = self.take(bundle)
         try:
             if loan.views is None:
@@ -87,7 +87,11 @@ class Caster:
         if previous is not None:
             previous.successor = bundle
         self.previous = bundle
-        self.look_ahead(bundle)
+        try:
+            self.look_ahead(bundle)
+        except BaseException:
+            self.exit(bundle)
+            raise
 
     def exit(self, bundle: Bundle) -> None:
         """Give back: the idle parameters stand in the module again."""
@@ -144,6 +148,7 @@ class Caster:
         try:
             self.begin(loan)
         except BaseException:
+            self.backend.synchronize()  # a transfer may have begun
             self.release(loan)
             raise
         return loan
@@ -199,8 +204,10 @@ class Caster:
             if param.patch is None:
                 copy_into(view, tensor)
             else:
-                # A patch gets the weight in the model's dtype and gives it back in the same.
-                start = tensor if tensor.dtype == view.dtype else tensor.to(view.dtype)
+                # A patch gets the weight in the dtype that the op computes in, as its own: it may write into it, and on
+                # a CPU `tensor` is the source itself.
+                wanted = param.compute_dtype or view.dtype
+                start = tensor if is_wrapper(tensor) else tensor.to(wanted, copy=self.backend.in_place)
                 copy_into(view, param.patch(start))
                 self.counters.patched += 1
         return views  # type: ignore[return-value]

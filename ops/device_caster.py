@@ -10,6 +10,7 @@ import torch
 from .backend import Backend
 from .bundle import Bundle
 from .caster import Caster, Loan
+from .disk_map import SourceError
 from .gather import copy_into, interpret_gathered_like
 from .ledger import Ledger
 from .pins import Pins
@@ -55,6 +56,8 @@ class DeviceCaster(Caster):
     # -- a loan's way
 
     def take(self, bundle: Bundle) -> Loan:
+        if self.write_backs:
+            self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
         loan = self.ahead.pop(bundle, None)
         if loan is not None:
             return loan
@@ -72,21 +75,27 @@ class DeviceCaster(Caster):
         current = pin is not None and pin.version == bundle.version
         loan.finished = current or bundle.plain
         nbytes = bundle.nbytes if loan.finished else bundle.store_bytes
-        if loan.finished and loan.signature is not None:
+        to_vbar = loan.finished and loan.signature is not None
+        loan.slot = None if to_vbar else self.ring.take(nbytes)
+        if to_vbar:
             loan.target = self.vbar.tensor(bundle.piece)[:nbytes]
-            # What lay there before may still be read by work that was given to the main stream.
-            self.backend.wait(self.backend.record(None), stream)
+        elif loan.slot is None:  # nested modules hold every slot
+            loan.target = self.backend.empty(nbytes)
         else:
-            loan.slot = self.ring.take(nbytes)
-            if loan.slot is None:  # nested modules hold every slot
-                loan.target = self.backend.empty(nbytes)
-                self.backend.wait(self.backend.record(None), stream)
-            else:
-                loan.target = loan.slot.buffer[:nbytes]
+            loan.target = loan.slot.buffer[:nbytes]
+        if loan.slot is None or loan.slot.fresh:
+            # What lay there before may still be in use by work that was given to the main stream.
+            self.backend.wait(self.backend.record(None), stream)
+        if loan.slot is not None:
+            loan.slot.fresh = False
         if not current and (pin is None or pin.version is not None):
             pin = self.pins.take(bundle, bundle.store_bytes, None) if not self._worth_writing_back(bundle) else None
             if pin is not None:
-                self._gather(bundle, pin.buffer)
+                try:
+                    self._gather(bundle, pin.buffer)
+                except BaseException:
+                    self.pins.drop(bundle)
+                    raise
         if pin is not None:
             if pin.ready is not None:
                 self.backend.wait(pin.ready, stream)
@@ -109,13 +118,15 @@ class DeviceCaster(Caster):
         assert loan.target is not None
         staging = self.staging.take(bundle.store_bytes)
         buffer = torch.empty(bundle.store_bytes, dtype=torch.uint8) if staging is None else staging.buffer
-        self._gather(bundle, buffer)
-        self.backend.copy(loan.target, buffer[: bundle.store_bytes], stream)
-        loan.event = self.backend.record(stream)
-        if staging is None:
-            loan.keep = buffer
-        else:
-            self.staging.give(staging, loan.event)  # type: ignore[arg-type]
+        try:
+            self._gather(bundle, buffer)
+            self.backend.copy(loan.target, buffer[: bundle.store_bytes], stream)
+            loan.event = self.backend.record(stream)
+        finally:
+            if staging is None:
+                loan.keep = buffer
+            else:
+                self.staging.give(staging, loan.event)  # type: ignore[arg-type]
 
     def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
@@ -148,11 +159,15 @@ class DeviceCaster(Caster):
         if pin is None:
             return
         stream = self.streams[self.turn]
-        self.backend.wait(self.backend.record(None), stream)  # the finished form is made on the main stream
-        self.backend.copy(pin.buffer, memory, stream)
-        pin.ready = self.backend.record(stream)
+        try:
+            self.backend.wait(self.backend.record(None), stream)  # the finished form is made on the main stream
+            self.backend.copy(pin.buffer, memory, stream)
+            pin.ready = self.backend.record(stream)
+        except BaseException:
+            self.backend.synchronize()
+            self.pins.drop(bundle)  # it says that it holds the finished form
+            raise
         # The allocator must not hand this memory out while the stream reads it.
-        self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
         self.write_backs.append((pin.ready, memory))
         self.counters.write_backs += 1
         self.counters.bytes_written_back += bundle.nbytes
@@ -178,7 +193,10 @@ class DeviceCaster(Caster):
             following = last.successor
             if following is None or following is bundle or following in self.ahead or following.loan is not None:
                 break
-            loan = super().take(following)
+            try:
+                loan = super().take(following)
+            except (RuntimeError, MemoryError, SourceError):
+                break  # whoever asks for this bundle will be told
             self.ahead[following] = loan
             if loan.views is None:
                 self.counters.prefetched += 1
@@ -186,9 +204,13 @@ class DeviceCaster(Caster):
         self.horizon = last if self.ahead else None
 
     def forget(self) -> None:
-        for loan in self.ahead.values():
+        # One by one: while another thread frees memory, this one may come to use what it began.
+        while self.ahead:
+            try:
+                _, loan = self.ahead.popitem()
+            except KeyError:
+                break
             self.release(loan)
-        self.ahead.clear()
         self.horizon = None
 
     def close(self) -> None:

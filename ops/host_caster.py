@@ -26,6 +26,7 @@ class HostCaster(Caster):
         if bundle.in_place:
             loan.views = bundle.store
             if loan.signature is not None:
+                bundle.piece.memory = None  # of a patch that is gone: what stays now are the pages of the map
                 self.keep_resident(bundle, loan, bundle.store)
                 self.counters.bytes_loaded += bundle.store_bytes
         elif loan.signature is None:
@@ -45,7 +46,11 @@ class HostCaster(Caster):
             wanted = bundle.patched or bundle.place in ("ram", "pin")
             pin = self.pins.take(bundle, bundle.nbytes, bundle.version) if wanted else None
             memory = pin.buffer if pin is not None else self.backend.empty(bundle.nbytes)
-            views = self.form(bundle, bundle.store, memory)
+            try:
+                views = self.form(bundle, bundle.store, memory)
+            except BaseException:
+                self.pins.drop(bundle)  # it says that it holds the finished form
+                raise
             if pin is not None:
                 self.counters.write_backs += 1
                 self.counters.bytes_written_back += bundle.nbytes

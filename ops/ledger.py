@@ -43,7 +43,7 @@ class Ledger:
         if self.decisions and self.decisions[-1] == text:
             return
         self.decisions.append(text)
-        log.log(level, "%s: %s", self.name, text)
+        log.log(level, "[Spillway] %s: %s", self.name, text)
 
     def decide_once(self, text: str, *, level: int = logging.WARNING) -> None:
         """Record a decision that would otherwise repeat at every layer."""
@@ -56,7 +56,7 @@ class Ledger:
         now, before = self.counters, self._summarised
         steps = now.steps - before.steps
         log.info(
-            "%s: %s of %s resident; since the last report %d steps, %s streamed, %s loaded, %d evictions",
+            "[Spillway] %s: %s of %s resident; since the last report %d steps, %s streamed, %s loaded, %d evictions",
             self.name,
             in_words(resident),
             in_words(total),

@@ -13,9 +13,13 @@ from .ledger import Counters
 
 @dataclass(eq=False)
 class Slot:
-    """One buffer of a ring. done: after the last use of what it held."""
+    """One buffer of a ring. done: after the last use of what it held.
+
+    fresh: just allocated, so work given to the main stream earlier may still use that memory for something else.
+    """
 
     buffer: torch.Tensor
+    fresh: bool = True
     done: Event | None = None
     taken: bool = False
 
@@ -54,6 +58,7 @@ class Ring:
         if slot.buffer.numel() < nbytes:
             slot.buffer = self._empty(0)  # free before growing
             slot.buffer = self._empty(nbytes)
+            slot.fresh = True
         slot.taken = True
         return slot
 

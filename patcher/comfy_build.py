@@ -101,8 +101,8 @@ def build(load: Callable[[], Any], module_of: Callable[[Any], Any], policy: Poli
         made = load()
     if not lacks_data(module_of(made)):
         return made
-    if not made.is_dynamic():
-        log.info("%s is one that ComfyUI never offloads: it is loaded whole", type(module_of(made)).__name__)
+    if not made.patcher.is_dynamic():
+        log.info("[Spillway] %s is one that ComfyUI never offloads: it is loaded whole", type(module_of(made)).__name__)
         return load()
     with building(policy, initialise=True):
         return load()

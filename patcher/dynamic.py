@@ -215,11 +215,11 @@ class DynamicModel:
         )
 
     def _on_step(self) -> None:
-        """A step begins: take note of the last one, follow the execution order, use a budget that has grown."""
+        """A step begins: take note of the one before, follow the execution order, use a budget that has grown."""
         assert self.caster is not None
         self.ledger.counters.steps += 1
         self.note_peak()
-        if not self._traced:
+        if not self._traced and self.ledger.counters.steps > 1:
             self._follow_trace()
         if self.budget() is None and self.caster.vbar.kind == "software":
             self._follow_free_memory()

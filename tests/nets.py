@@ -11,6 +11,9 @@ from spillway.ops.skip_init import skip_model_initialization
 from spillway.patcher.dynamic import DynamicModel
 from spillway.patcher.policy import Policy
 
+# Matrices this small gain nothing from a second thread, and lose much on a machine that is busy.
+torch.set_num_threads(1)
+
 # The same examples every time, so a test does not fail on some machines only.
 steady = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -99,11 +102,13 @@ def plain(build, state, dtype):
 
 
 def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, **policy_fields):
-    """A dynamic model of `source`: a path or a Source. device: a simulated one, else the CPU."""
-    with skip_model_initialization():
-        module = build().to(dtype)
-    if not hasattr(source, "keys"):
-        source = DiskMap(source)
+    """A dynamic model of `source`: a path, a Source, or None for the module's own. device: a simulated one, else the CPU."""
+    if source is None:
+        module = build()
+    else:
+        with skip_model_initialization():
+            module = build() if dtype is None else build().to(dtype)
+        source = source if hasattr(source, "keys") else DiskMap(source)
     return DynamicModel(module, source, "cpu", policy or Policy(**policy_fields), backend=device)
 
 

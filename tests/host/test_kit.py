@@ -128,9 +128,13 @@ def _load_patch(models_dir, kind, **options):
     return ModelPatchLoader().load_model_patch(path.name)[0]
 
 
+def test_anima_patch_loads(models_dir):
+    pytest.importorskip("comfy.ldm.anima.lllite")
+    assert type(_load_patch(models_dir, "patch_anima_lllite").model).__name__ == "AnimaLLLite"
+
+
 def test_model_patches_load(models_dir):
     assert type(_load_patch(models_dir, "patch_uso").model).__name__ == "SigLIPMultiFeatProjModel"
-    assert type(_load_patch(models_dir, "patch_anima_lllite").model).__name__ == "AnimaLLLite"
     with checkpoints.small_patches(qwen_dim=128, qwen_layers=4, z_dim=256):
         qwen = _load_patch(models_dir, "patch_qwen_diffsynth", dim=128, layers=4).model
         assert len(qwen.controlnet_blocks) == 4 and qwen.img_in.weight.shape == (128, 64)
@@ -151,6 +155,7 @@ def test_z_image_control(checkpoint, models_dir):
 
 
 def test_wan_uni3c(checkpoint, models_dir):
+    pytest.importorskip("comfy.ldm.wan.uni3c")
     from comfy_extras.nodes_model_patch import WanUni3CControlnetApply
 
     patch = _load_patch(models_dir, "patch_wan_uni3c")

@@ -220,13 +220,14 @@ def test_interrupt(where, fraction, checkpoint, load):
         if where == "between steps" and step == 1:
             comfy.model_management.interrupt_current_processing()
 
-    def inside(kwargs):  # after a block of the network, with later weights perhaps on their way
-        if where == "inside a step" and len(steps) == 1 and kwargs["block_index"] == 1:
+    def inside(args, extra):  # after a block of the network, with later weights perhaps on their way
+        out = extra["original_block"](args)
+        if where == "inside a step" and len(steps) == 1:
             comfy.model_management.interrupt_current_processing()
-        return kwargs
+        return out
 
     patched = model.clone()
-    patched.set_model_double_block_patch(inside)
+    patched.set_model_patch_replace(inside, "dit", "double_block", 1)
     for _ in range(2):
         steps.clear()
         with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -1,0 +1,109 @@
+"""What all benchmarks write: a table for people, JSON for programs, and what they were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from _pack import ROOT
+
+PACKAGES = ("torch", "safetensors", "accelerate", "diffusers", "RamTorch", "mmgp", "numpy", "comfy-aimdo", "comfy-kitchen")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, RAM and system."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that matter, as far as they are installed in this process's Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def result(**figures: Any) -> dict[str, Any]:
+    """The figures with their date, command, machine and versions."""
+    script, *arguments = sys.argv
+    name = Path(script).stem
+    # Where the file lies is nobody's business.
+    shown = [Path(a).name if os.sep in a else a for a in arguments]
+    return {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "dev.py", "bench", name, *shown]),
+        "machine": machine(),
+        "versions": versions(),
+        **figures,
+    }
+
+
+def write(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write the result file; it appears only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(figures, indent=2) + "\n")
+    partial.replace(path)
+    print(f"figures: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rows = [list(columns), *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def ratio(values: Sequence[float], reference: Sequence[float]) -> float | None:
+    """Median of the ratios, value by value: both were measured in the same round."""
+    return median([value / other for value, other in zip(values, reference, strict=False) if other])
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def megabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:,.0f}"

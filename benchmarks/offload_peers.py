@@ -1,0 +1,208 @@
+"""Weights that do not fit: Spillway beside accelerate, diffusers, RamTorch, mmgp and the plain module, on the CPU.
+
+    python dev.py bench offload_peers                       # all contestants, the demo's 1.1 GB Flux in bf16
+    python dev.py bench offload_peers --gb 4 --rounds 8 --json result.json
+    python dev.py bench offload_peers --only Spillway       # and the plain module, which is always there
+    python dev.py bench offload_peers --cold                # starts read the file from the disk, not from the cache
+
+Starts are measured alone, each in a fresh process; steps in turns, with all contestants alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _report as report
+import torch
+from _peers import CONTESTANTS, Job
+from _race import Contestant, Laps, contest, difference, drop_from_cache, progress, race, read_into_cache, solo
+from demo.checkpoint import DEFAULT_GB, ensure_checkpoint
+from demo.flux import config_from_keys
+from demo.sampling import DEFAULT_SIZE, make_inputs
+from safetensors import safe_open
+
+REFERENCE = next(iter(CONTESTANTS))
+START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the first step learned
+
+# -- in the contestant's process
+
+
+def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
+    """Load, then steps until the parent wants no more; the latest output is left in a file."""
+    job = job_of(args)
+    kind, options = CONTESTANTS[args.contestant]
+    contestant = kind(job, **options)
+    if args.prepare:
+        with laps.lap("prepare"):
+            contestant.prepare()
+        return
+    noise, ids, cond = make_inputs(job.config, args.size)
+    half = (tensor.bfloat16() for tensor in (noise, cond.txt, cond.pooled))
+    img, txt, pooled = half
+    with torch.no_grad():
+        with laps.lap("load"):
+            model = contestant.load()
+        label = "first"
+        while True:
+            laps.begin(label)
+            out = model(img, ids, txt, cond.txt_ids, torch.full((1,), 0.5), pooled, cond.guidance)
+            laps.stop()
+            torch.save(out, job.scratch / f"{label}.pt")
+            laps.tell(facts=contestant.facts() if hasattr(contestant, "facts") else None)
+            label = "step"
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    with safe_open(args.checkpoint, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+    specs = {key: torch.empty(shape, dtype=torch.bfloat16, device="meta") for key, shape in shapes.items()}
+    scratch = scratch_of(args.contestant, args.out)
+    scratch.mkdir(exist_ok=True)
+    return Job(args.checkpoint, config_from_keys(specs), sum(spec.nbytes for spec in specs.values()), scratch, args.out)
+
+
+def scratch_of(name: str, out: Path) -> Path:
+    return out / "".join(c if c.isalnum() else "-" for c in name)
+
+
+# -- in the parent
+
+
+def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
+    """All figures by contestant."""
+
+    def command(name: str, *more: str) -> list[str]:
+        told = ("--contestant", name, "--out", str(out), "--checkpoint", str(args.checkpoint), "--size", str(args.size))
+        return [sys.executable, __file__, *told, *more]
+
+    for name in names:
+        kind, options = CONTESTANTS[name]
+        if hasattr(kind, "prepare") and options["disk"] == "kept":
+            solo(name, command(name, "--prepare"), 1, args.threads)
+    starts: dict[str, list[Contestant]] = {name: [] for name in names}
+    for start in range(args.starts):
+        turn = start % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            if any(one.failed for one in starts[name]):
+                continue
+            progress(f"start {start + 1} of {args.starts}: {name}")
+            # Whoever comes first must not pay for the reading of all.
+            read_into_cache(args.checkpoint)
+            if args.cold:
+                drop_from_cache(args.checkpoint)
+            starts[name].append(solo(name, command(name), START, args.threads))
+            if name != REFERENCE:
+                shutil.rmtree(scratch_of(name, out), ignore_errors=True)
+    read_into_cache(args.checkpoint)
+    running = [name for name in names if not starts[name][-1].failed]
+    runs = race({name: command(name) for name in running}, args.rounds, args.threads, settle=SETTLE)
+    return {name: figures(name, starts[name], runs, out) for name in names}
+
+
+def figures(name: str, starts: Sequence[Contestant], runs: Mapping[str, Contestant], out: Path) -> dict[str, Any]:
+    """One contestant's figures; `failed` with the reason for one that cannot run here."""
+    run = runs.get(name)
+    failed = next((one.failed for one in (*starts, run) if one is not None and one.failed), None)
+    if failed is not None or run is None:
+        return {"failed": failed}
+    plain = runs[REFERENCE]
+    steps = run.seconds("step")[1:]
+    ready = [sum(one.seconds("load") + one.seconds("first")) for one in starts]
+    last = run.last()
+    pairs = [(scratch_of(name, out) / file, scratch_of(REFERENCE, out) / file) for file in ("first.pt", "step.pt")]
+    differences = [difference(ours, theirs) for ours, theirs in pairs]
+    return {
+        "load_s": [one.seconds("load")[0] for one in starts],
+        "ready_s": ready,
+        "ready_median_s": statistics.median(ready),
+        "steps_s": steps,
+        "step_median_s": statistics.median(steps),
+        "step_min_s": min(steps),
+        "step_ratio": report.ratio(steps, plain.seconds("step")[1:]),
+        "start_peak_growth_bytes": max(one.last()["peak_rss"] - one.last()["begun_rss"] for one in starts),
+        "peak_rss_bytes": last["peak_rss"],
+        "peak_growth_bytes": last["peak_rss"] - last["begun_rss"],
+        "peak_anonymous_growth_bytes": last["peak_anonymous"] and last["peak_anonymous"] - last["begun_anonymous"],
+        "max_abs_difference": max(value for value in differences if value is not None),
+        "facts": last.get("facts"),
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures side by side; ratios are to the plain module of the same run."""
+    plain = results[REFERENCE]
+    rows = []
+    for name, row in results.items():
+        if "failed" in row:
+            continue
+        ready = row["ready_median_s"]
+        rows.append(
+            (
+                name,
+                report.number(ready),
+                report.number(ready / plain["ready_median_s"]),
+                report.number(row["step_median_s"]),
+                report.number(row["step_min_s"]),
+                report.number(row["step_ratio"], "{:.3f}"),
+                report.megabytes(row["peak_growth_bytes"]),
+                report.number(row["peak_growth_bytes"] / plain["peak_growth_bytes"]),
+                report.megabytes(row["peak_anonymous_growth_bytes"]),
+                f"{row['max_abs_difference']:g}",
+            )
+        )
+    heads = ("", "load + first, s", "ratio", "step, s", "min", "ratio", "peak RSS growth, MB", "ratio", "anonymous", "max diff")
+    lines = [report.table(heads, rows)]
+    lines += [f"{name} did not run: {row['failed']}" for name, row in results.items() if "failed" in row]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=DEFAULT_GB, help="size of the file that is made (default %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="use this Flux.1 file in bf16, or make it there")
+    parser.add_argument("--size", type=int, default=DEFAULT_SIZE, help="pixels per side (default %(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes for the time to the first step")
+    parser.add_argument("--rounds", type=int, default=7, help="later steps of each contestant, in turns")
+    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
+    parser.add_argument("--only", action="append", help="only contestants whose name begins so; may be repeated")
+    parser.add_argument("--cold", action="store_true", help="empty the file's page cache before each start (Linux)")
+    parser.add_argument("--scratch", type=Path, help="folder for what peers write (default: the system's; a few GB)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.contestant:
+        return contest(lambda laps: run_contestant(args, laps))
+    if min(args.starts, args.rounds) < 1:
+        sys.exit("--starts and --rounds must be at least 1")
+    args.checkpoint = ensure_checkpoint(args.checkpoint, args.gb)
+    wanted = tuple(args.only or ("",))
+    names = [name for name in CONTESTANTS if name == REFERENCE or name.startswith(wanted)]
+    with tempfile.TemporaryDirectory(prefix="spillway-peers-", dir=args.scratch) as out:
+        results = measure(args, names, Path(out))
+    nbytes = args.checkpoint.stat().st_size
+    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, {args.size} x {args.size}, {args.threads} threads, ", end="")
+    print("file " + ("on disk" if args.cold else "in the page cache") + f", {args.starts} starts, {args.rounds} rounds\n")
+    print(table(results))
+    if args.json:
+        report.write(args.json, report.result(file_bytes=nbytes, size=args.size, cold=args.cold, results=results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
