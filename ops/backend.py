@@ -140,7 +140,9 @@ def backend_for(device: str | torch.device) -> Backend:
                 count = module.device_count() if hasattr(module, "device_count") else 1
                 there += [f"{kind}:{index}" for index in range(count)]
         reason = str(error).splitlines()[0]
-        raise DeviceError(f"device '{device}' cannot be used ({reason}). This machine has: {', '.join(there)}.") from None
+        raise DeviceError(
+            f"device '{device}' cannot be used ({reason}). This machine has: {', '.join(there)}."
+        ) from None
     if device.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
     if device.type == "cpu":

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -141,6 +141,23 @@ def _private_map(fileno: int) -> mmap.mmap:
     return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
 
 
+def _map(file: BinaryIO) -> mmap.mmap:
+    """Map a whole file, however large.
+
+    A private writable map keeps a stray write in this process and off the file. But the system reserves memory for all of
+    it unless told not to, which a model larger than RAM would fail; where it cannot be told, the map is read-only.
+    """
+    if sys.platform != "win32":
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
+        try:
+            return mmap.mmap(
+                file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        except OSError:  # a system that never overcommits
+            pass
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class DiskMap:
     """A safetensors file; tensors are views of its memory map.
 
@@ -202,7 +219,9 @@ class DiskMap:
             return self._specs[key]
         except KeyError:
             some = ", ".join(list(self._specs)[:3])
-            raise SourceError(f"{self.path}: no tensor '{key}'. The file has {len(self._specs)}, such as {some}.") from None
+            raise SourceError(
+                f"{self.path}: no tensor '{key}'. The file has {len(self._specs)}, such as {some}."
+            ) from None
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor as a view of the map: nothing is read until its elements are."""
@@ -211,8 +230,13 @@ class DiskMap:
             view = torch.empty(spec.shape, dtype=spec.dtype)
         else:
             count = spec.nbytes // spec.dtype.itemsize
-            view = torch.frombuffer(self._map, dtype=spec.dtype, count=count, offset=spec.offset).view(spec.shape)
+            view = self._view(spec.dtype, count, spec.offset).view(spec.shape)
         return view.to(self.dtype) if self.dtype is not None and spec.dtype.is_floating_point else view
+
+    def _view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors as views of the map."""

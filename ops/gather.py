@@ -52,9 +52,7 @@ def gathered_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
     return total
 
 
-def interpret_gathered_like(
-    tensors: Sequence[torch.Tensor | None], buffer: torch.Tensor
-) -> list[torch.Tensor | None]:
+def interpret_gathered_like(tensors: Sequence[torch.Tensor | None], buffer: torch.Tensor) -> list[torch.Tensor | None]:
     """Views of `buffer` with the shapes, dtypes and wrappers of `tensors`; None stays None.
 
     `buffer` is one-dimensional uint8. Raises ValueError where it is not, or is too small.

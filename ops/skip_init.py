@@ -28,7 +28,12 @@ def skip_model_initialization(keep_below: int = 0) -> Iterator[None]:
 
         def make_on_meta(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
             plain = type(data) is torch.Tensor and not data.is_meta
-            if plain and not loading and threading.get_ident() == thread and data.numel() * data.element_size() >= keep_below:
+            if (
+                plain
+                and not loading
+                and threading.get_ident() == thread
+                and data.numel() * data.element_size() >= keep_below
+            ):
                 data = torch.empty_like(data, device="meta")
             return make(cls, data, requires_grad)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from ..ops.bundle import FLOATS, Bundle, Param
+from ..ops.bundle import Bundle, Param
 from ..ops.disk_map import SourceError
 from ..ops.gather import is_wrapper
 from ..ops.layer import dynamic_class, has_forward
@@ -25,6 +25,22 @@ def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if source.is_floating_point() else source.dtype
 
 
+# Stock modules that read their children's weights without calling the children: they are borrowed for as a whole.
+WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
+
+
+def _owner(modules: Mapping[str, torch.nn.Module], name: str) -> str:
+    """The module whose forward needs the parameters of module `name`."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        if isinstance(modules.get(above), WHOLE):
+            return above
+    while name and not has_forward(modules[name]):
+        name = name.rpartition(".")[0]
+    return name
+
+
 def collect_bundles(
     root: torch.nn.Module, source: Source | None, policy: Policy, model_dtype: ModelDtype | None = None
 ) -> list[Bundle]:
@@ -38,10 +54,17 @@ def collect_bundles(
     modules = dict(root.named_modules())
     params: dict[str, list[Param]] = {}
     missing: list[str] = []
+    tied: dict[int, str] = {}
+    if source is not None:
+        every = root.named_parameters(remove_duplicate=False)
+        tied = {id(parameter): key for key, parameter in every if key in source}
     for name, module in modules.items():
-        owner = name
-        while owner and not has_forward(modules[owner]):
-            owner = owner.rpartition(".")[0]
+        owner = _owner(modules, name)
+        if isinstance(module, torch.nn.RNNBase):
+            raise Unsupported(
+                f"'{name}' is a {type(module).__name__}, which keeps its own list of its weights, so they cannot be lent. "
+                "Load this model with its own loader."
+            )
         for attr, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -49,10 +72,12 @@ def collect_bundles(
             dtype = model_dtype(module, attr, parameter) if model_dtype is not None else parameter.dtype
             idle = parameter
             if source is not None:
-                if key not in source:
+                # A tied parameter may be in the file under one of its names only.
+                stored = key if key in source else tied.get(id(parameter))
+                if stored is None:
                     missing.append(key)
                     continue
-                tensor = source.tensor(key)
+                tensor = source.tensor(stored)
                 if tensor.shape != parameter.shape and not is_wrapper(tensor):
                     raise SourceError(
                         f"{getattr(source, 'path', 'source')}: tensor '{key}' has shape {tuple(tensor.shape)}, "
@@ -67,7 +92,7 @@ def collect_bundles(
                 )
             rule = policy.rule_for(name)
             compute = None
-            if rule is not None and data.dtype in FLOATS:
+            if rule is not None and data.is_floating_point():
                 compute = rule.compute_dtype or (dtype if rule.storage_dtype is not None else None)
                 dtype = rule.storage_dtype or dtype
             params.setdefault(owner, []).append(Param(module, attr, key, idle, _form_dtype(data, dtype), compute))
@@ -93,8 +118,15 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
     for name, module in root.named_modules():
         for attr, buffer in list(module._buffers.items()):
             key = f"{name}.{attr}" if name else attr
-            if buffer is not None and key in source:
-                module._buffers[attr] = source.tensor(key).to(dtype=buffer.dtype, copy=True)
+            if buffer is None or key not in source:
+                continue
+            tensor = source.tensor(key)
+            if tensor.shape != buffer.shape:
+                raise SourceError(
+                    f"{getattr(source, 'path', 'source')}: tensor '{key}' has shape {tuple(tensor.shape)}, the buffer of "
+                    f"{type(module).__name__} has {tuple(buffer.shape)}. The file is of another architecture."
+                )
+            module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 
 
 def attach(bundles: list[Bundle]) -> None:

@@ -114,5 +114,3 @@ def dynamic_vae(vae: Any, policy: Policy | None = None) -> Any:
     made.patcher = dynamic_model(vae.patcher, policy)
     made.first_stage_model = made.patcher.model
     return made
-
-

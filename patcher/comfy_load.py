@@ -52,7 +52,9 @@ def load_diffusion_model(
     disable_dynamic: the core's classic patcher, for nodes that ask for one.
     """
     if disable_dynamic:
-        return comfy.sd.load_diffusion_model(path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True)
+        return comfy.sd.load_diffusion_model(
+            path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
+        )
     refuse_pickle(path)
     options = _options(path, weight_dtype)
     with building(policy):
@@ -101,7 +103,10 @@ def _first_stage(vae: Any) -> torch.nn.Module | None:
 
 
 def load_clip(
-    paths: Sequence[str], clip_type: str = "stable_diffusion", policy: Policy | None = None, embedding_directory: Any = None
+    paths: Sequence[str],
+    clip_type: str = "stable_diffusion",
+    policy: Policy | None = None,
+    embedding_directory: Any = None,
 ) -> Any:
     """One to three text encoder files -> CLIP with a dynamic patcher. Raises SourceError, or ValueError for the type."""
     kind = getattr(comfy.sd.CLIPType, clip_type.upper(), None)

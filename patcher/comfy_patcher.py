@@ -152,7 +152,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # -- loading
 
-    def partially_load(self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
             # Checked first: a clone with other patches must never be shrunk with the old ones attached.

@@ -53,7 +53,8 @@ class HostPatch:
 
 def _same_stage(mine: list[tuple], theirs: list[tuple]) -> bool:
     return len(mine) == len(theirs) and all(
-        len(a) == len(b) and all(x is y or (isinstance(x, (int, float, tuple, str)) and x == y) for x, y in zip(a, b, strict=True))
+        len(a) == len(b)
+        and all(x is y or (isinstance(x, (int, float, tuple, str)) and x == y) for x, y in zip(a, b, strict=True))
         for a, b in zip(mine, theirs, strict=True)
     )
 

@@ -260,7 +260,9 @@ class DynamicModel:
             return
         self._order = order
         if self.plan is not None and self.plan.state is LoadState.PARTIAL:
-            self.ledger.decide("the first step ran the bundles in another order than they are registered: laid out anew")
+            self.ledger.decide(
+                "the first step ran the bundles in another order than they are registered: laid out anew"
+            )
             self._rebuild(prepare_now=True)
 
     def execution_order(self) -> list[Bundle]:
@@ -297,7 +299,9 @@ class DynamicModel:
         A change of rules or of the kind of VBAR needs a new model: it raises ValueError.
         """
         if policy.rules != self.policy.rules:
-            raise ValueError("the rules of a policy are read when the model is made: load the model again with the new ones.")
+            raise ValueError(
+                "the rules of a policy are read when the model is made: load the model again with the new ones."
+            )
         rebuild = policy.vbar != self.policy.vbar
         self.policy = policy
         if self.caster is None:

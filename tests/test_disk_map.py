@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import bits, same, steady
 from safetensors.torch import load_file, save_file
+
 from spillway.ops.disk_map import DTYPES, MAX_HEADER_BYTES, DiskMap, SourceError, locate, open_maps
 
 
@@ -331,3 +332,19 @@ def test_any_bytes_are_read_right_or_refused(tmp_path, place, cut, insert, lengt
     if length is not None:
         content = struct.pack("<Q", length) + content[8:]
     check(tmp_path / "a.safetensors", content)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sparse files and memory rules of Linux")
+def test_a_file_larger_than_ram_and_swap_can_be_mapped(tmp_path):
+    nbytes = psutil.virtual_memory().total + psutil.swap_memory().total + (4 << 30)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+    path = tmp_path / "huge.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + nbytes)
+        file.seek(-1, 2)
+        file.write(b"\x07")
+    tensor = DiskMap(path).tensor("w")
+    assert tensor.numel() == nbytes
+    assert int(tensor[0]) == 0
+    assert int(tensor[-1]) == 7
