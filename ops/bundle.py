@@ -12,8 +12,6 @@ from .gather import gathered_bytes, inner_tensors, is_wrapper, like
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-
 
 class Param:
     """One parameter of a bundle.

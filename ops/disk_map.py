@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -63,19 +63,25 @@ def interpret_gathered_like(tensors: Sequence[torch.Tensor | None], buffer: torc
     if needed > buffer.numel():
         raise ValueError(f"the gathered tensors need {needed} bytes, the buffer has {buffer.numel()}")
     offset = 0
+    views: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        views.append(None if tensor is None else _view_like(tensor, buffer[offset:]))
+        offset += gathered_bytes([tensor])
+    return views
 
-    def take(template: torch.Tensor) -> torch.Tensor:
-        nonlocal offset
-        if is_wrapper(template):
-            names, context = template.__tensor_flatten__()  # type: ignore[attr-defined]
-            parts = {name: take(getattr(template, name)) for name in names}
-            return type(template).__tensor_unflatten__(parts, context, template.shape, None)  # type: ignore[attr-defined]
+
+def _view_like(template: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    # No closure: one that calls itself is a reference cycle, and would keep the buffer until the collector runs.
+    if not is_wrapper(template):
         nbytes = template.numel() * template.element_size()
-        view = buffer[offset : offset + nbytes].view(template.dtype).view(template.shape)
-        offset += aligned(nbytes)
-        return view
-
-    return [None if tensor is None else take(tensor) for tensor in tensors]
+        return buffer[:nbytes].view(template.dtype).view(template.shape)
+    names, context = template.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts = {}
+    for name in names:
+        inner = getattr(template, name)
+        parts[name] = _view_like(inner, buffer)
+        buffer = buffer[gathered_bytes([inner]) :]
+    return type(template).__tensor_unflatten__(parts, context, template.shape, None)  # type: ignore[attr-defined]
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:

@@ -83,7 +83,7 @@ class SimDevice(Backend):
         self.other = 0  # bytes used by others
         self.pinned = 0
         self.copies = 0
-        self.most_outstanding = 0
+        self.most_outstanding = self.peak = 0
         self.all_streams: list[SimStream] = []
         self.clock = self.host_saw = 0  # of the main stream: how much it has been given, and how much is known to be done
         self.busy: dict[int, tuple[weakref.ref, int]] = {}  # device memory by address: in use by the main stream until
@@ -92,7 +92,13 @@ class SimDevice(Backend):
     def empty(self, nbytes):
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self._use(memory)
+        self.peak = max(self.peak, self.held())
         return memory
+
+    def held(self) -> int:
+        """Bytes of the memory that was given out and is still in somebody's hands."""
+        storages = (reference() for reference, _ in self.busy.values())
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def _use(self, memory) -> None:
         self.clock += 1

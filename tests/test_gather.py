@@ -1,5 +1,8 @@
 """Gathering: several tensors in one aligned buffer and back, bit for bit."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -94,6 +97,22 @@ def test_a_wrapper_counts_its_inner_tensors_and_keeps_its_form():
     assert tensor_bytes(wrapper) == 6 * 32 + 6 * 4
     assert gathered_bytes([wrapper]) == aligned(6 * 32) + aligned(6 * 4)
     assert like(wrapper, torch.bfloat16) is wrapper
+
+
+def test_the_buffer_is_free_when_its_views_are():
+    """Without waiting for the garbage collector: it may be a large part of a device's memory."""
+    tensors = [torch.zeros(3), quantise(torch.randn(2, 4))]
+    buffer = gather(tensors)
+    storage = weakref.ref(buffer.untyped_storage())
+    views = interpret_gathered_like(tensors, buffer)
+    gc.disable()
+    try:
+        del buffer
+        assert storage() is not None
+        del views
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 @steady

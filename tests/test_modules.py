@@ -287,25 +287,6 @@ def test_a_patch_that_gives_a_weight_another_shape(tmp_path, device, fraction):
             assert same(model(x()), reference(x()))
 
 
-def test_a_hook_sees_the_borrowed_weights(tmp_path, device):
-    state = write(tmp_path / "m.safetensors", Branches(), torch.bfloat16)
-    model = dynamic(Branches, tmp_path / "m.safetensors", device=device)
-    model(x())
-    layer, seen = model.module.layers[2], []
-    plain_forward = AnyLinear.forward
-
-    class Spy(AnyLinear):
-        def forward(self, x):
-            seen.append(self.weight.clone())
-            return plain_forward(self, x)
-
-    model.close()
-    layer.__class__ = Spy
-    model = dynamic(lambda: model.module, tmp_path / "m.safetensors", device=device)
-    model(x())
-    assert same(seen[0], state["layers.2.weight"])
-
-
 @pytest.mark.parametrize("build", [lambda: torch.nn.LSTM(4, 4), lambda: torch.nn.Sequential(torch.nn.GRU(4, 4))])
 def test_modules_that_keep_their_own_list_of_weights_are_refused(build):
     with pytest.raises(Unsupported, match=r"(LSTM|GRU).*own list.*loader"):

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import sampling
 import torch
+from pairs import FRACTIONS, assert_same
 
-FRACTIONS = (1.0, 0.5, 0.25, 0.0)
 ARCHES = ("flux", "wan", "lumina2", "z_image")
 SEEDS = (0, 1)  # two runs: the second starts with whatever the first left resident
 TEXTS = ("a small red house by the sea", "", "an (oil painting:1.3) of [two] foxes, in the manner of a woodcut")
@@ -66,17 +66,6 @@ def reference(path, steps=STEPS):
     latents = runs(model, steps)
     assert all(part.isfinite().all() for part in latents) and not torch.equal(*latents)
     return latents, model.model_size()
-
-
-def assert_same(got, wanted):
-    for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
-        if one is None and other is None:
-            continue
-        assert one.shape == other.shape and one.dtype == other.dtype
-        assert torch.equal(one, other), (
-            f"output {index}: {int((one != other).sum())} of {one.numel()} numbers differ, by up to "
-            f"{float((one - other).abs().max()):g}"
-        )
 
 
 def assert_within(patcher, budget, fraction):
