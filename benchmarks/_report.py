@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def host_versions(comfyui: Path, python: Path) -> dict[str, str]:
+    """The versions of ComfyUI and of what its own Python has installed."""
+    found = {}
+    for line in (comfyui / "comfyui_version.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            found["ComfyUI"] = line.split("=")[1].strip().strip("\"'")
+    code = (
+        "import importlib.metadata as m, json, platform, sys\n"
+        "have = {d.metadata['Name']: d.version for d in m.distributions()}\n"
+        "print(json.dumps({'python': platform.python_version(), **{n: have[n] for n in sys.argv[1:] if n in have}}))"
+    )
+    done = subprocess.run([str(python), "-c", code, *PACKAGES], capture_output=True, text=True, check=True)
+    return {**found, **json.loads(done.stdout)}
 
 
 def result(**figures: Any) -> dict[str, Any]:

@@ -14,6 +14,17 @@ from .types import CATEGORY, policy_input
 NONE = "none"
 
 
+def _path(folder: str, name: str) -> str:
+    try:
+        return folder_paths.get_full_path_or_raise(folder, name)
+    except FileNotFoundError:
+        places = ", ".join(folder_paths.get_folder_paths(folder))
+        raise FileNotFoundError(
+            f"There is no file '{name}' in {places}. Put it there, or press R to bring the lists up to date and choose "
+            "another."
+        ) from None
+
+
 class SpillwayLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -44,7 +55,7 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        path = _path("diffusion_models", unet_name)
         return io.NodeOutput(load_diffusion_model(path, weight_dtype, policy))
 
 
@@ -76,7 +87,7 @@ class SpillwayLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str, policy: Any = None) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        path = _path("checkpoints", ckpt_name)
         return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
 
 
@@ -123,7 +134,7 @@ class SpillwayLoadCLIP(io.ComfyNode):
         cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
     ) -> io.NodeOutput:
         names = [name for name in (clip_name1, clip_name2, clip_name3) if name != NONE]
-        paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names]
+        paths = [_path("text_encoders", name) for name in names]
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
 
@@ -149,4 +160,4 @@ class SpillwayLoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, policy: Any = None) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(folder_paths.get_full_path_or_raise("vae", vae_name), policy))
+        return io.NodeOutput(load_vae(_path("vae", vae_name), policy))

@@ -15,8 +15,12 @@ GIB = 1 << 30
 AUTO = -1.0
 
 
-def _bytes(gigabytes: float) -> int | None:
-    return None if gigabytes < 0 else int(gigabytes * GIB)
+def _bytes(name: str, gigabytes: float) -> int | None:
+    if gigabytes == AUTO:
+        return None
+    if not 0 <= gigabytes < float("inf"):
+        raise ValueError(f"Spillway Policy: {name} is {gigabytes}; give 0 or more GB, or -1 to leave it to Spillway.")
+    return int(gigabytes * GIB)
 
 
 def _gigabytes(name: str, tooltip: str) -> io.Input:
@@ -70,9 +74,9 @@ class SpillwayPolicy(io.ComfyNode):
         model: Any = None,
     ) -> io.NodeOutput:
         policy = Policy(
-            vram_bytes=_bytes(vram_gb),
-            headroom_bytes=_bytes(headroom_gb),
-            pinned_bytes=_bytes(pinned_gb),
+            vram_bytes=_bytes("vram_gb", vram_gb),
+            headroom_bytes=_bytes("headroom_gb", headroom_gb),
+            pinned_bytes=_bytes("pinned_gb", pinned_gb),
             keep=keep,  # type: ignore[arg-type]
             priority=priority,
         )

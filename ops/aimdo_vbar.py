@@ -5,6 +5,7 @@ Nothing here initialises devices that the host already initialised: a second ini
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -64,17 +65,24 @@ class AimdoVBAR:
         with lock:
             self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
             self.capacity = self._vbar.get_nr_pages() * PAGE
+        # Its own `__del__` would free it without the lock, whenever the last slice is dropped.
+        self._free = weakref.finalize(self, _free, self._vbar)
+        self._free.atexit = False
 
     def alloc(self, nbytes: int, on_evict: object = None) -> AimdoSlice | None:
         """None where the range is full: such a bundle is always streamed."""
         if self._offset + nbytes > self.capacity:
             return None
-        piece = AimdoSlice(self._vbar.alloc(nbytes), self._offset, nbytes)
-        self._offset = piece.handle[1] - self._vbar.base_addr + nbytes
+        handle = self._vbar.alloc(nbytes)
+        piece = AimdoSlice(handle, handle[1] - self._vbar.base_addr, nbytes)
+        self._offset = piece.offset + nbytes
         return piece
 
+    def _is_above_limit(self, piece: AimdoSlice) -> bool:
+        return self.limit is not None and piece.offset + piece.nbytes > self.limit
+
     def fault(self, piece: AimdoSlice | None) -> Any | None:
-        if piece is None or (self.limit is not None and piece.offset + piece.nbytes > self.limit):
+        if piece is None or self._is_above_limit(piece):
             return None
         with lock:
             return self._api.vbar_fault(piece.handle)
@@ -85,34 +93,43 @@ class AimdoVBAR:
     def unpin(self, piece: AimdoSlice) -> None:
         with lock:
             self._api.vbar_unpin(piece.handle)
+            if self._is_above_limit(piece):  # which was lowered while the slice was lent
+                self._keep_limit()
 
     def tensor(self, piece: AimdoSlice) -> torch.Tensor:
         return self._to_tensor(piece.handle, self.device)
 
+    # Other models and other threads call these, at any time.
+
     def prioritize(self) -> None:
         with lock:
-            self._vbar.prioritize()
+            if self._vbar is not None:
+                self._vbar.prioritize()
 
     def deprioritize(self) -> None:
         with lock:
-            self._vbar.deprioritize()
+            if self._vbar is not None:
+                self._vbar.deprioritize()
 
     def set_limit(self, nbytes: int | None) -> None:
         # Kept here rather than as a watermark: `prioritize` resets those, and 0.4.5 cannot set one.
         self.limit = None if nbytes is None else nbytes // PAGE * PAGE
         with lock:
-            above = 0 if self.limit is None else int(self._vbar.loaded_size()) - self.limit
-            if above > 0:
-                self._vbar.free_memory(above)
+            self._keep_limit()
+
+    def _keep_limit(self) -> None:
+        above = 0 if self.limit is None else self.loaded_size() - self.limit
+        if above > 0:
+            self.free_memory(above)
 
     def free_memory(self, nbytes: int) -> int:
         with lock:
-            return int(self._vbar.free_memory(int(nbytes)))
+            return int(self._vbar.free_memory(int(nbytes))) if self._vbar is not None else 0
 
     def loaded_size(self) -> int:
         with lock:
-            now = int(self._vbar.loaded_size())
-        self._peak = max(self._peak, now)
+            now = int(self._vbar.loaded_size()) if self._vbar is not None else 0
+            self._peak = max(self._peak, now)
         return now
 
     def peak_size(self) -> int:
@@ -123,13 +140,16 @@ class AimdoVBAR:
         if piece is None:
             return False
         with lock:
-            pages = self._vbar.get_residency()
+            pages = self._vbar.get_residency() if self._vbar is not None else [0] * (self.capacity // PAGE)
         first, last = piece.offset // PAGE, (piece.offset + max(1, piece.nbytes) - 1) // PAGE
         return all(pages[page] for page in range(first, last + 1))
 
     def close(self) -> None:
         with lock:
-            vbar, self._vbar = self._vbar, None
-            close = getattr(vbar, "close", None)
-            if close is not None:
-                close()
+            self._vbar = None
+            self._free()
+
+
+def _free(vbar: Any) -> None:
+    with lock:
+        getattr(vbar, "close", vbar.__del__)()  # `close` is new in 0.6.0

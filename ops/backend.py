@@ -128,6 +128,7 @@ class DeviceError(RuntimeError):
 
 def backend_for(device: str | torch.device) -> Backend:
     """The backend of a device. Raises DeviceError, with what there is, for a device that does not exist."""
+    asked = device
     try:
         device = torch.device(device)
         if device.type not in ("cpu", "meta"):
@@ -141,7 +142,7 @@ def backend_for(device: str | torch.device) -> Backend:
                 there += [f"{kind}:{index}" for index in range(count)]
         reason = str(error).splitlines()[0]
         raise DeviceError(
-            f"device '{device}' cannot be used ({reason}). This machine has: {', '.join(there)}."
+            f"device '{asked}' cannot be used ({reason}). This machine has: {', '.join(there)}."
         ) from None
     if device.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")

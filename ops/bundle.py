@@ -17,7 +17,8 @@ class Param:
     """One parameter of a bundle.
 
     idle: what stands in the module while the parameter is not borrowed: the source's own tensor.
-    form: template of what stays in the VBAR (the model's dtype). compute_dtype: what the op is given, None for the form's.
+    form: template of what stays in the VBAR (the model's dtype). compute_dtype: what the op is given, None for the
+    form's.
     """
 
     __slots__ = ("attr", "compute_dtype", "form", "idle", "key", "original", "owner", "patch", "source", "where")
@@ -127,7 +128,8 @@ class Bundle:
 
     def install(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put borrowed tensors in the module's place of its parameters."""
-        for param, tensor in zip(self.params, tensors, strict=True):
+        # Not strict: for every layer call, that would cost as much as the rest of this loop.
+        for param, tensor in zip(self.params, tensors):  # noqa: B905
             param.owner._parameters[param.attr] = tensor  # type: ignore[assignment]
         for target, name, _, lent in self.lent_attributes:
             setattr(target, name, lent)
@@ -144,8 +146,8 @@ class Bundle:
         for param in self.params:
             if param.source.is_meta:
                 raise SourceError(
-                    f"'{param.key}' ({tuple(param.source.shape)}) is needed by {type(self.module).__name__} '{self.name}', "
-                    "but the file has no such tensor. The file is incomplete or of another architecture."
+                    f"'{param.key}' ({tuple(param.source.shape)}) is needed by {type(self.module).__name__} "
+                    f"'{self.name}', but the file has no such tensor. It is incomplete or of another architecture."
                 )
 
     def drop_pages(self) -> None:

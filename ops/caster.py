@@ -1,7 +1,8 @@
 """The caster: lends a bundle's tensors to an op. What all devices share; how the bytes move is in the two subclasses.
 
-Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and pin current
-(one transfer of the finished bundle); no room and no pin (gather, patch, write back where the pin budget allows).
+Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and pin
+current (one transfer of the finished bundle); no room and no pin (gather, patch, write back where the pin budget
+allows).
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from .vbar import VBAR
 class Loan:
     """One use of a bundle, from the request for its memory to the end of the op."""
 
-    __slots__ = ("bundle", "event", "finished", "keep", "signature", "slot", "target", "views")
+    # Defaults of the class: most loans are of resident bundles and never set them; one is made for every layer call.
+    views: Sequence[torch.Tensor] | None = None  # set: ready to use
+    target: torch.Tensor | None = None  # where the transfer goes
+    slot: Slot | None = None
+    event: object | None = None
+    finished = False  # the transfer brings the finished form
+    keep: object | None = None  # memory that must outlive a transfer
 
     def __init__(self, bundle: Bundle, signature: object | None) -> None:
         self.bundle = bundle
         self.signature = signature  # not None: the slice is pinned in the VBAR
-        self.views: Sequence[torch.Tensor] | None = None  # set: ready to use
-        self.target: torch.Tensor | None = None  # where the transfer goes
-        self.slot: Slot | None = None
-        self.event: object | None = None
-        self.finished = False  # the transfer brings the finished form
-        self.keep: object | None = None  # memory that must outlive a transfer
 
 
 class Caster:
-    """Lends bundles. `enter` and `exit` bracket one forward of one module; both run on the thread of the computation."""
+    """Lends bundles. `enter` and `exit` bracket one forward of one module; both on the thread of the computation."""
 
     def __init__(self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger) -> None:
         self.backend = backend
@@ -115,7 +116,9 @@ class Caster:
     # -- residency
 
     def fault(self, bundle: Bundle) -> object | None:
-        """Ask for the bundle's memory. A driver error is answered by one retry after a synchronisation, then by streaming."""
+        """Ask for the bundle's memory. A driver error is answered by one retry after a synchronisation, then by
+        streaming.
+        """
         if self.broken:
             return None
         try:
@@ -127,8 +130,8 @@ class Caster:
             except RuntimeError:
                 self.broken = True
                 self.ledger.decide(
-                    f"the {self.vbar.kind} VBAR failed twice at '{bundle.name}' ({error}): this model streams its weights "
-                    "until it is loaded again. Other models are not affected.",
+                    f"the {self.vbar.kind} VBAR failed twice at '{bundle.name}' ({error}): this model streams its "
+                    "weights until it is loaded again. Other models are not affected.",
                     level=logging.WARNING,
                 )
                 return None
@@ -154,7 +157,7 @@ class Caster:
         return loan
 
     def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        """After an out-of-memory error in a layer: evict everything that is not in use. False where nothing was freed."""
+        """After an out-of-memory error in a layer: evict what is not in use. False where nothing was freed."""
         self.forget()
         freed = self.vbar.free_memory(1 << 62)
         if not freed:

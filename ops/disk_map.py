@@ -133,20 +133,11 @@ def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
         before, end = key, spec.offset + spec.nbytes
 
 
-def _private_map(fileno: int) -> mmap.mmap:
-    """A stray write to the map stays in this process and never reaches the file."""
-    if sys.platform == "linux":
-        # Without MAP_NORESERVE the kernel refuses a private map that is larger than memory and swap together.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        return mmap.mmap(fileno, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
-
-
 def _map(file: BinaryIO) -> mmap.mmap:
     """Map a whole file, however large.
 
-    A private writable map keeps a stray write in this process and off the file. But the system reserves memory for all of
-    it unless told not to, which a model larger than RAM would fail; where it cannot be told, the map is read-only.
+    A private writable map keeps a stray write in this process and off the file. But the system reserves memory for all
+    of it unless told not to, which a model larger than RAM would fail; where it cannot be told, the map is read-only.
     """
     if sys.platform != "win32":
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
@@ -162,9 +153,9 @@ def _map(file: BinaryIO) -> mmap.mmap:
 class DiskMap:
     """A safetensors file; tensors are views of its memory map.
 
-    keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are cast
-    on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for anything that is no
-    whole safetensors file.
+    keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
+    cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for anything that
+    is no whole safetensors file.
     """
 
     def __init__(
@@ -179,8 +170,8 @@ class DiskMap:
         self.dtype = dtype
         if self.path.suffix.lower() in PICKLES:
             raise SourceError(
-                f"{self.path}: {self.path.suffix} files are pickles: they cannot be mapped and may run code. Convert it "
-                "once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+                f"{self.path}: {self.path.suffix} files are pickles: they cannot be mapped and may run code. Convert "
+                "it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
             )
         if not self.path.is_file():
             what = "is a folder; name the safetensors file in it" if self.path.is_dir() else "no such file"
@@ -202,7 +193,7 @@ class DiskMap:
                         raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
                     self._specs[name] = _spec(self.path, key, entry, base, self.file_bytes)
             _check_overlap(self.path, self._specs)
-            self._map = _private_map(file.fileno())
+            self._map = _map(file)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()
         _open_maps.add(self)
@@ -266,7 +257,7 @@ _open_maps: weakref.WeakSet[DiskMap] = weakref.WeakSet()
 
 
 def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
-    """The map, offset and bytes that a plain contiguous tensor is a view of, or None where it lies in ordinary memory."""
+    """The map, offset and bytes that a plain contiguous tensor is a view of, or None for ordinary memory."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
     address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()

@@ -1,7 +1,8 @@
 """Several tensors in one aligned buffer, so that a module's weights travel in one transfer.
 
-A tensor may be a wrapper subclass (a quantised tensor): its inner tensors are laid out one after the other and the wrapper
-is built again around views of the buffer, through torch's `__tensor_flatten__` / `__tensor_unflatten__` protocol.
+A tensor may be a wrapper subclass (a quantised tensor): its inner tensors are laid out one after the other and the
+wrapper is built again around views of the buffer, through torch's `__tensor_flatten__` / `__tensor_unflatten__`
+protocol.
 """
 
 from __future__ import annotations

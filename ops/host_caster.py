@@ -14,8 +14,8 @@ from .gather import interpret_gathered_like
 class HostCaster(Caster):
     """No streams. An unpatched weight of the right dtype is a view of its file's map: no copy.
 
-    What is not resident is used and then dropped from memory behind the reader, so the process holds the resident set and
-    one bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
+    What is not resident is used and then dropped from memory behind the reader, so the process holds the resident set
+    and one bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
     """
 
     advise = True

@@ -1,4 +1,6 @@
-"""Module classes whose forward borrows the module's parameters: one mechanism for plain modules and for a host's op classes."""
+"""Module classes whose forward borrows the module's parameters: one mechanism for plain modules and for a host's op
+classes.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,8 @@ if TYPE_CHECKING:
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
-OUT_OF_MEMORY = tuple(
-    {getattr(torch, "OutOfMemoryError", RuntimeError), getattr(torch.cuda, "OutOfMemoryError", RuntimeError)}
-    - {RuntimeError}
-) + (MemoryError,)
+# torch 2.5 and later have both names for one class.
+OUT_OF_MEMORY = (MemoryError, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""The ledger: what was done to a model's weights, in numbers and in words. Logs, nodes and tests read this one record."""
+"""The ledger: what was done to a model's weights, in numbers and in words. Logs, nodes and tests read it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Pin:
-    """A bundle in host memory. version: of the bundle's finished form that it holds; None for the bytes of the source."""
+    """A bundle in host memory. version: of the finished form that it holds; None for the bytes of the source."""
 
     buffer: torch.Tensor
     version: int | None

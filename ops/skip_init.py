@@ -18,7 +18,8 @@ def skip_model_initialization(keep_below: int = 0) -> Iterator[None]:
 
     keep_below: parameters smaller than this many bytes stay real, with their initial values (a file may lack them).
     Buffers are always real, since their values are often computed when the module is built. Other threads are not
-    affected, and `load_state_dict` works inside as outside. A `torch.empty` that is turned into a parameter reserves addresses for a moment but touches no page.
+    affected, and `load_state_dict` works inside as outside. A `torch.empty` that is turned into a parameter reserves
+    addresses for a moment but touches no page.
     """
     with _lock:
         make: Callable[..., Any] = torch.nn.Parameter.__new__

@@ -206,6 +206,11 @@ class SoftwareVBAR:
                 pass
             return before - self.used
 
+    def held_below(self) -> int:
+        """Bytes that the device's VBARs of lower priority hold."""
+        with lock:
+            return sum(vbar.used for vbar in self.books.vbars if vbar.rank < self.rank)
+
     def loaded_size(self) -> int:
         return self.used
 

@@ -1,8 +1,8 @@
 """The VBAR protocol: a reserved range of device addresses whose memory comes on demand and can be taken back.
 
 A bundle is allocated an address range once. Before each use it is faulted: the answer is a signature, or None where
-there is no room. While the signature stays the same, the data written under it is still there. After use: unpin. What lies
-highest is evicted first, and an eviction lowers the watermark, above which faults fail until `prioritize`.
+there is no room. While the signature stays the same, the data written under it is still there. After use: unpin. What
+lies highest is evicted first, and an eviction lowers the watermark, above which faults fail until `prioritize`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class VBAR(Protocol):
         """Below all other VBARs of the device: the first to be evicted from."""
 
     def set_limit(self, nbytes: int | None) -> None:
-        """The most that may be resident; None for no limit of its own. What lies above is evicted, pinned slices later."""
+        """The most that may be resident; None for none. What lies above is evicted, pinned slices later."""
 
     def free_memory(self, nbytes: int) -> int:
         """Evict from the top until that much is free; returns the bytes freed. Pinned slices stay."""

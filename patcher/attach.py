@@ -46,11 +46,12 @@ def collect_bundles(
 ) -> list[Bundle]:
     """The bundles of a module tree, in registration order.
 
-    A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList) go
-    to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their own
-    source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
+    A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList)
+    go to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their
+    own source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
     Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.
     """
+    where = getattr(source, "path", "the source")
     modules = dict(root.named_modules())
     params: dict[str, list[Param]] = {}
     missing: list[str] = []
@@ -62,8 +63,8 @@ def collect_bundles(
         owner = _owner(modules, name)
         if isinstance(module, torch.nn.RNNBase):
             raise Unsupported(
-                f"'{name}' is a {type(module).__name__}, which keeps its own list of its weights, so they cannot be lent. "
-                "Load this model with its own loader."
+                f"'{name}' is a {type(module).__name__}, which keeps its own list of its weights, so they cannot be "
+                "lent. Load this model with its own loader."
             )
         for attr, parameter in module._parameters.items():
             if parameter is None:
@@ -80,8 +81,8 @@ def collect_bundles(
                 tensor = source.tensor(stored)
                 if tensor.shape != parameter.shape and not is_wrapper(tensor):
                     raise SourceError(
-                        f"{getattr(source, 'path', 'source')}: tensor '{key}' has shape {tuple(tensor.shape)}, "
-                        f"{type(module).__name__} expects {tuple(parameter.shape)}. The file is of another architecture."
+                        f"{where}: tensor '{key}' has shape {tuple(tensor.shape)}, "
+                        f"{type(module).__name__} expects {tuple(parameter.shape)}. The file is of another kind."
                     )
                 idle = torch.nn.Parameter(tensor, requires_grad=False)
             data = idle.detach()
@@ -98,7 +99,7 @@ def collect_bundles(
             params.setdefault(owner, []).append(Param(module, attr, key, idle, _form_dtype(data, dtype), compute))
     if missing:
         raise SourceError(
-            f"{getattr(source, 'path', 'source')}: {len(missing)} tensors that {type(root).__name__} needs are missing, "
+            f"{where}: {len(missing)} tensors that {type(root).__name__} needs are missing, "
             f"such as {', '.join(missing[:3])}. The file is incomplete or of another architecture."
         )
     bundles = []
@@ -115,6 +116,7 @@ def collect_bundles(
 
 def load_buffers(root: torch.nn.Module, source: Source) -> None:
     """Fill persistent buffers that the source has; they are small and stay where the module is."""
+    where = getattr(source, "path", "the source")
     for name, module in root.named_modules():
         for attr, buffer in list(module._buffers.items()):
             key = f"{name}.{attr}" if name else attr
@@ -123,8 +125,8 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
             tensor = source.tensor(key)
             if tensor.shape != buffer.shape:
                 raise SourceError(
-                    f"{getattr(source, 'path', 'source')}: tensor '{key}' has shape {tuple(tensor.shape)}, the buffer of "
-                    f"{type(module).__name__} has {tuple(buffer.shape)}. The file is of another architecture."
+                    f"{where}: tensor '{key}' has shape {tuple(tensor.shape)}, the buffer of "
+                    f"{type(module).__name__} has {tuple(buffer.shape)}. The file is of another kind."
                 )
             module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 

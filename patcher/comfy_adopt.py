@@ -53,8 +53,8 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
     """A copy of the model's structure that shares its tensors: no memory, and no module in common."""
     if patcher.is_dynamic():
         raise Unsupported(
-            f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no way "
-            f"to load it again. {ADVICE}"
+            f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
+            f"way to load it again. {ADVICE}"
         )
     memo: dict[int, Any] = {}
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
@@ -78,8 +78,8 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
 def dynamic_model(patcher: Any, policy: Policy | None = None) -> Any:
     """A patcher of the same model, patches and options, managed by Spillway.
 
-    Raises Unsupported, with the reason, where it cannot be (a tensor class that cannot be laid out, a mapped model without
-    a file).
+    Raises Unsupported, with the reason, where it cannot be (a tensor class that cannot be laid out, a mapped model
+    without a file).
     """
     if isinstance(patcher, DynamicModelPatcher):
         made = patcher.clone()

@@ -1,22 +1,23 @@
 """The one place where the host's loaders are told to build dynamic models.
 
-The core decides dtypes, architectures and conversions; only what it makes of a patcher and how it opens a file are ours,
-for this thread and the length of one load. Everything is put back afterwards.
+The core decides dtypes, architectures and conversions; only what it makes of a patcher and how it opens a file are
+ours, for this thread and the length of one load. Everything is put back afterwards.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ..ops.disk_map import PICKLES, DiskMap, SourceError
+from ..ops.disk_map import PICKLES, DiskMap, SourceError, locate
+from ..ops.gather import inner_tensors
+from ..ops.layer import is_out_of_memory
 from ..ops.saved_attributes import SavedAttributes
 from ..ops.skip_init import skip_model_initialization
 from .comfy_patcher import DynamicModelPatcher
@@ -24,16 +25,50 @@ from .policy import Policy
 
 # Small parameters keep the values that the model's code gives them: files may lack them.
 KEEP_BELOW = 64 << 10
+# Text encoder files may lack what is computed but not used; the core leaves there whatever was in the memory.
+UNUSED = ("text_projection.weight",)
 
-log = logging.getLogger("spillway")
 _lock = threading.RLock()
 
 
 class Opened:
-    """The files that one load opened: kept as long as the models whose weights lie in them."""
+    """What one load opened and found missing. The maps are kept as long as the models whose weights lie in them."""
 
     def __init__(self) -> None:
         self.maps: list[DiskMap] = []
+        self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
+        self._missing: dict[tuple[int, str], tuple[torch.nn.Module, str, str, Any]] = {}
+
+    def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
+        """Remember which parameters a state dict gave a value."""
+        lacking = set(missing)
+        for name, module in root.named_modules():
+            for attr, parameter in module._parameters.items():
+                key, full_name = (id(module), attr), f"{name}.{attr}" if name else attr
+                if full_name not in lacking:
+                    self._loaded[key] = module
+                elif key not in self._loaded:
+                    self._missing[key] = (module, attr, full_name, parameter)
+
+    def blank(self) -> None:
+        """Weights of the core's layers that no file gave a value stand for nothing: using one is an error."""
+        for key, (module, attr, name, parameter) in self._missing.items():
+            replaced = module._parameters.get(attr) is not parameter
+            if parameter is None or replaced or key in self._loaded or not hasattr(module, "comfy_cast_weights"):
+                continue
+            make = torch.zeros_like if name.endswith(UNUSED) else torch.empty_like
+            device = "cpu" if name.endswith(UNUSED) else "meta"
+            module._parameters[attr] = parameter_of(make(parameter, device=device))
+
+    def unused(self, model: torch.nn.Module) -> list[str]:
+        """Paths of the files that gave the model nothing."""
+        used = {
+            found[0]
+            for parameter in model.parameters()
+            for part in inner_tensors(parameter.detach())
+            if (found := locate(part)) is not None
+        }
+        return [str(disk_map.path) for disk_map in self.maps if disk_map not in used]
 
     @property
     def paths(self) -> str:
@@ -41,18 +76,24 @@ class Opened:
         return ", ".join(str(disk_map.path) for disk_map in self.maps) or "the file"
 
 
+def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that keeps its memory, also while others are made without."""
+    return torch.Tensor._make_subclass(torch.nn.Parameter, data, False)  # type: ignore[attr-defined, no-any-return]
+
+
 @contextmanager
-def building(policy: Policy | None, *, initialise: bool = False) -> Iterator[Opened]:
+def building(policy: Policy | None) -> Iterator[Opened]:
     """Inside, the core's loaders make DynamicModelPatchers on memory maps, with parameters that take no memory.
 
-    initialise: parameters get memory and the values that the model's code gives them, for files that lack some.
+    Afterwards, parameters that the files lack are on the meta device.
     """
-    with _lock, nullcontext() if initialise else skip_model_initialization(KEEP_BELOW):
+    with _lock, skip_model_initialization(KEEP_BELOW):
         opened = Opened()
         saved = SavedAttributes()
         thread = threading.get_ident()
         core_patcher = comfy.model_patcher.CoreModelPatcher
         core_load = comfy.utils.load_torch_file
+        load_state_dict: Callable[..., Any] = torch.nn.Module.load_state_dict
 
         def make_patcher(model: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
@@ -72,10 +113,24 @@ def building(policy: Policy | None, *, initialise: bool = False) -> Iterator[Ope
             with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
             return (tensors, disk_map.metadata) if with_metadata else tensors
 
+        def load(module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False) -> Any:
+            if threading.get_ident() == thread and not assign:
+                # What is copied needs memory: small parts, and models that the core never offloads.
+                for part in module.modules():
+                    for attr, parameter in part._parameters.items():
+                        if parameter is not None and parameter.is_meta:
+                            part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
+            result = load_state_dict(module, tensors, strict, assign)
+            if threading.get_ident() == thread and assign:
+                opened.note(module, result.missing_keys)
+            return result
+
         saved.set(comfy.model_patcher, "CoreModelPatcher", make_patcher)
         saved.set(comfy.utils, "load_torch_file", load_file)
+        saved.set(torch.nn.Module, "load_state_dict", load)
         try:
             yield opened
+            opened.blank()
         finally:
             saved.restore()
 
@@ -86,38 +141,22 @@ def refuse_pickle(path: str) -> None:
         DiskMap(path)
 
 
-def lacks_data(model: torch.nn.Module | None) -> bool:
-    """Whether parameters have no memory after loading: the file lacks them, or the core copied into a classic model."""
-    return model is not None and any(parameter.is_meta for parameter in model.parameters())
-
-
-def build(load: Callable[[], Any], module_of: Callable[[Any], Any], policy: Policy | None) -> Any:
-    """Run a loader of the core; again with real initial values where the file lacks some that the model's code sets.
-
-    module_of: the module of what the loader made (None where it made none). Parts that the core never offloads (it makes
-    a classic patcher for them) are loaded the core's own way.
-    """
-    with building(policy):
-        made = load()
-    if not lacks_data(module_of(made)):
-        return made
-    if not made.patcher.is_dynamic():
-        log.info("[Spillway] %s is one that ComfyUI never offloads: it is loaded whole", type(module_of(made)).__name__)
-        return load()
-    with building(policy, initialise=True):
-        return load()
-
-
 def detected(make: Callable[[], Any], path: str) -> Any:
-    """Run a loader of the core; its word for 'unknown architecture' becomes an error that names the file."""
+    """Run a loader of the core; its word for a file that it cannot use becomes an error that names the file."""
     try:
         result = make()
     except SourceError:
         raise
-    except RuntimeError as error:
-        if "Could not detect model type" in str(error):
-            raise SourceError(f"{path}: no model that ComfyUI knows was found in this file. {error}") from error
-        raise
+    except (KeyError, ValueError, RuntimeError) as error:
+        words = str(error)
+        if "Could not detect model type" in words:
+            raise SourceError(f"{path}: no model that ComfyUI knows was found in this file. {words}") from error
+        if is_out_of_memory(error):
+            raise
+        raise SourceError(
+            f"{path}: ComfyUI could not read this file ({type(error).__name__}: {words}). It is damaged, of another "
+            "architecture, or in a form that needs a newer ComfyUI."
+        ) from error
     if result is None:
         raise SourceError(f"{path}: no model that ComfyUI knows was found in this file.")
     return result

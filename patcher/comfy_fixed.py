@@ -1,14 +1,21 @@
 """Parameters that the host's code reads outside of any forward: they are placed on the device once.
 
-The core's op classes are called for every use of their weights. Other modules own a few small parameters (tokens, gates)
-that any method may read. On a CPU these are read where they lie; on another device they must be there.
+The core's op classes are called for every use of their weights. Other modules own a few small parameters (tokens,
+gates) that any method may read. On a CPU these are read where they lie; on another device they must be there.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 from .dynamic import DynamicModel
+
+# As the host's patchers keep them.
+Backup = namedtuple("Backup", ["weight", "inplace_update"])
 
 
 def place_fixed(dynamic: DynamicModel) -> int:
@@ -29,3 +36,22 @@ def place_fixed(dynamic: DynamicModel) -> int:
         bundle.restore()
     dynamic.fixed_bytes = placed
     return placed
+
+
+def place_resized(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
+    """Weights that a patch gives another shape are patched at once, and stand in the module while idle.
+
+    The host reads shapes there: Flux takes its number of channels from its first layer. `backup` gets what stood there.
+    """
+    for key in changed:
+        bundle = dynamic.by_key.get(key)
+        if bundle is None:
+            continue
+        param = next(param for param in bundle.params if param.key == key)
+        if key in backup:
+            param.idle = backup.pop(key).weight
+        if param.patch is not None and param.form.shape != param.source.shape:
+            backup[key] = Backup(param.idle, False)
+            weight = param.source.to(param.form.dtype)
+            param.idle = torch.nn.Parameter(param.patch(weight), requires_grad=False)
+        bundle.restore()

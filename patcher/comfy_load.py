@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ..ops.disk_map import DiskMap, SourceError
-from .comfy_build import build, building, detected, lacks_data, refuse_pickle
+from .comfy_build import building, detected, refuse_pickle
 from .comfy_ops import operations
 from .comfy_patcher import DynamicModelPatcher
 from .policy import Policy
@@ -29,7 +29,8 @@ QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 def is_quantised(source: DiskMap) -> bool:
     """Whether a file has weights that the core's mixed-precision ops must read."""
-    return "_quantization_metadata" in source.metadata or any(key.endswith(QUANTISED) for key in source.keys())
+    keys = source.keys()
+    return "_quantization_metadata" in source.metadata or any(key.endswith(QUANTISED) for key in keys)
 
 
 def _options(path: str, weight_dtype: str) -> dict[str, Any]:
@@ -74,32 +75,18 @@ def load_checkpoint(
     refuse_pickle(path)
     options = {"offload_device": torch.device("cpu")}
 
-    def load(*parts: str) -> Any:
-        wanted = {f"output_{part}": part in parts for part in ("model", "clip", "vae", "clipvision")}
+    def load() -> Any:
         return comfy.sd.load_checkpoint_guess_config(
-            path, embedding_directory=embedding_directory, model_options=options, **wanted
+            path, output_clipvision=True, embedding_directory=embedding_directory, model_options=options
         )
 
     with building(policy):
-        model, clip, vae, clip_vision = detected(lambda: load("model", "clip", "vae", "clipvision"), path)
+        model, clip, vae, clip_vision = detected(load, path)
     if model is not None:
         model._check_complete()
     if getattr(vae, "first_stage_model", None) is None:
         vae = None
-    # What the file lacks, or the core keeps classic, is built anew on its own.
-    if clip is not None and lacks_data(clip.cond_stage_model):
-        clip = build(lambda: load("clip")[1], _encoder, policy)
-    if vae is not None and lacks_data(vae.first_stage_model):
-        vae = build(lambda: load("vae")[2], _first_stage, policy)
     return model, clip, vae, clip_vision
-
-
-def _encoder(clip: Any) -> torch.nn.Module:
-    return clip.cond_stage_model  # type: ignore[no-any-return]
-
-
-def _first_stage(vae: Any) -> torch.nn.Module | None:
-    return getattr(vae, "first_stage_model", None)
 
 
 def load_clip(
@@ -108,7 +95,7 @@ def load_clip(
     policy: Policy | None = None,
     embedding_directory: Any = None,
 ) -> Any:
-    """One to three text encoder files -> CLIP with a dynamic patcher. Raises SourceError, or ValueError for the type."""
+    """One to three text encoder files -> CLIP with a dynamic patcher. Raises SourceError; ValueError for the type."""
     kind = getattr(comfy.sd.CLIPType, clip_type.upper(), None)
     if kind is None:
         known = ", ".join(entry.name.lower() for entry in comfy.sd.CLIPType)
@@ -119,7 +106,15 @@ def load_clip(
     def load() -> Any:
         return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=kind)
 
-    return detected(lambda: build(load, _encoder, policy), ", ".join(paths))
+    with building(policy) as opened:
+        clip = detected(load, ", ".join(paths))
+    # The core takes whatever it does not know for a CLIP of which everything is missing.
+    unused = opened.unused(clip.cond_stage_model) if clip.patcher.is_dynamic() else []
+    if unused:
+        raise SourceError(
+            f"{unused[0]}: no text encoder that ComfyUI knows was found in this file, or none of type '{clip_type}'."
+        )
+    return clip
 
 
 def load_vae(path: str, policy: Policy | None = None) -> Any:
@@ -130,8 +125,9 @@ def load_vae(path: str, policy: Policy | None = None) -> Any:
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
         return comfy.sd.VAE(sd=tensors, metadata=metadata)
 
-    vae = build(load, _first_stage, policy)
-    if _first_stage(vae) is None:
+    with building(policy):
+        vae = detected(load, path)
+    if getattr(vae, "first_stage_model", None) is None:
         raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.")
     factory = getattr(comfy.sd, "load_vae_patcher", None)
     if factory is not None:

@@ -16,7 +16,7 @@ from ..ops.bundle import Bundle
 from ..ops.disk_map import SourceError
 from ..ops.ledger import in_words
 from ..ops.saved_attributes import MISSING, SavedAttributes
-from .comfy_fixed import place_fixed
+from .comfy_fixed import place_fixed, place_resized
 from .comfy_patches import HostPatch, idle_function
 from .comfy_pins import PIN_SUBSETS, pin_state
 from .comfy_ram import free_ram
@@ -126,8 +126,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """Core's device selectors call this after changing `load_device`."""
         self.model.dynamic_pins.setdefault(device, pin_state())
 
-    def clone(self, *args: Any, **kwargs: Any) -> Any:
-        cloned = super().clone(*args, **kwargs)
+    def clone(self, disable_dynamic: bool = False, *args: Any, **kwargs: Any) -> Any:
+        # A CLIP's module stays beside the clone, so a classic patcher of another module would patch in vain. The core asks
+        # a CLIP for one only because of hooks, which this patcher serves itself.
+        cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
             cloned.policy = self.policy
         return cloned
@@ -190,7 +192,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._apply_policy(dynamic)
                 dynamic = self.dynamic
             self._cast_in_ops()
-            self._attach_patches()
+            hooked = self.get_combined_hook_patches(self.forced_hooks)
+            self._attach_patches(hooked)
+            self._hooked = bool(hooked)
             self.model.device = device_to
             self.model.model_lowvram = False
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -234,9 +238,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         hooked = hook_patches or {}
         patches = {}
         for key in {*self.patches, *hooked}:
-            if key not in dynamic.by_key:
-                continue
-            patches[key] = HostPatch(self.model, key, [self.patches.get(key, []), hooked.get(key, [])])
+            bundle = dynamic.by_key.get(key)
+            if bundle is not None:
+                weight = next(param.original for param in bundle.params if param.key == key)
+                patches[key] = HostPatch(self.model, key, weight, self.patches.get(key, []), hooked.get(key, []))
         changed = [
             key
             for key in {*patches, *state.patches}
@@ -246,6 +251,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if changed:
             touched = dynamic.set_patches(kept, changed)
             dynamic.ledger.decide(f"{len(kept)} weights patched, {touched} bundles touched by the change")
+            place_resized(dynamic, changed, self.backup)
         state.patches = kept
         self._functions(dynamic, kept)
 
@@ -259,13 +265,18 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
                     continue
                 wrappers = list(self.weight_wrapper_patches.get(param.key, []))
-                if param.key in patches:
-                    stages = patches[param.key].stages
-                    idle = [idle_function(param.key, {param.key: [p for stage in stages for p in stage]}), *wrappers]
+                if param.key in patches and param.key not in self.backup:
+                    idle = [idle_function(param.key, {param.key: patches[param.key].all_patches}), *wrappers]
                     bundle.lent_attributes.append((module, name, idle, wrappers))
                     self.state.attributes.set(module, name, idle)
                 elif getattr(module, name) != wrappers:
                     self.state.attributes.set(module, name, wrappers)
+
+    def patch_weight_to_device(self, key: str, *args: Any, return_weight: bool = False, **kwargs: Any) -> Any:
+        """For saving; a resized weight is patched already."""
+        if return_weight and key in self.backup:
+            return comfy.utils.get_attr(self.model, key)
+        return super().patch_weight_to_device(key, *args, return_weight=return_weight, **kwargs)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Hooks are patches on top of the LoRAs: one copy of the weights, and only touched bundles are made again."""
@@ -307,7 +318,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if dynamic is None:
             return 0
         if self.policy.keep == "always":
-            # Less than asked would make the core unload the model as a whole. It measures what is really free afterwards.
+            # Less than asked would make the core unload the model as a whole. It measures what is really free
+            # afterwards.
             return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 

@@ -15,39 +15,45 @@ from comfy.model_patcher import LowVramPatch, get_key_weight
 class HostPatch:
     """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the key.
 
-    stages: lists of the host's patch tuples; the result of each is rounded before the next, as the classic patcher does for
-    LoRAs and then for hooks. Patches that need the unpatched weight (a model used as a LoRA) get the idle one.
+    patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic patcher
+    does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`.
     """
 
-    def __init__(self, model: Any, key: str, stages: list[list[tuple]]) -> None:
+    def __init__(self, model: Any, key: str, weight: torch.Tensor, patches: list[tuple], hooked: list[tuple]) -> None:
         self.key = key
-        self.stages = [list(stage) for stage in stages if stage]
-        weight, self.requantise, self.dequantise = get_key_weight(model, key)
+        self.patches, self.hooked = list(patches), list(hooked)
+        _, self.requantise, self.dequantise = get_key_weight(model, key)
         self.original_weights = {key: [(weight, lambda original, **_: original)]}
-        self.shape = weight.shape
-        for stage in self.stages:
-            self.shape = comfy.lora.calculate_shape(stage, weight, key)
+        self.shape = comfy.lora.calculate_shape(self.all_patches, weight, key)
+
+    @property
+    def all_patches(self) -> list[tuple]:
+        """In the order in which they are applied."""
+        return self.patches + self.hooked
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        for stage in self.stages:
-            compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
-            value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=True)
-            if self.dequantise is not None:
-                value = self.dequantise(value, inplace=True)
-            value = comfy.lora.calculate_weight(stage, value, self.key, original_weights=self.original_weights)
-            seed = comfy.utils.string_to_seed(self.key)
-            if self.requantise is None:
-                weight = comfy.float.stochastic_rounding(value, weight.dtype, seed=seed)
-            else:
-                weight = self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
+        if self.patches:
+            weight = self._apply(self.patches, weight, comfy.model_management.lora_compute_dtype(weight.device))
+        if self.hooked:
+            weight = self._apply(self.hooked, weight, torch.float32)
         return weight
+
+    def _apply(self, patches: list[tuple], weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+        value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=True)
+        if self.dequantise is not None:
+            value = self.dequantise(value, inplace=True)
+        value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self.original_weights)
+        seed = comfy.utils.string_to_seed(self.key)
+        if self.requantise is None:
+            return comfy.float.stochastic_rounding(value, weight.dtype, seed=seed)
+        return self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
 
     def same_as(self, other: Any) -> bool:
         """Whether two patches give the same weight: the same tuples of the same objects, in the same order."""
         return (
             isinstance(other, HostPatch)
-            and len(self.stages) == len(other.stages)
-            and all(_same_stage(mine, theirs) for mine, theirs in zip(self.stages, other.stages, strict=True))
+            and _same_stage(self.patches, other.patches)
+            and _same_stage(self.hooked, other.hooked)
         )
 
 

@@ -17,6 +17,7 @@ from ..ops.host_caster import HostCaster
 from ..ops.layer import is_out_of_memory
 from ..ops.ledger import Ledger, in_words
 from ..ops.pins import Pins
+from ..ops.software_vbar import SoftwareVBAR
 from ..ops.source import Source
 from ..ops.vbar import VBAR
 from .attach import ModelDtype, attach, collect_bundles, detach, load_buffers
@@ -40,9 +41,9 @@ class DynamicModel:
     """Runs `module` with weights from `source` on `device`, within `policy`.
 
     Making one reads nothing and maps nothing: memory is reserved in the first forward. `source` None takes the module's
-    own parameters. Calling it calls the module. model_dtype: see `collect_bundles`. backend: a device of another kind, for
-    tests. may_init: initialise comfy-aimdo where nobody has.
-    Raises SourceError, Unsupported or DeviceError where module, source and device do not fit together.
+    own parameters. Calling it calls the module. model_dtype: see `collect_bundles`. backend: a device of another kind,
+    for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or DeviceError where
+    module, source and device do not fit together.
     """
 
     def __init__(
@@ -185,8 +186,7 @@ class DynamicModel:
         streams = min(self.policy.streams, self.backend.streams)
         if budget is None:
             free, _ = self.backend.memory()
-            expected = max(0, free + vbar.loaded_size() - self.headroom)
-            self.plan = plan_load(self._addresses, expected, streams, self.cost)
+            self.plan = plan_load(self._addresses, max(0, self._within_reach()), streams, self.cost)
             # comfy-aimdo sees every allocation as it happens; the software VBAR is told at each step.
             vbar.set_limit(self.plan.limit if vbar.kind == "software" else None)
             reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
@@ -200,10 +200,17 @@ class DynamicModel:
         largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
         if budget is not None and largest > budget:
             self.ledger.decide_once(
-                f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle needs "
-                "while it is used: nothing stays resident, and the peak is that bundle.",
+                f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle "
+                "needs while it is used: nothing stays resident, and the peak is that bundle.",
                 level=logging.INFO,
             )
+
+    def _within_reach(self) -> int:
+        """Bytes that the weights could hold: what they hold, what is free, and what gives way to them."""
+        assert self.caster is not None
+        vbar, (free, _) = self.caster.vbar, self.backend.memory()
+        below = vbar.held_below() if isinstance(vbar, SoftwareVBAR) else 0
+        return vbar.loaded_size() + free + below - self.headroom
 
     def _in_words(self, plan: LoadPlan, reason: str) -> str:
         count = len(self._addresses)
@@ -221,10 +228,10 @@ class DynamicModel:
         self.note_peak()
         if not self._traced and self.ledger.counters.steps > 1:
             self._follow_trace()
-        if self.budget() is None and self.caster.vbar.kind == "software":
-            self._follow_free_memory()
         if self.caster.vbar.loaded_size() < self.total_bytes:
             self._prioritize()
+        if self.budget() is None and self.caster.vbar.kind == "software":
+            self._follow_free_memory()
 
     @property
     def rank(self) -> float:
@@ -234,15 +241,15 @@ class DynamicModel:
     def _prioritize(self) -> None:
         assert self.caster is not None
         self.caster.vbar.prioritize()
-        above = [m for m in models if m.caster is not None and m.device == self.device and m.rank > self.rank]
+        above = [m for m in models if m.device == self.device and m.rank > self.rank]
         for model in sorted(above, key=lambda m: m.rank):
-            model.caster.vbar.prioritize()
+            if model.caster is not None:
+                model.caster.vbar.prioritize()
 
     def _follow_free_memory(self) -> None:
         """Without a budget: shrink at once when the headroom is gone, grow when clearly more is free."""
         assert self.caster is not None and self.plan is not None
-        free, _ = self.backend.memory()
-        allowed = self.caster.vbar.loaded_size() + free - self.headroom
+        allowed = self._within_reach()
         grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
         if allowed < min(self.plan.limit, self.total_bytes) or grown:
             self._apply_budget()
@@ -282,13 +289,15 @@ class DynamicModel:
         caster.forget()
         self.note_peak()
         first, previous = caster.first, caster.previous
+        if prepare_now:  # first: it may be refused
+            vbar = choose_vbar(
+                self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init
+            )
         caster.vbar.close()
         for bundle in self.bundles:
             bundle.piece = bundle.signature = bundle.views = None
         if prepare_now:
-            caster.vbar = choose_vbar(
-                self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init
-            )
+            caster.vbar = vbar
             caster.first, caster.previous = first, previous
             self._lay_out(caster.vbar)
             self._apply_budget()
@@ -296,18 +305,22 @@ class DynamicModel:
     def set_policy(self, policy: Policy) -> None:
         """Change what the model may take; between steps, at once, up and down.
 
-        A change of rules or of the kind of VBAR needs a new model: it raises ValueError.
+        A change of rules needs a new model: it raises ValueError. RuntimeError: a kind of VBAR that cannot be had.
         """
         if policy.rules != self.policy.rules:
             raise ValueError(
                 "the rules of a policy are read when the model is made: load the model again with the new ones."
             )
-        rebuild = policy.vbar != self.policy.vbar
-        self.policy = policy
+        before, self.policy = self.policy, policy
         if self.caster is None:
             return
-        if rebuild:
-            self._rebuild(prepare_now=True)
+        self.caster.forget()  # what was begun ahead could not be evicted
+        if policy.vbar != before.vbar:
+            try:
+                self._rebuild(prepare_now=True)
+            except RuntimeError:
+                self.policy = before
+                raise
         self.caster.pins.budget = self._pin_budget(self.total_bytes)
         self.caster.pins.free(self.caster.pins.used - self.caster.pins.budget)
         headroom = getattr(self.caster.vbar, "headroom", None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
+from itertools import accumulate
 
 from ..ops.bundle import Bundle
 from ..ops.gather import aligned
@@ -36,7 +39,7 @@ class LoadPlan:
 
 
 def _buffer(offloaded: Sequence[Bundle], streams: int, cost: Cost) -> int:
-    """Temporary memory that offloading needs: the bundle in use and one under way for each stream, at their costliest."""
+    """Temporary memory that offloading needs: the bundle in use and one on each stream, at their costliest."""
     return sum(sorted((cost(bundle) for bundle in offloaded), reverse=True)[: 1 + streams])
 
 
@@ -83,18 +86,20 @@ def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: 
 def interleave(order: Sequence[Bundle], cost: Cost) -> list[Bundle]:
     """The address order of bundles that run in `order`: any prefix of it is spread evenly over the execution.
 
-    Small bundles lie lowest, so they are resident whenever anything is. The others lie in bit-reversed order of their place
-    in the execution, measured in offload cost, so every transfer has resident neighbours to hide behind.
+    Small bundles lie lowest, so they are resident whenever anything is. Of the others the first to run lies lowest; then
+    again and again the one in the middle, by offload cost, of the longest stretch that is left. So every transfer has
+    resident neighbours to hide behind, however much of the order is resident.
     """
-    bits = 20
     small = [bundle for bundle in order if bundle.nbytes < SMALL_BYTES]
     large = [bundle for bundle in order if bundle.nbytes >= SMALL_BYTES]
-    weights = [max(1, cost(bundle), bundle.nbytes) for bundle in large]
-    total = sum(weights) or 1
-    keyed: list[tuple[int, int, Bundle]] = []
-    before = 0
-    for bundle, weight in zip(large, weights, strict=True):
-        place = int((before + weight / 2) / total * (1 << bits))
-        keyed.append((int(f"{place:0{bits}b}"[::-1], 2), len(keyed), bundle))
-        before += weight
-    return small + [bundle for _, _, bundle in sorted(keyed, key=lambda entry: entry[:2])]
+    ends = list(accumulate((max(1, cost(bundle), bundle.nbytes) for bundle in large), initial=0))
+    addresses = large[:1]
+    stretches = [(ends[1] - ends[-1], 1, len(large))] if len(large) > 1 else []  # minus the cost, from, to
+    while stretches:
+        _, first, last = heappop(stretches)
+        middle = bisect_right(ends, (ends[first] + ends[last]) / 2, first, last) - 1
+        addresses.append(large[middle])
+        for start, end in ((first, middle), (middle + 1, last)):
+            if start < end:
+                heappush(stretches, (ends[start] - ends[end], start, end))
+    return small + addresses

@@ -13,6 +13,12 @@ Place = Literal["auto", "disk", "ram", "pin"]
 Kind = Literal["auto", "aimdo", "software"]
 
 
+def _check_choice(what: str, fields: Any, name: str, allowed: Any) -> None:
+    if getattr(fields, name) not in allowed.__args__:
+        choices = ", ".join(allowed.__args__)
+        raise ValueError(f"{what}: {name} is {getattr(fields, name)!r}; expected one of {choices}.")
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the modules whose names match `pattern` (shell wildcards) are kept, in the four states of DiffSynth-Studio.
@@ -27,6 +33,9 @@ class Rule:
     storage_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     resident: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice(f"rule '{self.pattern}'", self, "offload", Place)
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,14 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("vram_bytes", "headroom_bytes", "pinned_bytes", "prefetch", "streams"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"policy: {name} is {value!r}; expected a whole number of at least 0, or None.")
-        for name, allowed in (("keep", Keep), ("vbar", Kind)):
-            choices = allowed.__args__  # type: ignore[attr-defined]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"policy: {name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+            optional = name.endswith("_bytes")
+            if not (value is None and optional) and (not isinstance(value, int) or value < 0):
+                expected = "a whole number of at least 0" + ", or None" * optional
+                raise ValueError(f"policy: {name} is {value!r}; expected {expected}.")
+        if not isinstance(self.priority, int):
+            raise ValueError(f"policy: priority is {self.priority!r}; expected a whole number.")
+        _check_choice("policy", self, "keep", Keep)
+        _check_choice("policy", self, "vbar", Kind)
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule whose pattern matches a module's name."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
+
 from spillway.ops.disk_map import DiskMap
 from spillway.ops.skip_init import skip_model_initialization
 from spillway.patcher.dynamic import DynamicModel
@@ -102,7 +103,10 @@ def plain(build, state, dtype):
 
 
 def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, **policy_fields):
-    """A dynamic model of `source`: a path, a Source, or None for the module's own. device: a simulated one, else the CPU."""
+    """A dynamic model of `source`: a path, a Source, or None for the module's own parameters.
+
+    device: a simulated one, else the CPU. dtype: None leaves the module as it is built.
+    """
     if source is None:
         module = build()
     else:

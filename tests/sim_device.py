@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 
 import torch
+
 from spillway.ops import software_vbar
 from spillway.ops.backend import Backend
 
@@ -85,8 +86,10 @@ class SimDevice(Backend):
         self.copies = 0
         self.most_outstanding = self.peak = 0
         self.all_streams: list[SimStream] = []
-        self.clock = self.host_saw = 0  # of the main stream: how much it has been given, and how much is known to be done
-        self.busy: dict[int, tuple[weakref.ref, int]] = {}  # device memory by address: in use by the main stream until
+        # Of the main stream: how much it has been given, and how much of that the host knows to be done.
+        self.clock = self.host_saw = 0
+        # Device memory by address: its storage, and up to where the main stream uses it.
+        self.busy: dict[int, tuple[weakref.ref, int]] = {}
         software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
 
     def empty(self, nbytes):

@@ -5,6 +5,7 @@ import torch
 from nets import Stack, dynamic, plain, same, write
 from safetensors.torch import load_file
 from sim_device import SimDevice
+
 from spillway.ops.backend import Event
 from spillway.ops.ledger import Counters
 from spillway.ops.ring import Ring
@@ -104,9 +105,7 @@ def test_a_pinned_bundle_is_not_read_from_its_source_again(path, pinned_bytes, r
 
 
 def test_a_downcast_bundle_is_kept_pinned_in_its_smaller_form(path):
-    model = dynamic(
-        build, path, torch.bfloat16, device=SimDevice(), prefetch=0, vram_bytes=0, pinned_bytes=ALL
-    )
+    model = dynamic(build, path, torch.bfloat16, device=SimDevice(), prefetch=0, vram_bytes=0, pinned_bytes=ALL)
     assert step(model)["bytes_streamed"] > model.total_bytes
     assert model.pinned_bytes == model.total_bytes
     assert step(model)["bytes_streamed"] == model.total_bytes

@@ -4,6 +4,7 @@ import pytest
 import torch
 from nets import AnyLinear, Stack, dynamic, plain, same, write
 from sim_device import SimDevice
+
 from spillway.ops.disk_map import SourceError
 
 DEPTH = 6

@@ -1,6 +1,7 @@
 """Gathering: several tensors in one aligned buffer and back, bit for bit."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import bits, quantise, same, steady
+
 from spillway.ops.gather import (
     ALIGNMENT,
     aligned,
@@ -128,7 +130,7 @@ def test_parts_are_aligned_and_do_not_overlap(layout):
     views = [view for view in interpret_gathered_like(tensors, buffer) if view.numel()]
     places = [(view.data_ptr() - buffer.data_ptr(), len(bits(view))) for view in views]
     assert all(place % ALIGNMENT == 0 for place, _ in places)
-    assert all(a + size <= b for (a, size), (b, _) in zip(places, places[1:], strict=False))
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places))
     assert sum(aligned(size) for _, size in places) == gathered_bytes(tensors)
 
 

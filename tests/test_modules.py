@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from nets import AnyLinear, budget, dynamic, plain, quantise, random_state, same, write
 from safetensors.torch import save_file
 from sim_device import SimDevice
+
 from spillway.ops.source import StateDict
 from spillway.patcher.attach import Unsupported
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import Stack, budget, dynamic, plain, same, write
 from sim_device import SimDevice
+
 from spillway.patcher.policy import Rule
 
 DEPTH = 8
@@ -60,9 +61,7 @@ def made(tmp_path, device, fraction=None, pins=0.0, file_dtype=torch.float32, dt
     """A dynamic model, and the tensors of its file."""
     state = write(tmp_path / "m.safetensors", build(), file_dtype)
     model = dynamic(build, tmp_path / "m.safetensors", dtype, device=device, **policy)
-    model.set_policy(
-        model.policy.with_changes(vram_bytes=budget(model, fraction), pinned_bytes=budget(model, pins))
-    )
+    model.set_policy(model.policy.with_changes(vram_bytes=budget(model, fraction), pinned_bytes=budget(model, pins)))
     return model, state
 
 

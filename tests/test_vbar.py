@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from sim_device import SimDevice
+
 from spillway.ops import software_vbar
 from spillway.ops.software_vbar import SoftwareVBAR, books_for
 
