@@ -32,6 +32,7 @@ TESTS = ROOT / "tests"  # tests/host holds the host tests, the rest are the engi
 HOST_TOOLS = ROOT / ".host-tools"
 REQUIREMENTS = ROOT / "requirements.txt"
 REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
+REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
 ENGINE = ("patcher", "ops", "cache")
 DEFAULT_TORCH = "torch==2.13.0"
 NO_TESTS_COLLECTED = 5
@@ -119,6 +120,7 @@ def bench(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in scripts:
         return fail(f"There is no benchmark {arguments[0]!r}; `dev.py bench` lists them.", 2)
+    set_up_bench()
     return run_script(scripts[arguments[0]], arguments[1:])
 
 
@@ -270,6 +272,13 @@ def set_up_engine() -> None:
     set_up("engine", [REQUIREMENTS], os.environ.get("SPILLWAY_TORCH", ""), install_engine)
 
 
+def set_up_bench() -> None:
+    set_up_engine()
+    if REQUIREMENTS_BENCH.is_file():
+        files = [REQUIREMENTS, REQUIREMENTS_BENCH]
+        set_up("bench", files, os.environ.get("SPILLWAY_TORCH", ""), install_bench)
+
+
 def set_up(name: str, files: list[Path], extra: str, install) -> None:
     """Call install unless .venv has a stamp that says it was done for just these files."""
     folder = VENV / f"spillway-{name}"
@@ -304,6 +313,16 @@ def install_engine() -> None:
         torch = torch or [DEFAULT_TORCH]
         pip_install(venv_python(), torch, f"{' '.join(torch)} (can be large; SPILLWAY_TORCH chooses another)")
     pip_install(venv_python(), ["-r", str(REQUIREMENTS)], REQUIREMENTS.name)
+
+
+def install_bench() -> None:
+    """The peers depend on torch, and pip would gladly bring another one: it is held to just the one that .venv has."""
+    asked = [str(venv_python()), "-c", "import importlib.metadata as m; print(m.version('torch'))"]
+    version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    constraint = VENV / "bench-constraint.txt"
+    constraint.write_text(f"torch=={version}\n", encoding="utf-8")
+    what = ["-c", str(constraint), "-r", str(REQUIREMENTS_BENCH)]
+    pip_install(venv_python(), what, f"{REQUIREMENTS_BENCH.name} of the benchmarks, for torch {version}")
 
 
 def pip_install(python: Path, what: list[str], words: str) -> None:

@@ -1,7 +1,7 @@
 """The contestants of ``offload_peers.py``: one class each, all with the same Flux module and the same file.
 
-A contestant is made before the clock runs (imports, folders) and loaded while it runs. ``load`` returns what is called with
-the model's inputs. Each is given the best configuration that we know it to have for weights that do not fit.
+A contestant is made before the clock runs (imports, folders) and loaded while it runs. ``load`` returns what is called
+with the model's inputs. Each is given the best configuration that we know it to have for weights that do not fit.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from _pack import load_pack
-from demo.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, rotation, sinusoids
 from torch import Tensor
+
+from demo.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, rotation, sinusoids
 
 Model = Callable[..., Tensor]
 
@@ -79,7 +80,8 @@ class Spillway:
 class Accelerate:
     """dispatch_model with what does not fit read from the safetensors file itself, so nothing is written to disk.
 
-    Its own `infer_auto_device_map` splits, down to single layers. (`disk_offload` would first copy all weights to a folder.)
+    Its own `infer_auto_device_map` splits, down to single layers. (`disk_offload` would first copy all weights to a
+    folder.)
     """
 
     def __init__(self, job: Job, share: float) -> None:
@@ -97,20 +99,22 @@ class Accelerate:
             module = Flux(self.job.config).to(torch.bfloat16).eval()
         budget = int(self.job.weights * self.share)
         places = accelerate.infer_auto_device_map(module, {"cpu": budget}) if budget else {"": "disk"}
-        index = {}
+        index, path = {}, str(self.job.checkpoint)
         with safe_open(self.job.checkpoint, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 prefix = max((p for p in places if not p or name == p or name.startswith(p + ".")), key=len)
                 if places[prefix] == "disk":
-                    index[name] = {"safetensors_file": str(self.job.checkpoint), "weight_name": name, "dtype": "bfloat16"}
+                    index[name] = {"safetensors_file": path, "weight_name": name, "dtype": "bfloat16"}
                 else:
                     set_tensor(module, name, "cpu", value=file.get_tensor(name))
         return accelerate.dispatch_model(module, places, main_device="cpu", offload_index=index, force_hooks=True)
 
 
 class Diffusers:
-    """apply_group_offloading. disk: 'none' (groups stay in RAM), 'new' (they are first written to a folder), 'kept' (the
-    folder is there from an earlier run)."""
+    """apply_group_offloading.
+
+    disk: 'none' (groups stay in RAM), 'new' (they are first written to a folder), 'kept' (the folder is there already).
+    """
 
     def __init__(self, job: Job, disk: str, kind: str = "block_level") -> None:
         import torch._dynamo  # noqa: F401 - as for accelerate

@@ -1,7 +1,7 @@
 """Runs contestants in processes of their own, one lap at a time and in turns, so that noise meets all of them alike.
 
-A contestant is a process that uses `Laps`: it waits for its turn, runs one timed lap (a load, a step), tells the seconds,
-and waits again. Its memory is its own, and no two contestants compute at the same time.
+A contestant is a process that uses `Laps`: it waits for its turn, runs one timed lap (a load, a step), tells the
+seconds, and waits again. Its memory is its own, and no two contestants compute at the same time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+
 from demo.memory import AnonymousPeak, peak_rss
 
 TURN = "turn\n"
@@ -46,7 +47,8 @@ class Laps:
         # Libraries print to stdout; the line to the parent is a copy of it, and theirs leads to stderr.
         self._line = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
-        self._label, self._began, self._seconds, self._rss = "", 0.0, 0.0, 0
+        self._label, self._rss = "", 0
+        self._began = self._began_cpu = self._seconds = self._cpu_seconds = 0.0
         self._anonymous: AnonymousPeak | None = None
         self.begun_rss, self.begun_anonymous = 0, None
 
@@ -59,11 +61,12 @@ class Laps:
             self._anonymous = AnonymousPeak()
             self.begun_anonymous = self._anonymous.peak
             self._anonymous.start()
-        self._label, self._began = label, time.perf_counter()
+        self._label, self._began_cpu, self._began = label, time.process_time(), time.perf_counter()
 
     def stop(self) -> None:
         """Stop the clock; the turn goes on."""
         self._seconds = time.perf_counter() - self._began
+        self._cpu_seconds = time.process_time() - self._began_cpu
         self._rss = psutil.Process().memory_info().rss
 
     def tell(self, **more: Any) -> None:
@@ -71,6 +74,7 @@ class Laps:
         self._send(
             lap=self._label,
             seconds=self._seconds,
+            cpu_seconds=self._cpu_seconds,
             rss=self._rss,
             begun_rss=self.begun_rss,
             peak_rss=peak_rss(),
@@ -120,7 +124,7 @@ class Contestant:
         self.failed: str | None = None
         self.laps: list[dict[str, Any]] = []
         # What libraries say is of interest only where a contestant fails.
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -152,11 +156,11 @@ class Contestant:
     def _show_log(self) -> None:
         self._log.seek(0)
         lines = self._log.read().splitlines()
-        print(f"\n{self.name} failed: {self.failed}", *lines[-12:], sep="\n    ", file=sys.stderr)
+        print(f"\n{self.name} failed: {self.failed}", *lines[-4:], sep="\n    ", file=sys.stderr)
 
-    def seconds(self, label: str) -> list[float]:
-        """The seconds of all laps of that name."""
-        return [lap["seconds"] for lap in self.laps if lap["lap"] == label]
+    def seconds(self, label: str, clock: str = "seconds") -> list[float]:
+        """The seconds of all laps of that name; clock "cpu_seconds": of all the process's threads."""
+        return [lap[clock] for lap in self.laps if lap["lap"] == label]
 
     def last(self) -> Mapping[str, Any]:
         """What was told at the end of the last lap, memory included."""

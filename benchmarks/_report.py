@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from _pack import ROOT
 
-PACKAGES = ("torch", "safetensors", "accelerate", "diffusers", "RamTorch", "mmgp", "numpy", "comfy-aimdo", "comfy-kitchen")
+PACKAGES = "torch safetensors accelerate diffusers RamTorch mmgp numpy comfy-aimdo comfy-kitchen".split()  # noqa: SIM905
 
 
 def cores() -> int:
@@ -102,9 +102,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return " | ".join(["| " + cells[0].ljust(widths[0]), *padded[1:]]) + " |"
 
-    rule = "|" + "|".join("-" * (w + 2) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    rule = "|".join(["|" + "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 

@@ -4,8 +4,8 @@
     python dev.py bench host_loader --hidden 1024           # a small one
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench host_loader --json result.json
 
-Runs in ComfyUI's own Python, found as for the host tests. Each contestant is a process of its own; one of ours at a time
-races the core's loader in turns.
+Runs in ComfyUI's own Python, found as for the host tests. Each contestant is a process of its own; one of ours at a
+time races the core's loader in turns.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def start_core(comfyui: Path, base: Path) -> None:
 
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.base_directory = str(base)
-    import comfy.sample  # noqa: F401
-    import comfy.sd  # noqa: F401
+    import comfy.sample
+    import comfy.sd
     import nodes  # noqa: F401 - the core's
 
 
@@ -150,6 +150,8 @@ def figures(run: Contestant) -> dict[str, Any]:
         "first_step_s": run.seconds("first")[0],
         "ready_s": load["seconds"] + run.seconds("first")[0],
         "steps_s": run.seconds("step")[1:],
+        "steps_cpu_s": run.seconds("step", "cpu_seconds")[1:],
+        "ready_cpu_s": load["cpu_seconds"] + run.seconds("first", "cpu_seconds")[0],
         "peak_growth_bytes": last["peak_rss"] - last["begun_rss"],
         "peak_rss_bytes": last["peak_rss"],
         "peak_anonymous_growth_bytes": last["peak_anonymous"] and last["peak_anonymous"] - last["begun_anonymous"],
@@ -157,7 +159,10 @@ def figures(run: Contestant) -> dict[str, Any]:
     }
 
 
-KEYS = ("load_s", "load_rss_growth_bytes", "first_step_s", "ready_s", "peak_growth_bytes", "peak_anonymous_growth_bytes")
+KEYS = (
+    *("load_s", "load_rss_growth_bytes", "first_step_s", "ready_s", "ready_cpu_s"),
+    *("peak_growth_bytes", "peak_anonymous_growth_bytes"),
+)
 
 
 def summary(races: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -168,40 +173,43 @@ def summary(races: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[
         found[name] = row(ours)
         for key in KEYS:
             found[name][f"{key}_ratio"] = report.ratio([o[key] for o in ours], [c[key] for c in core])
-        pairs = [pair for o, c in zip(ours, core, strict=True) for pair in zip(o["steps_s"], c["steps_s"], strict=True)]
-        found[name]["step_ratio"] = report.ratio([o for o, _ in pairs], [c for _, c in pairs])
+        for key in ("steps_s", "steps_cpu_s"):
+            pairs = [pair for o, c in zip(ours, core, strict=True) for pair in zip(o[key], c[key], strict=True)]
+            found[name][f"{key}_ratio"] = report.ratio([o for o, _ in pairs], [c for _, c in pairs])
         found[name]["max_abs_difference"] = max(one["difference"] for one in entries)
     return found
 
 
 def row(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    steps = [step for entry in entries for step in entry["steps_s"]]
+    steps, cpu = ([step for entry in entries for step in entry[key]] for key in ("steps_s", "steps_cpu_s"))
     return {
         **{key: statistics.median(entry[key] for entry in entries) for key in KEYS},
-        "step_s": statistics.median(steps),
+        "steps_s": statistics.median(steps),
         "step_min_s": min(steps),
+        "steps_cpu_s": statistics.median(cpu),
     }
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Medians; in brackets the ratio to the core of the same race."""
-    columns = {
-        "load": ("load, s", "load_s", report.number),
-        "growth": ("RSS growth at load, MB", "load_rss_growth_bytes", report.megabytes),
-        "first": ("first step, s", "first_step_s", report.number),
-        "ready": ("load + first, s", "ready_s", report.number),
-        "step": ("step, s", "step_s", report.number),
-        "peak": ("peak RSS growth, MB", "peak_growth_bytes", report.megabytes),
-        "anonymous": ("anonymous", "peak_anonymous_growth_bytes", report.megabytes),
-    }
+    columns = (
+        ("load, s", "load_s", report.number),
+        ("RSS growth at load, MB", "load_rss_growth_bytes", report.megabytes),
+        ("first step, s", "first_step_s", report.number),
+        ("load + first, s", "ready_s", report.number),
+        ("step, s", "steps_s", report.number),
+        ("CPU, s", "steps_cpu_s", report.number),
+        ("peak RSS growth, MB", "peak_growth_bytes", report.megabytes),
+        ("anonymous", "peak_anonymous_growth_bytes", report.megabytes),
+    )
     lines = []
     for name, figures_ in rows.items():
         cells = []
-        for _, key, show in columns.values():
-            ratio = figures_.get("step_ratio" if key == "step_s" else f"{key}_ratio")
+        for _, key, show in columns:
+            ratio = figures_.get(f"{key}_ratio")
             cells.append(show(figures_[key]) + ("" if ratio is None else f" ({ratio:.2f})"))
         lines.append((name, *cells, f"{figures_.get('max_abs_difference', 0):g}"))
-    return report.table(("", *[head for head, _, _ in columns.values()], "max diff"), lines)
+    return report.table(("", *[head for head, _, _ in columns], "max diff"), lines)
 
 
 def parse() -> argparse.Namespace:
@@ -243,7 +251,8 @@ def main() -> int:
         nbytes = (args.base / "models" / "diffusion_models" / FILE).stat().st_size
         races = measure(args, command)
     rows = summary(races)
-    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, {args.size} x {args.size}, {args.threads} threads, in ComfyUI, computed in fp32\n")
+    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, {words}\n")
     print(table(rows))
     if args.json:
         more = {"file_bytes": nbytes, "size": args.size, "host": report.host_versions(args.comfyui, python)}

@@ -31,6 +31,7 @@ from spillway.ops.backend import Backend
 from spillway.patcher.dynamic import DynamicModel
 from spillway.patcher.policy import Policy
 
+KEYS = ("layer_us", "overhead_us", "overhead_median_us")
 Model = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -52,7 +53,7 @@ def contestants(plain: Tiny) -> dict[str, Model]:
     """Copies of one module, each with its hooks; what is not installed is left out."""
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     found: dict[str, Model] = {"plain module": plain, "Spillway, in place": dynamic(plain, weights)}
-    # A finished form of its own, as a cast or patched weight has: the layer is lent a view instead of the file's tensor.
+    # A finished form of its own, as a cast or patched weight has: the layer is lent a view, not the file's tensor.
     found["Spillway, cast"] = dynamic(copy.deepcopy(plain).bfloat16(), weights, dtype=torch.float32)
     found["Spillway, device caster"] = dynamic(plain, weights, backend=TwoStreams(torch.device("cpu")))
     try:
@@ -126,7 +127,7 @@ def figures(seconds: Mapping[str, list[float]], layers: int) -> dict[str, dict[s
 
 
 def profile(model: Model, x: torch.Tensor, rounds: int) -> str:
-    """The functions of the pack that our time goes to, as text. The profiler itself makes calls look dearer than they are."""
+    """The functions of the pack that our time goes to, as text; the profiler makes calls look dearer than they are."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(rounds):
@@ -136,7 +137,8 @@ def profile(model: Model, x: torch.Tensor, rounds: int) -> str:
     for (file, line, function), (_, calls, own, total, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
         if str(ROOT) in file or "RLock" in function:
             place = f"{Path(file).relative_to(ROOT)}:{line}" if str(ROOT) in file else file
-            entries.append((own, f"  {own / calls * 1e6:6.2f} us own  {total / calls * 1e6:6.2f} us in all  {place} {function}"))
+            times = f"{own / calls * 1e6:6.2f} us own  {total / calls * 1e6:6.2f} us in all"
+            entries.append((own, f"  {times}  {place} {function}"))
     return "\n".join(text for _, text in sorted(entries, reverse=True)[:14])
 
 
@@ -161,14 +163,14 @@ def main() -> int:
     print(f"{args.layers} layers of width {args.width}, {args.rounds} rounds, one thread; microseconds per layer\n")
     rows = []
     for name in next(iter(results.values())):
-        cells = [[f"{results[kind][name][key]:.2f}" for key in ("layer_us", "overhead_us", "overhead_median_us")] for kind in results]
-        rows.append((name, *[cell for group in cells for cell in group]))
+        rows.append((name, *[f"{by_name[name][key]:.2f}" for by_name in results.values() for key in KEYS]))
     print(report.table(("", *[f"{kind}{what}" for kind in results for what in ("", ", over plain", ", median")]), rows))
     for kind, texts in profiles.items():
         for name, text in texts.items():
             print(f"\n{kind}, {name}:\n{text}")
     if args.json:
-        report.write(args.json, report.result(layers=args.layers, width=args.width, rounds=args.rounds, results=results))
+        options = {"layers": args.layers, "width": args.width, "rounds": args.rounds}
+        report.write(args.json, report.result(**options, results=results))
     return 0
 
 

@@ -26,10 +26,11 @@ import _report as report
 import torch
 from _peers import CONTESTANTS, Job
 from _race import Contestant, Laps, contest, difference, drop_from_cache, progress, race, read_into_cache, solo
+from safetensors import safe_open
+
 from demo.checkpoint import DEFAULT_GB, ensure_checkpoint
 from demo.flux import config_from_keys
-from demo.sampling import DEFAULT_SIZE, make_inputs
-from safetensors import safe_open
+from demo.sampling import make_inputs
 
 REFERENCE = next(iter(CONTESTANTS))
 START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the first step learned
@@ -47,8 +48,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
             contestant.prepare()
         return
     noise, ids, cond = make_inputs(job.config, args.size)
-    half = (tensor.bfloat16() for tensor in (noise, cond.txt, cond.pooled))
-    img, txt, pooled = half
+    img, txt, pooled = (tensor.bfloat16() for tensor in (noise, cond.txt, cond.pooled))
     with torch.no_grad():
         with laps.lap("load"):
             model = contestant.load()
@@ -106,18 +106,23 @@ def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[s
     read_into_cache(args.checkpoint)
     running = [name for name in names if not starts[name][-1].failed]
     runs = race({name: command(name) for name in running}, args.rounds, args.threads, settle=SETTLE)
-    return {name: figures(name, starts[name], runs, out) for name in names}
+    return {name: figures(name, starts, runs, out) for name in names}
 
 
-def figures(name: str, starts: Sequence[Contestant], runs: Mapping[str, Contestant], out: Path) -> dict[str, Any]:
+def figures(
+    name: str, all_starts: Mapping[str, Sequence[Contestant]], runs: Mapping[str, Contestant], out: Path
+) -> dict[str, Any]:
     """One contestant's figures; `failed` with the reason for one that cannot run here."""
-    run = runs.get(name)
+    starts, run = all_starts[name], runs.get(name)
     failed = next((one.failed for one in (*starts, run) if one is not None and one.failed), None)
     if failed is not None or run is None:
         return {"failed": failed}
     plain = runs[REFERENCE]
     steps = run.seconds("step")[1:]
-    ready = [sum(one.seconds("load") + one.seconds("first")) for one in starts]
+    cpu = run.seconds("step", "cpu_seconds")[1:]
+    ready, plain_ready = (
+        [sum(one.seconds("load") + one.seconds("first")) for one in all_starts[n]] for n in (name, REFERENCE)
+    )
     last = run.last()
     pairs = [(scratch_of(name, out) / file, scratch_of(REFERENCE, out) / file) for file in ("first.pt", "step.pt")]
     differences = [difference(ours, theirs) for ours, theirs in pairs]
@@ -125,10 +130,14 @@ def figures(name: str, starts: Sequence[Contestant], runs: Mapping[str, Contesta
         "load_s": [one.seconds("load")[0] for one in starts],
         "ready_s": ready,
         "ready_median_s": statistics.median(ready),
+        "ready_ratio": report.ratio(ready, plain_ready),
         "steps_s": steps,
         "step_median_s": statistics.median(steps),
         "step_min_s": min(steps),
         "step_ratio": report.ratio(steps, plain.seconds("step")[1:]),
+        "steps_cpu_s": cpu,
+        "step_cpu_median_s": statistics.median(cpu),
+        "step_cpu_ratio": report.ratio(cpu, plain.seconds("step", "cpu_seconds")[1:]),
         "start_peak_growth_bytes": max(one.last()["peak_rss"] - one.last()["begun_rss"] for one in starts),
         "peak_rss_bytes": last["peak_rss"],
         "peak_growth_bytes": last["peak_rss"] - last["begun_rss"],
@@ -150,17 +159,20 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             (
                 name,
                 report.number(ready),
-                report.number(ready / plain["ready_median_s"]),
+                report.number(row["ready_ratio"]),
                 report.number(row["step_median_s"]),
                 report.number(row["step_min_s"]),
                 report.number(row["step_ratio"], "{:.3f}"),
+                report.number(row["step_cpu_median_s"]),
+                report.number(row["step_cpu_ratio"], "{:.3f}"),
                 report.megabytes(row["peak_growth_bytes"]),
                 report.number(row["peak_growth_bytes"] / plain["peak_growth_bytes"]),
                 report.megabytes(row["peak_anonymous_growth_bytes"]),
                 f"{row['max_abs_difference']:g}",
             )
         )
-    heads = ("", "load + first, s", "ratio", "step, s", "min", "ratio", "peak RSS growth, MB", "ratio", "anonymous", "max diff")
+    times = ("load + first, s", "ratio", "step, s", "least", "ratio", "CPU, s", "ratio")
+    heads = ("", *times, "peak RSS growth, MB", "ratio", "anonymous", "max diff")
     lines = [report.table(heads, rows)]
     lines += [f"{name} did not run: {row['failed']}" for name, row in results.items() if "failed" in row]
     return "\n".join(lines)
@@ -168,9 +180,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=DEFAULT_GB, help="size of the file that is made (default %(default)s)")
+    parser.add_argument("--gb", type=float, default=DEFAULT_GB, help="size of the file (default %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="use this Flux.1 file in bf16, or make it there")
-    parser.add_argument("--size", type=int, default=DEFAULT_SIZE, help="pixels per side (default %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes for the time to the first step")
     parser.add_argument("--rounds", type=int, default=7, help="later steps of each contestant, in turns")
     parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
@@ -196,8 +208,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="spillway-peers-", dir=args.scratch) as out:
         results = measure(args, names, Path(out))
     nbytes = args.checkpoint.stat().st_size
-    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, {args.size} x {args.size}, {args.threads} threads, ", end="")
-    print("file " + ("on disk" if args.cold else "in the page cache") + f", {args.starts} starts, {args.rounds} rounds\n")
+    words = f"{args.size} x {args.size}, {args.threads} threads, {args.starts} starts, {args.rounds} rounds"
+    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, file {'on disk' if args.cold else 'in the page cache'}, {words}\n")
     print(table(results))
     if args.json:
         report.write(args.json, report.result(file_bytes=nbytes, size=args.size, cold=args.cold, results=results))

@@ -14,6 +14,7 @@ from .backend import Backend
 from .vbar import lock
 
 PAGE = 32 << 20
+RESIDENT = 1
 
 
 class AimdoSlice(NamedTuple):
@@ -118,9 +119,9 @@ class AimdoVBAR:
             self._keep_limit()
 
     def _keep_limit(self) -> None:
-        above = 0 if self.limit is None else self.loaded_size() - self.limit
-        if above > 0:
-            self.free_memory(above)
+        if self.limit is not None:
+            idle = [state == RESIDENT for state in self._residency()[self.limit // PAGE :]]
+            self.free_memory(sum(idle) * PAGE)
 
     def free_memory(self, nbytes: int) -> int:
         with lock:
@@ -139,10 +140,14 @@ class AimdoVBAR:
     def resident(self, piece: AimdoSlice | None) -> bool:
         if piece is None:
             return False
-        with lock:
-            pages = self._vbar.get_residency() if self._vbar is not None else [0] * (self.capacity // PAGE)
+        pages = self._residency()
         first, last = piece.offset // PAGE, (piece.offset + max(1, piece.nbytes) - 1) // PAGE
-        return all(pages[page] for page in range(first, last + 1))
+        return all(pages[page] & RESIDENT for page in range(first, last + 1))
+
+    def _residency(self) -> list[int]:
+        """The state of every page: 0, or RESIDENT, with another bit set while it is pinned."""
+        with lock:
+            return self._vbar.get_residency() if self._vbar is not None else [0] * (self.capacity // PAGE)
 
     def close(self) -> None:
         with lock:

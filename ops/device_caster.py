@@ -31,20 +31,12 @@ class DeviceCaster(Caster):
         self.turn = 0
         # One in use, the ones ahead, one draining.
         slots = self.prefetch + 2
-        self.ring = Ring(self._ring_memory, slots, self.counters)
+        self.ring = Ring(backend.empty, slots, self.counters)
         # Host buffers that unpinned bundles are gathered in.
         self.staging = Ring(self._staging_memory, slots, self.counters)
         self.ahead: dict[Bundle, Loan] = {}
         self.horizon: Bundle | None = None
         self.write_backs: list[tuple[Any, torch.Tensor]] = []
-
-    def _ring_memory(self, nbytes: int) -> torch.Tensor:
-        memory = self.backend.empty(nbytes)
-        if nbytes:
-            # The allocator may hand out memory that work still queued on the main stream reads; a transfer must not
-            # overtake it. A ring grows a few times in its life, so the host may wait.
-            self.backend.synchronize()
-        return memory
 
     def _staging_memory(self, nbytes: int) -> torch.Tensor:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from typing import Any
 
 import torch
@@ -32,6 +34,10 @@ CARRIED = (
     "hook_mode",
     "cached_patcher_init",
 )
+# What a model's copy has of its own; configurations and the like are the same objects.
+COPIED = (torch.nn.Module, torch.Tensor, dict, list, tuple, set, types.MethodType, functools.partial)
+# What patchers keep on a model, and none of it concerns its copy.
+OWN = ("spillway_state", "spillway_maps", "spillway_path", "dynamic_pins", "dynamic_vbars", "dynamic_patchers")
 ADVICE = "Load it with one of the Spillway loaders instead, or leave it to its own loader."
 
 
@@ -62,15 +68,15 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
         plain = original.detach().to("cpu")
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         memo[id(tensor)] = torch.nn.Parameter(plain, requires_grad=False) if is_parameter else plain
-    kept_out = {}
-    for name in ("current_patcher", "device", "spillway_state", "dynamic_pins", "dynamic_vbars", "dynamic_patchers"):
-        if name in patcher.model.__dict__:
-            kept_out[name] = patcher.model.__dict__[name]
-            memo[id(kept_out[name])] = kept_out[name] if name in ("current_patcher", "device") else None
+    for module in patcher.model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, COPIED) and not hasattr(type(value), "__deepcopy__"):
+                memo[id(value)] = value
     model = copy.deepcopy(patcher.model, memo)
-    for name in kept_out:
-        if name not in ("current_patcher", "device"):
-            model.__dict__.pop(name, None)
+    for name in OWN:
+        model.__dict__.pop(name, None)
+    if hasattr(model, "current_patcher"):
+        model.current_patcher = None
     model.model_loaded_weight_memory = 0
     return DynamicModelPatcher(model, patcher.load_device, patcher.offload_device)
 

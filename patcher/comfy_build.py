@@ -37,28 +37,19 @@ class Opened:
     def __init__(self) -> None:
         self.maps: list[DiskMap] = []
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
-        self._missing: dict[tuple[int, str], tuple[torch.nn.Module, str, str, Any]] = {}
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
-        """Remember which parameters a state dict gave a value."""
+        """After a state dict: weights of the core's layers that it lacks stand for nothing; using one is an error."""
         lacking = set(missing)
         for name, module in root.named_modules():
             for attr, parameter in module._parameters.items():
                 key, full_name = (id(module), attr), f"{name}.{attr}" if name else attr
                 if full_name not in lacking:
                     self._loaded[key] = module
-                elif key not in self._loaded:
-                    self._missing[key] = (module, attr, full_name, parameter)
-
-    def blank(self) -> None:
-        """Weights of the core's layers that no file gave a value stand for nothing: using one is an error."""
-        for key, (module, attr, name, parameter) in self._missing.items():
-            replaced = module._parameters.get(attr) is not parameter
-            if parameter is None or replaced or key in self._loaded or not hasattr(module, "comfy_cast_weights"):
-                continue
-            make = torch.zeros_like if name.endswith(UNUSED) else torch.empty_like
-            device = "cpu" if name.endswith(UNUSED) else "meta"
-            module._parameters[attr] = parameter_of(make(parameter, device=device))
+                elif key not in self._loaded and parameter is not None and hasattr(module, "comfy_cast_weights"):
+                    unused = full_name.endswith(UNUSED)
+                    make = torch.zeros_like if unused else torch.empty_like
+                    module._parameters[attr] = parameter_of(make(parameter, device="cpu" if unused else "meta"))
 
     def unused(self, model: torch.nn.Module) -> list[str]:
         """Paths of the files that gave the model nothing."""
@@ -130,7 +121,6 @@ def building(policy: Policy | None) -> Iterator[Opened]:
         saved.set(torch.nn.Module, "load_state_dict", load)
         try:
             yield opened
-            opened.blank()
         finally:
             saved.restore()
 

@@ -153,7 +153,7 @@ class Scaled(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:
-            return Scaled(args[0].codes, args[0].scale, args[0].dtype)
+            return type(args[0])(args[0].codes, args[0].scale, args[0].dtype)
         raise NotImplementedError(f"{func} on a quantised tensor")
 
     def dequantise(self):

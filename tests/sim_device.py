@@ -2,8 +2,9 @@
 
 A missing wait leaves the poison in place, which floating-point tensors show as NaN. A copy that is still enqueued when
 its host buffer is overwritten, or that lands in a buffer after it was given to somebody else, shows as wrong values.
-A copy into memory that the main stream may still be using (it was just allocated, or just read) fails at once: on a
-real device the allocator hands such memory out while kernels that read it are still queued.
+What a simulation that computes at once cannot show so is watched for, and raises Hazard: a copy into memory that the
+main stream may still be using (the allocator hands it out while kernels that read it are queued), and a host buffer
+that is filled again before the host knows that the last copy out of it is done.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class SimEvent:
         self.position = stream.given if stream is not None else device.clock
 
     def synchronize(self) -> None:
-        if self.stream is not None:
-            self.stream.run_to(self.position)
-            self.arrived()
-        else:
+        """The host waits."""
+        if self.stream is None:
             self.device.host_saw = max(self.device.host_saw, self.position)
+            return
+        self.stream.run_to(self.position)
+        self.stream.host_knows = max(self.stream.host_knows, self.position)
+        self.arrived()
 
     def arrived(self) -> list[torch.Tensor]:
         """Where the copies up to here went, each told once."""
@@ -50,12 +53,14 @@ class SimEvent:
 
 
 class SimStream:
-    """Work in order; each piece runs when somebody waits for it or for something behind it."""
+    """Work in order. It runs when somebody waits for it or for something behind it; at once on an eager stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, eager: bool) -> None:
+        self.eager = eager
         self.work: deque = deque()
         self.targets: deque = deque()
         self.given = self.done = 0
+        self.host_knows = 0  # how much the host knows to be done
         self.saw = 0  # how far along the main stream it is known to be
         self.lock = threading.RLock()
 
@@ -63,6 +68,8 @@ class SimStream:
         with self.lock:
             self.work.append(work)
             self.given += 1
+            if self.eager:
+                self.run_to(self.given)
 
     def run_to(self, position: int) -> None:
         with self.lock:
@@ -72,12 +79,15 @@ class SimStream:
 
 
 class SimDevice(Backend):
-    """A device with `capacity` bytes. eager: copies take effect at once, as on a fast bus."""
+    """A device with `capacity` bytes.
+
+    eager: copies take effect at once, as on a fast bus; "some": on every other stream, so that one overtakes another.
+    """
 
     streams = 2
 
     def __init__(
-        self, capacity: int = 1 << 30, *, eager: bool = False, streams: int = 2, pin_limit: int = 1 << 40
+        self, capacity: int = 1 << 30, *, eager: bool | str = False, streams: int = 2, pin_limit: int = 1 << 40
     ) -> None:
         super().__init__(torch.device("cpu"))
         self.capacity, self.eager, self.streams, self.pin_limit = capacity, eager, streams, pin_limit
@@ -88,8 +98,10 @@ class SimDevice(Backend):
         self.all_streams: list[SimStream] = []
         # Of the main stream: how much it has been given, and how much of that the host knows to be done.
         self.clock = self.host_saw = 0
-        # Device memory by address: its storage, and up to where the main stream uses it.
-        self.busy: dict[int, tuple[weakref.ref, int]] = {}
+        # By storage. Of device memory: up to where the main stream uses it. Of host memory: what it held when it was
+        # last copied from, and by whom.
+        self.busy: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
 
     def empty(self, nbytes):
@@ -100,21 +112,24 @@ class SimDevice(Backend):
 
     def held(self) -> int:
         """Bytes of the memory that was given out and is still in somebody's hands."""
-        storages = (reference() for reference, _ in self.busy.values())
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+        return sum(storage.nbytes() for storage in self.busy)
 
     def _use(self, memory) -> None:
         self.clock += 1
-        self.busy[memory.untyped_storage().data_ptr()] = (weakref.ref(memory.untyped_storage()), self.clock)
+        self.busy[memory.untyped_storage()] = self.clock
 
     def _in_use_until(self, memory) -> int:
         """When the main stream is done with this memory; 0 for host memory."""
-        storage, until = self.busy.get(memory.untyped_storage().data_ptr(), (None, 0))
-        return until if storage is not None and storage() is not None else 0
+        return self.busy.get(memory.untyped_storage(), 0)
 
-    def _check(self, memory, stream) -> None:
+    def _check_use(self, memory, stream) -> None:
         if max(stream.saw, self.host_saw) < self._in_use_until(memory):
             raise Hazard("a side stream overtakes the main stream's use of this memory")
+
+    def _check_content(self, source) -> None:
+        content, reader, position = self.read.get(source.untyped_storage(), (source, None, 0))
+        if reader is not None and reader.host_knows < position and not torch.equal(content, source):
+            raise Hazard("the host filled a buffer that a copy may still be reading")
 
     def host_empty(self, nbytes):
         if self.pinned + nbytes > self.pin_limit:
@@ -123,7 +138,7 @@ class SimDevice(Backend):
         return torch.full((nbytes,), POISON, dtype=torch.uint8)
 
     def stream(self):
-        stream = SimStream()
+        stream = SimStream(self.eager is True or (self.eager == "some" and len(self.all_streams) % 2 == 0))
         self.all_streams.append(stream)
         return stream
 
@@ -133,14 +148,20 @@ class SimDevice(Backend):
         if stream is None:
             target.copy_(source)
             return
-        self._check(target, stream)
-        self._check(source, stream)
-        if self.eager:
+        self._check_use(target, stream)
+        self._check_use(source, stream)
+        from_host = not self._in_use_until(source)
+        if from_host:
+            self._check_content(source)
+        position = stream.given + 1
+
+        def work():
             target.copy_(source)
-            stream.give(lambda: None)
-        else:
-            stream.give(lambda: target.copy_(source))
-        stream.targets.append((stream.given, target))
+            if from_host:
+                self.read[source.untyped_storage()] = (source.clone(), stream, position)
+
+        stream.give(work)
+        stream.targets.append((position, target))
         self.most_outstanding = max(self.most_outstanding, sum(s.given - s.done for s in self.all_streams))
 
     def record(self, stream):
@@ -155,13 +176,14 @@ class SimDevice(Backend):
             for tensor in event.arrived():
                 if self._in_use_until(tensor):
                     self._use(tensor)  # it is read from now on
-            event.synchronize()
+            event.stream.run_to(event.position)
         else:
-            stream.give(event.synchronize)
+            stream.give(lambda: event.stream.run_to(event.position))
 
     def synchronize(self):
         for stream in self.all_streams:
             stream.run_to(stream.given)
+            stream.host_knows = stream.given
         self.host_saw = self.clock
 
     def memory(self):

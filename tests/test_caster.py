@@ -150,6 +150,17 @@ def test_what_comes_next_is_begun_ahead_and_no_more(path, prefetch):
     assert device.most_outstanding == max(1, prefetch)
 
 
+def test_the_look_ahead_follows_another_order(path):
+    model = dynamic(build, path, device=SimDevice(), vram_bytes=0, pinned_bytes=0)
+    step(model)
+    layers = list(model.module.layers)
+    model.module.layers = torch.nn.ModuleList(layers[::2])  # what was begun ahead is not asked for
+    step(model)
+    gained = step(model)
+    assert gained["prefetched"] == len(layers[::2])
+    assert gained["bytes_streamed"] == sum(bundle.nbytes for bundle in model.bundles[::2])
+
+
 def test_finished_write_backs_do_not_hold_device_memory(path):
     model = dynamic(build, path, device=SimDevice(), vram_bytes=0, pinned_bytes=ALL)
     model.set_patches(patches(model))

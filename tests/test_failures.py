@@ -1,15 +1,19 @@
 """What is raised during a step: nothing stays lent, and the next step is right."""
 
+from typing import ClassVar
+
 import pytest
 import torch
-from nets import AnyLinear, Stack, dynamic, plain, same, write
+import torch.nn.functional as F
+from nets import AnyLinear, Scaled, Stack, dynamic, plain, quantise, random_state, same, write
 from sim_device import SimDevice
 
 from spillway.ops.disk_map import SourceError
+from spillway.ops.source import StateDict
 
 DEPTH = 6
 ALL = 1 << 40
-DEVICES = {"cpu": lambda: None, "deferred copies": SimDevice, "eager copies": lambda: SimDevice(eager=True)}
+DEVICES = {"cpu": lambda: None, "deferred": SimDevice, "overtaking": lambda: SimDevice(eager="some")}
 BUDGETS = {"all resident": None, "part": 0.8, "none": 0.0}
 
 
@@ -190,7 +194,7 @@ class Scarce(SimDevice):
 def test_weights_that_fail_to_come_leave_nothing_lent(tmp_path, fraction, refuse, pinned_bytes, make_error):
     device = Scarce()
     run = Run(tmp_path, device, fraction, pinned_bytes)
-    for after in range(0, 20, 3):
+    for after in range(15):
         # Stale weights everywhere, so that there is something to bring, to form and to write back.
         run.model.set_patches({f"layers.{index}.weight": torch.neg for index in range(0, DEPTH, 2)})
         for layer in run.reference.layers[::2]:
@@ -208,6 +212,53 @@ def test_weights_that_fail_to_come_leave_nothing_lent(tmp_path, fraction, refuse
         run.model.set_patches({})
         for layer in run.reference.layers[::2]:
             layer.weight.data.neg_()
+
+
+class Unreadable(Scaled):
+    """A quantised weight of which one reading fails, as a disk may."""
+
+    errors: ClassVar[list] = []
+
+    def __tensor_flatten__(self):
+        if self.errors:
+            raise self.errors.pop()
+        return super().__tensor_flatten__()
+
+
+class Dequantising(AnyLinear):
+    def forward(self, x):
+        return F.linear(x, self.weight.dequantise(), self.bias)
+
+
+@pytest.mark.parametrize("pinned_bytes", [0, ALL], ids=["no pins", "pins"])
+@pytest.mark.parametrize("make_error", [RuntimeError, Interrupt])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_source_that_fails_while_it_is_read(fraction, pinned_bytes, make_error, step):
+    def build():
+        return Stack(4, 64, Dequantising)
+
+    state = random_state(build(), torch.float32)
+    for index in range(4):
+        key = f"layers.{index}.weight"
+        quantised = quantise(state[key])
+        state[key] = Unreadable(quantised.codes, quantised.scale)
+    dequantised = {key: getattr(value, "dequantise", lambda value=value: value)() for key, value in state.items()}
+    reference = plain(lambda: Stack(4, 64), dequantised, torch.float32)
+    expected = reference(reference.input())
+    device = SimDevice()
+    model = dynamic(build, StateDict(state), device=device, pinned_bytes=pinned_bytes)
+    if fraction is not None:
+        model.set_policy(model.policy.with_changes(vram_bytes=int(model.total_bytes * fraction)))
+    for number in range(4):
+        Unreadable.errors[:] = [make_error("unreadable")] if number == step else []
+        try:
+            assert same(model(model.module.input()), expected)
+        except (RuntimeError, Interrupt):
+            assert number == step
+    Unreadable.errors.clear()
+    assert same(model(model.module.input()), expected)
+    model.free()
+    assert model.resident_bytes == 0
 
 
 def test_a_weight_without_data_that_is_not_used_does_no_harm(tmp_path, device):

@@ -11,7 +11,7 @@ from spillway.ops.source import StateDict
 from spillway.patcher.attach import Unsupported
 
 WIDTH = 64
-DEVICES = {"cpu": lambda: None, "deferred copies": SimDevice, "eager copies": lambda: SimDevice(eager=True)}
+DEVICES = {"cpu": lambda: None, "deferred": SimDevice, "overtaking": lambda: SimDevice(eager="some")}
 
 
 class Branches(torch.nn.Module):

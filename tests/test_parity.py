@@ -35,7 +35,7 @@ def stack():
 
 @pytest.mark.parametrize("fraction", BUDGETS)
 @pytest.mark.parametrize("pins", PINS.values(), ids=PINS)
-@pytest.mark.parametrize("eager", [False, True], ids=["deferred", "eager"])
+@pytest.mark.parametrize("eager", [False, True, "some"], ids=["deferred", "eager", "overtaking"])
 @pytest.mark.parametrize(("file_dtype", "dtype"), PAIRS, ids=name)
 def test_on_a_device_with_memory_of_its_own(file_dtype, dtype, eager, pins, fraction):
     source, expected = case(stack, file_dtype, dtype)

@@ -11,7 +11,7 @@ from spillway.patcher.policy import Rule
 
 DEPTH = 8
 ALL = 1 << 40
-DEVICES = {"cpu": lambda: None, "deferred copies": SimDevice, "eager copies": lambda: SimDevice(eager=True)}
+DEVICES = {"cpu": lambda: None, "deferred": SimDevice, "overtaking": lambda: SimDevice(eager="some")}
 BUDGETS = [None, 0.8, 0.5, 0.0]
 
 
@@ -95,6 +95,22 @@ def test_patches_come_change_and_go_between_steps(tmp_path, device, fraction, pi
         model.set_patches(patches)
         expected = patched_plainly(state, torch.float32, patches)
         assert all(same(run(model), expected) for _ in range(2))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("streams", [1, 2, 3])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 4])
+@pytest.mark.parametrize("eager", [False, "some"], ids=["deferred", "overtaking"])
+def test_a_patched_weight_may_be_wanted_again_while_it_is_written_back(tmp_path, depth, streams, prefetch, eager):
+    state = write(tmp_path / "m.safetensors", Stack(depth, 32))
+    device = SimDevice(eager=eager, streams=streams)
+    fields = {"streams": streams, "prefetch": prefetch, "vram_bytes": 0, "pinned_bytes": ALL}
+    model = dynamic(lambda: Stack(depth, 32), tmp_path / "m.safetensors", device=device, **fields)
+    model.set_patches({f"layers.{index}.weight": torch.neg for index in range(depth)})
+    reference = plain(lambda: Stack(depth, 32), state, torch.float32)
+    for layer in reference.layers:
+        layer.weight.data.neg_()
+    assert all(same(run(model), reference(reference.input())) for _ in range(4))
 
 
 @pytest.mark.parametrize("place", ["resident", "pinned"])

@@ -1,42 +1,30 @@
-"""What every VBAR does. To add an implementation, add its `Device` to DEVICES."""
+"""What every VBAR does, by example; test_vbar_model.py has what holds for any sequence. Sizes are in a device's units.
+
+To add an implementation, add its device to DEVICES in vbar_devices.py.
+"""
 
 import gc
-import random
 
 import pytest
 import torch
-from sim_device import SimDevice
-
 from spillway.ops import software_vbar
-from spillway.ops.software_vbar import SoftwareVBAR, books_for
+from vbar_devices import DEVICES
 
-
-class SoftwareDevice:
-    """A device with software VBARs. All sizes in units, the smallest that the implementation can evict."""
-
-    unit = 1024
-
-    def __init__(self, capacity=1000, headroom=0):
-        self.sim = SimDevice(capacity * self.unit)
-        self.headroom = headroom
-
-    def vbar(self):
-        return SoftwareVBAR(self.sim, self.headroom * self.unit)
-
-    def others_take(self, units):
-        self.sim.other = units * self.unit
-        books_for(self.sim)._polled = -1e9  # free memory is polled; do not wait for it
-
-    def free(self):
-        return self.sim.memory()[0] // self.unit
-
-
-DEVICES = [SoftwareDevice]
+ALL = 1 << 60
 
 
 @pytest.fixture(params=DEVICES, ids=lambda device: device.__name__)
 def make_device(request):
-    return request.param
+    made = []
+
+    def make(**sizes):
+        made.append(request.param(**sizes))
+        return made[-1]
+
+    yield make
+    gc.collect()
+    for device in made:
+        device.check_after()
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +62,12 @@ def test_a_faulted_slice_is_resident_and_has_memory_of_its_own(make_device):
     a, b = slices(vbar, device, 2, 3)
     for number, piece in enumerate((a, b)):
         assert vbar.fault(piece) is not None
-        vbar.tensor(piece).fill_(number)
+        device.write(vbar.tensor(piece), number)
     assert vbar.loaded_size() == 5 * device.unit
     for number, piece in enumerate((a, b)):
         memory = vbar.tensor(piece)
         assert memory.dtype == torch.uint8 and memory.dim() == 1 and memory.numel() >= piece.nbytes
-        assert (memory == number).all()
+        assert device.holds(memory, number)
 
 
 def test_the_signature_stays_the_same_while_a_slice_stays(make_device):
@@ -121,11 +109,11 @@ def test_a_pinned_slice_is_not_evicted_until_its_last_unpin(make_device):
     (piece,) = slices(vbar, device, 1)
     vbar.fault(piece)
     vbar.fault(piece)
-    assert vbar.free_memory(1 << 60) == 0
+    assert vbar.free_memory(ALL) == 0
     vbar.unpin(piece)
-    assert vbar.free_memory(1 << 60) == 0
+    assert vbar.free_memory(ALL) == 0
     vbar.unpin(piece)
-    assert vbar.free_memory(1 << 60) == device.unit
+    vbar.free_memory(ALL)  # it may have gone already: it was above what is wanted
     assert vbar.loaded_size() == 0
 
 
@@ -221,7 +209,7 @@ def test_the_headroom_is_never_granted(make_device):
     vbar = device.vbar()
     pieces = slices(vbar, device, 1, 1, 1, 1)
     assert [bring(vbar, piece) for piece in pieces] == [True, True, True, False]
-    assert device.free() == 2
+    assert device.free() >= 2
 
 
 def test_memory_that_others_take_is_given_up_within_a_few_faults(make_device):
@@ -230,7 +218,7 @@ def test_memory_that_others_take_is_given_up_within_a_few_faults(make_device):
     pieces = slices(vbar, device, *[1] * 8)
     assert all(bring(vbar, piece) for piece in pieces)
     device.others_take(3)
-    for _ in range(software_vbar.LOOK_EVERY):
+    for _ in range(device.traits.looks):
         bring(vbar, pieces[0])
     assert resident(vbar, pieces) == [True] * 5 + [False] * 3
     assert device.free() == 2
@@ -290,7 +278,7 @@ def test_close_gives_everything_back_and_leaves_the_others_alone(make_device):
     one.close()
     assert device.free() == 2
     assert two.resident(b)
-    two.free_memory(1 << 60)
+    two.free_memory(ALL)
     assert device.free() == 4
 
 
@@ -302,112 +290,3 @@ def test_a_vbar_that_nobody_holds_any_more_gives_its_memory_back(make_device):
     del vbar
     gc.collect()
     assert device.free() == 4
-
-
-# Random use against a model that only knows what must hold
-
-
-class TwoModels:
-    """Two VBARs on one device, used in any order. A step raises AssertionError where a promise is broken."""
-
-    sizes = (1, 3, 2, 1, 4, 2)
-    headroom = 2
-
-    def __init__(self, make_device, seed):
-        self.random = random.Random(seed)
-        self.device = make_device(capacity=16, headroom=self.headroom)
-        self.vbars = [self.device.vbar() for _ in range(2)]
-        self.pieces = [slices(vbar, self.device, *self.sizes) for vbar in self.vbars]
-        self.pins = [[0] * len(self.sizes) for _ in range(2)]
-        self.written = [[(None, 0)] * len(self.sizes) for _ in range(2)]  # signature and value
-        self.limits = [None, None]
-
-    def step(self):
-        which = self.random.randrange(2)
-        pinned = [index for index, pins in enumerate(self.pins[which]) if pins]
-        choice = self.random.random()
-        if choice < 0.5:
-            self.fault(which, self.random.randrange(len(self.sizes)))
-        elif choice < 0.75 and pinned:
-            self.unpin(which, self.random.choice(pinned))
-        elif choice < 0.8:
-            self.free_memory(which, self.random.randrange(14))
-        elif choice < 0.85:
-            limit = self.limits[which] = self.random.choice([None, *range(14)])
-            self.vbars[which].set_limit(None if limit is None else limit * self.device.unit)
-        elif choice < 0.9:
-            self.device.others_take(self.random.randrange(11))
-        elif choice < 0.97:
-            self.random.choice([self.vbars[which].prioritize, self.vbars[which].deprioritize])()
-        else:
-            self.replace(which)
-        self.check()
-
-    def resident(self, which):
-        return [self.vbars[which].resident(piece) for piece in self.pieces[which]]
-
-    def used(self, which):
-        return sum(size for size, here in zip(self.sizes, self.resident(which), strict=True) if here)
-
-    def fault(self, which, index):
-        vbar, piece = self.vbars[which], self.pieces[which][index]
-        before, used, limit = vbar.resident(piece), self.used(which), self.limits[which]
-        signature = vbar.fault(piece)
-        if signature is None:
-            assert not before, "a resident slice was refused"
-            return
-        if not before:
-            assert self.device.free() >= self.headroom, "the headroom was granted"
-            assert limit is None or used > limit or self.used(which) <= limit, "more than the limit was granted"
-        old, value = self.written[which][index]
-        memory = vbar.tensor(piece)
-        if vbar.same(signature, old):
-            assert (memory == value).all(), "the signature is the same, the bytes are not"
-        else:
-            assert not before or old is None, "the signature changed without an eviction"
-            value = self.random.randrange(256)
-            memory.fill_(value)
-            self.written[which][index] = (signature, value)
-        self.pins[which][index] += 1
-
-    def unpin(self, which, index):
-        self.vbars[which].unpin(self.pieces[which][index])
-        self.pins[which][index] -= 1
-
-    def free_memory(self, which, units):
-        before = self.resident(which)
-        freed = self.vbars[which].free_memory(units * self.device.unit) // self.device.unit
-        after = self.resident(which)
-        gone = [index for index, here in enumerate(before) if here and not after[index]]
-        evictable = [index for index, here in enumerate(before) if here and not self.pins[which][index]]
-        assert freed == sum(self.sizes[index] for index in gone)
-        assert gone == evictable[len(evictable) - len(gone) :], "not from the top"
-        assert freed >= units or gone == evictable, "less than was asked for"
-        assert not gone or freed - self.sizes[gone[0]] < units, "more than was asked for"
-
-    def replace(self, which):
-        self.vbars[which].close()
-        self.vbars[which] = self.device.vbar()
-        self.pieces[which] = slices(self.vbars[which], self.device, *self.sizes)
-        self.pins[which] = [0] * len(self.sizes)
-        self.written[which] = [(None, 0)] * len(self.sizes)
-        self.limits[which] = None
-
-    def check(self):
-        for which, vbar in enumerate(self.vbars):
-            here, pins, limit = self.resident(which), self.pins[which], self.limits[which]
-            assert vbar.loaded_size() == self.used(which) * self.device.unit
-            for index, count in enumerate(pins):
-                if count:
-                    assert here[index], "a pinned slice was evicted"
-                    value = self.written[which][index][1]
-                    assert (vbar.tensor(self.pieces[which][index]) == value).all(), "pinned memory changed"
-            if limit is not None and self.used(which) > limit:
-                assert all(count for count, is_here in zip(pins, here, strict=True) if is_here), "above the limit"
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_random_use_breaks_no_promise(make_device, seed):
-    models = TwoModels(make_device, seed)
-    for _ in range(300):
-        models.step()

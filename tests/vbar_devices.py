@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cuda_sim.aimdo import HEADROOM, PAGE, load_aimdo, version_under_test
 from cuda_sim.aimdo_device import AimdoDevice
 from sim_device import SimDevice
+
 from spillway.ops import software_vbar
 from spillway.ops.aimdo_vbar import AimdoVBAR
 from spillway.ops.software_vbar import SoftwareVBAR, books_for
@@ -23,12 +24,14 @@ class Traits:
         software VBAR every slice is an allocation of its own, of any size.
     looks: faults until memory that other processes took is given up.
     reserves_below: under pressure a fault needs room for everything absent below it too, and may evict for it.
+    strands: a fault may be granted while its own watermark sinks below it; what then lies above stays until prioritize.
     refuses_half_done: a fault that finds no room leaves what it mapped and evicted before it saw that as it is.
     """
 
     unit: int
     looks: int
     reserves_below: bool = False
+    strands: bool = False
     refuses_half_done: bool = False
 
 
@@ -48,6 +51,9 @@ class SoftwareDevice:
     def others_take(self, units):
         self.backend.other = units * self.unit
         books_for(self.backend)._polled = -1e9  # free memory is polled; do not wait for it
+
+    def free(self):
+        return self.backend.memory()[0] // self.unit
 
     def free_bytes(self):
         return self.backend.capacity - self.backend.other - self.held_bytes()
@@ -92,7 +98,7 @@ class RealAimdo:
     @property
     def traits(self):
         old = self.aimdo.release < (0, 4, 13)
-        return Traits(PAGE, looks=1, reserves_below=old, refuses_half_done=not old)
+        return Traits(PAGE, looks=1, reserves_below=old, strands=old, refuses_half_done=True)
 
     def vbar(self):
         return AimdoVBAR(self.backend, self.range_units * PAGE)
@@ -100,6 +106,9 @@ class RealAimdo:
     def others_take(self, units):
         self.others = units
         self.aimdo.others_take(self.total - HEADROOM - (self.capacity - self.headroom - units) * PAGE)
+
+    def free(self):
+        return (self.backend.memory()[0] - HEADROOM) // PAGE + self.headroom
 
     def free_bytes(self):
         return (self.capacity - self.others) * PAGE - self.held_bytes()

@@ -17,6 +17,7 @@ class VbarModel:
     """One VBAR, and what is known of it."""
 
     def __init__(self, device, sizes):
+        self.device = device
         self.vbar = device.vbar()
         self.pieces = [self.vbar.alloc(int(size * device.unit)) for size in sizes]
         self.blocks = [device.blocks_of(piece) for piece in self.pieces]
@@ -38,6 +39,9 @@ class VbarModel:
         """The blocks that could go, the first to go first."""
         return [block for block in reversed(self.every) if block in self.here and not self.pins[block] and block[0] > above]
 
+    def may_be_stranded(self, block):
+        return self.device.traits.strands and sum(block) > self.low
+
 
 class Model:
     """Some VBARs on one device. Every method raises AssertionError where a promise is broken."""
@@ -53,35 +57,37 @@ class Model:
 
     # -- comparing
 
-    def see(self, came=(), need=0, among=(), spare=0):
+    def see(self, came=(), need=0, among=(), spare=0, first=()):
         """Compare what is resident now with what an operation allowed, and take it as known.
 
         came: the blocks that may be new, as (model, block). need: bytes that had to be freed, if there were so many, from
-        the VBARs `among`. spare: bytes that may have been freed beyond that. Returns the bytes freed.
+        the VBARs `among`. spare: bytes that may have been freed beyond that. first: what may go before all else, as
+        (model, block). Returns the bytes freed.
         """
-        might_go = [(model, block) for model in self.order if model in among for block in model.evictable()]
-        gone, freed = [], 0
-        for model in self.order:
-            now = self.device.resident_blocks(model.vbar)
-            new = {(model, block) for block in now - model.here}
-            assert new <= set(came), f"came unasked: {in_words(new)}"
-            gone += [(model, block) for block in model.here - now]
-        count = len(gone)
-        assert set(gone) == set(might_go[:count]), f"gone: {in_words(gone)}; the order is: {in_words(might_go)}"
-        freed = sum(block[1] for _, block in gone)
+        before = {(model, block) for model in self.order for block in model.here}
+        now = {(model, block) for model in self.order for block in self.device.resident_blocks(model.vbar)}
+        assert now - before <= set(came), f"came unasked: {in_words(now - before - set(came))}"
+        gone = before - now
+        in_order = [(model, block) for model in self.order if model in among for block in model.evictable()]
+        in_order = [entry for entry in in_order if entry in gone or not entry[0].may_be_stranded(entry[1])]
+        limit_first = [*first, *(entry for entry in in_order if entry not in first)]
+        went = [order[: len(gone)] for order in (in_order, limit_first) if gone == set(order[: len(gone)])]
+        assert went, f"gone: {in_words(gone)}; the order is: {in_words(in_order)}"
+        freed = sum(size for _, (_, size) in gone)
         if gone:
-            but_the_last = freed - might_go[count - 1][1][1]
-            assert but_the_last < need + spare, f"gone: {in_words(might_go[:count])}, for {need} bytes"
-        if freed < need or any(model is not self.order[0] for model, _ in gone):
+            last = went[0][-1][1]
+            assert freed - last[1] < need + spare, f"gone: {in_words(went[0])}, for {need} bytes"
+        asked_for_more = freed < need or any(model is not self.order[0] for model, _ in gone)
+        if asked_for_more or need and self.traits.reserves_below:
             # Who was asked and had nothing left may refuse everything until it is prioritized.
             for model in among:
                 model.low = 0
-        for model in self.order:
-            now = self.device.resident_blocks(model.vbar)
-            for block in model.here - now:
-                model.lost[block] += 1
-                model.low, model.high = min(model.low, block[0]), min(model.high, block[0])
-            model.here = now
+        for model, block in gone:
+            model.here.discard(block)
+            model.lost[block] += 1
+            model.low, model.high = min(model.low, block[0]), min(model.high, block[0])
+        for model, block in now - before:
+            model.here.add(block)
         return freed
 
     def check(self):
@@ -111,17 +117,18 @@ class Model:
         free = self.device.free_bytes()
         need = max(0, self.headroom + missing - free)
         lower = self.order[: self.order.index(model)]
-        could_go = [block for other in lower for block in other.evictable()] + model.evictable(above=blocks[-1][0])
-        could_free = sum(size for _, size in could_go)
+        own = model.evictable(above=blocks[-1][0])
+        could_free = sum(size for other in lower for _, size in other.evictable()) + sum(size for _, size in own)
         room = need <= could_free
         if need and missing and self.traits.reserves_below:
-            room = room and absent <= could_free
-        held = sum(size for _, size in model.here)
-        room = room and held + missing - model.limit <= sum(size for _, size in model.evictable(above=blocks[-1][0]))
-        below = model.end(index) <= model.low or not missing and not any(model.pins[block] for block in blocks)
+            room = room and absent + max(0, self.headroom - free) <= could_free
+        over = sum(size for _, size in model.here) + missing - model.limit  # slices above a lowered limit may still be lent
+        room = room and over <= sum(size for _, size in own)
+        below = model.end(index) <= model.low or (not missing and not any(model.pins[block] for block in blocks))
         refusable = model.is_above_limit(index) or not room or not below
         impossible = missing and (model.is_above_limit(index) or model.end(index) > model.high)
-        spare = absent if self.traits.reserves_below else 0
+        spare = (absent if self.traits.reserves_below else 0) + max(0, over)
+        first = [(model, block) for block in own] if over > 0 else []
 
         signature = model.vbar.fault(model.pieces[index])
 
@@ -129,14 +136,15 @@ class Model:
             assert refusable, "refused, though there was room"
             came = [(model, block) for block in blocks] if self.traits.refuses_half_done else ()
             spare += missing * self.traits.refuses_half_done
-            self.see(came=came, need=need, among=self.order, spare=spare)
+            self.see(came=came, need=need, among=self.order, spare=spare, first=first)
             if not model.is_above_limit(index):
                 model.high = min(model.high, model.end(index) - 1)
                 for other in self.order:
                     other.low = 0
             return
         assert not impossible, "granted above the watermark or the limit"
-        self.see(came=[(model, block) for block in blocks], need=need, among=[*lower, model], spare=spare)
+        came = [(model, block) for block in blocks]
+        self.see(came=came, need=need, among=[*lower, model], spare=spare, first=first)
         assert not missing or self.device.free_bytes() >= min(self.headroom, free), "the headroom was granted"
         for block in blocks:
             model.pins[block] += 1
@@ -167,7 +175,7 @@ class Model:
             if not model.pins[block] and sum(block) > model.low:
                 model.here.discard(block)
                 model.lost[block] += 1
-        self.see(need=self._over(model), among=[model])
+        self.see(need=self._beyond_limit(model), among=[model])
         self._check_limit(model)
 
     def free_memory(self, which, units):
@@ -175,22 +183,28 @@ class Model:
         said = model.vbar.free_memory(nbytes)
         freed = self.see(need=nbytes, among=[model])
         assert said == freed, f"{said} bytes were said to be freed, {freed} were"
-        assert freed >= nbytes or not model.evictable(), "less than was asked for"
+        assert freed >= nbytes or not self._left(model), "less than was asked for"
 
     def set_limit(self, which, units):
         model = self.vbars[which]
         model.vbar.set_limit(None if units is None else int(units * self.device.unit))
         model.limit = math.inf if units is None else self.device.round_limit(int(units * self.device.unit))
         model.high = math.inf
-        self.see(need=self._over(model), among=[model])
+        self.see(need=self._beyond_limit(model), among=[model])
         self._check_limit(model)
 
-    def _over(self, model):
-        return max(0, sum(size for _, size in model.here) - model.limit)
+    def _beyond_limit(self, model):
+        """The limit is one on how much is resident; what lies above it as an address may go, too."""
+        above = sum(size for start, size in model.evictable() if start + size > model.limit)
+        return max(0, above, sum(size for _, size in model.here) - model.limit)
 
     def _check_limit(self, model):
-        waits = any(pins and sum(block) > model.limit for block, pins in model.pins.items())
-        assert waits or not self._over(model) or not model.evictable(), "more than the limit stays resident"
+        lent_above = any(pins and sum(block) > model.limit for block, pins in model.pins.items())
+        over = sum(size for _, size in model.here) > model.limit
+        assert lent_above or not over or not self._left(model), "more than the limit stays resident"
+
+    def _left(self, model):
+        return [block for block in model.evictable() if not model.may_be_stranded(block)]
 
     def others_take(self, units):
         """Other processes come to hold that much, or all that is free."""

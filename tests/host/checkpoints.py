@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import tempfile
 import zlib
 
 import comfy.ops
@@ -289,31 +290,32 @@ def accept_small_lumina():
     detection.detect_unet_config = detect_unet_config
 
 
-def _sd15_unet(dtype, mult, blocks):
+def _sd15_unet(dtype, mult, blocks, **others):
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     # attention on every level but the deepest, as in the real one
     attention = [1] * (len(mult) - 1) + [0] if len(mult) > 1 else [1]
-    module = UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        num_res_blocks=[blocks] * len(mult),
-        channel_mult=list(mult),
-        transformer_depth=[depth for depth in attention for _ in range(blocks)],
-        transformer_depth_output=[depth for depth in attention for _ in range(blocks + 1)],
-        transformer_depth_middle=1,
-        context_dim=768,
-        num_heads=8,
-        use_spatial_transformer=True,
-        legacy=False,
-        use_linear_in_transformer=False,
-        device="meta",
-        dtype=torch.float32,
-        operations=OPS,
-    )
-    return entries_of(module, dtype)
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [blocks] * len(mult),
+        "channel_mult": list(mult),
+        "transformer_depth": [depth for depth in attention for _ in range(blocks)],
+        "transformer_depth_output": [depth for depth in attention for _ in range(blocks + 1)],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "num_heads": 8,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_linear_in_transformer": False,
+        "device": "meta",
+        "dtype": torch.float32,
+        "operations": OPS,
+        **others,
+    }
+    return entries_of(UNetModel(**config), dtype)
 
 
 def sd15(
@@ -343,6 +345,56 @@ def sd15(
 def sd15_unet(path, dtype=torch.float16, mult=(1, 2), blocks=1, seed=0, drop=(), metadata=None):
     """The UNet alone."""
     return write(path, _sd15_unet(dtype, mult, blocks), seed, metadata, drop)
+
+
+SMALL_CLIP_VISION = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 64,
+    "image_size": 224,
+    "intermediate_size": 128,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 4,
+    "num_channels": 3,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+def unclip(path, dtype=torch.float16, mult=(1,), blocks=1, seed=0, drop=(), metadata=None):
+    """An SD 2.1 unCLIP: a UNet and a CLIP vision model, no text encoder and no VAE.  The vision model is narrower than
+    the core knows it; the file loads inside small_clip_vision()."""
+    from comfy.clip_model import CLIPVisionModelProjection
+
+    others = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
+    adm = {"num_classes": "sequential", "adm_in_channels": 1536}
+    entries = _prefixed(_sd15_unet(dtype, mult, blocks, **others, **adm), "model.diffusion_model.")
+    with torch.device("meta"):
+        vision = CLIPVisionModelProjection(SMALL_CLIP_VISION, torch.float32, "meta", OPS)
+    entries.update(entries_of(vision, dtype, "embedder.model.visual."))
+    return write(path, entries, seed, metadata, drop)
+
+
+@contextlib.contextmanager
+def small_clip_vision():
+    """While this lasts, the core builds CLIP vision models as narrow as SMALL_CLIP_VISION."""
+    import comfy.clip_vision
+
+    plain = comfy.clip_vision.ClipVisionModel
+
+    class SmallClipVision(plain):
+        def __init__(self, json_config):
+            with tempfile.TemporaryDirectory() as folder:
+                small = os.path.join(folder, "small.json")
+                with open(small, "w", encoding="utf-8") as file:
+                    json.dump(SMALL_CLIP_VISION, file)
+                super().__init__(small)
+
+    comfy.clip_vision.ClipVisionModel = SmallClipVision
+    try:
+        yield
+    finally:
+        comfy.clip_vision.ClipVisionModel = plain
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------

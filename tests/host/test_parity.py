@@ -14,7 +14,7 @@ import psutil
 import pytest
 import sampling
 import torch
-from pairs import FRACTIONS, assert_same
+from pairs import FRACTIONS, assert_same, core_vae
 
 ARCHES = ("flux", "wan", "lumina2", "z_image")
 SEEDS = (0, 1)  # two runs: the second starts with whatever the first left resident
@@ -46,13 +46,6 @@ def load():
             return comfy_load.load_vae(path, policy=Policy(vram_bytes=int(budget)))
 
     return Load
-
-
-def core_vae(path):
-    sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    vae = comfy.sd.VAE(sd=sd, metadata=metadata)
-    vae.throw_exception_if_invalid()
-    return vae
 
 
 def runs(model, steps=STEPS, size=64):

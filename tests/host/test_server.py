@@ -1,0 +1,199 @@
+"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give the core's pictures."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COMFYUI, ROOT
+from PIL import Image
+
+FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
+
+
+class Server:
+    def __init__(self, base):
+        self.base = base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = open(base / "server.log", "w+b")  # noqa: SIM115 - open as long as the server
+        options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:"],
+            cwd=COMFYUI,
+            env={**os.environ, "PYTHONPATH": ""},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text(errors="replace")
+
+    def get(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def wait(self, what, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.said()
+            try:
+                found = what()
+            except OSError:
+                found = None
+            if found:
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"nothing after {seconds} s\n{self.said()}")
+
+    def run(self, prompt):
+        """Queue a prompt; returns its history when it has ended."""
+        number = self.get("prompt", {"prompt": prompt})["prompt_id"]
+        return self.wait(lambda: self.get(f"history/{number}").get(number), 240)
+
+    def pictures(self, prompt):
+        """{node: picture} of a prompt that must succeed."""
+        history = self.run(prompt)
+        assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
+        return {
+            node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
+            for node, output in history["outputs"].items()
+            for image in output.get("images", [])
+        }
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    base = tmp_path_factory.mktemp("server")
+    (base / "custom_nodes").mkdir()
+    os.symlink(ROOT, base / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
+    files = {
+        "diffusion_models/flux": checkpoint("flux", **FLUX),
+        "checkpoints/sd15": checkpoint("sd15"),
+        "text_encoders/clip": checkpoint("clip_l"),
+        "vae/flux": checkpoint("flux_vae"),
+    }
+    for name, path in files.items():
+        (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(path, base / "models" / f"{name}.safetensors")
+    running = Server(base)
+    try:
+        running.wait(lambda: running.get("system_stats"), 180)
+        yield running
+    finally:
+        running.stop()
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def picture(prompt, name, model, positive, negative, latent, vae, cfg):
+    """Sampler, decoder and output `name`, on what other nodes gave."""
+    prompt[f"{name} sampler"] = node(
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=3,
+        steps=2,
+        cfg=cfg,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )
+    prompt[f"{name} image"] = node("VAEDecode", samples=[f"{name} sampler", 0], vae=vae)
+    prompt[name] = node("SaveImage", images=[f"{name} image", 0], filename_prefix=name)
+
+
+def graph(loaders):
+    """A Flux with text encoder and VAE from files of their own, and a checkpoint; `loaders` are the nodes that load them."""
+    prompt = dict(loaders)
+    for name, clip in (("flux", ["clip", 0]), ("sd15", ["checkpoint", 1])):
+        prompt[f"{name} positive"] = node("CLIPTextEncode", clip=clip, text="a red house by the sea")
+        prompt[f"{name} negative"] = node("CLIPTextEncode", clip=clip, text="")
+    prompt["flux latent"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    prompt["sd15 latent"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    for name, model, vae, cfg in (("flux", ["model", 0], ["vae", 0], 1.0), ("sd15", ["checkpoint", 0], ["checkpoint", 2], 5.0)):
+        picture(prompt, name, model, [f"{name} positive", 0], [f"{name} negative", 0], [f"{name} latent", 0], vae, cfg)
+    return prompt
+
+
+CORE = {
+    "model": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
+    "clip": node("CLIPLoader", clip_name="clip.safetensors", type="stable_diffusion"),
+    "vae": node("VAELoader", vae_name="flux.safetensors"),
+    "checkpoint": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+}
+POLICY = node(
+    "SpillwayPolicy", vram_gb=0.01, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0
+)
+OURS = {
+    "policy": POLICY,
+    "model": node(
+        "SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default", policy=["policy", 1]
+    ),
+    "clip": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion", policy=["policy", 1]),
+    "vae": node("SpillwayLoadVAE", vae_name="flux.safetensors", policy=["policy", 1]),
+    "checkpoint": node("SpillwayLoadCheckpoint", ckpt_name="sd15.safetensors", policy=["policy", 1]),
+}
+
+
+def test_nodes_are_known(server):
+    known = server.get("object_info")
+    ours = {name: info for name, info in known.items() if name.startswith("Spillway")}
+    assert set(ours) >= {"SpillwayLoadDiffusionModel", "SpillwayLoadCheckpoint", "SpillwayMakeDynamic", "SpillwayPolicy"}
+    assert ours["SpillwayLoadDiffusionModel"]["input"]["required"]["unet_name"]
+    assert all(info["category"] == "spillway" for info in ours.values())
+    assert "IMPORT FAILED" not in server.said()
+
+
+def test_pictures(server):
+    """The pack's loaders; then its Make Dynamic behind the core's loaders: all give the core's pictures."""
+    wanted = server.pictures(graph(CORE))
+    assert set(wanted) == {"flux", "sd15"} and all(image.std() > 1 for image in wanted.values())
+    ours = server.pictures(graph(OURS))
+
+    made = graph(CORE)
+    made["policy"] = POLICY
+    made["dynamic"] = node(
+        "SpillwayMakeDynamic", model=["checkpoint", 0], clip=["checkpoint", 1], vae=["checkpoint", 2], policy=["policy", 1]
+    )
+    made["sd15 sampler"]["inputs"]["model"] = ["dynamic", 0]
+    made["sd15 image"]["inputs"]["vae"] = ["dynamic", 2]
+    for name in ("sd15 positive", "sd15 negative"):
+        made[name]["inputs"]["clip"] = ["dynamic", 1]
+    made = server.pictures(made)
+    for got in (ours, made):
+        for name, image in wanted.items():
+            assert np.array_equal(got[name], image), f"{name}: {(got[name] != image).mean():.1%} of the numbers differ"
+    assert "[Spillway]" in server.said()
+
+
+def test_an_error_is_the_prompts_alone(server):
+    """A node's error reaches the one who asked, and the next prompt runs."""
+    prompt = graph(OURS)
+    prompt["policy"] = node("SpillwayPolicy", vram_gb=-0.5, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0)
+    status = server.run(prompt)["status"]
+    assert status["status_str"] == "error"
+    assert "vram_gb is -0.5; give 0 or more GB" in json.dumps(status)
+    assert server.pictures(graph(OURS))
