@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+import weakref
 from typing import Any
 
 import comfy.model_management
@@ -57,6 +58,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     One engine serves all clones of a model. Loading attaches patches and moves nothing.
     """
+
+    # A twin's classic patcher (a weak reference): see dynamic_twin.
+    origin: Any = None
 
     def __init__(
         self,
@@ -127,8 +131,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self.model.dynamic_pins.setdefault(device, pin_state())
 
     def clone(self, disable_dynamic: bool = False, *args: Any, **kwargs: Any) -> Any:
-        # A CLIP's module stays beside the clone, so a classic patcher of another module would patch in vain. The core asks
-        # a CLIP for one only because of hooks, which this patcher serves itself.
+        # A CLIP's module stays beside the clone, so a classic patcher of another module would patch in vain. The core
+        # asks a CLIP for one only because of hooks, which this patcher serves itself.
         cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
             cloned.policy = self.policy
@@ -185,6 +189,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """Attach patches and policy. Weights come when the first forward uses them."""
         with self.use_ejected():
             device_to = self.load_device if device_to is None else device_to
+            if self.origin is not None and self.state.dynamic is None:
+                self._take_over()
             self._check_complete()
             dynamic = self.dynamic
             free_ram(2 * self.model_size(), keep=dynamic)
@@ -201,6 +207,13 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _take_over(self) -> None:
+        """A twin needs the weights as the classic patcher got them."""
+        origin = self.origin()
+        if origin is not None:
+            origin.unpatch_model(origin.offload_device)
+            self.patches = origin.patches
 
     def _check_complete(self) -> None:
         """Core leaves what a file lacks as it is; a dynamic model would have nothing to read."""
@@ -341,6 +354,12 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 dynamic.release()
             self.model.current_weight_patches_uuid = None
 
+    def detach(self, unpatch_all: bool = True) -> Any:
+        model = super().detach(unpatch_all)
+        if self.origin is not None:  # the next to use the model may be the classic patcher
+            self.state.close()
+        return model
+
     def restore_loaded_backups(self) -> int:
         """Nothing of a dynamic model is kept in backups."""
         return 0
@@ -371,7 +390,10 @@ def _engine_device(device: torch.device) -> torch.device:
 
 
 def dynamic_twin(patcher: Any, policy: Policy) -> Any:
-    """A dynamic patcher of a classic one's model, for models that only ours run; itself where it is dynamic already."""
+    """A dynamic patcher of a classic one's model, for models that only ours run; itself where it is dynamic already.
+
+    Models of the core's may use the classic one in between: each takes the model over when it is loaded.
+    """
     if not isinstance(patcher, comfy.model_patcher.ModelPatcher) or patcher.is_dynamic():
         return patcher
     twin = getattr(patcher, "spillway_twin", None)
@@ -379,6 +401,7 @@ def dynamic_twin(patcher: Any, policy: Policy) -> Any:
         twin = DynamicModelPatcher(patcher.model, patcher.load_device, patcher.offload_device, patcher.model_size())
         twin.policy = Policy(headroom_bytes=policy.headroom_bytes, pinned_bytes=0)
         twin.patches, twin.patches_uuid = patcher.patches, uuid.uuid4()
+        twin.origin = weakref.ref(patcher)
         patcher.spillway_twin = twin
     return twin
 

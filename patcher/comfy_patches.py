@@ -13,10 +13,11 @@ from comfy.model_patcher import LowVramPatch, get_key_weight
 
 
 class HostPatch:
-    """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the key.
+    """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the
+    key.
 
-    patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic patcher
-    does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`.
+    patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic
+    patcher does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`.
     """
 
     def __init__(self, model: Any, key: str, weight: torch.Tensor, patches: list[tuple], hooked: list[tuple]) -> None:

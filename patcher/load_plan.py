@@ -86,9 +86,9 @@ def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: 
 def interleave(order: Sequence[Bundle], cost: Cost) -> list[Bundle]:
     """The address order of bundles that run in `order`: any prefix of it is spread evenly over the execution.
 
-    Small bundles lie lowest, so they are resident whenever anything is. Of the others the first to run lies lowest; then
-    again and again the one in the middle, by offload cost, of the longest stretch that is left. So every transfer has
-    resident neighbours to hide behind, however much of the order is resident.
+    Small bundles lie lowest, so they are resident whenever anything is. Of the others the first to run lies lowest;
+    then again and again the one in the middle, by offload cost, of the longest stretch that is left. So every transfer
+    has resident neighbours to hide behind, however much of the order is resident.
     """
     small = [bundle for bundle in order if bundle.nbytes < SMALL_BYTES]
     large = [bundle for bundle in order if bundle.nbytes >= SMALL_BYTES]

@@ -7,8 +7,9 @@ import gc
 
 import pytest
 import torch
-from spillway.ops import software_vbar
 from vbar_devices import DEVICES
+
+from spillway.ops import software_vbar
 
 ALL = 1 << 60
 

@@ -1,9 +1,9 @@
 """What VBARs promise, as a small model beside real ones.
 
-The model knows who gives way first, how often each block was lost (`lost`, so whether a signature must be the same), and
-between which bounds a VBAR's watermark lies: an implementation may refuse what ends above `low`, and must refuse what ends
-above `high`. After every operation what has gone and what has come is compared with what the operation allows. All sizes
-are in bytes but for the arguments of the operations, which are in units of the device.
+The model knows who gives way first, how often each block was lost (`lost`, so whether a signature must be the same),
+and between which bounds a VBAR's watermark lies: an implementation may refuse what ends above `low`, and must refuse
+what ends above `high`. After every operation what has gone and what has come is compared with what the operation
+allows. All sizes are in bytes but for the arguments of the operations, which are in units of the device.
 
 A block is what can be evicted by itself, as (start, bytes): a page, or a slice.
 """
@@ -37,7 +37,9 @@ class VbarModel:
 
     def evictable(self, above=-1):
         """The blocks that could go, the first to go first."""
-        return [block for block in reversed(self.every) if block in self.here and not self.pins[block] and block[0] > above]
+        return [
+            block for block in reversed(self.every) if block in self.here and not self.pins[block] and block[0] > above
+        ]
 
     def may_be_stranded(self, block):
         return self.device.traits.strands and sum(block) > self.low
@@ -60,9 +62,9 @@ class Model:
     def see(self, came=(), need=0, among=(), spare=0, first=()):
         """Compare what is resident now with what an operation allowed, and take it as known.
 
-        came: the blocks that may be new, as (model, block). need: bytes that had to be freed, if there were so many, from
-        the VBARs `among`. spare: bytes that may have been freed beyond that. first: what may go before all else, as
-        (model, block). Returns the bytes freed.
+        came: the blocks that may be new, as (model, block). need: bytes that had to be freed, if there were so many,
+        from the VBARs `among`. spare: bytes that may have been freed beyond that. first: what may go before all else,
+        as (model, block). Returns the bytes freed.
         """
         before = {(model, block) for model in self.order for block in model.here}
         now = {(model, block) for model in self.order for block in self.device.resident_blocks(model.vbar)}
@@ -78,7 +80,7 @@ class Model:
             last = went[0][-1][1]
             assert freed - last[1] < need + spare, f"gone: {in_words(went[0])}, for {need} bytes"
         asked_for_more = freed < need or any(model is not self.order[0] for model, _ in gone)
-        if asked_for_more or need and self.traits.reserves_below:
+        if asked_for_more or (need and self.traits.reserves_below):
             # Who was asked and had nothing left may refuse everything until it is prioritized.
             for model in among:
                 model.low = 0
@@ -122,7 +124,9 @@ class Model:
         room = need <= could_free
         if need and missing and self.traits.reserves_below:
             room = room and absent + max(0, self.headroom - free) <= could_free
-        over = sum(size for _, size in model.here) + missing - model.limit  # slices above a lowered limit may still be lent
+        over = (
+            sum(size for _, size in model.here) + missing - model.limit
+        )  # slices above a lowered limit may still be lent
         room = room and over <= sum(size for _, size in own)
         below = model.end(index) <= model.low or (not missing and not any(model.pins[block] for block in blocks))
         refusable = model.is_above_limit(index) or not room or not below

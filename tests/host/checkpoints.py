@@ -587,7 +587,8 @@ def _cheap(operations, device="meta"):
 
 
 def patch_uso(path, dtype=torch.bfloat16, hidden=3072, seed=0, drop=(), metadata=None):
-    """USO's projector of SigLIP features (21 MB; real size, the core builds no other)."""
+    """USO's projector of SigLIP features (21 MB).  The core builds 3072 only; others load inside
+    small_patches(uso_hidden=...)."""
     from comfy_extras.nodes_model_patch import SigLIPMultiFeatProjModel
 
     module = SigLIPMultiFeatProjModel(hidden_size=hidden, operations=_cheap(OPS))
@@ -695,31 +696,43 @@ def patch_anima_lllite(path, dtype=torch.bfloat16, dim=64, blocks=2, cond=32, ml
 
 
 @contextlib.contextmanager
-def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None):
-    """While this lasts, the core builds the two control nets of fixed size in other sizes.
+def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None, uso_hidden=None):
+    """While this lasts, the core builds the patches of fixed size in other sizes.
 
     It replaces the classes where ModelPatchLoader looks them up: a loader of one's own takes part if it does that too.
     """
     import comfy.ldm.lumina.controlnet as lumina
     import comfy_extras.nodes_model_patch as nodes_model_patch
 
-    saved = nodes_model_patch.QwenImageBlockWiseControlNet, lumina.ZImage_Control
+    saved = (
+        nodes_model_patch.QwenImageBlockWiseControlNet,
+        nodes_model_patch.SigLIPMultiFeatProjModel,
+        lumina.ZImage_Control,
+    )
 
     class SmallQwen(saved[0]):
         def __init__(self, **kwargs):
             sizes = {"dim": qwen_dim, "num_layers": qwen_layers}
             super().__init__(**{**{name: size for name, size in sizes.items() if size is not None}, **kwargs})
 
-    class SmallZ(saved[1]):
+    class SmallUSO(saved[1]):
+        def __init__(self, **kwargs):
+            super().__init__(**{**({} if uso_hidden is None else {"hidden_size": uso_hidden}), **kwargs})
+
+    class SmallZ(saved[2]):
         def __init__(self, **kwargs):
             sizes = {} if z_dim is None else {"dim": z_dim, "n_heads": z_dim // 128, "n_kv_heads": z_dim // 128}
             super().__init__(**{**sizes, **kwargs})
 
-    nodes_model_patch.QwenImageBlockWiseControlNet, lumina.ZImage_Control = SmallQwen, SmallZ
+    def put(qwen, uso, z_image):
+        nodes_model_patch.QwenImageBlockWiseControlNet, nodes_model_patch.SigLIPMultiFeatProjModel = qwen, uso
+        lumina.ZImage_Control = z_image
+
+    put(SmallQwen, SmallUSO, SmallZ)
     try:
         yield
     finally:
-        nodes_model_patch.QwenImageBlockWiseControlNet, lumina.ZImage_Control = saved
+        put(*saved)
 
 
 # --- files that are wrong ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import comfy.sd
 import comfy.utils
 import sampling
 import torch
+
 from spillway.patcher import comfy_load
 from spillway.patcher.policy import Policy
 
@@ -51,6 +52,5 @@ def assert_same(got, wanted):
 
 def counters(patcher):
     """A copy of the engine's counters."""
-    import dataclasses
 
     return dataclasses.replace(patcher.dynamic.ledger.counters)

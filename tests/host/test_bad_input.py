@@ -10,6 +10,7 @@ import pytest
 import sampling
 import torch
 from pairs import SMALL, assert_same, core_vae, run
+
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import SpillwayPolicy
 from spillway.patcher import comfy_load
@@ -136,7 +137,9 @@ def test_missing_key(key, folder):
     if key == "img_in.weight":  # which ComfyUI recognises the model by
         words = r"gap\.safetensors: (no model that ComfyUI knows|.*'img_in.weight')"
     else:
-        words = rf"gap\.safetensors: 1 tensors that Flux needs are missing, such as {key}.*incomplete.*get a complete one"
+        words = (
+            rf"gap\.safetensors: 1 tensors that Flux needs are missing, such as {key}.*incomplete.*get a complete one"
+        )
     for kind in ("diffusion_models", "checkpoints"):
         path = folder(kind, "gap.safetensors")
         checkpoints.missing_key(path, key, **SMALL)

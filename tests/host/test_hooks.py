@@ -1,4 +1,6 @@
-"""Hooks (LoRAs of single conditions, with masks and keyframes) on the pack's models: latents equal to the classic patcher's."""
+"""Hooks (LoRAs of single conditions, with masks and keyframes) on the pack's models: latents equal to the classic
+patcher's.
+"""
 
 import comfy.hooks
 import comfy.sd
@@ -7,8 +9,9 @@ import sampling
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from pairs import SMALL, assert_same, budget, pair, run
-from spillway.patcher import comfy_load
 from test_lora import forms, numbers, with_lora
+
+from spillway.patcher import comfy_load
 
 STEPS = 4
 
@@ -30,7 +33,7 @@ def hook_lora(kind="lora", strength=1.0, keyframes=()):
 
 
 def hooked(model, group, **options):
-    """Sample with hooks on the positive condition, as Cond Set Props attaches them; cfg makes the negative one count."""
+    """Sample with hooks on the positive condition, as Cond Set Props attaches them; cfg makes the negative count."""
     positive, negative = sampling.conds(model)
     (positive,) = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=group, **options)
     return run(model, steps=STEPS, cfg=2.0, cond=(positive, negative))

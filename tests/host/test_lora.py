@@ -27,9 +27,19 @@ def forms(name):
     for stem, (rows, columns) in SHAPES.items():
         low_rank = {
             "lora": {"lora_up.weight": (rows, 4), "lora_down.weight": (4, columns)},
-            "loha": {"hada_w1_a": (rows, 4), "hada_w1_b": (4, columns), "hada_w2_a": (rows, 4), "hada_w2_b": (4, columns)},
+            "loha": {
+                "hada_w1_a": (rows, 4),
+                "hada_w1_b": (4, columns),
+                "hada_w2_a": (rows, 4),
+                "hada_w2_b": (4, columns),
+            },
             "lokr": {"lokr_w1": (8, 8), "lokr_w2": (rows // 8, columns // 8)},
-            "glora": {"a1.weight": (4, columns), "a2.weight": (columns, 4), "b1.weight": (4, columns), "b2.weight": (rows, 4)},
+            "glora": {
+                "a1.weight": (4, columns),
+                "a2.weight": (columns, 4),
+                "b1.weight": (4, columns),
+                "b2.weight": (rows, 4),
+            },
             "oft": {"oft_blocks": (8, rows // 8, rows // 8)},
             "diff": {"diff": (rows, columns), "diff_b": (rows,)},
             "set": {"set_weight": (rows, columns)},
@@ -143,7 +153,9 @@ def test_only_touched_bundles_are_gathered_again(flux):
         after = counters(ours)
         assert after.patched - before.patched == len(SHAPES)  # once a weight, not once a step
         loaded = after.bytes_loaded - before.bytes_loaded
-        touched = sum(b.nbytes for b in ours.dynamic.bundles if any(p.key[: -len(".weight")] in SHAPES for p in b.params))
+        touched = sum(
+            b.nbytes for b in ours.dynamic.bundles if any(p.key[: -len(".weight")] in SHAPES for p in b.params)
+        )
         assert 0 < loaded == touched < everything
     before = counters(ours)
     run(with_lora(ours, forms("lora"), 0.5))  # other objects of the same content: patched again, nothing else

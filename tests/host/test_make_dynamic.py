@@ -6,12 +6,13 @@ import pytest
 import sampling
 import torch
 from pairs import SMALL, assert_same, core_vae, run
+from test_hooks import hook_lora, hooked
+from test_lora import forms, numbers, with_lora
+
 from spillway.nodes.make_dynamic import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
 from spillway.patcher.comfy_patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
-from test_hooks import hook_lora, hooked
-from test_lora import forms, numbers, with_lora
 
 
 def make_dynamic(model, **others):

@@ -1,4 +1,4 @@
-"""The nodes, called as the executor calls them: what they return, and that it runs like what the core's nodes return."""
+"""The nodes, called as the executor calls them: what they return, and that it runs like the core's."""
 
 import asyncio
 import functools
@@ -10,6 +10,7 @@ import comfy.sd
 import pytest
 import sampling
 from pairs import SMALL, assert_same, core_vae, run
+
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy
@@ -67,7 +68,9 @@ def test_load_two_text_encoders(file, checkpoint, monkeypatch):
     """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which the core accepts only with a configuration."""
     load_clip, options = comfy.sd.load_clip, checkpoints.T5XXL_SMALL_OPTIONS
     kinds = ("clip_l", "t5xxl_small")
-    wanted = load_clip([checkpoint(kind) for kind in kinds], clip_type=comfy.sd.CLIPType.FLUX, model_options=dict(options))
+    wanted = load_clip(
+        [checkpoint(kind) for kind in kinds], clip_type=comfy.sd.CLIPType.FLUX, model_options=dict(options)
+    )
     monkeypatch.setattr(comfy.sd, "load_clip", functools.partial(load_clip, model_options=dict(options)))
     first, second = (file("text_encoders", kind) for kind in kinds)
     (clip,) = SpillwayLoadCLIP.execute(clip_name1=first, clip_name2=second, type="flux").args
@@ -96,7 +99,9 @@ def test_load_checkpoint_with_clip_vision(file, checkpoint):
     """An unCLIP checkpoint: its CLIP vision model is dynamic too. It has no text encoder and no VAE."""
     name = file("checkpoints", "unclip")
     with checkpoints.small_clip_vision():
-        model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(ckpt_name=name, policy=policy_of(vram_gb=0.0)).args
+        model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(
+            ckpt_name=name, policy=policy_of(vram_gb=0.0)
+        ).args
         core, _, _, core_vision = comfy.sd.load_checkpoint_guess_config(checkpoint("unclip"), output_clipvision=True)
     assert clip is None and vae is None and clip_vision.patcher.is_dynamic()
     outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, core_vision)]
@@ -158,5 +163,5 @@ def test_policy_without_a_model(file):
 
 
 def test_policy_refuses_a_foreign_model(checkpoint):
-    with pytest.raises(ValueError, match="not managed by Spillway.*Make Dynamic"):
+    with pytest.raises(ValueError, match=r"not managed by Spillway.*Make Dynamic"):
         SpillwayPolicy.execute(**AUTO, model=comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)))

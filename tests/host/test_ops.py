@@ -1,4 +1,4 @@
-"""The dynamic op classes: every layer kind of the core, and its quantised layers, equal to the core's own bit for bit."""
+"""The dynamic op classes: every layer kind of the core, and its quantised layers, equal to the core's bit for bit."""
 
 import json
 
@@ -10,11 +10,12 @@ import comfy.utils
 import pytest
 import torch
 from pairs import FRACTIONS, SMALL, assert_same, pair, run
+from test_lora import forms, with_lora
+
 from spillway.ops.layer import DynamicLayer
 from spillway.patcher.comfy_ops import operations
 from spillway.patcher.dynamic import DynamicModel
 from spillway.patcher.policy import Policy
-from test_lora import forms, with_lora
 
 LAYERS = {
     "Linear": ((24, 40), (3, 24)),
@@ -83,7 +84,9 @@ def test_layer(kind, weight_dtype, input_dtype):
 
 def test_layers_without_weights():
     for kind, arguments in (("LayerNorm", {"elementwise_affine": False}), ("Linear", {"bias": False})):
-        plain = getattr(comfy.ops.manual_cast, kind)(8, **arguments, **({"out_features": 4} if kind == "Linear" else {}))
+        plain = getattr(comfy.ops.manual_cast, kind)(
+            8, **arguments, **({"out_features": 4} if kind == "Linear" else {})
+        )
         ours = getattr(operations(), kind)(8, **arguments, **({"out_features": 4} if kind == "Linear" else {}))
         for module in (plain, ours):
             filled(module, torch.float16)
@@ -146,7 +149,9 @@ QUANTISED = ("float8_e4m3fn", "int8_tensorwise", "scaled_fp8")
 def test_quantised_file(kind, fraction, quantised_file, checkpoint):
     core, ours = pair(quantised_file(kind), fraction)
     wanted = run(core)
-    assert wanted.isfinite().all() and not torch.equal(wanted, run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))))
+    assert wanted.isfinite().all() and not torch.equal(
+        wanted, run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)))
+    )
     for _ in range(2):
         assert_same(run(ours), wanted)
     weight = ours.model.diffusion_model.double_blocks[0].img_attn.qkv.weight

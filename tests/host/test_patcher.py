@@ -11,11 +11,12 @@ import pytest
 import sampling
 import torch
 from pairs import SMALL, assert_same, budget, core_vae, pair, run
+from test_lora import QKV, SHAPES, forms, with_lora
+
 from spillway.ops.layer import DynamicLayer
 from spillway.patcher import comfy_load
 from spillway.patcher.comfy_patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
-from test_lora import QKV, SHAPES, forms, with_lora
 
 CPU = torch.device("cpu")
 
@@ -252,7 +253,7 @@ def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"dtype": torch.bfloat16})])
 def test_save(dtype, options, checkpoint, tmp_path):
-    """What ModelSave writes of a patched model is what the core writes, in the file's dtype (the core's: the model's)."""
+    """What ModelSave writes of a patched model is what the core writes, in the file's dtype (the core: the model's)."""
     path = checkpoint("flux", **SMALL, dtype=dtype)
     core = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
     ours = with_lora(comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=1 << 20)), forms("lora"), 0.5)

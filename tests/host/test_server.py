@@ -39,7 +39,9 @@ class Server:
 
     def get(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -126,14 +128,19 @@ def picture(prompt, name, model, positive, negative, latent, vae, cfg):
 
 
 def graph(loaders):
-    """A Flux with text encoder and VAE from files of their own, and a checkpoint; `loaders` are the nodes that load them."""
+    """A Flux with text encoder and VAE from files of their own, and a checkpoint; `loaders` are the nodes that load
+    them.
+    """
     prompt = dict(loaders)
     for name, clip in (("flux", ["clip", 0]), ("sd15", ["checkpoint", 1])):
         prompt[f"{name} positive"] = node("CLIPTextEncode", clip=clip, text="a red house by the sea")
         prompt[f"{name} negative"] = node("CLIPTextEncode", clip=clip, text="")
     prompt["flux latent"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
     prompt["sd15 latent"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
-    for name, model, vae, cfg in (("flux", ["model", 0], ["vae", 0], 1.0), ("sd15", ["checkpoint", 0], ["checkpoint", 2], 5.0)):
+    for name, model, vae, cfg in (
+        ("flux", ["model", 0], ["vae", 0], 1.0),
+        ("sd15", ["checkpoint", 0], ["checkpoint", 2], 5.0),
+    ):
         picture(prompt, name, model, [f"{name} positive", 0], [f"{name} negative", 0], [f"{name} latent", 0], vae, cfg)
     return prompt
 
@@ -144,9 +151,7 @@ CORE = {
     "vae": node("VAELoader", vae_name="flux.safetensors"),
     "checkpoint": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
 }
-POLICY = node(
-    "SpillwayPolicy", vram_gb=0.01, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0
-)
+POLICY = node("SpillwayPolicy", vram_gb=0.01, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0)
 OURS = {
     "policy": POLICY,
     "model": node(
@@ -161,7 +166,12 @@ OURS = {
 def test_nodes_are_known(server):
     known = server.get("object_info")
     ours = {name: info for name, info in known.items() if name.startswith("Spillway")}
-    assert set(ours) >= {"SpillwayLoadDiffusionModel", "SpillwayLoadCheckpoint", "SpillwayMakeDynamic", "SpillwayPolicy"}
+    assert set(ours) >= {
+        "SpillwayLoadDiffusionModel",
+        "SpillwayLoadCheckpoint",
+        "SpillwayMakeDynamic",
+        "SpillwayPolicy",
+    }
     assert ours["SpillwayLoadDiffusionModel"]["input"]["required"]["unet_name"]
     assert all(info["category"] == "spillway" for info in ours.values())
     assert "IMPORT FAILED" not in server.said()
@@ -176,7 +186,11 @@ def test_pictures(server):
     made = graph(CORE)
     made["policy"] = POLICY
     made["dynamic"] = node(
-        "SpillwayMakeDynamic", model=["checkpoint", 0], clip=["checkpoint", 1], vae=["checkpoint", 2], policy=["policy", 1]
+        "SpillwayMakeDynamic",
+        model=["checkpoint", 0],
+        clip=["checkpoint", 1],
+        vae=["checkpoint", 2],
+        policy=["policy", 1],
     )
     made["sd15 sampler"]["inputs"]["model"] = ["dynamic", 0]
     made["sd15 image"]["inputs"]["vae"] = ["dynamic", 2]

@@ -1,0 +1,207 @@
+"""A device for the engine whose memory, streams and events are the simulated driver's.
+
+Allocations go through the functions that comfy-aimdo hooks and are kept for reuse, as torch's allocator keeps them.
+Host memory is registered with the driver. So a missing wait, a refused lock or an injected fault reaches the engine as
+it would on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections import defaultdict, deque
+from typing import Any
+
+import torch
+from sim_device import Hazard
+
+from spillway.ops import software_vbar
+from spillway.ops.backend import Backend
+
+from .aimdo import Aimdo
+from .sim import OUT_OF_MEMORY, POISON, Driver, DriverError, pointer
+
+ALIGNMENT = 512
+
+
+class Stream:
+    """A stream of the driver. saw: how far along the main stream it is known to be."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.handle = driver.make("cuStreamCreate", 0, kind=pointer)
+        self.given = self.saw = 0
+        self.targets: deque[tuple[int, int, int]] = deque()  # (position, address, bytes) of copies to the device
+        weakref.finalize(self, driver.result, "cuStreamDestroy_v2", self.handle)
+
+
+class Event:
+    """An event of the driver, recorded on a stream; None is the main stream."""
+
+    def __init__(self, device: AimdoDevice, stream: Stream | None) -> None:
+        self.device, self.stream = device, stream
+        self.position = device.clock if stream is None else stream.given
+        driver = device.driver
+        self.handle = driver.make("cuEventCreate", 2, kind=pointer)
+        weakref.finalize(self, driver.result, "cuEventDestroy_v2", self.handle)
+        driver.call("cuEventRecord", self.handle, stream and stream.handle)
+
+    def synchronize(self) -> None:
+        self.device.driver.call("cuEventSynchronize", self.handle)
+        if self.stream is None:
+            self.device.host_saw = max(self.device.host_saw, self.position)
+
+    def query(self) -> bool:
+        return self.device.driver.result("cuEventQuery", self.handle) == 0
+
+
+class Memory:
+    """Makes a tensor of a range of addresses, and says when nobody holds it any more."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, type] = {}
+
+    def tensor(self, address: int, nbytes: int, dropped: Any) -> torch.Tensor:
+        cls = self._classes.get(nbytes)
+        if cls is None:  # a subclass, since a plain ctypes array takes no weak reference
+            cls = self._classes[nbytes] = type("Range", (ctypes.c_uint8 * nbytes,), {})
+        view = cls.from_address(address)  # type: ignore[attr-defined]
+        weakref.finalize(view, dropped, address, nbytes)
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+
+class AimdoDevice(Backend):
+    """deferred: copies take effect when something waits for them; else at once. aimdo None: one it does not serve."""
+
+    streams = 2
+
+    def __init__(self, driver: Driver, aimdo: Aimdo | None, *, deferred: bool = True) -> None:
+        super().__init__(torch.device("cpu"))
+        self.driver = driver
+        driver.set(deferred=deferred)
+        if aimdo is not None:
+            self.aimdo_device = 0
+            aimdo.on_tensor = self._use
+        software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
+        self.clock = self.host_saw = (
+            0  # of the main stream: how much it has been given, and how much is known to be done
+        )
+        self.in_use: dict[int, tuple[int, int]] = {}  # device address: (bytes, in use by the main stream until)
+        self._memory = Memory()
+        self._cached: dict[int, list[int]] = defaultdict(list)  # bytes: addresses of blocks that nobody uses
+        self._lock = threading.RLock()
+
+    # -- memory
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            address = self._cached[size].pop() if self._cached[size] else self._allocate(size)
+        ctypes.memset(address, POISON, size)
+        self._use(address, size)
+        return self._memory.tensor(address, size, self._keep)[:nbytes]
+
+    def _allocate(self, size: int) -> int:
+        try:
+            return self.driver.make("cuMemAlloc_v2", size)
+        except DriverError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+        self.drop_cached()
+        try:
+            return self.driver.make("cuMemAlloc_v2", size)
+        except DriverError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes (simulated).") from None
+
+    def _keep(self, address: int, size: int) -> None:
+        with self._lock:
+            self._cached[size].append(address)
+
+    def drop_cached(self) -> None:
+        """Give the blocks that nobody uses back to the driver."""
+        with self._lock:
+            for addresses in self._cached.values():
+                while addresses:
+                    self.driver.call("cuMemFree_v2", addresses[-1])
+                    addresses.pop()
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        self.driver.call("cuMemHostRegister_v2", memory.data_ptr(), nbytes, 0)
+
+        def unlock(address: int, _: int, owner: torch.Tensor = memory) -> None:
+            self.driver.result("cuMemHostUnregister", address)
+
+        return self._memory.tensor(memory.data_ptr(), nbytes, unlock)
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self.driver.memory()
+        with self._lock:
+            idle = sum(size * len(addresses) for size, addresses in self._cached.items())
+        return free + idle, total
+
+    # -- what the main stream uses
+
+    def _use(self, address: int, nbytes: int) -> None:
+        self.clock += 1
+        self.in_use[address] = (nbytes, self.clock)
+
+    def _check(self, address: int, nbytes: int, stream: Stream) -> None:
+        until = max(
+            (
+                end
+                for start, (size, end) in list(self.in_use.items())
+                if start < address + nbytes and address < start + size
+            ),
+            default=0,
+        )
+        if max(stream.saw, self.host_saw) < until:
+            raise Hazard("a side stream overtakes the main stream's use of this memory")
+
+    # -- streams
+
+    def stream(self) -> Stream:
+        return Stream(self.driver)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream | None) -> None:
+        assert target.numel() == source.numel()
+        to, start, nbytes = target.data_ptr(), source.data_ptr(), target.numel()
+        inward = self.driver.is_device_memory(to, nbytes)
+        name = "cuMemcpyHtoD" if inward else "cuMemcpyDtoH"
+        if stream is None:
+            self.driver.call(f"{name}_v2", to, start, nbytes)
+            return
+        self._check(to if inward else start, nbytes, stream)
+        self.driver.call(f"{name}Async_v2", to, start, nbytes, stream.handle)
+        stream.given += 1
+        if inward:
+            stream.targets.append((stream.given, to, nbytes))
+
+    def record(self, stream: Stream | None) -> Event:
+        return Event(self, stream)
+
+    def wait(self, event: Event | None, stream: Stream | None) -> None:
+        if event is None or event.stream is stream:
+            return
+        self.driver.call("cuStreamWaitEvent", stream and stream.handle, event.handle, 0)
+        if stream is not None:
+            if event.stream is None:
+                stream.saw = max(stream.saw, event.position)
+            else:
+                stream.given += 1
+            return
+        assert event.stream is not None
+        targets = event.stream.targets
+        while targets and targets[0][0] <= event.position:  # the main stream uses from now on what has arrived
+            _, address, nbytes = targets.popleft()
+            self._use(address, nbytes)
+
+    def synchronize(self) -> None:
+        self.driver.call("cuCtxSynchronize")
+        self.host_saw = self.clock
