@@ -4,6 +4,7 @@
     python dev.py test [--only engine|host] [pytest arguments]
     python dev.py lint [--fix]
     python dev.py demo [arguments]
+    python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
 
 Each sets up what it needs in .venv beside this file; a second call finds it there.
@@ -45,7 +46,7 @@ RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.s
 def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
-    commands = {"test": test, "lint": lint, "demo": demo, "bench": bench}
+    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -109,6 +110,10 @@ def lint(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     return run_script(ROOT / "benchmarks" / "demo" / "run.py", arguments)
+
+
+def sim(arguments: list[str]) -> int:
+    return run_script(TESTS / "cuda_sim" / "demo.py", arguments)
 
 
 def bench(arguments: list[str]) -> int:

@@ -5,12 +5,15 @@ Nothing here initialises devices that the host already initialised: a second ini
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .backend import Backend
+from .ledger import Ledger
 from .vbar import lock
 
 PAGE = 32 << 20
@@ -49,17 +52,23 @@ def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
 
 
 class AimdoVBAR:
-    """nbytes: addresses to reserve; comfy-aimdo clamps them to the device's capacity."""
+    """nbytes: addresses to reserve; comfy-aimdo clamps them to the device's capacity.
+
+    failure: the driver's words, once it failed twice; from then on every fault is refused. Raises RuntimeError or
+    MemoryError where no addresses can be had.
+    """
 
     kind = "aimdo"
 
-    def __init__(self, backend: Backend, nbytes: int) -> None:
+    def __init__(self, backend: Backend, nbytes: int, ledger: Ledger) -> None:
         import comfy_aimdo.model_vbar as model_vbar
         import comfy_aimdo.torch as aimdo_torch
 
         self._api = model_vbar
         self._to_tensor = aimdo_torch.aimdo_to_tensor
+        self.backend, self.ledger = backend, ledger
         self.device = backend.device
+        self.failure: str | None = None
         self.limit: int | None = None
         self._offset = 0
         self._peak = 0
@@ -83,17 +92,40 @@ class AimdoVBAR:
         return self.limit is not None and piece.offset + piece.nbytes > self.limit
 
     def fault(self, piece: AimdoSlice | None) -> Any | None:
-        if piece is None or self._is_above_limit(piece):
+        if piece is None or self.failure is not None or self._is_above_limit(piece):
             return None
         with lock:
-            return self._api.vbar_fault(piece.handle)
+            try:
+                return self._api.vbar_fault(piece.handle)
+            except RuntimeError:
+                return self._again(self._api.vbar_fault, piece.handle)
+
+    def _again(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
+        """After a driver error: once more, with everything waited for; None where that fails too."""
+        self.backend.synchronize()
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            self._fail(error)
+            return None
+
+    def _fail(self, error: RuntimeError) -> None:
+        self.failure = str(error)
+        self.ledger.decide(
+            f"comfy-aimdo's VBAR failed twice ({error}): this model streams its weights until its next step and then "
+            "uses a software VBAR. Load it again to go back to comfy-aimdo; other models are not affected.",
+            level=logging.WARNING,
+        )
 
     def same(self, signature: Any, other: Any | None) -> bool:
         return other is not None and bool(self._api.vbar_signature_compare(signature, other))
 
     def unpin(self, piece: AimdoSlice) -> None:
         with lock:
-            self._api.vbar_unpin(piece.handle)
+            try:
+                self._api.vbar_unpin(piece.handle)
+            except RuntimeError as error:
+                self._fail(error)  # no second try: the pin is gone; what failed is evicting above the watermark
             if self._is_above_limit(piece):  # which was lowered while the slice was lent
                 self._keep_limit()
 
@@ -125,7 +157,12 @@ class AimdoVBAR:
 
     def free_memory(self, nbytes: int) -> int:
         with lock:
-            return int(self._vbar.free_memory(int(nbytes))) if self._vbar is not None else 0
+            if self._vbar is None:
+                return 0
+            try:
+                return int(self._vbar.free_memory(int(nbytes)))
+            except RuntimeError:
+                return int(self._again(self._vbar.free_memory, int(nbytes)) or 0)
 
     def loaded_size(self) -> int:
         with lock:

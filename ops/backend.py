@@ -98,7 +98,8 @@ class StreamBackend(Backend):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with self._module.stream(stream):
-            target.copy_(source, non_blocking=True)
+            # On the main stream the host waits, as on a device without streams.
+            target.copy_(source, non_blocking=stream is not None)
 
     def record(self, stream: Any) -> Any:
         event = self._module.Event()
@@ -123,7 +124,7 @@ class StreamBackend(Backend):
 
 
 class DeviceError(RuntimeError):
-    """A device that does not exist or cannot hold weights."""
+    """A device that does not exist, cannot hold weights, or does not answer any more."""
 
 
 def backend_for(device: str | torch.device) -> Backend:

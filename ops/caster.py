@@ -8,6 +8,7 @@ allows).
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ import torch
 from .backend import Backend
 from .bundle import Bundle
 from .gather import copy_into, interpret_gathered_like, is_wrapper
+from .layer import is_out_of_memory
 from .ledger import Ledger, in_words
 from .pins import Pins
 from .ring import Slot
@@ -51,7 +53,8 @@ class Caster:
         self.first: Bundle | None = None
         # Called whenever the first bundle is asked for: a step begins.
         self.on_step: Callable[[], None] = lambda: None
-        self.broken = False  # the VBAR failed twice: everything is streamed
+        # Memory may be freed by other threads; held while a loan begins or ends, never during the op.
+        self.lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of a dynamic module is a plain one."""
@@ -63,10 +66,31 @@ class Caster:
 
         Raises SourceError where a parameter has no data; whatever is raised, nothing stays pinned.
         """
-        if self.first is None:
-            self.first = bundle
-        if bundle is self.first:
-            self.on_step()
+        with self.lock:
+            if self.first is None:
+                self.first = bundle
+            if bundle is self.first:
+                self.on_step()
+            try:
+                loan = self._bring(bundle)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self.make_room(bundle, error):
+                    raise
+                loan = self._bring(bundle)
+            bundle.loan = loan
+            bundle.depth = 1
+            previous = self.previous
+            if previous is not None:
+                previous.successor = bundle
+            self.previous = bundle
+            try:
+                self.look_ahead(bundle)
+            except BaseException:
+                self.exit(bundle)
+                raise
+
+    def _bring(self, bundle: Bundle) -> Loan:
+        """A loan whose tensors stand in the module."""
         loan = self.take(bundle)
         try:
             if loan.views is None:
@@ -82,27 +106,18 @@ class Caster:
             bundle.restore()
             self.release(loan)
             raise
-        bundle.loan = loan
-        bundle.depth = 1
-        previous = self.previous
-        if previous is not None:
-            previous.successor = bundle
-        self.previous = bundle
-        try:
-            self.look_ahead(bundle)
-        except BaseException:
-            self.exit(bundle)
-            raise
+        return loan
 
     def exit(self, bundle: Bundle) -> None:
         """Give back: the idle parameters stand in the module again."""
-        loan = bundle.loan
-        if loan is None:
-            return
-        bundle.depth = 0
-        bundle.loan = None
-        bundle.restore()
-        self.release(loan)
+        with self.lock:
+            loan = bundle.loan
+            if loan is None:
+                return
+            bundle.depth = 0
+            bundle.loan = None
+            bundle.restore()
+            self.release(loan)
 
     @contextmanager
     def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:
@@ -115,30 +130,9 @@ class Caster:
 
     # -- residency
 
-    def fault(self, bundle: Bundle) -> object | None:
-        """Ask for the bundle's memory. A driver error is answered by one retry after a synchronisation, then by
-        streaming.
-        """
-        if self.broken:
-            return None
-        try:
-            return self.vbar.fault(bundle.piece)
-        except RuntimeError as error:
-            self.backend.synchronize()
-            try:
-                return self.vbar.fault(bundle.piece)
-            except RuntimeError:
-                self.broken = True
-                self.ledger.decide(
-                    f"the {self.vbar.kind} VBAR failed twice at '{bundle.name}' ({error}): this model streams its "
-                    "weights until it is loaded again. Other models are not affected.",
-                    level=logging.WARNING,
-                )
-                return None
-
     def take(self, bundle: Bundle) -> Loan:
         """A loan for the bundle: ready where it is resident and current, else begun."""
-        signature = self.fault(bundle)
+        signature = self.vbar.fault(bundle.piece)
         loan = Loan(bundle, signature)
         if signature is None:
             self.counters.misses += 1
@@ -151,15 +145,16 @@ class Caster:
         try:
             self.begin(loan)
         except BaseException:
-            self.backend.synchronize()  # a transfer may have begun
-            self.release(loan)
+            try:
+                self.backend.synchronize()  # a transfer may have begun
+            finally:
+                self.release(loan)
             raise
         return loan
 
     def make_room(self, bundle: Bundle, error: BaseException) -> bool:
         """After an out-of-memory error in a layer: evict what is not in use. False where nothing was freed."""
-        self.forget()
-        freed = self.vbar.free_memory(1 << 62)
+        freed = self.free()
         if not freed:
             return False
         self.counters.retries += 1
@@ -169,6 +164,12 @@ class Caster:
             level=logging.WARNING,
         )
         return True
+
+    def free(self, nbytes: int = 1 << 62) -> int:
+        """Evict what is not in use until that much is free; returns the bytes freed. For any thread."""
+        with self.lock:
+            self.forget()
+            return self.vbar.free_memory(nbytes)
 
     # -- how bytes move: the subclasses
 

@@ -33,17 +33,10 @@ class DeviceCaster(Caster):
         slots = self.prefetch + 2
         self.ring = Ring(backend.empty, slots, self.counters)
         # Host buffers that unpinned bundles are gathered in.
-        self.staging = Ring(self._staging_memory, slots, self.counters)
+        self.staging = Ring(backend.host_empty, slots, self.counters)
         self.ahead: dict[Bundle, Loan] = {}
         self.horizon: Bundle | None = None
         self.write_backs: list[tuple[Any, torch.Tensor]] = []
-
-    def _staging_memory(self, nbytes: int) -> torch.Tensor:
-        try:
-            return self.backend.host_empty(nbytes)
-        except RuntimeError as error:
-            self.ledger.decide_once(f"page-locked staging memory was refused ({error}): transfers are synchronous.")
-            return torch.empty(nbytes, dtype=torch.uint8)
 
     # -- a loan's way
 
@@ -167,15 +160,21 @@ class DeviceCaster(Caster):
         self.counters.bytes_written_back += bundle.nbytes
 
     def _free_slot(self, loan: Loan) -> None:
-        if loan.slot is not None:
-            self.ring.give(loan.slot, self.backend.record(None))
-            loan.slot = None
+        slot, loan.slot = loan.slot, None
+        if slot is not None:
+            done = None
+            try:
+                done = self.backend.record(None)
+            finally:
+                self.ring.give(slot, done)
 
     def release(self, loan: Loan) -> None:
-        if loan.views is None and loan.event is not None:
-            loan.event.synchronize()  # type: ignore[attr-defined] # nobody waited: its target must not be reused yet
-        self._free_slot(loan)
-        super().release(loan)
+        try:
+            if loan.views is None and loan.event is not None:
+                loan.event.synchronize()  # type: ignore[attr-defined] # nobody waited: its target must not be reused yet
+        finally:
+            self._free_slot(loan)
+            super().release(loan)
 
     # -- ahead of the use
 
@@ -198,14 +197,10 @@ class DeviceCaster(Caster):
         self.horizon = last if self.ahead else None
 
     def forget(self) -> None:
-        # One by one: while another thread frees memory, this one may come to use what it began.
-        while self.ahead:
-            try:
-                _, loan = self.ahead.popitem()
-            except KeyError:
-                break
-            self.release(loan)
-        self.horizon = None
+        with self.lock:
+            while self.ahead:
+                self.release(self.ahead.popitem()[1])
+            self.horizon = None
 
     def close(self) -> None:
         self.backend.synchronize()

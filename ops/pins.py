@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .backend import Backend, Event
-from .ledger import Ledger, in_words
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -28,12 +27,10 @@ class Pin:
 class Pins:
     """The pins of one model under a budget in bytes; the least recently used give way first."""
 
-    def __init__(self, backend: Backend, ledger: Ledger, budget: int) -> None:
+    def __init__(self, backend: Backend, budget: int) -> None:
         self.backend = backend
-        self.ledger = ledger
         self.budget = budget
         self.used = 0
-        self.refused = False  # the system would not lock any more pages
         self._pins: OrderedDict[Bundle, Pin] = OrderedDict()
 
     def get(self, bundle: Bundle) -> Pin | None:
@@ -51,17 +48,8 @@ class Pins:
         self.drop(bundle)
         if bundle.place == "disk" or self.used + nbytes > self.budget:
             return None
-        try:
-            pageable = self.refused or bundle.place == "ram"
-            buffer = torch.empty(nbytes, dtype=torch.uint8) if pageable else self.backend.host_empty(nbytes)
-        except RuntimeError as error:
-            self.refused = True
-            reason = str(error).splitlines()[0]
-            self.ledger.decide(
-                f"pinned memory refused after {in_words(self.used)} ({reason}): using pageable memory. "
-                "A smaller pinned RAM budget avoids this."
-            )
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+        pageable = bundle.place == "ram"
+        buffer = torch.empty(nbytes, dtype=torch.uint8) if pageable else self.backend.host_empty(nbytes)
         pin = self._pins[bundle] = Pin(buffer, version)
         self.used += nbytes
         return pin
@@ -71,10 +59,10 @@ class Pins:
         pin = self._pins.pop(bundle, None)
         if pin is None:
             return 0
+        self.used -= pin.buffer.numel()
         for event in (pin.ready, pin.busy):
             if event is not None:
                 event.synchronize()  # a transfer may still read it
-        self.used -= pin.buffer.numel()
         return pin.buffer.numel()
 
     def free(self, nbytes: float) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from ..ops.backend import Backend, backend_for
 from ..ops.bundle import Bundle, Patch
+from ..ops.careful_backend import CarefulBackend
 from ..ops.caster import Caster
 from ..ops.device_caster import DeviceCaster
 from ..ops.host_caster import HostCaster
@@ -63,7 +64,10 @@ class DynamicModel:
         self.backend = backend if backend is not None else backend_for(device)
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__)
+        # Everything that can fail on a device goes through this; on a CPU nothing can.
+        self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self.may_init = may_init
+        self._aimdo_failure: str | None = None  # why this model has given comfy-aimdo's VBAR up
         self.bundles = collect_bundles(module, source, self.policy, model_dtype)
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
@@ -108,24 +112,28 @@ class DynamicModel:
         if self.caster is not None:
             return
         total = sum(bundle.nbytes for bundle in self.bundles)
-        vbar = choose_vbar(self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init)
-        pins = Pins(self.backend, self.ledger, self._pin_budget(total))
+        vbar, pins = self._choose_vbar(), Pins(self._device, self._pin_budget(total))
         if self.backend.in_place:
-            caster: Caster = HostCaster(self.backend, vbar, pins, self.ledger)
+            caster: Caster = HostCaster(self._device, vbar, pins, self.ledger)
         else:
-            caster = DeviceCaster(
-                self.backend, vbar, pins, self.ledger, prefetch=self.policy.prefetch, streams=self.policy.streams
-            )
+            caster = DeviceCaster(self._device, vbar, pins, self.ledger, self.policy.prefetch, self.policy.streams)
         caster.on_step = self._on_step
         self.caster = caster
-        self._move_buffers()
-        self._lay_out(vbar)
-        self._apply_budget()
+        try:
+            self._move_buffers()
+            self._lay_out(vbar)
+            self._apply_budget()
+        except BaseException:
+            self.release()  # else the next forward would take it for prepared
+            raise
         self._use(caster)
 
-    def _range_bytes(self) -> int:
+    def _choose_vbar(self) -> VBAR:
         # 512 bytes of alignment for each bundle.
-        return sum(bundle.nbytes + 512 for bundle in self.bundles)
+        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)
+        return choose_vbar(
+            self._device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, self._aimdo_failure
+        )
 
     def _pin_budget(self, total: int) -> int:
         if self.policy.pinned_bytes is not None:
@@ -168,7 +176,7 @@ class DynamicModel:
     def headroom(self) -> int:
         """Bytes kept free on the device for the computation."""
         wanted = self.policy.headroom_bytes
-        return default_headroom(self.backend) if wanted is None else wanted
+        return default_headroom(self._device) if wanted is None else wanted
 
     def cost(self, bundle: Bundle) -> int:
         """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
@@ -185,7 +193,7 @@ class DynamicModel:
         vbar, budget, before = self.caster.vbar, self.budget(), self.plan
         streams = min(self.policy.streams, self.backend.streams)
         if budget is None:
-            free, _ = self.backend.memory()
+            free, _ = self._device.memory()
             self.plan = plan_load(self._addresses, max(0, self._within_reach()), streams, self.cost)
             # comfy-aimdo sees every allocation as it happens; the software VBAR is told at each step.
             vbar.set_limit(self.plan.limit if vbar.kind == "software" else None)
@@ -208,7 +216,7 @@ class DynamicModel:
     def _within_reach(self) -> int:
         """Bytes that the weights could hold: what they hold, what is free, and what gives way to them."""
         assert self.caster is not None
-        vbar, (free, _) = self.caster.vbar, self.backend.memory()
+        vbar, (free, _) = self.caster.vbar, self._device.memory()
         below = vbar.held_below() if isinstance(vbar, SoftwareVBAR) else 0
         return vbar.loaded_size() + free + below - self.headroom
 
@@ -226,6 +234,10 @@ class DynamicModel:
         assert self.caster is not None
         self.ledger.counters.steps += 1
         self.note_peak()
+        failure = getattr(self.caster.vbar, "failure", None)
+        if failure is not None and not any(bundle.loan for bundle in self.bundles):
+            self._aimdo_failure = failure
+            self._rebuild()
         if not self._traced and self.ledger.counters.steps > 1:
             self._follow_trace()
         if self.caster.vbar.loaded_size() < self.total_bytes:
@@ -262,7 +274,7 @@ class DynamicModel:
         if isinstance(self.caster, HostCaster):
             maps = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
             # A file that fits into the free memory is in the page cache by now.
-            self.caster.advise = sum(m.file_bytes for m in maps) > self.backend.memory()[0] // 2
+            self.caster.advise = sum(m.file_bytes for m in maps) > self._device.memory()[0] // 2
         if order == self._order:
             return
         self._order = order
@@ -270,7 +282,7 @@ class DynamicModel:
             self.ledger.decide(
                 "the first step ran the bundles in another order than they are registered: laid out anew"
             )
-            self._rebuild(prepare_now=True)
+            self._rebuild()
 
     def execution_order(self) -> list[Bundle]:
         """The bundles in the order of the last step; those that did not run come last."""
@@ -281,26 +293,23 @@ class DynamicModel:
             bundle = bundle.successor
         return list(order) + [bundle for bundle in self.bundles if bundle not in order]
 
-    def _rebuild(self, prepare_now: bool) -> None:
-        """Give the VBAR back and, where asked, lay out a new one. No bundle may be lent."""
+    def _rebuild(self) -> None:
+        """Give the VBAR back and lay out a new one. No bundle may be lent."""
         caster = self.caster
-        if caster is None:
-            return
-        caster.forget()
-        self.note_peak()
-        first, previous = caster.first, caster.previous
-        if prepare_now:  # first: it may be refused
-            vbar = choose_vbar(
-                self.backend, self.policy, self.headroom, self._range_bytes(), self.ledger, self.may_init
-            )
+        assert caster is not None
+        with caster.lock:
+            caster.forget()
+            self.note_peak()
+            vbar = self._choose_vbar()  # first: it may be refused
+            self._give_vbar_back(caster)
+            caster.vbar = vbar
+            self._lay_out(vbar)
+            self._apply_budget()
+
+    def _give_vbar_back(self, caster: Caster) -> None:
         caster.vbar.close()
         for bundle in self.bundles:
             bundle.piece = bundle.signature = bundle.views = None
-        if prepare_now:
-            caster.vbar = vbar
-            caster.first, caster.previous = first, previous
-            self._lay_out(caster.vbar)
-            self._apply_budget()
 
     def set_policy(self, policy: Policy) -> None:
         """Change what the model may take; between steps, at once, up and down.
@@ -317,7 +326,7 @@ class DynamicModel:
         self.caster.forget()  # what was begun ahead could not be evicted
         if policy.vbar != before.vbar:
             try:
-                self._rebuild(prepare_now=True)
+                self._rebuild()
             except RuntimeError:
                 self.policy = before
                 raise
@@ -355,8 +364,9 @@ class DynamicModel:
 
     def note_peak(self) -> None:
         """Remember the most that was resident, before its VBAR goes or shrinks."""
-        if self.caster is not None:
-            self._peak = max(self._peak, self.caster.vbar.peak_size())
+        caster = self.caster
+        if caster is not None:
+            self._peak = max(self._peak, caster.vbar.peak_size())
 
     @property
     def peak_resident_bytes(self) -> int:
@@ -397,39 +407,55 @@ class DynamicModel:
 
         Safe between steps and from another thread: what is lent stays.
         """
-        if self.caster is None:
+        caster = self.caster
+        if caster is None:
             return 0
-        self.note_peak()
-        if nbytes is None:
-            self.caster.forget()
-            return self.caster.vbar.free_memory(1 << 62)
-        vbar = self.caster.vbar
-        resident = [bundle for bundle in self._addresses if bundle.piece is not None and vbar.resident(bundle.piece)]
-        reserve = self.plan.reserve if self.plan is not None else 0
-        wanted = plan_unload(resident, nbytes, reserve, self.backend.streams, self.cost)
-        return vbar.free_memory(wanted)
+        with caster.lock:
+            self.note_peak()
+            if nbytes is None:
+                return caster.free()
+            vbar = caster.vbar
+            resident = [
+                bundle for bundle in self._addresses if bundle.piece is not None and vbar.resident(bundle.piece)
+            ]
+            reserve = self.plan.reserve if self.plan is not None else 0
+            wanted = plan_unload(resident, nbytes, reserve, self.backend.streams, self.cost)
+            return vbar.free_memory(wanted)
 
     def free_pins(self, nbytes: float = float("inf")) -> int:
         """Give pinned host memory back; returns the bytes freed."""
-        return self.caster.pins.free(nbytes) if self.caster is not None else 0
+        caster = self.caster
+        if caster is None:
+            return 0
+        with caster.lock:
+            return caster.pins.free(nbytes)
 
     def release(self) -> None:
-        """Give back all memory of device and pins. The next forward begins anew."""
-        if self.caster is None:
+        """Give back all memory of device and pins. The next forward begins anew.
+
+        Raises DeviceError where the device does not answer; what can be given back has been, all the same.
+        """
+        caster = self.caster
+        if caster is None:
             return
-        self.note_peak()
-        self.caster.close()
-        self._rebuild(prepare_now=False)
-        for bundle in self.bundles:
-            bundle.drop_pages()
-        self.caster = None
-        self._use(_Unprepared(self))
+        with caster.lock:
+            self.note_peak()
+            try:
+                caster.close()
+            finally:
+                self._give_vbar_back(caster)
+                for bundle in self.bundles:
+                    bundle.drop_pages()
+                self.caster = None
+                self._use(_Unprepared(self))
 
     def close(self) -> None:
         """Release everything; the module is a plain one again, with its weights where the source has them."""
-        self.release()
-        detach(self.bundles)
-        models.discard(self)
+        try:
+            self.release()
+        finally:
+            detach(self.bundles)
+            models.discard(self)
 
 
 class _Unprepared:

@@ -12,3 +12,5 @@ if "spillway" not in sys.modules:
     )
     sys.modules["spillway"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["spillway"])
+
+from loud import pytest_terminal_summary  # noqa: F401 - what could not run is said at the end

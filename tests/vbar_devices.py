@@ -13,6 +13,7 @@ from sim_device import SimDevice
 
 from spillway.ops import software_vbar
 from spillway.ops.aimdo_vbar import AimdoVBAR
+from spillway.ops.ledger import Ledger
 from spillway.ops.software_vbar import SoftwareVBAR, books_for
 
 
@@ -101,7 +102,7 @@ class RealAimdo:
         return Traits(PAGE, looks=1, reserves_below=old, strands=old, refuses_half_done=True)
 
     def vbar(self):
-        return AimdoVBAR(self.backend, self.range_units * PAGE)
+        return AimdoVBAR(self.backend, self.range_units * PAGE, Ledger())
 
     def others_take(self, units):
         self.others = units

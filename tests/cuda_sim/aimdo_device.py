@@ -1,8 +1,8 @@
 """A device for the engine whose memory, streams and events are the simulated driver's.
 
-Allocations go through the functions that comfy-aimdo hooks and are kept for reuse, as torch's allocator keeps them.
-Host memory is registered with the driver. So a missing wait, a refused lock or an injected fault reaches the engine as
-it would on a GPU.
+Allocations go through the stream-ordered functions that comfy-aimdo hooks and ComfyUI prefers, and are kept for reuse,
+as an allocator keeps them. Host memory is registered with the driver. So a missing wait, a refused lock or an injected
+fault reaches the engine as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from spillway.ops import software_vbar
 from spillway.ops.backend import Backend
 
 from .aimdo import Aimdo
-from .sim import OUT_OF_MEMORY, POISON, Driver, DriverError, pointer
+from .sim import NOT_READY, OUT_OF_MEMORY, POISON, Driver, DriverError, pointer
 
 ALIGNMENT = 512
+# Host memory that the driver did not unlock when it was asked to.
+STUCK: list[torch.Tensor] = []
 
 
 class Stream:
@@ -33,6 +35,13 @@ class Stream:
         self.given = self.saw = 0
         self.targets: deque[tuple[int, int, int]] = deque()  # (position, address, bytes) of copies to the device
         weakref.finalize(self, driver.result, "cuStreamDestroy_v2", self.handle)
+
+    def arrived(self, position: int) -> list[tuple[int, int]]:
+        """(address, bytes) of the copies up to a position, each told once."""
+        there = []
+        while self.targets and self.targets[0][0] <= position:
+            there.append(self.targets.popleft()[1:])
+        return there
 
 
 class Event:
@@ -50,9 +59,14 @@ class Event:
         self.device.driver.call("cuEventSynchronize", self.handle)
         if self.stream is None:
             self.device.host_saw = max(self.device.host_saw, self.position)
+        else:
+            self.stream.arrived(self.position)
 
     def query(self) -> bool:
-        return self.device.driver.result("cuEventQuery", self.handle) == 0
+        code = self.device.driver.result("cuEventQuery", self.handle)
+        if code not in (0, NOT_READY):
+            raise DriverError("cuEventQuery", code, "simulated")
+        return code == 0
 
 
 class Memory:
@@ -71,7 +85,7 @@ class Memory:
 
 
 class AimdoDevice(Backend):
-    """deferred: copies take effect when something waits for them; else at once. aimdo None: one it does not serve."""
+    """deferred: copies take effect when something waits for them; else at once. aimdo None: it does not serve this."""
 
     streams = 2
 
@@ -88,6 +102,7 @@ class AimdoDevice(Backend):
         )
         self.in_use: dict[int, tuple[int, int]] = {}  # device address: (bytes, in use by the main stream until)
         self._memory = Memory()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._cached: dict[int, list[int]] = defaultdict(list)  # bytes: addresses of blocks that nobody uses
         self._lock = threading.RLock()
 
@@ -105,13 +120,13 @@ class AimdoDevice(Backend):
 
     def _allocate(self, size: int) -> int:
         try:
-            return self.driver.make("cuMemAlloc_v2", size)
+            return self.driver.make("cuMemAllocAsync", size, None)
         except DriverError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
         self.drop_cached()
         try:
-            return self.driver.make("cuMemAlloc_v2", size)
+            return self.driver.make("cuMemAllocAsync", size, None)
         except DriverError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
@@ -126,7 +141,7 @@ class AimdoDevice(Backend):
         with self._lock:
             for addresses in self._cached.values():
                 while addresses:
-                    self.driver.call("cuMemFree_v2", addresses[-1])
+                    self.driver.call("cuMemFreeAsync", addresses[-1], None)
                     addresses.pop()
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
@@ -136,7 +151,8 @@ class AimdoDevice(Backend):
         self.driver.call("cuMemHostRegister_v2", memory.data_ptr(), nbytes, 0)
 
         def unlock(address: int, _: int, owner: torch.Tensor = memory) -> None:
-            self.driver.result("cuMemHostUnregister", address)
+            if self.driver.result("cuMemHostUnregister", address):
+                STUCK.append(owner)  # its addresses must not be given to anybody else while they are locked
 
         return self._memory.tensor(memory.data_ptr(), nbytes, unlock)
 
@@ -149,8 +165,9 @@ class AimdoDevice(Backend):
     # -- what the main stream uses
 
     def _use(self, address: int, nbytes: int) -> None:
-        self.clock += 1
-        self.in_use[address] = (nbytes, self.clock)
+        with self._lock:
+            self.clock += 1
+            self.in_use[address] = (nbytes, self.clock)
 
     def _check(self, address: int, nbytes: int, stream: Stream) -> None:
         until = max(
@@ -167,7 +184,9 @@ class AimdoDevice(Backend):
     # -- streams
 
     def stream(self) -> Stream:
-        return Stream(self.driver)
+        stream = Stream(self.driver)
+        self._streams.add(stream)
+        return stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream | None) -> None:
         assert target.numel() == source.numel()
@@ -197,11 +216,11 @@ class AimdoDevice(Backend):
                 stream.given += 1
             return
         assert event.stream is not None
-        targets = event.stream.targets
-        while targets and targets[0][0] <= event.position:  # the main stream uses from now on what has arrived
-            _, address, nbytes = targets.popleft()
-            self._use(address, nbytes)
+        for address, nbytes in event.stream.arrived(event.position):
+            self._use(address, nbytes)  # by the main stream, from now on
 
     def synchronize(self) -> None:
         self.driver.call("cuCtxSynchronize")
         self.host_saw = self.clock
+        for stream in list(self._streams):
+            stream.arrived(stream.given)  # whether anybody uses it from now on is not known

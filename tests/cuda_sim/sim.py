@@ -19,6 +19,8 @@ u64, size_t, pointer = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
 SIGNATURES = {
     "cuMemAlloc_v2": [ctypes.POINTER(u64), size_t],
     "cuMemFree_v2": [u64],
+    "cuMemAllocAsync": [ctypes.POINTER(u64), size_t, pointer],
+    "cuMemFreeAsync": [u64, pointer],
     "cuMemGetInfo_v2": [ctypes.POINTER(size_t), ctypes.POINTER(size_t)],
     "cuMemHostRegister_v2": [pointer, size_t, ctypes.c_uint],
     "cuMemHostUnregister": [pointer],
