@@ -6,11 +6,13 @@ something waits for them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import psutil
 import torch
+
+from .host_memory import locked
 
 
 class Event(Protocol):
@@ -24,6 +26,7 @@ class Backend:
 
     in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
     aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
+    plain: the backend itself, without what is wrapped around it for one model.
     """
 
     in_place = False
@@ -32,6 +35,7 @@ class Backend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.plain: Backend = self
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Uninitialised uint8 memory on the device.
@@ -79,6 +83,10 @@ class CpuBackend(Backend):
     in_place = True
 
 
+# cudaHostRegisterPortable: locked for every device, not for the current one alone.
+PORTABLE = 1
+
+
 class StreamBackend(Backend):
     """CUDA, ROCm and XPU: side streams, events, page-locked host memory."""
 
@@ -91,7 +99,26 @@ class StreamBackend(Backend):
             self.aimdo_device = device.index
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        if self.device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return locked(nbytes, self._lock, self._unlock)
+
+    def _lock(self, address: int, nbytes: int) -> None:
+        code = int(self._module.cudart().cudaHostRegister(address, nbytes, PORTABLE))
+        if code:
+            self._forget_error()
+            raise RuntimeError(f"cudaHostRegister of {nbytes} bytes failed with code {code}")
+
+    def _unlock(self, address: int) -> bool:
+        code = int(self._module.cudart().cudaHostUnregister(address))
+        if code:
+            self._forget_error()
+        return code == 0
+
+    def _forget_error(self) -> None:
+        """The driver hands a failure to the next call as well, whoever makes it: let that be one of ours."""
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
 
     def stream(self) -> Any:
         return self._module.Stream(device=self.device)

@@ -40,7 +40,7 @@ class CarefulBackend(Backend):
 
     def __init__(self, inner: Backend, ledger: Ledger) -> None:
         super().__init__(inner.device)
-        self.inner, self.ledger = inner, ledger
+        self.inner, self.plain, self.ledger = inner, inner, ledger
         self.in_place, self.streams, self.aimdo_device = inner.in_place, inner.streams, inner.aimdo_device
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed: nobody knows what is done

@@ -55,7 +55,7 @@ _books: dict[torch.device, DeviceBooks] = {}
 def books_for(backend: Backend) -> DeviceBooks:
     """The books of a backend's device; a simulated device has its own."""
     books = _books.get(backend.device)
-    if books is None or books.backend.__class__ is not backend.__class__:
+    if books is None or type(books.backend.plain) is not type(backend.plain):
         books = _books[backend.device] = DeviceBooks(backend)
     return books
 

@@ -112,7 +112,7 @@ class DynamicModel:
         if self.caster is not None:
             return
         total = sum(bundle.nbytes for bundle in self.bundles)
-        vbar, pins = self._choose_vbar(), Pins(self._device, self._pin_budget(total))
+        vbar, pins = self._choose_vbar(), Pins(self._device, self._pin_budget(total), self._order)
         if self.backend.in_place:
             caster: Caster = HostCaster(self._device, vbar, pins, self.ledger)
         else:
@@ -331,7 +331,7 @@ class DynamicModel:
                 self.policy = before
                 raise
         self.caster.pins.budget = self._pin_budget(self.total_bytes)
-        self.caster.pins.free(self.caster.pins.used - self.caster.pins.budget)
+        self.caster.pins.free(self.caster.pins.held - self.caster.pins.budget)
         headroom = getattr(self.caster.vbar, "headroom", None)
         if headroom is not None:
             self.caster.vbar.headroom = self.headroom  # type: ignore[attr-defined]
@@ -387,7 +387,7 @@ class DynamicModel:
     @property
     def pinned_bytes(self) -> int:
         """Bytes held in pins."""
-        return self.caster.pins.used if self.caster is not None else 0
+        return self.caster.pins.held if self.caster is not None else 0
 
     @property
     def vbar_kind(self) -> str:

@@ -98,8 +98,8 @@ class SimDevice(Backend):
         self.all_streams: list[SimStream] = []
         # Of the main stream: how much it has been given, and how much of that the host knows to be done.
         self.clock = self.host_saw = 0
-        # By storage. Of device memory: up to where the main stream uses it. Of host memory: what it held when it was
-        # last copied from, and by whom.
+        # By storage. Of device memory: up to where the main stream uses it. Of host memory: by offset, what it held
+        # when it was last copied from, and by whom.
         self.busy: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
@@ -127,9 +127,13 @@ class SimDevice(Backend):
             raise Hazard("a side stream overtakes the main stream's use of this memory")
 
     def _check_content(self, source) -> None:
-        content, reader, position = self.read.get(source.untyped_storage(), (source, None, 0))
-        if reader is not None and reader.host_knows < position and not torch.equal(content, source):
-            raise Hazard("the host filled a buffer that a copy may still be reading")
+        start, end = source.storage_offset(), source.storage_offset() + source.numel()
+        for at, (content, reader, position) in self.read.get(source.untyped_storage(), {}).items():
+            low, high = max(at, start), min(at + content.numel(), end)
+            if low >= high or reader.host_knows >= position:
+                continue
+            if not torch.equal(content[low - at : high - at], source[low - start : high - start]):
+                raise Hazard("the host filled a buffer that a copy may still be reading")
 
     def host_empty(self, nbytes):
         if self.pinned + nbytes > self.pin_limit:
@@ -158,7 +162,8 @@ class SimDevice(Backend):
         def work():
             target.copy_(source)
             if from_host:
-                self.read[source.untyped_storage()] = (source.clone(), stream, position)
+                reads = self.read.setdefault(source.untyped_storage(), {})
+                reads[source.storage_offset()] = (source.clone(), stream, position)
 
         stream.give(work)
         stream.targets.append((position, target))

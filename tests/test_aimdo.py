@@ -64,4 +64,4 @@ def test_the_engine_on_comfy_aimdo(runs, version):
         last = entries[-1]["test"] if entries else "the start"
         pytest.fail(f"comfy-aimdo {version}: signal {-code} during {last}\n{output[-4000:]}", pytrace=False)
     assert code == 0, output[-8000:]
-    assert passed > 200, f"comfy-aimdo {version}: only {passed} tests ran"
+    assert passed > 150, f"comfy-aimdo {version}: only {passed} tests ran"

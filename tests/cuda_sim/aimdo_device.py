@@ -18,13 +18,12 @@ from sim_device import Hazard
 
 from spillway.ops import software_vbar
 from spillway.ops.backend import Backend
+from spillway.ops.host_memory import locked
 
 from .aimdo import Aimdo
 from .sim import NOT_READY, OUT_OF_MEMORY, POISON, Driver, DriverError, pointer
 
 ALIGNMENT = 512
-# Host memory that the driver did not unlock when it was asked to.
-STUCK: list[torch.Tensor] = []
 
 
 class Stream:
@@ -145,16 +144,11 @@ class AimdoDevice(Backend):
                     addresses.pop()
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
-        self.driver.call("cuMemHostRegister_v2", memory.data_ptr(), nbytes, 0)
+        memory = locked(nbytes, lambda at, size: self.driver.call("cuMemHostRegister_v2", at, size, 0), self._unlock)
+        return memory.fill_(POISON)
 
-        def unlock(address: int, _: int, owner: torch.Tensor = memory) -> None:
-            if self.driver.result("cuMemHostUnregister", address):
-                STUCK.append(owner)  # its addresses must not be given to anybody else while they are locked
-
-        return self._memory.tensor(memory.data_ptr(), nbytes, unlock)
+    def _unlock(self, address: int) -> bool:
+        return self.driver.result("cuMemHostUnregister", address) == 0
 
     def memory(self) -> tuple[int, int]:
         free, total = self.driver.memory()

@@ -46,8 +46,8 @@ FAULTS = [
     Fault("cuMemRelease", INVALID_VALUE, (START, STEPS, END)),
     Fault("cuMemAddressFree", INVALID_VALUE, (END,)),
     Fault("cuMemGetInfo", INVALID_VALUE, (START,)),
-    Fault("cuMemHostRegister", OUT_OF_MEMORY, (START, STEPS), PAGEABLE),
-    Fault("cuMemHostUnregister", INVALID_VALUE, (START, STEPS, END)),
+    Fault("cuMemHostRegister", OUT_OF_MEMORY, (START,), PAGEABLE),
+    Fault("cuMemHostUnregister", INVALID_VALUE, (END,)),
     Fault("cuMemAllocAsync", OUT_OF_MEMORY, (START,)),
     Fault("cuMemcpyHtoDAsync", INVALID_VALUE, (START, STEPS), SYNCHRONOUS),
     Fault("cuMemcpyDtoHAsync", INVALID_VALUE, (START, STEPS), SYNCHRONOUS),
@@ -150,7 +150,7 @@ class Raised(NamedTuple):
 REFUSED = {
     "cuMemUnmap": PAGE,
     "cuMemRelease": PAGE,
-    "cuMemHostUnregister": BUNDLE,
+    "cuMemHostUnregister": 9 * BUNDLE,
 }
 
 
