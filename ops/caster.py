@@ -194,9 +194,8 @@ class Caster:
         """Drop what was begun ahead: the order changed, or memory is wanted."""
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Give all memory of the device back."""
         self.forget()
-        self.pins.free(float("inf"))
 
     # -- shared by the subclasses
 

@@ -57,7 +57,8 @@ class Pins:
     def take(self, bundle: Bundle, nbytes: int, version: int | None) -> Pin | None:
         """A new pin for a bundle, replacing its old one; None where the budget has no room for it.
 
-        Access is cyclic, so evicting another bundle's pin would only move the miss: what is pinned stays pinned.
+        Access is cyclic, so evicting another bundle's pin would only move the miss: what is pinned stays pinned. But a
+        finished form (`version` is set) displaces bytes of the source.
         """
         self.drop(bundle)
         if bundle.place == "disk":
@@ -67,11 +68,23 @@ class Pins:
             extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
         else:
             extent = self._blocks.take(nbytes, self._block_bytes(bundle, nbytes), self.budget)
+        if extent is None and version is not None:
+            extent = self._displace(nbytes)
         if extent is None:
             return None
         pin = self._pins[bundle] = Pin(extent, version)
         self.used += nbytes
         return pin
+
+    def _displace(self, nbytes: int) -> Extent | None:
+        """A finished form is worth more than bytes that can be read again: room in the place of some of those."""
+        for bundle in [bundle for bundle, pin in self._pins.items() if pin.version is None]:
+            block = self._pins[bundle].extent.block
+            self.drop(bundle)
+            extent = block.cut(nbytes)
+            if extent is not None:
+                return extent
+        return None
 
     def _block_bytes(self, bundle: Bundle, nbytes: int) -> int:
         """Bytes of a block that ends where a bundle ends: for this one and those that will ask next."""

@@ -351,7 +351,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_weights:
             dynamic = self.state.dynamic
             if dynamic is not None:
-                dynamic.release()
+                dynamic.release(pins=False)  # they give way to whoever needs RAM
             self.model.current_weight_patches_uuid = None
 
     def detach(self, unpatch_all: bool = True) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import psutil
-
-from ..ops.ledger import in_words
-from . import dynamic
+from . import dynamic, ram_pressure
 
 
 def free_ram(nbytes: int, keep: dynamic.DynamicModel | None = None) -> int:
@@ -13,14 +10,8 @@ def free_ram(nbytes: int, keep: dynamic.DynamicModel | None = None) -> int:
 
     Callers ask for twice a model's size: its pages in the cache, and its pins.
     """
-    short = nbytes - psutil.virtual_memory().available
-    freed = 0
-    for model in sorted(dynamic.models, key=lambda model: model.policy.priority):
-        if short - freed <= 0:
-            break
-        if model is keep or model.policy.keep == "always" or not model.pinned_bytes:
-            continue
-        given = model.free_pins(short - freed)
-        model.ledger.decide(f"gave {in_words(given)} of pins back: another model needs RAM")
-        freed += given
-    return freed
+    short = nbytes - ram_pressure.available_ram()
+    if short <= 0:
+        return 0
+    others = [model for model in list(dynamic.models) if model is not keep]
+    return ram_pressure.free_ram(others, short, "another model needs RAM")

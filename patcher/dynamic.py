@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from .attach import ModelDtype, attach, collect_bundles, detach, load_buffers
 from .choose_vbar import choose_vbar
 from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
 from .policy import Policy
+from .ram_pressure import available_ram, ease
 
 GIB = 1 << 30
 
@@ -73,6 +75,8 @@ class DynamicModel:
         if source is not None:
             load_buffers(module, source)
         self.caster: Caster | None = None
+        self.pins: Pins | None = None
+        self.last_used = 0.0  # time.monotonic() of the last step
         self.plan: LoadPlan | None = None
         self._peak = 0
         self.fixed_bytes = 0  # placed on the device for good by the host, beside the VBAR
@@ -111,8 +115,10 @@ class DynamicModel:
         """Reserve addresses and choose the residency plan. Done by the first forward."""
         if self.caster is not None:
             return
-        total = sum(bundle.nbytes for bundle in self.bundles)
-        vbar, pins = self._choose_vbar(), Pins(self._device, self._pin_budget(total), self._order)
+        vbar = self._choose_vbar()
+        if self.pins is None:
+            self.pins = Pins(self._device, self._pin_budget(), self._order)
+        pins = self.pins
         if self.backend.in_place:
             caster: Caster = HostCaster(self._device, vbar, pins, self.ledger)
         else:
@@ -135,15 +141,13 @@ class DynamicModel:
             self._device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, self._aimdo_failure
         )
 
-    def _pin_budget(self, total: int) -> int:
+    def _pin_budget(self) -> int:
         if self.policy.pinned_bytes is not None:
             return self.policy.pinned_bytes
         if self.backend.in_place:
             return 0
         # Half of what the machine has left: pins are a cache of the file, never a reason to swap.
-        import psutil
-
-        return min(total, psutil.virtual_memory().available // 2)
+        return min(sum(bundle.nbytes for bundle in self.bundles), available_ram() // 2)
 
     def _move_buffers(self) -> None:
         for module in self.module.modules():
@@ -234,6 +238,8 @@ class DynamicModel:
         assert self.caster is not None
         self.ledger.counters.steps += 1
         self.note_peak()
+        self.last_used = time.monotonic()
+        ease(models)
         failure = getattr(self.caster.vbar, "failure", None)
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self._aimdo_failure = failure
@@ -330,7 +336,7 @@ class DynamicModel:
             except RuntimeError:
                 self.policy = before
                 raise
-        self.caster.pins.budget = self._pin_budget(self.total_bytes)
+        self.caster.pins.budget = self._pin_budget()
         self.caster.pins.free(self.caster.pins.held - self.caster.pins.budget)
         headroom = getattr(self.caster.vbar, "headroom", None)
         if headroom is not None:
@@ -387,7 +393,7 @@ class DynamicModel:
     @property
     def pinned_bytes(self) -> int:
         """Bytes held in pins."""
-        return self.caster.pins.held if self.caster is not None else 0
+        return self.pins.held if self.pins is not None else 0
 
     @property
     def vbar_kind(self) -> str:
@@ -422,32 +428,41 @@ class DynamicModel:
             wanted = plan_unload(resident, nbytes, reserve, self.backend.streams, self.cost)
             return vbar.free_memory(wanted)
 
-    def free_pins(self, nbytes: float = float("inf")) -> int:
-        """Give pinned host memory back; returns the bytes freed."""
-        caster = self.caster
-        if caster is None:
+    def free_pins(self, nbytes: float = float("inf"), wait: bool = True) -> int:
+        """Give pinned host memory back; returns the bytes freed. wait: while a loan begins or ends, else return 0."""
+        caster, pins = self.caster, self.pins
+        if pins is None:
             return 0
-        with caster.lock:
-            return caster.pins.free(nbytes)
+        if caster is None:
+            return pins.free(nbytes)
+        if not caster.lock.acquire(blocking=wait):
+            return 0
+        try:
+            return pins.free(nbytes)
+        finally:
+            caster.lock.release()
 
-    def release(self) -> None:
-        """Give back all memory of device and pins. The next forward begins anew.
+    def release(self, pins: bool = True) -> None:
+        """Give back all memory of the device, and of pins too unless told not to. The next forward begins anew.
 
-        Raises DeviceError where the device does not answer; what can be given back has been, all the same.
+        With its pins kept, a model whose patches stay the same is back with one transfer for each bundle. Raises
+        DeviceError where the device does not answer; what can be given back has been, all the same.
         """
         caster = self.caster
-        if caster is None:
-            return
-        with caster.lock:
-            self.note_peak()
-            try:
-                caster.close()
-            finally:
-                self._give_vbar_back(caster)
-                for bundle in self.bundles:
-                    bundle.drop_pages()
-                self.caster = None
-                self._use(_Unprepared(self))
+        if caster is not None:
+            with caster.lock:
+                self.note_peak()
+                try:
+                    caster.close()
+                finally:
+                    self._give_vbar_back(caster)
+                    for bundle in self.bundles:
+                        bundle.drop_pages()
+                    self.caster = None
+                    self._use(_Unprepared(self))
+        if pins and self.pins is not None:
+            self.pins.free(float("inf"))
+            self.pins = None
 
     def close(self) -> None:
         """Release everything; the module is a plain one again, with its weights where the source has them."""
