@@ -12,6 +12,7 @@ from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusio
 from .make_dynamic import SpillwayMakeDynamic
 from .policy import SpillwayPolicy
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
+from .save_lora import SpillwaySaveLora
 
 log = logging.getLogger("spillway")
 
@@ -32,4 +33,5 @@ class SpillwayExtension(ComfyExtension):
             SpillwayPolicy,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
+            SpillwaySaveLora,
         ]

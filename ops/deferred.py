@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .disk_map import locate
 
 # Bytes of a part, in float32, the widest that is computed in.
-PART_BYTES = 8 << 20
+PART_BYTES = 4 << 20
 # Matrix products of very few rows may take another way through the kernels, and end in other bits.
 MIN_ROWS = 32
 

@@ -89,6 +89,18 @@ def save_model(
     return Saved(Path(path), nbytes, time.perf_counter() - begun)
 
 
+def finished_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinishedWeight]:
+    """The floating-point parameters of `root` as the model computes with them, by their key in the patcher's model."""
+    found = {}
+    for name, module in root.named_modules():
+        for attr, parameter in module._parameters.items():
+            key = f"{prefix}{name}.{attr}" if name else f"{prefix}{attr}"
+            scale = attr in ("input_scale", "pre_quant_scale", "weight_scale")
+            if parameter is not None and parameter.dtype.is_floating_point and not scale:
+                found[key] = _finished(patcher, module, attr, key, parameter)
+    return found
+
+
 def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: str) -> dict[str, torch.Tensor]:
     """The state dict of `root`, with `patcher`'s patches; `prefix`: what its keys begin with in the patcher's model."""
     modules = dict(root.named_modules())
