@@ -10,6 +10,7 @@ from ..ops.partial_file import sweep_noted
 from ..patcher.comfy_save_target import journal
 from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from .make_dynamic import SpillwayMakeDynamic
+from .merge import SpillwayMergeModels
 from .policy import SpillwayPolicy
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
 from .save_lora import SpillwaySaveLora
@@ -31,6 +32,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadVAE,
             SpillwayMakeDynamic,
             SpillwayPolicy,
+            SpillwayMergeModels,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
