@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from .disk_map import DTYPES, MAX_HEADER_BYTES
+from .disk_map import DTYPES
 from .ledger import in_words
 from .partial_file import PartialFile
+from .safetensors_header import MAX_HEADER_BYTES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A disk that is filled to its last byte troubles everybody else on it.
