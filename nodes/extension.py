@@ -12,6 +12,7 @@ from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusio
 from .make_dynamic import SpillwayMakeDynamic
 from .merge import SpillwayMergeModels
 from .policy import SpillwayPolicy
+from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
 from .save_lora import SpillwaySaveLora
 
@@ -36,4 +37,5 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
+            SpillwayProbeModel,
         ]
