@@ -6,8 +6,10 @@
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
+    python dev.py probe FILE...
 
-Each sets up what it needs in .venv beside this file; a second call finds it there.
+Each sets up what it needs in .venv beside this file; a second call finds it there. `probe` says what is in a
+safetensors file and needs nothing.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -46,7 +49,7 @@ RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.s
 def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
-    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench}
+    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -127,6 +130,21 @@ def bench(arguments: list[str]) -> int:
         return fail(f"There is no benchmark {arguments[0]!r}; `dev.py bench` lists them.", 2)
     set_up_bench()
     return run_script(scripts[arguments[0]], arguments[1:])
+
+
+def probe(arguments: list[str]) -> int:
+    """Say what is in each of the safetensors files named, from their headers alone."""
+    if not arguments:
+        return fail("probe takes the names of safetensors files.", 2)
+    sys.path.insert(0, str(ROOT))
+    module = importlib.import_module("ops.probe")
+    failed = 0
+    for name in arguments:
+        try:
+            print(module.probe(name).words, flush=True)
+        except (module.SourceError, OSError) as error:
+            failed = fail(str(error))
+    return failed
 
 
 def run_script(path: Path, arguments: list[str]) -> int:

@@ -14,7 +14,8 @@ from .types import CATEGORY, policy_input
 NONE = "none"
 
 
-def _path(folder: str, name: str) -> str:
+def model_path(folder: str, name: str) -> str:
+    """The path of a file in one of the host's folders. Raises FileNotFoundError with the places that were looked in."""
     try:
         return folder_paths.get_full_path_or_raise(folder, name)
     except FileNotFoundError:
@@ -55,7 +56,7 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
-        path = _path("diffusion_models", unet_name)
+        path = model_path("diffusion_models", unet_name)
         return io.NodeOutput(load_diffusion_model(path, weight_dtype, policy))
 
 
@@ -87,7 +88,7 @@ class SpillwayLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str, policy: Any = None) -> io.NodeOutput:
-        path = _path("checkpoints", ckpt_name)
+        path = model_path("checkpoints", ckpt_name)
         return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
 
 
@@ -134,7 +135,7 @@ class SpillwayLoadCLIP(io.ComfyNode):
         cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
     ) -> io.NodeOutput:
         names = [name for name in (clip_name1, clip_name2, clip_name3) if name != NONE]
-        paths = [_path("text_encoders", name) for name in names]
+        paths = [model_path("text_encoders", name) for name in names]
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
 
@@ -160,4 +161,4 @@ class SpillwayLoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, policy: Any = None) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(_path("vae", vae_name), policy))
+        return io.NodeOutput(load_vae(model_path("vae", vae_name), policy))

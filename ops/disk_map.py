@@ -5,20 +5,19 @@ Format: https://github.com/huggingface/safetensors#format. Nothing is read but t
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
 import os
-import struct
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
+
+from .safetensors_header import Header, SourceError, open_file, parse_header
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,15 +45,6 @@ for _name, _attribute in {
     if hasattr(torch, _attribute):
         DTYPES[_name] = getattr(torch, _attribute)
 
-# The limit of the format's reference implementation.
-MAX_HEADER_BYTES = 100_000_000
-MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-
-
-class SourceError(ValueError):
-    """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -66,61 +56,17 @@ class TensorSpec:
     nbytes: int
 
 
-def _header(path: Path, file_bytes: int, head: bytes) -> dict[str, Any]:
-    again = "Download or copy the file again."
-    if file_bytes < 8:
-        raise SourceError(f"{path}: the file has {file_bytes} bytes; a safetensors file begins with 8 bytes. {again}")
-    (length,) = struct.unpack("<Q", head[:8])
-    if length > MAX_HEADER_BYTES:
+def _spec(header: Header, key: str) -> TensorSpec:
+    entry = header.entry(key)
+    if entry.dtype not in DTYPES:
         raise SourceError(
-            f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "
-            "with a wrong name, convert it: load it with torch.load(weights_only=True) and write it with "
-            "safetensors.torch.save_file."
+            f"{header.path}: tensor '{key}' has dtype {entry.dtype}, which this torch ({torch.__version__}) cannot "
+            f"hold. Known: {', '.join(DTYPES)}. Convert the file or update torch."
         )
-    if 8 + length > file_bytes:
-        raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {again}")
-    try:
-        header = json.loads(head[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: the header is not JSON ({error}). {again}") from None
-    if not isinstance(header, dict):
-        raise SourceError(f"{path}: the header is a {type(header).__name__}, not an object. {again}")
-    if not isinstance(header.get("__metadata__") or {}, dict):
-        raise SourceError(f"{path}: __metadata__ is {header['__metadata__']!r}, not an object. {again}")
-    return header
-
-
-def _spec(path: Path, key: str, entry: Any, base: int, file_bytes: int) -> TensorSpec:
-    try:
-        name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sizes = [*shape, start, end]
-        if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in sizes):
-            raise TypeError
-        # torch counts the elements of an empty tensor too.
-        if math.prod(max(1, n) for n in shape) > MAX_ELEMENTS:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise SourceError(
-            f"{path}: tensor '{key}': expected dtype, shape and data_offsets in the header, found {entry!r}. "
-            "The file is damaged: download or copy it again."
-        ) from None
-    if name not in DTYPES:
-        raise SourceError(
-            f"{path}: tensor '{key}' has dtype {name}, which this torch ({torch.__version__}) cannot hold. "
-            f"Known: {', '.join(DTYPES)}. Convert the file or update torch."
-        )
-    nbytes = math.prod(shape) * DTYPES[name].itemsize
-    if end - start != nbytes:
-        raise SourceError(
-            f"{path}: tensor '{key}' of {name} {shape} needs {nbytes} bytes, its offsets hold {end - start}. "
-            "The file is damaged: download or copy it again."
-        )
-    if base + end > file_bytes:
-        raise SourceError(
-            f"{path}: truncated: tensor '{key}' ends at byte {base + end}, the file has {file_bytes}. "
-            "Download or copy the file again."
-        )
-    return TensorSpec(DTYPES[name], tuple(shape), base + start, nbytes)
+    dtype = DTYPES[entry.dtype]
+    nbytes = entry.numel * dtype.itemsize
+    header.check_place(key, entry, nbytes)
+    return TensorSpec(dtype, entry.shape, header.base + entry.start, nbytes)
 
 
 def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
@@ -168,30 +114,17 @@ class DiskMap:
     ) -> None:
         self.path = Path(path)
         self.dtype = dtype
-        if self.path.suffix.lower() in PICKLES:
-            raise SourceError(
-                f"{self.path}: {self.path.suffix} files are pickles: they cannot be mapped and may run code. Convert "
-                "it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
-            )
-        if not self.path.is_file():
-            what = "is a folder; name the safetensors file in it" if self.path.is_dir() else "no such file"
-            raise SourceError(f"{self.path}: {what}.")
-        self.file_bytes = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if length <= MAX_HEADER_BYTES:
-                head += file.read(length)
-            header = _header(self.path, self.file_bytes, head)
-            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            base = 8 + length
+        with open_file(path) as file:
+            header = parse_header(self.path, file)
+            self.file_bytes = header.file_bytes
+            self.metadata = header.metadata
             self._specs: dict[str, TensorSpec] = {}
-            for key, entry in header.items():
+            for key in header.entries:
                 if keep is None or keep(key):
                     name = key if rename is None else rename(key)
                     if name in self._specs:
                         raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
-                    self._specs[name] = _spec(self.path, key, entry, base, self.file_bytes)
+                    self._specs[name] = _spec(header, key)
             _check_overlap(self.path, self._specs)
             self._map = _map(file)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)

@@ -15,9 +15,10 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ..ops.disk_map import PICKLES, DiskMap, SourceError, locate
+from ..ops.disk_map import DiskMap, SourceError, locate
 from ..ops.gather import inner_tensors
 from ..ops.layer import is_out_of_memory
+from ..ops.safetensors_header import PICKLES
 from ..ops.saved_attributes import SavedAttributes
 from ..ops.skip_init import skip_model_initialization
 from .comfy_patcher import DynamicModelPatcher

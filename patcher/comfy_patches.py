@@ -59,11 +59,14 @@ class HostPatch:
 
 
 def _same_stage(mine: list[tuple], theirs: list[tuple]) -> bool:
-    return len(mine) == len(theirs) and all(
-        len(a) == len(b)
-        and all(x is y or (isinstance(x, (int, float, tuple, str)) and x == y) for x, y in zip(a, b, strict=True))
-        for a, b in zip(mine, theirs, strict=True)
-    )
+    return len(mine) == len(theirs) and all(_same(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal settings of the same tensors and objects. Tensors are not compared by their numbers."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return one is other or (isinstance(one, (int, float, str)) and one == other)
 
 
 def idle_function(key: str, patches: dict[str, list[tuple]]) -> Any:

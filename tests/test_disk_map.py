@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from nets import bits, same, steady
 from safetensors.torch import load_file, save_file
 
-from spillway.ops.disk_map import DTYPES, MAX_HEADER_BYTES, DiskMap, SourceError, locate, open_maps
+from spillway.ops.disk_map import DTYPES, DiskMap, SourceError, locate, open_maps
+from spillway.ops.safetensors_header import MAX_HEADER_BYTES
 
 
 def raw(header, data=b""):

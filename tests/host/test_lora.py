@@ -98,6 +98,14 @@ def test_stack_of_loras(flux):
     assert_same(run(ours), run(core))
 
 
+def test_differences_in_turn(flux):
+    """Two files of the kind `diff`, whose patches are tensors in tuples."""
+    core, ours = pair(flux, 0.5)
+    for seed in (1, 2, 1):
+        lora = {f"{QKV}.diff": numbers(384, 128, seed=seed, scale=0.1)}
+        assert_same(run(with_lora(ours, lora)), run(with_lora(core, lora)))
+
+
 def test_sd15_convolutions(checkpoint, tmp_path):
     """Convolutions have LoRAs of four dimensions."""
     path = checkpoint("sd15_unet", mult=(1,))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 from conftest import COMFYUI, ROOT
 from PIL import Image
 
@@ -211,3 +212,42 @@ def test_an_error_is_the_prompts_alone(server):
     assert status["status_str"] == "error"
     assert "vram_gb is -0.5; give 0 or more GB" in json.dumps(status)
     assert server.pictures(graph(OURS))
+
+
+def test_saving(server):
+    """The save node under the executor: the workflow is in the file, the report in the history; ComfyUI lists it."""
+    prompt = {
+        "model": OURS["model"],
+        "policy": POLICY,
+        "save": node(
+            "SpillwaySaveDiffusionModel",
+            model=["model", 0],
+            filename_prefix="diffusion_models/saved",
+            dtype="as loaded",
+        ),
+    }
+    history = server.run(prompt)
+    assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + server.said()
+    path = server.base / "output" / "diffusion_models" / "saved_00001_.safetensors"
+    assert history["outputs"]["save"]["text"][0].startswith(f"{path.name}: {path.stat().st_size:,} bytes in ")
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["prompt"]) == prompt
+    (names,) = server.get("object_info/SpillwayLoadDiffusionModel").values()
+    assert path.name in names["input"]["required"]["unet_name"][1]["options"]
+
+
+def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
+    unfinished = tmp_path / "output" / "checkpoints" / ".spillway-0123456789abcdef.partial"
+    note = tmp_path / "user" / "spillway-unfinished" / "0123456789abcdef"
+    for path, data in ((unfinished, b"half"), (note, str(unfinished).encode())):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+    (tmp_path / "custom_nodes").mkdir()
+    os.symlink(ROOT, tmp_path / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
+    running = Server(tmp_path)
+    try:
+        running.wait(lambda: running.get("system_stats"), 180)
+        assert not unfinished.exists() and not note.exists()
+        assert f"removed {unfinished}, which an earlier run left unfinished" in running.said()
+    finally:
+        running.stop()

@@ -1,0 +1,57 @@
+"""The node that says what is in a model file."""
+
+from __future__ import annotations
+
+import logging
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..patcher.comfy_probe import probe_file
+from .load import model_path
+from .types import CATEGORY
+
+log = logging.getLogger("spillway")
+
+FOLDERS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "controlnet", "clip_vision")
+
+
+def _files() -> list[str]:
+    return [
+        f"{folder}/{name}"
+        for folder in FOLDERS
+        for name in folder_paths.get_filename_list(folder)
+        if name.lower().endswith((".safetensors", ".sft"))
+    ]
+
+
+class SpillwayProbeModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayProbeModel",
+            display_name="Probe Model (Spillway)",
+            category=CATEGORY,
+            description="Says what is in a model file: architecture, parameters, number formats, quantisation, and "
+            "whether it is a model or a LoRA. Only its header is read, so it takes no time and no memory.",
+            search_aliases=["model info", "inspect model", "what model is this", "metadata", "dtype", "lora rank"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip="A safetensors file in ComfyUI's models folder, and the folder that it lies in.",
+                )
+            ],
+            outputs=[io.String.Output("report", tooltip="What was found, a fact a line; for Preview as Text.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        folder, _, name = file.partition("/")
+        if folder not in FOLDERS:
+            raise ValueError(f"Probe Model: '{file}' is in none of the folders {', '.join(FOLDERS)}.")
+        found, host_name = probe_file(model_path(folder, name))
+        words = found.words + (f"\nComfyUI loads it as: {host_name}" if host_name else "")
+        log.info("[Spillway] %s", words)
+        return io.NodeOutput(words, ui=ui.PreviewText(words))

@@ -1,0 +1,222 @@
+"""What is in a safetensors file, told from its header alone. Needs no torch.
+
+The architecture is told by names that only it has; a name may stand behind any prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .safetensors_header import Entry, Header, SourceError, read_header
+
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+# (architecture, names that must all be there); the first that fits.
+DIFFUSION_MODELS: list[tuple[str, tuple[str, ...]]] = [
+    ("Stable Diffusion 3", ("joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight")),
+    ("Chroma", ("distilled_guidance_layer.norms.0.scale", "double_blocks.0.img_attn.qkv.weight")),
+    ("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
+    ("Flux.2", ("double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight")),
+    ("Flux", ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")),
+    ("Flux", ("transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.proj_mlp.weight")),
+    ("Wan", ("blocks.0.cross_attn.k.weight", "head.modulation", "patch_embedding.weight")),
+    ("Z-Image", ("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight", "x_pad_token")),
+    ("Lumina 2", ("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight")),
+    ("Qwen-Image", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    ("LTX-Video", ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight")),
+    ("PixArt", ("adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias")),
+    ("HiDream", ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight")),
+    ("Mochi", ("t5_yproj.weight", "blocks.0.attn.qkv_x.weight")),
+    ("Cosmos", ("blocks.block0.blocks.0.block.attn.to_q.0.weight",)),
+    ("AuraFlow", ("double_layers.0.attn.w1q.weight",)),
+    ("Hunyuan-DiT", ("mlp_t5.0.weight", "blocks.0.attn1.Wqkv.weight")),
+    ("Stable Cascade", ("clf.1.weight", "clip_txt_mapper.weight")),
+    ("Stable Audio", ("transformer.layers.0.cross_attend_norm.gamma", "transformer.rotary_pos_emb.inv_freq")),
+]  # fmt: skip
+# By the width of the text that the first attention takes, for U-Nets.
+U_NET = re.compile(r"(?:^|\.)(?:input|down)_blocks\.\d+\..*attn2\.to_k\.weight$")
+U_NETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "SDXL refiner"}
+PARTS: list[tuple[str, tuple[str, ...]]] = [
+    ("VAE", ("decoder.conv_in.weight",)),
+    ("VAE", ("decoder.conv1.weight", "encoder.conv1.weight")),
+    ("VAE", ("decoder.upsamples.0.residual.0.gamma",)),
+    ("CLIP vision", ("vision_model.embeddings.class_embedding",)),
+    ("CLIP vision", ("vision_model.embeddings.patch_embedding.weight",)),
+    ("text encoder, CLIP", ("text_model.embeddings.token_embedding.weight",)),
+    ("text encoder, CLIP", ("positional_embedding", "token_embedding.weight")),
+    ("text encoder, T5", ("encoder.block.0.layer.0.SelfAttention.k.weight",)),
+    ("text encoder, a language model", ("layers.0.self_attn.k_proj.weight",)),
+]
+LORA = re.compile(
+    r"\.(lora_up|lora_down|lora_A|lora_B|hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|lokr_w[12](_[ab])?|oft_blocks|oft_diag|"
+    r"lora\.up|lora\.down|[ab][12])(\.default)?(\.weight)?$|_lora\.(up|down)\.weight$"
+)
+RANK_FIRST = re.compile(r"(lora_down|lora_A|lora\.down)(\.default)?(\.weight)?$")
+CONTROLNET = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight", "controlnet_blocks.0.weight",
+              "zero_convs.0.0.weight")  # fmt: skip
+BESIDE_WEIGHTS = re.compile(
+    r"\.(comfy_quant|weight_scale(_2)?|input_scale|scale_weight|scale_input|pre_quant_scale)$|(^|\.)scaled_fp8$"
+)
+
+
+@dataclass
+class Probe:
+    """What a file is. parameters: elements of weights, packed ones unpacked. dtypes: name -> (tensors, bytes)."""
+
+    path: str
+    kind: str
+    architecture: str
+    parameters: int
+    file_bytes: int
+    tensors: int
+    dtypes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    quantisation: dict[str, int] = field(default_factory=dict)  # format -> layers
+    parts: list[str] = field(default_factory=list)  # of a checkpoint
+    ranks: dict[int, int] = field(default_factory=dict)  # of a LoRA: rank -> layers
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """For a person, a fact a line."""
+        lines = [
+            f"{os.path.basename(self.path)}: {self.kind}" + (f", {self.architecture}" if self.architecture else ""),
+            f"{self.file_bytes:,} bytes, {self.tensors:,} tensors, {self.parameters:,} parameters",
+            "dtypes: " + ", ".join(f"{name} ({n} tensors, {size:,} bytes)" for name, (n, size) in self.dtypes.items()),
+        ]
+        if self.quantisation:
+            lines.append("quantised: " + ", ".join(f"{name} ({n} layers)" for name, n in self.quantisation.items()))
+        if self.parts:
+            lines.append("parts: " + ", ".join(self.parts))
+        if self.ranks:
+            lines.append("ranks: " + ", ".join(f"{rank} ({n} layers)" for rank, n in self.ranks.items()))
+        if self.metadata:
+            lines += [f"{key}: {value}" for key, value in self.metadata.items()]
+        return "\n".join(lines)
+
+
+def probe(path: str | os.PathLike[str]) -> Probe:
+    """Tell what a file is. Raises SourceError, with the reason, for what is no whole safetensors file."""
+    header = read_header(path)
+    entries = {key: header.entry(key) for key in header.entries}
+    dtypes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for key, entry in entries.items():
+        nbytes = entry.end - entry.start
+        if entry.dtype in BITS:
+            nbytes = -(-entry.numel * BITS[entry.dtype] // 8)
+        header.check_place(key, entry, nbytes)
+        dtypes[entry.dtype] += 1
+        sizes[entry.dtype] += nbytes
+    names = _Names(entries)
+    kind, architecture, parts = _what(names, entries)
+    quantised = _quantisation(header, entries)
+    return Probe(
+        path=str(path),
+        kind=kind,
+        architecture=architecture,
+        parameters=sum(_parameters(key, entry, entries) for key, entry in entries.items()),
+        file_bytes=header.file_bytes,
+        tensors=len(entries),
+        dtypes={name: (count, sizes[name]) for name, count in dtypes.most_common()},
+        quantisation=dict(Counter(quantised.values()).most_common()),
+        parts=parts,
+        ranks=_ranks(entries) if kind == "LoRA" else {},
+        metadata=_said(header),
+    )
+
+
+class _Names:
+    """The keys, to be found by their ends."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.ends: set[str] = set()
+        for key in entries:
+            steps = key.split(".")
+            self.ends.update(".".join(steps[place:]) for place in range(min(len(steps), 6)))
+
+    def have(self, names: tuple[str, ...]) -> bool:
+        return all(name in self.ends for name in names)
+
+
+def _what(names: _Names, entries: dict[str, Entry]) -> tuple[str, str, list[str]]:
+    """(kind, architecture, parts of a checkpoint)"""
+    if not entries:
+        return "an empty file", "", []
+    adapters = sum(bool(LORA.search(key)) for key in entries)
+    if adapters and 4 * adapters >= len(entries):
+        return "LoRA", "", []
+    if any(name in names.ends for name in CONTROLNET):
+        return "ControlNet", "", []
+    model = next((name for name, wanted in DIFFUSION_MODELS if names.have(wanted)), "") or _u_net(entries)
+    parts = list(dict.fromkeys(name for name, wanted in PARTS if names.have(wanted)))
+    if model and parts:
+        return "checkpoint", model, [f"diffusion model, {model}", *parts]
+    if model:
+        return "diffusion model", model, []
+    if parts:
+        kind, _, architecture = parts[0].partition(", ")
+        return kind, architecture, parts if len(parts) > 1 else []
+    return "of a kind unknown to Spillway", "", []
+
+
+def _u_net(entries: dict[str, Entry]) -> str:
+    for key, entry in entries.items():
+        if U_NET.search(key) and len(entry.shape) == 2:
+            return U_NETS.get(entry.shape[1], "a U-Net")
+    return ""
+
+
+def _quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
+    """Layer -> format, by what stands beside its weight, and by the metadata."""
+    found: dict[str, str] = {}
+    for key in entries:
+        layer, _, name = key.rpartition(".")
+        if name not in ("comfy_quant", "weight_scale", "scale_weight", "weight_scale_2"):
+            continue
+        weight = entries.get(f"{layer}.weight")
+        dtype = weight.dtype if weight is not None else ""
+        if f"{layer}.weight_scale_2" in entries:
+            found[layer] = "nvfp4"
+        elif dtype == "F8_E4M3" and entries.get(f"{layer}.weight_scale", weight).dtype == "F8_E8M0":  # type: ignore[union-attr]
+            found[layer] = "mxfp8"
+        else:
+            named = {"F8_E4M3": "fp8_e4m3fn scaled", "F8_E5M2": "fp8_e5m2 scaled", "I8": "int8"}
+            found[layer] = named.get(dtype, dtype or "unknown")
+    try:
+        layers = json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        found.update({layer: str(conf.get("format")) for layer, conf in layers.items()})
+    except (ValueError, AttributeError, TypeError):
+        raise SourceError(
+            f"{header.path}: its _quantization_metadata are not JSON with 'layers'. Get the file again from its maker."
+        ) from None
+    return found
+
+
+def _parameters(key: str, entry: Entry, entries: dict[str, Entry]) -> int:
+    if BESIDE_WEIGHTS.search(key):
+        return 0
+    # Two 4-bit numbers in a byte.
+    packed = entry.dtype == "U8" and f"{key}_scale_2" in entries
+    return entry.numel * (2 if packed else 1)
+
+
+def _ranks(entries: dict[str, Entry]) -> dict[int, int]:
+    found = Counter(entry.shape[0] for key, entry in entries.items() if RANK_FIRST.search(key) and entry.shape)
+    return dict(found.most_common())
+
+
+def _said(header: Header) -> dict[str, str]:
+    """What the metadata say, shortened: workflows and training logs fill pages."""
+    found = {}
+    for key, value in header.metadata.items():
+        text = str(value)
+        found[key] = text if len(text) <= 120 else f"{text[:100]}… ({len(text):,} characters)"
+    return found

@@ -1,0 +1,129 @@
+"""The header of a safetensors file, checked. Needs no torch.
+
+Format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# The limit of the format's reference implementation.
+MAX_HEADER_BYTES = 100_000_000
+MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+AGAIN = "Download or copy the file again."
+
+
+class SourceError(ValueError):
+    """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of a tensor. start, end: bytes from where the tensors begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """base: bytes from the start of the file to where the tensors begin. entries: as they stand there, unchecked."""
+
+    path: Path
+    file_bytes: int
+    base: int
+    metadata: dict[str, str]
+    entries: dict[str, Any]
+
+    def entry(self, key: str) -> Entry:
+        """A tensor's entry. Raises SourceError where it is no entry."""
+        entry = self.entries[key]
+        try:
+            name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            sizes = [*shape, start, end]
+            if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in sizes):
+                raise TypeError
+            # torch counts the elements of an empty tensor too.
+            if math.prod(max(1, n) for n in shape) > MAX_ELEMENTS:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise SourceError(
+                f"{self.path}: tensor '{key}': expected dtype, shape and data_offsets in the header, found {entry!r}. "
+                "The file is damaged: download or copy it again."
+            ) from None
+        return Entry(name, tuple(shape), start, end)
+
+    def check_place(self, key: str, entry: Entry, nbytes: int) -> None:
+        """Raises SourceError unless the tensor of `nbytes` fills its offsets, and they lie in the file."""
+        if entry.end - entry.start != nbytes:
+            raise SourceError(
+                f"{self.path}: tensor '{key}' of {entry.dtype} {list(entry.shape)} needs {nbytes} bytes, its offsets "
+                f"hold {entry.end - entry.start}. The file is damaged: download or copy it again."
+            )
+        if self.base + entry.end > self.file_bytes:
+            raise SourceError(
+                f"{self.path}: truncated: tensor '{key}' ends at byte {self.base + entry.end}, the file has "
+                f"{self.file_bytes}. {AGAIN}"
+            )
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read a file's header, and nothing else of it. Raises SourceError for what is no safetensors file."""
+    with open_file(path) as file:
+        return parse_header(Path(path), file)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read. Raises SourceError for a pickle, a folder, or nothing."""
+    path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise SourceError(
+            f"{path}: {path.suffix} files are pickles: they cannot be mapped and may run code. Convert "
+            "it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+        )
+    if not path.is_file():
+        what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
+        raise SourceError(f"{path}: {what}.")
+    return open(path, "rb")
+
+
+def parse_header(path: Path, file: BinaryIO) -> Header:
+    """The header of an open file; `path` is for messages. Raises SourceError for what is no safetensors file."""
+    file_bytes = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    if len(head) < 8:
+        raise SourceError(f"{path}: the file has {file_bytes} bytes; a safetensors file begins with 8 bytes. {AGAIN}")
+    (length,) = struct.unpack("<Q", head)
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "
+            "with a wrong name, convert it: load it with torch.load(weights_only=True) and write it with "
+            "safetensors.torch.save_file."
+        )
+    if 8 + length > file_bytes:
+        raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {AGAIN}")
+    text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: the header is not JSON ({error}). {AGAIN}") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{path}: the header is a {type(header).__name__}, not an object. {AGAIN}")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise SourceError(f"{path}: __metadata__ is {metadata!r}, not an object. {AGAIN}")
+    return Header(path, file_bytes, 8 + length, metadata, header)
