@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..cache import comfy_cache
 from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from .make_dynamic import SpillwayMakeDynamic
 from .policy import SpillwayPolicy
 
 
 class SpillwayExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        """Before the executor is built: its output cache is ours from then on, unless a flag or a setting says no."""
+        comfy_cache.install()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             SpillwayLoadDiffusionModel,
