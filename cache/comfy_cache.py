@@ -26,6 +26,7 @@ from .output_cache import OutputCache
 log = logging.getLogger("spillway")
 
 GIB = 1 << 30
+POLICY_NODE = "SpillwayCachePolicy"
 # The system is asked this often at most by callers that ask for every weight they pin.
 ASK_EVERY_SECONDS = 0.05
 # Outputs smaller than this fit into the headroom.
@@ -65,6 +66,7 @@ class SpillwayCache(caching.BasicCache):
         for books in (self._started, self._done, self._asked, self._expanded):
             books.clear()
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
+        self._apply_policies(node_ids)
 
     def clean_unused(self) -> None:
         """Nothing goes for being unused: RAM decides."""
@@ -80,6 +82,23 @@ class SpillwayCache(caching.BasicCache):
 
     def _key(self, node_id: str) -> Any:
         return self.cache_key_set.get_data_key(node_id)
+
+    # -- policy
+
+    def _apply_policies(self, node_ids: Iterable[str]) -> None:
+        """The headroom is that of the prompt's policy nodes, also where their outputs are still cached."""
+        self.engine.headroom = self.base_headroom
+        for node_id in node_ids:
+            node = self._node(node_id)
+            if node.get("class_type") == POLICY_NODE:
+                gigabytes = node["inputs"].get("headroom_gb")
+                if isinstance(gigabytes, int | float) and gigabytes >= 0:
+                    self.set_headroom(gigabytes)
+
+    def set_headroom(self, gigabytes: float) -> None:
+        """For the running prompt; of several policies the largest holds."""
+        wanted, before = int(gigabytes * GIB), self.engine.headroom
+        self.engine.headroom = wanted if before == self.base_headroom else max(before, wanted)
 
     # -- lookup and store
 

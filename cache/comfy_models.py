@@ -8,7 +8,7 @@ from typing import Any
 
 import comfy.model_patcher
 
-from .measure import Model, module_bytes
+from .measure import Model, module_bytes, module_sizes
 
 
 def patcher_of(value: Any) -> Any:
@@ -41,10 +41,20 @@ def _gauge(patcher: Any) -> Callable[[], tuple[int, int]]:
         model, owner = weak_model(), weak_patcher()
         if model is None:
             return 0, 0
-        ram, vram = module_bytes(model)
-        if owner is not None and owner.is_dynamic():  # its weights lie in a file's map, and in pins and a VBAR
-            ram += owner.pinned_memory_size()
-            vram = max(vram, owner.loaded_size()) if owner.load_device.type != "cpu" else 0
-        return ram, vram
+        if owner is None:
+            return module_bytes(model)
+        where = model_bytes(owner)
+        return where["ram"] + where["pins"], where["vram"]
 
     return gauge
+
+
+def model_bytes(patcher: Any) -> dict[str, int]:
+    """Bytes of a patcher's model by place: vram (of a device that is not the CPU), pins, ram, disk (only mapped)."""
+    ram, vram, mapped = module_sizes(patcher.model)
+    pins = 0
+    if patcher.is_dynamic():  # its weights lie in a file's map, in pins, and in a VBAR
+        pins = patcher.pinned_memory_size()
+        if patcher.load_device.type != "cpu":
+            vram = max(vram, patcher.loaded_size())
+    return {"vram": vram, "pins": pins, "ram": ram, "disk": mapped}

@@ -165,9 +165,17 @@ def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
     return ("storage", "cpu", data.data_ptr()), 0 if mapped else nbytes, 0
 
 
-def module_bytes(module: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of RAM and of device memory of a module's parameters and buffers, each storage once."""
-    sizes: dict[Hashable, tuple[int, int]] = {}
+class Sizes(NamedTuple):
+    """Bytes in RAM, on devices, and in files that are only mapped."""
+
+    ram: int
+    vram: int
+    mapped: int
+
+
+def module_sizes(module: torch.nn.Module) -> Sizes:
+    """Where a module's parameters and buffers lie, each storage counted once."""
+    sizes: dict[Hashable, Sizes] = {}
     for owner in module.modules():
         for tensor in (*owner._parameters.values(), *owner._buffers.values()):
             if tensor is None:
@@ -175,8 +183,14 @@ def module_bytes(module: torch.nn.Module) -> tuple[int, int]:
             for part in inner_tensors(tensor.data):
                 key, ram, vram = storage(part)
                 if key is not None:
-                    sizes[key] = (ram, vram)
-    return sum(ram for ram, _ in sizes.values()), sum(vram for _, vram in sizes.values())
+                    mapped = 0 if ram or vram else part.numel() * part.element_size()
+                    sizes[key] = Sizes(ram, vram, mapped)
+    return Sizes(*(sum(column) for column in zip(*sizes.values(), strict=True))) if sizes else Sizes(0, 0, 0)
+
+
+def module_bytes(module: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of RAM and of device memory of a module's parameters and buffers."""
+    return module_sizes(module)[:2]
 
 
 def module_gauge(module: torch.nn.Module) -> Callable[[], tuple[int, int]]:

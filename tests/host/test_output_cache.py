@@ -105,8 +105,8 @@ class Executor:
         self.count = 0
 
     def limit(self, mib, headroom=10):
-        engine = self.cache.engine
-        engine.headroom, total = headroom * MIB, mib * MIB
+        engine, total = self.cache.engine, mib * MIB
+        engine.headroom = self.cache.base_headroom = headroom * MIB
         engine.available = lambda: Available(max(0, total - engine.ram_bytes()), total, "the test's memory")
         return engine
 
