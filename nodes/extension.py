@@ -6,22 +6,32 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..cache import comfy_cache
 from ..ops.partial_file import sweep_noted
 from ..patcher.comfy_save_target import journal
+from . import routes
+from .cache_policy import SpillwayCachePolicy
 from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from .make_dynamic import SpillwayMakeDynamic
+from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
 from .policy import SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
 from .save_lora import SpillwaySaveLora
+from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")
 
 
 class SpillwayExtension(ComfyExtension):
     async def on_load(self) -> None:
-        """Remove what an earlier run was killed while it saved."""
+        """Before the executor is built: its output cache is ours from then on, unless a flag or a setting says no.
+
+        And what an earlier run was killed while it saved is removed.
+        """
+        comfy_cache.install()
+        routes.install()
         for path in sweep_noted(journal()):
             log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
 
@@ -38,4 +48,9 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
             SpillwayProbeModel,
+            SpillwayCachePolicy,
+            SpillwayDeviceControl,
+            SpillwayMemoryReport,
+            SpillwayVAEDecode,
+            SpillwayVAEEncode,
         ]

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -251,3 +252,61 @@ def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
         assert f"removed {unfinished}, which an earlier run left unfinished" in running.said()
     finally:
         running.stop()
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def status_of(server, body, **headers):
+    """(status, answer) of a POST to /spillway/free."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/spillway/free", data, sent)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_memory_is_told_and_freed(server):
+    """The report has the models and the cache; freeing empties both, and the next prompt makes the same picture."""
+    wanted = server.pictures(graph(OURS))
+    report = server.get("spillway/memory")
+    assert "Spillway" in {model["by"] for model in report["models"]}
+    assert report["cache"]["entries"] > 5 and report["cache"]["largest"] and report["memory"]["rss"] > 100 << 20
+    status, answer = status_of(server, {"cache": True, "models": True, "pins": True})
+    assert status == 200 and answer["put_off"] == [] and answer["cache_bytes"] > 0 and answer["words"]
+    report = server.get("spillway/memory")
+    assert report["cache"]["entries"] == 0
+    ours = [model for model in report["models"] if model["by"] == "Spillway"]
+    assert all(model["bytes"]["ram"] == model["bytes"]["pins"] == 0 for model in ours)
+    again = server.pictures(graph(OURS))
+    assert all(np.array_equal(again[name], image) for name, image in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{ not json", "no JSON"),
+        (b"[" * 4000, "no JSON"),
+        (b"[1]", "no JSON object"),
+        ({}, "nothing is to be freed"),
+        ({"cache": 1}, "neither true nor false"),
+        ({"cache": True, "bytes": -1}, "whole number"),
+        ({"cache": True, "bytes": 1e9}, "whole number"),
+        ({"everything": True}, "no everything"),
+        (b'{"cache": true, "pad": "' + b"x" * 5000 + b'"}', "larger than 4096"),
+    ],
+)
+def test_what_cannot_be_freed_says_why(server, body, words):
+    status, answer = status_of(server, body)
+    assert status == 400 and words in answer
+
+
+def test_other_sites_and_other_types_may_not_free(server):
+    everything = {"cache": True}
+    assert status_of(server, everything, Content_Type="text/plain")[0] == 400
+    assert status_of(server, everything, Sec_Fetch_Site="cross-site")[0] == 403
+    assert status_of(server, everything, Origin="http://elsewhere.example")[0] == 403
+    assert status_of(server, everything, Origin=f"http://127.0.0.1:{server.port}")[0] == 200

@@ -1,0 +1,85 @@
+"""The C library's allocator: what was tuned before torch was imported, its figures, and giving memory back.
+
+prestartup_script.py runs this file by its path, before torch: it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+# How prestartup_script.py leaves its copy of this module behind.
+EARLY = "spillway_allocator"
+VARIABLE = "SPILLWAY_ALLOCATOR"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# From this size on a block is a map of its own, and freeing it gives it back at once. glibc starts at 128 KiB but
+# raises the threshold to 32 MiB as blocks are freed; images and latents then stay in its arenas.
+MMAP_THRESHOLD = 4 << 20
+USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+# What `tune` did, in words; None before it ran.
+done: str | None = None
+
+
+def _libc() -> Any:
+    """glibc, or None on other systems (also musl, which has no mallopt)."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def tune() -> str:
+    """Fix glibc's mmap threshold; says what was done, or why nothing was."""
+    global done
+    done = _tune()
+    return done
+
+
+def _tune() -> str:
+    if os.environ.get(VARIABLE, "1") == "0":
+        return f"left alone: {VARIABLE}=0"
+    own = [name for name in USERS_OWN if os.environ.get(name)]
+    if own:
+        return f"left alone: {own[0]} is set"
+    libc = _libc()
+    if libc is None:
+        return "left alone: it is not glibc's"
+    if not libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD):
+        return "left alone: mallopt refused a new mmap threshold"
+    libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
+    return f"mmap threshold fixed at {MMAP_THRESHOLD >> 20} MiB, trim threshold too"
+
+
+def what_was_done() -> str:
+    """What was tuned in this process, in words."""
+    early = sys.modules.get(EARLY)
+    return getattr(early, "done", None) or done or "not tuned: prestartup_script.py did not run"
+
+
+def trim() -> bool:
+    """Give free memory of all arenas back to the system; whether any went. False where there is no malloc_trim."""
+    libc = _libc()
+    return bool(libc is not None and libc.malloc_trim(0))
+
+
+FIELDS = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
+
+
+def arenas() -> dict[str, int]:
+    """Bytes: of all arenas, of them in use, of them free but not given back, and in maps. Empty without mallinfo2."""
+    libc = _libc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
+        return {}
+    libc.mallinfo2.restype = _Mallinfo2
+    info = libc.mallinfo2()
+    return {"arenas": info.arena, "used": info.uordblks, "free": info.fordblks, "mapped": info.hblkhd}

@@ -1,0 +1,204 @@
+"""What a node's outputs hold in memory: blocks, each counted once however many outputs hold it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from ..ops.disk_map import locate
+from ..ops.gather import inner_tensors, is_wrapper
+
+log = logging.getLogger("spillway")
+
+# Outputs are trees of a few hundred objects at most. What is larger than this is measured in part.
+MAX_OBJECTS = 50_000
+MAX_DEPTH = 12
+PLAIN = (type(None), bool, int, float, complex, str, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+@dataclass(eq=False)
+class Block:
+    """A storage, or a model. ram, vram: bytes when it was last measured. gauge: measures a model anew."""
+
+    key: Hashable
+    ram: int = 0
+    vram: int = 0
+    gauge: Callable[[], tuple[int, int]] | None = None
+    name: str = ""
+
+    @property
+    def is_model(self) -> bool:
+        """Models change their size while they are held, and outputs that share one stand and fall together."""
+        return self.gauge is not None
+
+
+class Model(NamedTuple):
+    """What a getter answers for an object that stands for a model.
+
+    module: what its clones share. gauge: its bytes of RAM and of device memory now; it must not keep the model alive.
+    also: further objects that this one holds (patches, attached models).
+    """
+
+    module: object
+    gauge: Callable[[], tuple[int, int]]
+    also: Iterable[Any] = ()
+
+
+# Asked for every object that is no tensor and no container: a Model, or None where the object is none of its kind.
+Getter = Callable[[Any], "Model | None"]
+
+
+class Measurer:
+    """Finds the blocks of node outputs. What raises while it is looked at counts nothing and is logged once a type."""
+
+    def __init__(self, getters: Iterable[Getter] = ()) -> None:
+        self.getters = list(getters)
+        self._failed: set[str] = set()
+
+    def blocks(self, outputs: Any) -> dict[Hashable, Block]:
+        """The blocks of outputs of any kind: tensors in containers, models, arrays, buffers, objects that hold them."""
+        found: dict[Hashable, Block] = {}
+        seen: set[int] = set()
+        # Holds what was visited: an object made on the way must not give its id to another.
+        pending: list[tuple[Any, int]] = [(outputs, 0)]
+        kept: list[Any] = []
+        while pending and len(seen) < MAX_OBJECTS:
+            value, depth = pending.pop()
+            if isinstance(value, PLAIN) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            kept.append(value)
+            try:
+                inner = self._look(value, found)
+                if depth < MAX_DEPTH:
+                    pending.extend((item, depth + 1) for item in inner)
+            except Exception as error:
+                self._report(value, error)
+        return found
+
+    def _report(self, value: Any, error: Exception) -> None:
+        name = type(value).__qualname__
+        if name not in self._failed:
+            self._failed.add(name)
+            log.warning(
+                "[Spillway] an output of type %s cannot be measured (%s: %s): it counts nothing, so the RAM that it "
+                "holds is freed later than it could be.",
+                name,
+                type(error).__name__,
+                error,
+            )
+
+    def _look(self, value: Any, found: dict[Hashable, Block]) -> Iterable[Any]:
+        if isinstance(value, torch.Tensor):
+            return _tensor(value, found)
+        if isinstance(value, bytes | bytearray):
+            _add(found, ("object", id(value)), len(value))
+            return ()
+        if isinstance(value, Mapping):
+            return list(value.values())
+        if isinstance(value, list | tuple | set | frozenset):
+            return list(value)
+        if isinstance(value, numpy.ndarray):
+            base = value if value.base is None or not isinstance(value.base, numpy.ndarray) else value.base
+            _add(found, ("object", id(base)), base.nbytes)
+            return list(value.flat) if value.dtype == object else ()
+        if isinstance(value, io.BytesIO):
+            _add(found, ("object", id(value)), value.getbuffer().nbytes)
+            return ()
+        for getter in self.getters:
+            model = getter(value)
+            if model is not None:
+                _add_model(found, model.module, model.gauge)
+                return list(model.also)
+        if isinstance(value, torch.nn.Module):
+            _add_model(found, value, module_gauge(value))
+            return ()
+        # Wrappers such as videos, guiders and model descriptors hold what they wrap in attributes.
+        return list(getattr(value, "__dict__", {}).values())
+
+
+def _add(found: dict[Hashable, Block], key: Hashable, ram: int, vram: int = 0) -> None:
+    if key not in found:
+        found[key] = Block(key, ram, vram)
+
+
+def _add_model(found: dict[Hashable, Block], module: object, gauge: Callable[[], tuple[int, int]]) -> None:
+    key = ("model", id(module))
+    if key not in found:
+        ram, vram = gauge()
+        found[key] = Block(key, ram, vram, gauge, type(module).__name__)
+
+
+def _tensor(tensor: torch.Tensor, found: dict[Hashable, Block]) -> Iterable[Any]:
+    if is_wrapper(tensor):
+        return inner_tensors(tensor)
+    if tensor.layout is not torch.strided:
+        _add(found, ("object", id(tensor)), tensor.numel() * tensor.element_size())
+        return ()
+    key, ram, vram = storage(tensor)
+    if key is not None:
+        _add(found, key, ram, vram)
+    return ()
+
+
+def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
+    """(identity, bytes of RAM, bytes of device memory) of a tensor's storage; views of one storage share all three.
+
+    The identity is None for what takes no memory. Memory that is a file's page cache counts no RAM: the system takes
+    it back by itself.
+    """
+    data = tensor.untyped_storage()
+    nbytes = data.nbytes()
+    if nbytes == 0 or data.device.type == "meta":
+        return None, 0, 0
+    if data.device.type != "cpu":
+        return ("storage", str(data.device), data.data_ptr()), 0, nbytes
+    mapped = getattr(data, "_comfy_tensor_file_slice", None) is not None or locate(tensor) is not None
+    return ("storage", "cpu", data.data_ptr()), 0 if mapped else nbytes, 0
+
+
+class Sizes(NamedTuple):
+    """Bytes in RAM, on devices, and in files that are only mapped."""
+
+    ram: int
+    vram: int
+    mapped: int
+
+
+def module_sizes(module: torch.nn.Module) -> Sizes:
+    """Where a module's parameters and buffers lie, each storage counted once."""
+    sizes: dict[Hashable, Sizes] = {}
+    for owner in module.modules():
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if tensor is None:
+                continue
+            for part in inner_tensors(tensor.data):
+                key, ram, vram = storage(part)
+                if key is not None:
+                    mapped = 0 if ram or vram else part.numel() * part.element_size()
+                    sizes[key] = Sizes(ram, vram, mapped)
+    return Sizes(*(sum(column) for column in zip(*sizes.values(), strict=True))) if sizes else Sizes(0, 0, 0)
+
+
+def module_bytes(module: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of RAM and of device memory of a module's parameters and buffers."""
+    return module_sizes(module)[:2]
+
+
+def module_gauge(module: torch.nn.Module) -> Callable[[], tuple[int, int]]:
+    """A gauge that does not keep the module alive."""
+    weak = weakref.ref(module)
+
+    def gauge() -> tuple[int, int]:
+        alive = weak()
+        return (0, 0) if alive is None else module_bytes(alive)
+
+    return gauge

@@ -1,0 +1,345 @@
+"""Node outputs, what they cost to make and what they hold, and which of them go when RAM is short."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.ledger import Ledger, in_words
+from . import allocator
+from .available import Available, available_ram
+from .books import Books, Entry, is_unlike_itself
+from .choose import Candidates, choose
+from .measure import Getter, Measurer
+
+# Python objects of an entry, its key above all, that no measurement finds.
+ENTRY_BYTES = 16 << 10
+MAX_ENTRIES = 10_000
+# Freed memory shows in the system's figures at once. Where it does not, somebody else took it: no more goes.
+ROUNDS = 3
+
+
+@dataclass(slots=True)
+class Kind:
+    """How often outputs of one class of node were made, and how many of them were used by a later prompt."""
+
+    made: int = 0
+    reused: int = 0
+    ram: int = 0  # bytes that the last one added to what was held
+
+    @property
+    def chance(self) -> float:
+        return (self.reused + 1) / (self.made + 1) if self.made > self.reused else 1.0
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What one call did. short: bytes wanted, freed: bytes that the entries held alone. words: for people."""
+
+    short: int
+    freed: int
+    entries: int
+    words: str
+
+
+class OutputCache:
+    """The engine of the output cache. Keys are hashable; values are whatever the host stores under them.
+
+    headroom: bytes of RAM to keep available. available: tells what there is. on_evict: called with (entry, value)
+    before a value goes. A lookup is `values.get(key)`.
+    """
+
+    def __init__(
+        self,
+        headroom: int,
+        *,
+        getters: Iterable[Getter] = (),
+        available: Callable[[], Available] = available_ram,
+        ledger: Ledger | None = None,
+        on_evict: Callable[[Entry, Any], None] | None = None,
+        entry_bytes: int = ENTRY_BYTES,
+    ) -> None:
+        self.headroom = headroom
+        self.available = available
+        self.ledger = ledger or Ledger("output cache")
+        self.on_evict = on_evict
+        self.entry_bytes = entry_bytes
+        self.measurer = Measurer(getters)
+        self.lock = threading.RLock()
+        self.prompt = 0
+        self.evicted = 0
+        self.freed_bytes = 0
+        self.values: dict[Hashable, Any] = {}
+        self.books = Books()
+        self.kinds: defaultdict[str, Kind] = defaultdict(Kind)
+        self.protected: set[Hashable] = set()
+
+    @property
+    def entries(self) -> dict[Hashable, Entry]:
+        """What is known about each value."""
+        return self.books.entries
+
+    # -- what the host tells
+
+    def begin_prompt(self, keys: Collection[Hashable]) -> None:
+        """A prompt begins that consists of these keys: its entries are used by it, and a prompt older are the rest.
+
+        Entries that nothing can ever find again, since their key is unlike itself, go at once.
+        """
+        with self.lock:
+            self.prompt += 1
+            for key in keys:
+                self.touch(key)
+            for entry in [entry for entry in self.entries.values() if entry.once and entry.used < self.prompt]:
+                self._remove(entry)
+
+    def touch(self, key: Hashable) -> None:
+        """The running prompt uses this key."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.used < self.prompt:
+            entry.used = self.prompt
+            entry.hits += 1
+            if entry.hits == 1:
+                self.kinds[entry.kind].reused += 1
+
+    def put(
+        self,
+        key: Hashable,
+        value: Any,
+        outputs: Any,
+        *,
+        seconds: float = 0.0,
+        kind: str = "",
+        label: str = "",
+        parents: Iterable[Hashable] = (),
+    ) -> Entry:
+        """Store a value. outputs: the part of it that holds memory. seconds: it took to make, without its parents."""
+        found = self.measurer.blocks(outputs)
+        with self.lock:
+            old = self.entries.get(key)
+            if old is not None:
+                self._remove(old)
+            ids = tuple(dict.fromkeys(hash(parent) for parent in parents))
+            entry = Entry(key, kind, label, seconds, ids, tuple(found), self.prompt, self.prompt)
+            entry.once = is_unlike_itself(key)
+            if old is not None:
+                entry.hits = old.hits
+            else:
+                self.kinds[kind].made += 1
+            self.books.add(entry, found)
+            self.kinds[kind].ram = entry.added
+            self.values[key] = value
+            return entry
+
+    def seconds_of(self, key: Hashable) -> float:
+        """Seconds that a key's value took to make, also after it was evicted; 0 where that is not known."""
+        entry = self.entries.get(key)
+        if entry is not None:
+            return entry.seconds
+        ghost = self.books.ghosts.get(hash(key))
+        return ghost.seconds if ghost is not None else 0.0
+
+    def expected_bytes(self, key: Hashable, kind: str) -> int:
+        """Bytes of RAM that making a key's value will likely take: what it, or else the last of its kind, took."""
+        ghost = self.books.ghosts.get(hash(key))
+        return ghost.ram if ghost is not None else self.kinds[kind].ram if kind in self.kinds else 0
+
+    def forget(self, key: Hashable) -> None:
+        """Drop an entry without a word."""
+        with self.lock:
+            entry = self.entries.get(key)
+            if entry is not None:
+                self._remove(entry)
+
+    def clear(self) -> int:
+        """Drop everything; returns the bytes that were held."""
+        with self.lock:
+            held = self.ram_bytes()
+            for entry in list(self.entries.values()):
+                self._remove(entry)
+            self.protected.clear()
+        self._give_back(models=True)
+        return held
+
+    def protect(self, outputs: Any, keep: bool = True) -> int:
+        """Never evict what holds any of these outputs' memory (or do so again); returns the bytes concerned."""
+        found = self.measurer.blocks(outputs)
+        with self.lock:
+            (self.protected.update if keep else self.protected.difference_update)(found)
+        return sum(block.ram for block in found.values())
+
+    # -- figures
+
+    def ram_bytes(self) -> int:
+        """Bytes of RAM that the entries hold, each block once."""
+        with self.lock:
+            return sum(block.ram for block in self.books.blocks.values()) + self.entry_bytes * len(self.entries)
+
+    def vram_bytes(self) -> int:
+        """Bytes of device memory that the entries hold, each block once."""
+        with self.lock:
+            return sum(block.vram for block in self.books.blocks.values())
+
+    def largest(self, count: int) -> list[dict[str, Any]]:
+        """The entries that hold the most RAM, as plain data. Shared blocks count for each that holds them."""
+        with self.lock:
+            sizes = [
+                (sum(self.books.blocks[key].ram for key in entry.blocks), entry) for entry in self.entries.values()
+            ]
+            sizes.sort(key=lambda pair: -pair[0])
+            return [
+                {
+                    "node": entry.kind,
+                    "id": entry.label,
+                    "ram_bytes": size,
+                    "seconds": round(entry.seconds, 3),
+                    "age_prompts": self.prompt - entry.used,
+                    "shared": any(len(self.books.holders[key]) > 1 for key in entry.blocks),
+                    "never_evict": not self.protected.isdisjoint(entry.blocks),
+                }
+                for size, entry in sizes[:count]
+            ]
+
+    def as_dict(self, largest: int = 10) -> dict[str, Any]:
+        """Figures, the largest entries and the last decisions as plain data, for JSON."""
+        return {
+            "entries": len(self.entries),
+            "ram_bytes": self.ram_bytes(),
+            "vram_bytes": self.vram_bytes(),
+            "headroom_bytes": self.headroom,
+            "evicted_entries": self.evicted,
+            "evicted_bytes": self.freed_bytes,
+            "largest": self.largest(largest),
+            "decisions": list(self.ledger.decisions)[-20:],
+        }
+
+    # -- eviction
+
+    def relieve(self, target: int, needed: Callable[[], Collection[Hashable]] = tuple, *, current: bool = True) -> int:
+        """Evict until `target` bytes of RAM are available; returns the bytes that the evicted entries held alone.
+
+        needed: tells which keys the running prompt still reads. current: False spares all entries of this prompt.
+        """
+        freed = 0
+        with self.lock:
+            for _ in range(ROUNDS):
+                state = self.available()
+                short = target - state.available
+                surplus = len(self.entries) - MAX_ENTRIES
+                if short <= 0 and surplus <= 0:
+                    break
+                if short <= 0:
+                    short = surplus * self.entry_bytes
+                done = self.evict(short, needed(), current=current, reason=state.reason)
+                freed += done.freed
+                if not done.entries:
+                    break
+        return freed
+
+    def evict(
+        self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
+    ) -> Eviction:
+        """Evict so that `short` bytes are freed, and give the memory back to the system."""
+        with self.lock:
+            candidates = self.candidates(set(needed), current=current)
+            chosen = choose(candidates, short)
+            going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
+            models = any(self.books.blocks[key].is_model for entry in going for key in entry.blocks)
+            before = self.ram_bytes()
+            for entry in going:
+                self._evict(entry)
+            freed = before - self.ram_bytes()
+            self.evicted += len(going)
+            self.freed_bytes += freed
+        words = self._words(going, freed, short, reason)
+        if going:
+            self._give_back(models)
+            self.ledger.decide(words)
+        return Eviction(short, freed, len(going), words)
+
+    def candidates(self, needed: Collection[Hashable] = (), *, current: bool = True) -> Candidates:
+        """What could be evicted. Entries that share a model are one candidate, as neither frees it alone."""
+        self._measure_models()
+        protected = self._protected_entries()
+        groups = self.books.groups()
+        apart = {id(entry) for group in groups for entry in group} | protected
+        # Column by column: there may be ten thousand.
+        single = [entry for entry in self.entries.values() if id(entry) not in apart]
+        if not current:
+            single = [entry for entry in single if entry.used < self.prompt]
+        chances = {kind: record.chance for kind, record in self.kinds.items()}
+        found = Candidates(
+            [(entry,) for entry in single],
+            [entry.share + self.entry_bytes for entry in single],
+            [entry.seconds if not entry.lost else self._seconds(entry) for entry in single],
+            [self.prompt - entry.used for entry in single],
+            [1.0 if entry.hits else chances[entry.kind] for entry in single],
+            [entry.key in needed for entry in single] if needed else [False] * len(single),
+        )
+        for group in groups:
+            self._add_group(found, group, protected, needed, current)
+        return found
+
+    def _add_group(
+        self, found: Candidates, group: list[Entry], protected: set[int], needed: Collection[Hashable], current: bool
+    ) -> None:
+        latest = max(entry.used for entry in group)
+        if (current or latest < self.prompt) and not any(id(entry) in protected for entry in group):
+            freed = self.books.ram_of_group(group) + self.entry_bytes * len(group)
+            # What an earlier prompt made of the model would not be made again with it.
+            seconds = sum(self._seconds(entry) for entry in group if entry.used == latest)
+            wanted = any(entry.key in needed for entry in group)
+            found.add(group, freed, seconds, self.prompt - latest, needed=wanted)
+        for entry in group:
+            # An old LoRA's patches can go while the model that it was made for stays.
+            if entry.used < latest and id(entry) not in protected:
+                freed = self.books.ram_alone(entry) + self.entry_bytes
+                found.add((entry,), freed, entry.seconds, self.prompt - entry.used)
+
+    def _seconds(self, entry: Entry) -> float:
+        return entry.seconds + (self.books.lost_seconds(entry) if entry.lost else 0.0)
+
+    def _protected_entries(self) -> set[int]:
+        return {id(entry) for key in self.protected for entry in self.books.holders.get(key, ())}
+
+    def _measure_models(self) -> None:
+        for block in self.books.blocks.values():
+            if block.gauge is not None:
+                try:
+                    block.ram, block.vram = block.gauge()
+                except Exception as error:
+                    self.ledger.decide_once(
+                        f"the model {block.name} cannot be measured ({error}): its last size holds."
+                    )
+
+    def _evict(self, entry: Entry) -> None:
+        if self.on_evict is not None:
+            try:
+                self.on_evict(entry, self.values[entry.key])
+            except Exception as error:  # what is lost is an optimisation, and memory is short
+                self.ledger.decide_once(f"an evicted output was not kept: {error}")
+        self._remove(entry)
+        self.books.bury(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        self.values.pop(entry.key, None)
+        self.protected.difference_update(self.books.remove(entry))
+
+    def _words(self, going: Sequence[Entry], freed: int, short: int, reason: str) -> str:
+        if not going:
+            return f"nothing to evict: {in_words(short)} short ({reason})"
+        names: dict[str, int] = {}
+        for entry in going:
+            names[entry.kind or entry.label] = names.get(entry.kind or entry.label, 0) + 1
+        listed = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in list(names.items())[:5])
+        more = f" and {len(names) - 5} more kinds" if len(names) > 5 else ""
+        return f"evicted {len(going)} outputs ({listed}{more}), {in_words(freed)}: {in_words(short)} short ({reason})"
+
+    def _give_back(self, models: bool) -> None:
+        if models:  # a model's modules refer to each other in cycles
+            gc.collect()
+        allocator.trim()

@@ -1,0 +1,147 @@
+"""What memory is used for at one moment, and the difference of two moments in words."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from ..ops.disk_map import DiskMap, open_maps
+from ..ops.ledger import in_words
+from . import allocator
+from .available import available_ram, process_bytes
+
+# Fields whose change is worth a word, and what they are called.
+NAMES = {
+    "rss": "process",
+    "anonymous": "of it private",
+    "page_cache": "page cache of model files",
+    "pinned": "pins",
+    "resident": "weights on devices",
+    "vram_allocated": "torch allocated",
+    "vram_reserved": "torch reserved",
+    "aimdo": "comfy-aimdo",
+    "cached": "output cache",
+    "arena_free": "allocator, free but held",
+    "available": "available RAM",
+}
+WORTH_A_WORD = 1 << 20
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """All sizes in bytes. Figures that the system does not give are 0.
+
+    rss, anonymous: of this process, all of it and what no file backs. page_cache: pages of the open model files that
+    are in RAM, whoever read them. pinned, resident: pins and device memory of dynamic models. vram_*: torch's
+    allocator, all devices. aimdo: what comfy-aimdo has mapped. cached: RAM held by the output cache. arena_free: what
+    the C library holds free. reason: what limits `available`.
+    """
+
+    rss: int = 0
+    anonymous: int = 0
+    page_cache: int = 0
+    pinned: int = 0
+    resident: int = 0
+    vram_allocated: int = 0
+    vram_reserved: int = 0
+    aimdo: int = 0
+    cached: int = 0
+    arena_free: int = 0
+    available: int = 0
+    total: int = 0
+    reason: str = ""
+    devices: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def take(cls, *, pinned: int = 0, resident: int = 0, cached: int = 0) -> MemorySnapshot:
+        """Now. The caller knows the models and the cache."""
+        state, devices = available_ram(), torch_memory()
+        return cls(
+            rss=psutil.Process().memory_info().rss,
+            anonymous=process_bytes(),
+            page_cache=sum(cached_bytes(disk_map) for disk_map in open_maps()),
+            pinned=pinned,
+            resident=resident,
+            vram_allocated=sum(device["allocated"] for device in devices.values()),
+            vram_reserved=sum(device["reserved"] for device in devices.values()),
+            aimdo=aimdo_bytes(),
+            cached=cached,
+            arena_free=allocator.arenas().get("free", 0),
+            available=state.available,
+            total=state.total,
+            reason=state.reason,
+            devices=devices,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """One line; what is not there is left out."""
+        parts = [f"{name} {in_words(value)}" for key, name in NAMES.items() if (value := getattr(self, key))]
+        return ", ".join(parts)
+
+    def difference(self, later: MemorySnapshot) -> str:
+        """What changed until `later`, in words; changes under 1 MiB are not worth one."""
+        parts = []
+        for key, name in NAMES.items():
+            change = getattr(later, key) - getattr(self, key)
+            if abs(change) >= WORTH_A_WORD:
+                parts.append(f"{name} {'+' if change > 0 else '-'}{in_words(abs(change))}")
+        return ", ".join(parts) or "no change"
+
+
+def torch_memory() -> dict[str, dict[str, int]]:
+    """Bytes by device: allocated and reserved by torch, free and total. Devices that were not used yet are left out."""
+    found = {}
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is None or not module.is_available() or not module.is_initialized():
+            continue
+        for index in range(module.device_count()):
+            free, total = module.mem_get_info(index)
+            found[f"{kind}:{index}"] = {
+                "allocated": module.memory_allocated(index),
+                "reserved": module.memory_reserved(index),
+                "free": free,
+                "total": total,
+            }
+    mps = getattr(torch, "mps", None)
+    if mps is not None and torch.backends.mps.is_available():
+        total = mps.recommended_max_memory()
+        reserved = mps.driver_allocated_memory()
+        found["mps"] = {
+            "allocated": mps.current_allocated_memory(),
+            "reserved": reserved,
+            "free": total - reserved,
+            "total": total,
+        }
+    return found
+
+
+def aimdo_bytes() -> int:
+    """Device memory that comfy-aimdo has mapped; 0 where it is not in use."""
+    control = sys.modules.get("comfy_aimdo.control")
+    if control is None or getattr(control, "lib", None) is None or not getattr(control, "devctxs", None):
+        return 0
+    return int(control.get_total_vram_usage())
+
+
+def cached_bytes(disk_map: DiskMap) -> int:
+    """Bytes of a mapped file that are in the page cache; 0 on systems without mincore."""
+    if sys.platform == "win32" or not disk_map.file_bytes:
+        return 0
+    libc = ctypes.CDLL(None)
+    pages = -(-disk_map.file_bytes // mmap.PAGESIZE)
+    present = (ctypes.c_ubyte * pages)()
+    if libc.mincore(ctypes.c_void_p(disk_map.address), ctypes.c_size_t(disk_map.file_bytes), present):
+        return 0
+    resident = int((torch.frombuffer(present, dtype=torch.uint8) & 1).sum())
+    return min(resident * mmap.PAGESIZE, disk_map.file_bytes)

@@ -1,0 +1,121 @@
+"""GET /spillway/memory and POST /spillway/free, behind the host's own middleware; none where there is no server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import urllib.parse
+from typing import Any
+
+import comfy.model_management
+from aiohttp import web
+
+from ..cache import comfy_cache
+from ..patcher import dynamic
+from .memory_report import memory_report, take_snapshot
+
+MAX_BODY_BYTES = 4096
+PARTS = ("cache", "models", "pins")
+USAGE = (
+    'a JSON object: any of "cache", "models" and "pins" as true, and "bytes", a whole number, for how much of the '
+    "cache should go"
+)
+
+
+class BadRequest(ValueError):
+    """What the caller did wrong, in words."""
+
+
+def install() -> bool:
+    """Add the routes to the running server; False where there is none (in tests and scripts)."""
+    server = sys.modules.get("server")  # importing it here would start to make one
+    running = getattr(getattr(server, "PromptServer", None), "instance", None)
+    if running is None:
+        return False
+
+    @running.routes.get("/spillway/memory")
+    async def get_memory(request: web.Request) -> web.Response:
+        report = await asyncio.get_running_loop().run_in_executor(None, memory_report)
+        return web.json_response(report)
+
+    @running.routes.post("/spillway/free")
+    async def post_free(request: web.Request) -> web.Response:
+        if not is_same_origin(request):
+            return web.json_response({"error": "only pages of this server may free its memory."}, status=403)
+        try:
+            wanted = parse(request.content_type, await request.content.read(MAX_BODY_BYTES + 1))
+        except BadRequest as error:
+            return web.json_response({"error": f"{error} Expected {USAGE}."}, status=400)
+        done = await asyncio.get_running_loop().run_in_executor(None, free, running.prompt_queue, wanted)
+        return web.json_response(done)
+
+    return True
+
+
+def is_same_origin(request: web.Request) -> bool:
+    """Browsers say where a request comes from; programs, which say nothing, may."""
+    if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("Origin")
+    return origin is None or urllib.parse.urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower()
+
+
+def parse(content_type: str, body: bytes) -> dict[str, Any]:
+    """What to free. Raises BadRequest."""
+    if content_type != "application/json":
+        raise BadRequest(f"the content type is {content_type!r}, not application/json.")
+    if len(body) > MAX_BODY_BYTES:
+        raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes.")
+    try:
+        wanted = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is no JSON.") from None
+    if not isinstance(wanted, dict):
+        raise BadRequest("the body is no JSON object.")
+    unknown = sorted(set(wanted) - {*PARTS, "bytes"})
+    if unknown:
+        raise BadRequest(f"there is no {', '.join(unknown)[:100]} to free.")
+    for part in PARTS:
+        if not isinstance(wanted.get(part, False), bool):
+            raise BadRequest(f'"{part}" is neither true nor false.')
+    nbytes = wanted.get("bytes")
+    if nbytes is not None and (isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes < 1 << 62):
+        raise BadRequest('"bytes" is no whole number of bytes.')
+    if not any(wanted.get(part) for part in PARTS):
+        raise BadRequest("nothing is to be freed.")
+    return wanted
+
+
+def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Free now what nobody uses; while a prompt runs, the rest when it ends.
+
+    Returns bytes freed from the cache, what was put off, and the difference in words.
+    """
+    with queue.mutex:  # no prompt begins meanwhile
+        running = bool(queue.currently_running)
+        before = take_snapshot()
+        put_off = []
+        if wanted.get("models"):
+            if running:
+                queue.set_flag("unload_models", True)
+                put_off.append("models")
+            else:
+                comfy.model_management.unload_all_models()
+                for model in list(dynamic.models):
+                    model.free()
+        if wanted.get("pins"):
+            if running:
+                put_off.append("pins: ask again when the prompt has ended")
+            else:
+                for model in list(dynamic.models):
+                    model.free_pins()
+        freed = 0
+        cache = comfy_cache.current()
+        if wanted.get("cache") and cache is not None:
+            short = wanted.get("bytes", 1 << 62)
+            freed = cache.engine.evict(short, current=not running, reason="asked for by /spillway/free").freed
+        if not running:
+            comfy.model_management.soft_empty_cache()
+        after = take_snapshot()
+    return {"cache_bytes": freed, "put_off": put_off, "words": before.difference(after), "memory": after.as_dict()}

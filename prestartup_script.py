@@ -1,0 +1,21 @@
+"""What must happen before torch is imported. ComfyUI runs this file by itself, earlier than the rest of the pack."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _load_early(name: str, file: str) -> object:
+    """A file of the pack as a module by its own: the pack's __init__ and its packages lead to torch."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+if "torch" not in sys.modules:
+    _load_early("spillway_allocator", "cache/allocator.py").tune()  # type: ignore[attr-defined]
