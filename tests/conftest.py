@@ -13,4 +13,5 @@ if "spillway" not in sys.modules:
     sys.modules["spillway"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["spillway"])
 
+sys.path.insert(0, str(ROOT / "tests"))  # as pytest does; processes that tests start load this file by itself
 from loud import pytest_terminal_summary  # noqa: F401 - what could not run is said at the end
