@@ -1,17 +1,4 @@
-"""Loads the pack as the package `spillway`, whatever its folder is called, as ComfyUI does under a name of its own."""
+"""What every test run needs."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-if "spillway" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "spillway", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["spillway"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["spillway"])
-
-sys.path.insert(0, str(ROOT / "tests"))  # as pytest does; processes that tests start load this file by itself
+import pack  # noqa: F401 - the pack is importable as `spillway` from here on
 from loud import pytest_terminal_summary  # noqa: F401 - what could not run is said at the end

@@ -19,7 +19,7 @@ import psutil
 import sampling
 import torch
 
-spec = importlib.util.spec_from_file_location("pack_loader", f"{pack}/tests/conftest.py")
+spec = importlib.util.spec_from_file_location("pack_loader", f"{pack}/tests/pack.py")
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 from spillway.nodes.load import SpillwayLoadDiffusionModel
