@@ -9,7 +9,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import pytest
-import safetensors
+import safetensors.torch
 import sampling
 import torch
 from comfy.cli_args import args
@@ -256,6 +256,30 @@ def test_quantised(dtype, checkpoint, tmp_path, small_parts):
         key = f"diffusion_model.{layer.removeprefix(PREFIX)}.weight"
         weight = patched[0].patch_weight_to_device(key, return_weight=True)
         assert torch.equal(plain[f"{layer}.weight"], weight.dequantize().bfloat16())
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ("float8_e5m2", "mxfp8", "nvfp4") if name in QUANT_ALGOS])
+def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
+    """Files that others have quantised: unpatched as they are, patched as the core quantises them again."""
+    tensors, layer = dict(DiskMap(checkpoint("flux", **SMALL)).state_dict()), QKV[16:]
+    quantised = QuantizedTensor.from_float(
+        tensors.pop(f"{layer}.weight").float(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], scale="recalculate"
+    )
+    tensors |= quantised.state_dict(f"{layer}.weight")
+    conf = b'{"format": "%s"}' % algorithm.encode()
+    tensors[f"{layer}.comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
+    path = str(tmp_path / "quantised.safetensors")
+    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    core, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    got = read(save(ours))[0]
+    wanted = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    pieces = [key for key in got if key.startswith(f"{PREFIX}{layer}.")]
+    assert len(pieces) == len(quantised.state_dict("x")) + 2  # the bias, and the name of the format
+    for key in pieces:
+        stored = wanted[key].to(got[key].dtype)  # the bias has been made fp32 by the core
+        assert torch.equal(got[key].reshape(-1).view(torch.uint8), stored.reshape(-1).view(torch.uint8)), key
+    files = [read(saver(with_lora(model, forms("lora"))))[0] for model, saver in ((core, core_save), (ours, save))]
+    assert_same_tensors(like(files[1], files[0]), files[0])
 
 
 def test_a_matrix_of_zeros_is_quantised(checkpoint):
