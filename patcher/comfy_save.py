@@ -125,7 +125,7 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
         weight = _finished(patcher, module, attr, prefix + key, parameter)
         beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
         if is_wrapper(parameter):
-            pieces = {piece: kept[piece] for piece in parameter.state_dict(key) if piece in kept}  # type: ignore[operator]
+            pieces = weight.source.state_dict(key)  # type: ignore[operator]
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
                 found[key] = _deferred(Plain(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])

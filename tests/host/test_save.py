@@ -291,6 +291,17 @@ def test_a_matrix_of_zeros_is_quantised(checkpoint):
     assert bool((got[key].float() == 0).all()) and torch.isfinite(got[f"{key}_scale"])
 
 
+def test_the_cores_quantised_models(checkpoint, tmp_path):
+    """While another clone's patches are in the core's memory."""
+    plain = comfy.sd.load_diffusion_model(save(load_diffusion_model(checkpoint("flux", **SMALL)), "fp8_e4m3fn scaled"))
+    one, other = with_lora(plain, forms("lora"), 0.7), with_lora(plain, forms("loha"), 1.0)
+    wanted = [read(core_save(model))[0] for model in (plain, one, other)]
+    for loaded in (plain, one, other):
+        run(loaded, steps=1)
+        for model, tensors in zip((plain, one, other), wanted, strict=True):
+            assert_same_tensors(read(save(model))[0], tensors)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
