@@ -14,7 +14,7 @@ from ..ops.deferred import Deferred, Part, Recipe
 from ..ops.low_rank import low_rank
 from ..ops.save_pipeline import save
 from .comfy_finished import FinishedWeight
-from .comfy_save import DTYPES, Saved, finished_weights
+from .comfy_save import DTYPES, Saved, finished_weights, make_room
 
 log = logging.getLogger("spillway")
 
@@ -141,6 +141,7 @@ def save_lora(
         tensors[f"{stem}.lora_down.weight"] = Deferred.of(recipe, down, kind, "down")
     if not tensors:
         raise ValueError("the two models are the same: there is no difference to make a LoRA of.")
+    make_room(model.load_device, {key: weight.source for key, (weight, _) in pairs.items()})
     log.info("[Spillway] a LoRA of rank %d: %d tensors of %d weights", rank, len(tensors), len(pairs))
     nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
     return Saved(Path(path), nbytes, time.perf_counter() - begun)

@@ -36,7 +36,7 @@ class FinishedWeight:
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
                 rows = self.source[start:stop] if self.shape else self.source
                 made = rows.to(self.form)
-                yield start, made if patch is None else patch(made)
+                yield start, made if patch is None else patch(made, in_place=made.dtype != rows.dtype)
                 for tensor in (rows, *(tensors_read(patch.patches) if patch is not None else ())):
                     for inner in inner_tensors(tensor):
                         drop_pages(inner)

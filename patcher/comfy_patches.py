@@ -32,15 +32,19 @@ class HostPatch:
         """In the order in which they are applied."""
         return self.patches + self.hooked
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+        """in_place: the weight given may be overwritten."""
         if self.patches:
-            weight = self._apply(self.patches, weight, comfy.model_management.lora_compute_dtype(weight.device))
+            compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
+            weight = self._apply(self.patches, weight, compute_dtype, copy=not in_place)
         if self.hooked:
-            weight = self._apply(self.hooked, weight, torch.float32)
+            weight = self._apply(self.hooked, weight, torch.float32, copy=True)
         return weight
 
-    def _apply(self, patches: list[tuple], weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
-        value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=True)
+    def _apply(
+        self, patches: list[tuple], weight: torch.Tensor, compute_dtype: torch.dtype, *, copy: bool
+    ) -> torch.Tensor:
+        value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=copy)
         if self.dequantise is not None:
             value = self.dequantise(value, inplace=True)
         value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self.original_weights)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.quant_ops
 import torch
 
@@ -85,8 +86,16 @@ def save_model(
             parts["clip_vision_state_dict"] = deferred_weights(clip_vision.patcher, clip_vision.model, "", others)
         named = model.model.state_dict_for_saving(unet, **parts)
         tensors = {key: assembling.resolve(tensor) for key, tensor in {**named, **(extra or {})}.items()}
+    make_room(model.load_device, tensors)
     nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
     return Saved(Path(path), nbytes, time.perf_counter() - begun)
+
+
+def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Have the host free device memory for the largest weight: in float32, its patch, their product and the result."""
+    if device.type != "cpu":
+        largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+        comfy.model_management.free_memory(4 * 4 * largest, device)
 
 
 def finished_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinishedWeight]:
@@ -116,7 +125,7 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
         weight = _finished(patcher, module, attr, prefix + key, parameter)
         beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
         if is_wrapper(parameter):
-            pieces = {piece: kept[piece] for piece in parameter.state_dict(key) if piece in kept}  # type: ignore[operator]
+            pieces = weight.source.state_dict(key)  # type: ignore[operator]
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
                 found[key] = _deferred(Plain(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])

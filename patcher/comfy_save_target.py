@@ -42,11 +42,18 @@ def check_prefix(prefix: str) -> None:
     folder = os.path.abspath(os.path.join(output, os.path.dirname(os.path.normpath(prefix))))
     if "\0" in prefix or not prefix.strip() or name in ("", ".", ".."):
         raise ValueError(f"filename_prefix {prefix!r} names no file. Give a name, such as 'diffusion_models/my_model'.")
-    if os.path.commonpath((os.path.abspath(output), folder)) != os.path.abspath(output):
+    if not _is_inside(os.path.abspath(output), folder):
         raise ValueError(
             f"filename_prefix {prefix!r} leads to {folder}, outside the output folder {output}. Give a name or a "
             "subfolder of it, such as 'diffusion_models/my_model'."
         )
+
+
+def _is_inside(folder: str, path: str) -> bool:
+    try:
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # on another drive of Windows
+        return False
 
 
 def next_name(prefix: str) -> str:

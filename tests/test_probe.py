@@ -95,7 +95,7 @@ def test_only_the_header_is_read(tmp_path):
     nothing = struct.pack("<Q", len(text)) + text
     with open(tmp_path / "large", "wb") as file:
         file.write(nothing)
-        file.truncate(1 << 36)  # 64 GB that take no room
+        file.truncate(1 << 30)  # of no more room than the header, on most systems
     begun = time.perf_counter()
     assert probe(tmp_path / "large").tensors == 2000
     assert time.perf_counter() - begun < 1.0

@@ -9,7 +9,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import pytest
-import safetensors
+import safetensors.torch
 import sampling
 import torch
 from comfy.cli_args import args
@@ -258,6 +258,30 @@ def test_quantised(dtype, checkpoint, tmp_path, small_parts):
         assert torch.equal(plain[f"{layer}.weight"], weight.dequantize().bfloat16())
 
 
+@pytest.mark.parametrize("algorithm", [name for name in ("float8_e5m2", "mxfp8", "nvfp4") if name in QUANT_ALGOS])
+def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
+    """Files that others have quantised: unpatched as they are, patched as the core quantises them again."""
+    tensors, layer = dict(DiskMap(checkpoint("flux", **SMALL)).state_dict()), QKV[16:]
+    quantised = QuantizedTensor.from_float(
+        tensors.pop(f"{layer}.weight").float(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], scale="recalculate"
+    )
+    tensors |= quantised.state_dict(f"{layer}.weight")
+    conf = b'{"format": "%s"}' % algorithm.encode()
+    tensors[f"{layer}.comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
+    path = str(tmp_path / "quantised.safetensors")
+    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    core, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    got = read(save(ours))[0]
+    wanted = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    pieces = [key for key in got if key.startswith(f"{PREFIX}{layer}.")]
+    assert len(pieces) == len(quantised.state_dict("x")) + 2  # the bias, and the name of the format
+    for key in pieces:
+        stored = wanted[key].to(got[key].dtype)  # the bias has been made fp32 by the core
+        assert torch.equal(got[key].reshape(-1).view(torch.uint8), stored.reshape(-1).view(torch.uint8)), key
+    files = [read(saver(with_lora(model, forms("lora"))))[0] for model, saver in ((core, core_save), (ours, save))]
+    assert_same_tensors(like(files[1], files[0]), files[0])
+
+
 def test_a_matrix_of_zeros_is_quantised(checkpoint):
     path = checkpoint("flux", **SMALL)
     model = load_diffusion_model(path).clone()
@@ -265,6 +289,17 @@ def test_a_matrix_of_zeros_is_quantised(checkpoint):
     got, _ = read(save(model, "fp8_e4m3fn scaled"))
     key = f"{PREFIX}{QKV[16:]}.weight"
     assert bool((got[key].float() == 0).all()) and torch.isfinite(got[f"{key}_scale"])
+
+
+def test_the_cores_quantised_models(checkpoint, tmp_path):
+    """While another clone's patches are in the core's memory."""
+    plain = comfy.sd.load_diffusion_model(save(load_diffusion_model(checkpoint("flux", **SMALL)), "fp8_e4m3fn scaled"))
+    one, other = with_lora(plain, forms("lora"), 0.7), with_lora(plain, forms("loha"), 1.0)
+    wanted = [read(core_save(model))[0] for model in (plain, one, other)]
+    for loaded in (plain, one, other):
+        run(loaded, steps=1)
+        for model, tensors in zip((plain, one, other), wanted, strict=True):
+            assert_same_tensors(read(save(model))[0], tensors)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
