@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import comfy.float
@@ -10,6 +11,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
+from comfy.weight_adapter import WeightAdapterBase
 
 
 class HostPatch:
@@ -50,23 +52,21 @@ class HostPatch:
         return self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
 
     def same_as(self, other: Any) -> bool:
-        """Whether two patches give the same weight: the same tuples of the same objects, in the same order."""
-        return (
-            isinstance(other, HostPatch)
-            and _same_stage(self.patches, other.patches)
-            and _same_stage(self.hooked, other.hooked)
-        )
-
-
-def _same_stage(mine: list[tuple], theirs: list[tuple]) -> bool:
-    return len(mine) == len(theirs) and all(_same(one, other) for one, other in zip(mine, theirs, strict=True))
+        """Whether two patches give the same weight: the same tensors in the same order."""
+        return isinstance(other, HostPatch) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal settings of the same tensors and objects. Tensors are not compared by their numbers."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return one is other or (isinstance(one, (int, float, str)) and one == other)
+    """Whether two patches, or parts of them, hold the same tensors and numbers."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, WeightAdapterBase):  # the core makes a new one each time that it reads a LoRA's tensors
+        return _same(one.weights, other.weights)
+    return isinstance(one, (int, float, str, types.MethodType)) and one == other
 
 
 def idle_function(key: str, patches: dict[str, list[tuple]]) -> Any:
