@@ -12,6 +12,7 @@ from ..patcher.comfy_save_target import journal
 from . import routes
 from .cache_policy import SpillwayCachePolicy
 from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
+from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from .make_dynamic import SpillwayMakeDynamic
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
@@ -42,6 +43,9 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadCLIP,
             SpillwayLoadVAE,
             SpillwayMakeDynamic,
+            SpillwayLoraLoader,
+            SpillwayLoraLoaderModelOnly,
+            SpillwayLoraStack,
             SpillwayPolicy,
             SpillwayMergeModels,
             SpillwaySaveDiffusionModel,

@@ -38,10 +38,15 @@ def place_fixed(dynamic: DynamicModel) -> int:
     return placed
 
 
-def place_resized(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
-    """Weights that a patch gives another shape are patched at once, and stand in the module while idle.
+# Modules of text and vision encoders whose weight is added without calling them.
+NEVER_CALLED = ("position_embedding", "position_embeddings", "token_type_embeddings", "embed_positions")
 
-    The host reads shapes there: Flux takes its number of channels from its first layer. `backup` gets what stood there.
+
+def place_read_idle(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
+    """Patched weights that the host reads while they are idle are patched at once, and stand in the module.
+
+    Those are weights that a patch gives another shape (Flux takes its number of channels from its first layer), and
+    those of modules that are never called. `backup` gets what stood there.
     """
     for key in changed:
         bundle = dynamic.by_key.get(key)
@@ -50,8 +55,9 @@ def place_resized(dynamic: DynamicModel, changed: Iterable[str], backup: dict[st
         param = next(param for param in bundle.params if param.key == key)
         if key in backup:
             param.idle = backup.pop(key).weight
-        if param.patch is not None and param.form.shape != param.source.shape:
+        resized = param.form.shape != param.source.shape
+        if param.patch is not None and (resized or key.split(".")[-2] in NEVER_CALLED):
             backup[key] = Backup(param.idle, False)
-            weight = param.source.to(param.form.dtype)
+            weight = param.source.to(param.form.dtype, copy=True)
             param.idle = torch.nn.Parameter(param.patch(weight), requires_grad=False)
         bundle.restore()

@@ -15,10 +15,11 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..ops.bundle import Bundle
 from ..ops.disk_map import SourceError
+from ..ops.gather import is_wrapper
 from ..ops.ledger import in_words
 from ..ops.saved_attributes import MISSING, SavedAttributes
-from .comfy_fixed import place_fixed, place_resized
-from .comfy_patches import HostPatch, idle_function
+from .comfy_fixed import place_fixed, place_read_idle
+from .comfy_patches import HostPatch, idle_function, rounded
 from .comfy_pins import PIN_SUBSETS, pin_state
 from .comfy_ram import free_ram
 from .dynamic import DynamicModel
@@ -253,8 +254,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         for key in {*self.patches, *hooked}:
             bundle = dynamic.by_key.get(key)
             if bundle is not None:
-                weight = next(param.original for param in bundle.params if param.key == key)
-                patches[key] = HostPatch(self.model, key, weight, self.patches.get(key, []), hooked.get(key, []))
+                param = next(param for param in bundle.params if param.key == key)
+                patches[key] = HostPatch(
+                    self.model, key, param.original, param.form.dtype, self.patches.get(key, []), hooked.get(key, [])
+                )
         changed = [
             key
             for key in {*patches, *state.patches}
@@ -263,8 +266,13 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         kept = {key: patch if key in changed else state.patches[key] for key, patch in patches.items()}
         if changed:
             touched = dynamic.set_patches(kept, changed)
-            dynamic.ledger.decide(f"{len(kept)} weights patched, {touched} bundles touched by the change")
-            place_resized(dynamic, changed, self.backup)
+            dynamic.ledger.counters.patch_changes += 1
+            if hooked or self._hooked:  # between two conditions: at every step
+                if hooked:
+                    dynamic.ledger.decide_once(f"hooks change {len(hooked)} weights while sampling", level=logging.INFO)
+            else:
+                dynamic.ledger.decide(f"{len(kept)} weights patched, {touched} bundles touched by the change")
+            place_read_idle(dynamic, changed, self.backup)
         state.patches = kept
         self._functions(dynamic, kept)
 
@@ -284,6 +292,17 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                     self.state.attributes.set(module, name, idle)
                 elif getattr(module, name) != wrappers:
                     self.state.attributes.set(module, name, wrappers)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[tuple]]:
+        """For merges into other models: weights that the file has in another dtype count as what they are in ours."""
+        patches: dict[str, list[tuple]] = super().get_key_patches(filter_prefix)
+        for key, entries in patches.items():
+            owner, _, attr = key.rpartition(".")
+            weight = entries[0][0]
+            dtype = model_dtype(comfy.utils.get_attr(self.model, owner) if owner else self.model, attr, weight)
+            if weight.is_floating_point() and dtype != weight.dtype and not is_wrapper(weight):
+                entries[0] = (weight, rounded(dtype))
+        return patches
 
     def patch_weight_to_device(self, key: str, *args: Any, return_weight: bool = False, **kwargs: Any) -> Any:
         """For saving; a resized weight is patched already."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import comfy.float
@@ -10,6 +13,9 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
+from comfy.weight_adapter import WeightAdapterBase
+
+from ..ops.gather import is_wrapper
 
 
 class HostPatch:
@@ -17,14 +23,23 @@ class HostPatch:
     key.
 
     patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic
-    patcher does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`.
+    patcher does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`, in the model's `dtype`.
     """
 
-    def __init__(self, model: Any, key: str, weight: torch.Tensor, patches: list[tuple], hooked: list[tuple]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        key: str,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        patches: list[tuple],
+        hooked: list[tuple],
+    ) -> None:
         self.key = key
+        self.dtype = dtype
         self.patches, self.hooked = list(patches), list(hooked)
         _, self.requantise, self.dequantise = get_key_weight(model, key)
-        self.original_weights = {key: [(weight, lambda original, **_: original)]}
+        self.weight = weight
         self.shape = comfy.lora.calculate_shape(self.all_patches, weight, key)
 
     @property
@@ -47,30 +62,45 @@ class HostPatch:
         value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=copy)
         if self.dequantise is not None:
             value = self.dequantise(value, inplace=True)
-        value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self.original_weights)
+        value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self._originals(patches))
         seed = comfy.utils.string_to_seed(self.key)
         if self.requantise is None:
             return comfy.float.stochastic_rounding(value, weight.dtype, seed=seed)
         return self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
 
+    def _originals(self, patches: list[tuple]) -> dict[str, list[tuple]] | None:
+        """The unpatched weight as the host's own patcher has it, for the one kind of patch that asks."""
+        if not any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
+            return None
+        weight = self.weight if is_wrapper(self.weight) else self.weight.to(self.dtype)
+        return {self.key: [(weight, _unchanged)]}
+
     def same_as(self, other: Any) -> bool:
-        """Whether two patches give the same weight: the same tuples of the same objects, in the same order."""
-        return (
-            isinstance(other, HostPatch)
-            and _same_stage(self.patches, other.patches)
-            and _same_stage(self.hooked, other.hooked)
-        )
+        """Whether two patches give the same weight: the same tensors in the same order."""
+        return isinstance(other, HostPatch) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
 
 
-def _same_stage(mine: list[tuple], theirs: list[tuple]) -> bool:
-    return len(mine) == len(theirs) and all(_same(one, other) for one, other in zip(mine, theirs, strict=True))
+def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    return weight
+
+
+@functools.lru_cache
+def rounded(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """A conversion of another model's weight, in the shape that merge patches have: what it is in that dtype."""
+    return lambda weight, **_: weight.to(dtype).to(weight.dtype)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal settings of the same tensors and objects. Tensors are not compared by their numbers."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return one is other or (isinstance(one, (int, float, str)) and one == other)
+    """Whether two patches, or parts of them, hold the same tensors and numbers."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, WeightAdapterBase):  # the core makes a new one each time that it reads a LoRA's tensors
+        return _same(one.weights, other.weights)
+    return isinstance(one, (int, float, str, types.MethodType)) and one == other
 
 
 def idle_function(key: str, patches: dict[str, list[tuple]]) -> Any:

@@ -159,7 +159,7 @@ def _finished(patcher: Any, module: Any, attr: str, key: str, parameter: torch.T
         raise SaveError(f"'{key}' has no data: the file that the model was loaded from lacks it. Get a complete file.")
     form = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
     patches = patcher.patches.get(key, [])
-    patch = HostPatch(patcher.model, key, source, patches, []) if patches else None
+    patch = HostPatch(patcher.model, key, source, form, patches, []) if patches else None
     return FinishedWeight(key, source, form, patch, patcher.load_device)
 
 

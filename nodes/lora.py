@@ -1,0 +1,162 @@
+"""LoRA nodes. What they add to the core's: a LoRA that does not fit is an error, and one that fits in part says so."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..patcher.comfy_lora import apply_lora
+from .load import NONE, model_path
+from .types import CATEGORY
+
+log = logging.getLogger("spillway")
+
+ALIASES = ["lora", "load lora", "apply lora", "lora loader", "lora model"]
+SLOTS = 6
+CLIP_IN = "The text encoder that the LoRA is also for. Leave it unconnected for LoRAs of the model alone."
+
+
+def _lora_choice() -> io.Input:
+    return io.Combo.Input(
+        "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A LoRA file in models/loras."
+    )
+
+
+def _strength(name: str, what: str) -> io.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-100.0,
+        max=100.0,
+        step=0.01,
+        tooltip=f"How strongly the LoRA changes the {what}. It may be negative; 0 leaves the {what} as it is.",
+    )
+
+
+def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tuple[Any, Any, Any]:
+    """(model, clip, what the node shows): each (name, strength for the model, strength for the CLIP) in turn."""
+    # Files are found before any is read: a missing one should not cost the time of the others.
+    chosen = [(model_path("loras", name), *strengths) for name, *strengths in loras]
+    progress = comfy.utils.ProgressBar(len(chosen)) if len(chosen) > 1 else None
+    warnings = []
+    for path, strength_model, strength_clip in chosen:
+        model, clip, fit = apply_lora(model, clip, path, strength_model, strength_clip)
+        warning = fit.in_words(os.path.basename(path)) if fit is not None else ""
+        if warning:
+            log.warning("[Spillway] %s", warning)
+            warnings.append(warning)
+        if progress is not None:
+            progress.update(1)
+    return model, clip, ui.PreviewText("\n".join(warnings)) if warnings else None
+
+
+class SpillwayLoraLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayLoraLoader",
+            display_name="Load LoRA (Spillway)",
+            category=CATEGORY,
+            description="Puts a LoRA on a model and its text encoder. Each weight is computed once, also where it does "
+            "not stay on the device. A LoRA made for another kind of model is refused.",
+            search_aliases=ALIASES,
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from any loader."),
+                io.Clip.Input("clip", optional=True, tooltip=CLIP_IN),
+                _lora_choice(),
+                _strength("strength_model", "model"),
+                _strength("strength_clip", "text encoder"),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the LoRA. The one that came in is not changed."),
+                io.Clip.Output(tooltip="The text encoder with the LoRA. Empty if none was connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
+    ) -> io.NodeOutput:
+        model, clip, shown = _applied(model, clip, [(lora_name, strength_model, strength_clip)])
+        return io.NodeOutput(model, clip, ui=shown)
+
+
+class SpillwayLoraLoaderModelOnly(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayLoraLoaderModelOnly",
+            display_name="Load LoRA, Model Only (Spillway)",
+            category=CATEGORY,
+            description="Puts a LoRA on a model. Each weight is computed once, also where it does not stay on the "
+            "device. A LoRA made for another kind of model is refused.",
+            search_aliases=[*ALIASES, "lora model only"],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from any loader."),
+                _lora_choice(),
+                _strength("strength_model", "model"),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the LoRA. The one that came in is not changed.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
+        model, _, shown = _applied(model, None, [(lora_name, strength_model, 0.0)])
+        return io.NodeOutput(model, ui=shown)
+
+
+class SpillwayLoraStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [NONE, *folder_paths.get_filename_list("loras")]
+        slots = []
+        for place in range(1, SLOTS + 1):
+            slots += [
+                io.Combo.Input(
+                    f"lora_{place}",
+                    options=files,
+                    default=NONE,
+                    tooltip=f"LoRA number {place}: a file in models/loras, or 'none'.",
+                ),
+                io.Float.Input(
+                    f"strength_{place}",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip=f"How strongly number {place} changes the model and the text encoder; 0 leaves it out.",
+                ),
+            ]
+        return io.Schema(
+            node_id="SpillwayLoraStack",
+            display_name="LoRA Stack (Spillway)",
+            category=CATEGORY,
+            description=f"Puts up to {SLOTS} LoRAs on a model and its text encoder, one after the other. Changing one "
+            "computes only the weights again that it changes.",
+            search_aliases=[*ALIASES, "lora stack", "multi lora", "several loras", "power lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from any loader."),
+                io.Clip.Input("clip", optional=True, tooltip=CLIP_IN.replace("LoRA is", "LoRAs are")),
+                *slots,
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with all LoRAs. The one that came in is not changed."),
+                io.Clip.Output(tooltip="The text encoder with all LoRAs. Empty if none was connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any = None, **slots: Any) -> io.NodeOutput:
+        chosen = [(slots.get(f"lora_{place}", NONE), slots.get(f"strength_{place}", 1.0)) for place in _places()]
+        loras = [(name, strength, strength) for name, strength in chosen if name != NONE and strength != 0]
+        model, clip, shown = _applied(model, clip, loras)
+        return io.NodeOutput(model, clip, ui=shown)
+
+
+def _places() -> range:
+    return range(1, SLOTS + 1)
