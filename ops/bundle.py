@@ -78,6 +78,7 @@ class Bundle:
         self.store_bytes = gathered_bytes(self.store)
         self.nbytes = gathered_bytes(self.form)
         self.version = 0  # counts changes of the finished form
+        self.pinned_version: int | None = None  # of the finished form that its pin holds
         self.place = "auto"
         self.successor: Bundle | None = None
         # The caster's:
@@ -110,12 +111,19 @@ class Bundle:
         self.refresh()
         return self.nbytes != before
 
+    @property
+    def finished(self) -> bool:
+        """Whether a pin holds the finished form: one transfer, and nothing to compute."""
+        return self.pinned_version == self.version
+
     def offload_cost(self) -> int:
         """Bytes of temporary memory that one use costs while offloaded.
 
         The bundle itself, and the larger of its cast or dequantised form and, where patches wait, twice the weight in
-        the model's dtype.
+        the model's dtype. Once a pin holds the finished form, that alone.
         """
+        if self.finished:
+            return self.nbytes
         extra = 0
         for param in self.params:
             shape_numel = param.source.numel()

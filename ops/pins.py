@@ -37,6 +37,7 @@ class Pins:
         self.backend = backend
         self.budget = budget
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
+        self.changes = 0  # how often a finished form came or went: costs are not what they were
         self._blocks = PinBlocks(backend)
         self._bundles = list(bundles)
         self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
@@ -74,7 +75,13 @@ class Pins:
             return None
         pin = self._pins[bundle] = Pin(extent, version)
         self.used += nbytes
+        self._note(bundle, version)
         return pin
+
+    def _note(self, bundle: Bundle, version: int | None) -> None:
+        if bundle.pinned_version != version:
+            bundle.pinned_version = version
+            self.changes += 1
 
     def _displace(self, nbytes: int) -> Extent | None:
         """A finished form is worth more than bytes that can be read again: room in the place of some of those."""
@@ -105,6 +112,7 @@ class Pins:
             return 0
         nbytes = pin.buffer.numel()
         self.used -= nbytes
+        self._note(bundle, None)
         pin.extent.block.join(pin.extent)
         for event in (pin.ready, pin.busy):
             if event is not None:

@@ -82,6 +82,7 @@ class DynamicModel:
         self.fixed_bytes = 0  # placed on the device for good by the host, beside the VBAR
         self._order: list[Bundle] = self.bundles
         self._addresses: list[Bundle] = []
+        self._planned_for = 0  # changes of the pins that the plan knows of
         self._traced = False
         attach(self.bundles)
         self._use(_Unprepared(self))
@@ -186,7 +187,7 @@ class DynamicModel:
         """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
         if not self.backend.in_place:
             return bundle.offload_cost()
-        return 0 if bundle.in_place else bundle.offload_cost() - bundle.store_bytes
+        return 0 if bundle.in_place or bundle.finished else bundle.offload_cost() - bundle.store_bytes
 
     def budget(self) -> int | None:
         """Bytes that the weights may hold on the device now; None where only what is free limits them."""
@@ -195,6 +196,7 @@ class DynamicModel:
     def _apply_budget(self) -> None:
         assert self.caster is not None
         vbar, budget, before = self.caster.vbar, self.budget(), self.plan
+        self._planned_for = self.caster.pins.changes
         streams = min(self.policy.streams, self.backend.streams)
         if budget is None:
             free, _ = self._device.memory()
@@ -216,6 +218,20 @@ class DynamicModel:
                 "needs while it is used: nothing stays resident, and the peak is that bundle.",
                 level=logging.INFO,
             )
+
+    def _grow(self) -> None:
+        """Use what was set aside for computing patches that are now computed and pinned.
+
+        It never shrinks: patches that change at every step would evict what they do not touch.
+        """
+        assert self.caster is not None and self.plan is not None
+        self._planned_for = self.caster.pins.changes
+        available = self.budget()
+        if available is None:
+            available = max(0, self._within_reach())
+        streams = min(self.policy.streams, self.backend.streams)
+        if plan_load(self._addresses, available, streams, self.cost).limit > self.plan.limit:
+            self._apply_budget()
 
     def _within_reach(self) -> int:
         """Bytes that the weights could hold: what they hold, what is free, and what gives way to them."""
@@ -248,7 +264,9 @@ class DynamicModel:
             self._follow_trace()
         if self.caster.vbar.loaded_size() < self.total_bytes:
             self._prioritize()
-        if self.budget() is None and self.caster.vbar.kind == "software":
+        if self.caster.pins.changes != self._planned_for:
+            self._grow()
+        elif self.budget() is None and self.caster.vbar.kind == "software":
             self._follow_free_memory()
 
     @property
