@@ -21,7 +21,7 @@ class SpillwaySaveLora(io.ComfyNode):
             display_name="Extract and Save LoRA (Spillway)",
             category=CATEGORY,
             description="Saves the difference of two models as a LoRA of a rank that you choose. It works weight by "
-            "weight, so it takes hardly any memory.",
+            "weight and holds neither model in memory.",
             search_aliases=["extract lora", "save lora", "export lora", "model difference", "lora from model", "svd"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the LoRA is to lead to, with whatever patches it has."),
