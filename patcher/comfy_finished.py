@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,15 +112,15 @@ class Requantised(Recipe):
 class Quantised(Recipe):
     """A finished weight with one scale for all of it, in a layout of the host; parts are named by suffix.
 
-    It is made twice, as the scale must be known before the first number is rounded; so it is never whole in memory.
+    The scale must be known before the first number is rounded, so it is whole in memory once, in the model's dtype.
     """
 
     def __init__(self, weight: FinishedWeight, layout: str) -> None:
         self.weight, self.layout = weight, get_layout_class(layout)
 
     def parts(self) -> Iterator[Part]:
-        largest = torch.zeros(1, 1)
-        for _, rows in self.weight.parts():
+        largest, kept = torch.zeros(1, 1), deque(self.weight.parts())
+        for _, rows in kept:
             rows = self._computable(rows)
             largest = torch.maximum(largest.to(rows), rows.abs().amax().reshape(1, 1))
         if not torch.isfinite(largest).all():
@@ -127,7 +128,8 @@ class Quantised(Recipe):
         # The scale depends on the largest number only. Of a matrix of zeros it would be zero, and divided by.
         largest = torch.where(largest == 0, torch.ones_like(largest), largest)
         _, params = self.layout.quantize(largest, scale="recalculate")
-        for start, rows in self.weight.parts():
+        while kept:
+            start, rows = kept.popleft()
             made, _ = self.layout.quantize(self._computable(rows), scale=params.scale)
             yield Part("", start, made.to("cpu").contiguous())
         yield Part("_scale", 0, params.scale.to("cpu").contiguous())
