@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import comfyui_version
 import execution
 import nodes
 from comfy.cli_args import args
@@ -26,6 +27,7 @@ from .output_cache import OutputCache
 log = logging.getLogger("spillway")
 
 GIB = 1 << 30
+HISTORY_NEEDS_A_CLIENT = [int(part) for part in comfyui_version.__version__.split(".")[:2]] < [0, 28]
 POLICY_NODE = "SpillwayCachePolicy"
 # The system is asked this often at most by callers that ask for every weight they pin.
 ASK_EVERY_SECONDS = 0.05
@@ -43,11 +45,18 @@ def current() -> SpillwayCache | None:
 class SpillwayCache(caching.BasicCache):
     """What the executor asks of an output cache. Entries are the executor's own named tuples of UI and outputs."""
 
-    def __init__(self, key_class: Any, engine: OutputCache, inactive_headroom: int | None = None) -> None:
+    def __init__(
+        self, key_class: Any, engine: OutputCache, host_headroom: int = 0, inactive_headroom: int | None = None
+    ) -> None:
+        """host_headroom: bytes that the executor means to keep free; asking for more says how much is needed above.
+
+        inactive_headroom: below it, what the running prompt does not use goes; None where the user gave none.
+        """
         super().__init__(key_class, enable_providers=True)
         self.engine = engine
         self.cache = engine.values
         self.base_headroom = engine.headroom
+        self.host_headroom = host_headroom
         self.inactive_headroom = inactive_headroom
         # Newer executors report these.
         self.active_evictions = False
@@ -65,6 +74,8 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = self.full_evictions = False
         for books in (self._started, self._done, self._asked, self._expanded):
             books.clear()
+        if HISTORY_NEEDS_A_CLIENT:
+            self._forget_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
         self._apply_policies(node_ids)
 
@@ -82,6 +93,20 @@ class SpillwayCache(caching.BasicCache):
 
     def _key(self, node_id: str) -> Any:
         return self.cache_key_set.get_data_key(node_id)
+
+    def _forget_old_outputs(self, node_ids: Iterable[str]) -> None:
+        """Save and preview nodes run again unless the last prompt had them, as with those executors' own cache.
+
+        Their history has no outputs of cached nodes when nobody is connected, so programs would miss them.
+        """
+        for node_id in node_ids:
+            entry = self.engine.entries.get(self._key(node_id))
+            if entry is not None and entry.used < self.engine.prompt and self._is_output(node_id):
+                self.engine.forget(entry.key)
+
+    def _is_output(self, node_id: str) -> bool:
+        kind = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
+        return bool(getattr(kind, "OUTPUT_NODE", False))
 
     # -- policy
 
@@ -181,7 +206,7 @@ class SpillwayCache(caching.BasicCache):
         whatever the last prompt did not use. min_entry_size spares what is small; the score does that.
         """
         if free_active:
-            above = max(0, int(target) - self.base_headroom)
+            above = max(0, int(target) - self.host_headroom)
             freed = self.engine.relieve(self.engine.headroom + above, self.needed)
             self.active_evictions = self.active_evictions or bool(freed)
             return freed
@@ -208,10 +233,7 @@ class SpillwayCache(caching.BasicCache):
         if node_id in self._done:
             return False
         # The executor asks for all that it is going to run, save for where it starts from.
-        if node_id in self._asked:
-            return True
-        kind = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
-        return bool(getattr(kind, "OUTPUT_NODE", False))
+        return node_id in self._asked or self._is_output(node_id)
 
 
 # -- in the host's place
@@ -255,14 +277,14 @@ def default_headroom() -> int:
     return min(max(available_ram().total // 10, GIB), 10 * GIB)
 
 
-def make_cache() -> SpillwayCache:
-    """The cache for one executor; the nodes and the report find it through `current`."""
+def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
+    """The cache for one executor, which means to keep that many GB free; nodes and report find it by `current`."""
     global _current
     given = given_headrooms()
     headroom = int(given[0] * GIB) if given else default_headroom()
     engine = OutputCache(headroom, getters=[model_getter], ledger=Ledger("output cache"))
     inactive = int(given[1] * GIB) if len(given) > 1 else None
-    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, inactive)
+    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(host_headroom * GIB), inactive)
     _current = weakref.ref(cache)
     state = available_ram()
     engine.ledger.decide(
@@ -284,17 +306,17 @@ def install() -> bool:
         return False
     own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
 
-    def use(caches: Any) -> bool:
+    def use(caches: Any, host_headroom: float = 0.0) -> bool:
         off = comfy_settings.cache_turned_off()
         if off is not None:
             log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
             return False
-        caches.outputs = make_cache()
+        caches.outputs = make_cache(host_headroom)
         caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)
         return True
 
     def init_ram_cache(caches: Any, min_headroom: float) -> None:
-        if not use(caches):
+        if not use(caches, min_headroom):
             own_ram(caches, min_headroom)
 
     def init_classic_cache(caches: Any) -> None:
