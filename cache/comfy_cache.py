@@ -18,10 +18,12 @@ from comfy_execution import caching
 from comfy_execution.graph_utils import is_link
 
 from ..ops.ledger import Ledger, in_words
-from . import comfy_settings
+from . import comfy_disk, comfy_settings
 from .allocator import what_was_done
 from .available import available_ram
+from .books import Entry
 from .comfy_models import model_getter
+from .disk_tier import DiskTier
 from .output_cache import OutputCache
 
 log = logging.getLogger("spillway")
@@ -61,6 +63,8 @@ class SpillwayCache(caching.BasicCache):
         # Newer executors report these.
         self.active_evictions = False
         self.full_evictions = False
+        self.disk: DiskTier | None = None
+        engine.on_evict = self._write
         self._started: dict[str, float] = {}
         self._done: set[str] = set()
         self._asked: set[str] = set()
@@ -111,19 +115,48 @@ class SpillwayCache(caching.BasicCache):
     # -- policy
 
     def _apply_policies(self, node_ids: Iterable[str]) -> None:
-        """The headroom is that of the prompt's policy nodes, also where their outputs are still cached."""
+        """What the prompt's policy nodes say holds for it, also where their outputs are still cached."""
         self.engine.headroom = self.base_headroom
+        self.disk = comfy_disk.make_tier(self.engine.ledger)
         for node_id in node_ids:
             node = self._node(node_id)
             if node.get("class_type") == POLICY_NODE:
-                gigabytes = node["inputs"].get("headroom_gb")
-                if isinstance(gigabytes, int | float) and gigabytes >= 0:
-                    self.set_headroom(gigabytes)
+                headroom, disk = node["inputs"].get("headroom_gb"), node["inputs"].get("disk_gb")
+                if isinstance(headroom, int | float) and headroom >= 0:
+                    self.set_headroom(headroom)
+                if isinstance(disk, int | float) and disk >= 0:
+                    self.set_disk(disk)
 
     def set_headroom(self, gigabytes: float) -> None:
         """For the running prompt; of several policies the largest holds."""
         wanted, before = int(gigabytes * GIB), self.engine.headroom
         self.engine.headroom = wanted if before == self.base_headroom else max(before, wanted)
+
+    def set_disk(self, gigabytes: float) -> None:
+        """For the running prompt: the disk tier's cap; 0 turns it off."""
+        self.disk = comfy_disk.make_tier(self.engine.ledger, gigabytes)
+
+    # -- disk
+
+    def _write(self, entry: Entry, value: Any) -> None:
+        """Of an evicted entry. What a node showed lies in files that may be gone by then."""
+        if self.disk is None or entry.once or value.ui or entry.seconds < self.disk.least_seconds:
+            return
+        name = comfy_disk.file_name(entry.key)
+        if name is not None:
+            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind)
+
+    def _read(self, node_id: str, key: Any) -> Any:
+        if self.disk is None or key is None or not self.disk.folder.is_dir():
+            return None
+        name = comfy_disk.file_name(key)
+        found = self.disk.load(name) if name is not None else None
+        if found is None:
+            return None
+        outputs, seconds = found
+        value = execution.CacheEntry(ui=None, outputs=outputs)
+        self._adopt(node_id, key, value, seconds)
+        return value
 
     # -- lookup and store
 
@@ -148,7 +181,10 @@ class SpillwayCache(caching.BasicCache):
         if not self.initialized:
             return None
         self._asked.add(node_id)
-        return self.cache.get(self.cache_key_set.get_data_key(node_id))
+        key = self.cache_key_set.get_data_key(node_id)
+        value = self.cache.get(key)
+        # Asked for from the outputs upwards, so nothing is read that nothing needs.
+        return value if value is not None or self.disk is None else self._read(node_id, key)
 
     async def set(self, node_id: str, value: Any) -> None:
         now = time.perf_counter()

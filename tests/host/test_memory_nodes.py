@@ -196,6 +196,8 @@ def test_policy(cache, monkeypatch):
 def test_policy_with_a_bad_headroom_or_the_hosts_cache(monkeypatch, caplog):
     with pytest.raises(ValueError, match=r"headroom_gb is -0.5; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -0.5, False)
+    with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
+        SpillwayCachePolicy.execute("x", -1.0, False, float("nan"))
     monkeypatch.setattr(comfy_cache, "_current", None)
     assert SpillwayCachePolicy.execute("x", 2.0, True).result == ("x",)
     assert "no effect" in caplog.text
