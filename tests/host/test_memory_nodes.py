@@ -61,6 +61,18 @@ def test_ours_loads_unloads_and_gives_the_same_result(names):
     assert torch.equal(sampling.sample(model, steps=2), wanted)
 
 
+def test_ram_of_weights_in_another_form_counts(names):
+    """On a CPU, weights that are used where they lie in their file take none; what is cast from them does."""
+    vae = ours(names)[2]
+    before = model_bytes(vae.patcher)["ram"]
+    vae.decode(torch.randn(1, 4, 8, 8))
+    dynamic = vae.patcher.dynamic
+    held = sum(bundle.nbytes for bundle in dynamic.bundles if not bundle.in_place)
+    assert 0 < model_bytes(vae.patcher)["ram"] - before <= held
+    SpillwayDeviceControl.execute(UNLOAD, "as it is", vae=vae)
+    assert model_bytes(vae.patcher)["ram"] == before
+
+
 def test_loading_by_hand_leaves_the_traced_order(names):
     model = ours(names)[0]
     sampling.sample(model, steps=3)
@@ -224,7 +236,7 @@ class Full:
 @pytest.mark.parametrize(("times", "how"), [(0, "plain"), (1, "plain, after everything else"), (2, "tiled, 64 pixels")])
 def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
     vae, model = load(names)[2], load(names)[0]
-    latent = torch.randn(1, 4, 16, 16)
+    latent = torch.randn(1, 4, 8, 8)
     wanted = vae.decode(latent)
     comfy.model_management.load_models_gpu([model])
     monkeypatch.setattr(vae.first_stage_model, "decode", Full(vae, "decode", times))
@@ -236,7 +248,7 @@ def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
         loaded = [one.model.model for one in comfy.model_management.current_loaded_models]
         assert not any(one is model.model for one in loaded), "it was freed for the VAE"
 
-    pixels = torch.rand(1, 128, 128, 3)
+    pixels = torch.rand(1, 64, 64, 3)
     wanted = vae.encode(pixels)
     monkeypatch.setattr(vae.first_stage_model, "encode", Full(vae, "encode", times))
     made, said = SpillwayVAEEncode.execute(pixels, vae, 64).result
