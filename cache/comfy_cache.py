@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import comfyui_version
 import execution
 import nodes
 from comfy.cli_args import args
@@ -17,15 +18,18 @@ from comfy_execution import caching
 from comfy_execution.graph_utils import is_link
 
 from ..ops.ledger import Ledger, in_words
-from . import comfy_settings
+from . import comfy_disk, comfy_settings
 from .allocator import what_was_done
 from .available import available_ram
+from .books import Entry
 from .comfy_models import model_getter
+from .disk_tier import DiskTier
 from .output_cache import OutputCache
 
 log = logging.getLogger("spillway")
 
 GIB = 1 << 30
+HISTORY_NEEDS_A_CLIENT = [int(part) for part in comfyui_version.__version__.split(".")[:2]] < [0, 28]
 POLICY_NODE = "SpillwayCachePolicy"
 # The system is asked this often at most by callers that ask for every weight they pin.
 ASK_EVERY_SECONDS = 0.05
@@ -43,15 +47,24 @@ def current() -> SpillwayCache | None:
 class SpillwayCache(caching.BasicCache):
     """What the executor asks of an output cache. Entries are the executor's own named tuples of UI and outputs."""
 
-    def __init__(self, key_class: Any, engine: OutputCache, inactive_headroom: int | None = None) -> None:
+    def __init__(
+        self, key_class: Any, engine: OutputCache, host_headroom: int = 0, inactive_headroom: int | None = None
+    ) -> None:
+        """host_headroom: bytes that the executor means to keep free; asking for more says how much is needed above.
+
+        inactive_headroom: below it, what the running prompt does not use goes; None where the user gave none.
+        """
         super().__init__(key_class, enable_providers=True)
         self.engine = engine
         self.cache = engine.values
         self.base_headroom = engine.headroom
+        self.host_headroom = host_headroom
         self.inactive_headroom = inactive_headroom
         # Newer executors report these.
         self.active_evictions = False
         self.full_evictions = False
+        self.disk: DiskTier | None = None
+        engine.on_evict = self._write
         self._started: dict[str, float] = {}
         self._done: set[str] = set()
         self._asked: set[str] = set()
@@ -65,6 +78,8 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = self.full_evictions = False
         for books in (self._started, self._done, self._asked, self._expanded):
             books.clear()
+        if HISTORY_NEEDS_A_CLIENT:
+            self._forget_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
         self._apply_policies(node_ids)
 
@@ -83,22 +98,65 @@ class SpillwayCache(caching.BasicCache):
     def _key(self, node_id: str) -> Any:
         return self.cache_key_set.get_data_key(node_id)
 
+    def _forget_old_outputs(self, node_ids: Iterable[str]) -> None:
+        """Save and preview nodes run again unless the last prompt had them, as with those executors' own cache.
+
+        Their history has no outputs of cached nodes when nobody is connected, so programs would miss them.
+        """
+        for node_id in node_ids:
+            entry = self.engine.entries.get(self._key(node_id))
+            if entry is not None and entry.used < self.engine.prompt and self._is_output(node_id):
+                self.engine.forget(entry.key)
+
+    def _is_output(self, node_id: str) -> bool:
+        kind = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
+        return bool(getattr(kind, "OUTPUT_NODE", False))
+
     # -- policy
 
     def _apply_policies(self, node_ids: Iterable[str]) -> None:
-        """The headroom is that of the prompt's policy nodes, also where their outputs are still cached."""
+        """What the prompt's policy nodes say holds for it, also where their outputs are still cached."""
         self.engine.headroom = self.base_headroom
+        self.disk = comfy_disk.make_tier(self.engine.ledger)
         for node_id in node_ids:
             node = self._node(node_id)
             if node.get("class_type") == POLICY_NODE:
-                gigabytes = node["inputs"].get("headroom_gb")
-                if isinstance(gigabytes, int | float) and gigabytes >= 0:
-                    self.set_headroom(gigabytes)
+                headroom, disk = node["inputs"].get("headroom_gb"), node["inputs"].get("disk_gb")
+                if isinstance(headroom, int | float) and headroom >= 0:
+                    self.set_headroom(headroom)
+                if isinstance(disk, int | float) and disk >= 0:
+                    self.set_disk(disk)
 
     def set_headroom(self, gigabytes: float) -> None:
         """For the running prompt; of several policies the largest holds."""
         wanted, before = int(gigabytes * GIB), self.engine.headroom
         self.engine.headroom = wanted if before == self.base_headroom else max(before, wanted)
+
+    def set_disk(self, gigabytes: float) -> None:
+        """For the running prompt: the disk tier's cap; 0 turns it off."""
+        self.disk = comfy_disk.make_tier(self.engine.ledger, gigabytes)
+
+    # -- disk
+
+    def _write(self, entry: Entry, value: Any) -> None:
+        """Of an evicted entry. What a node showed lies in files that may be gone by then."""
+        if self.disk is None or entry.once or value.ui or entry.seconds < self.disk.least_seconds:
+            return
+        name = comfy_disk.file_name(entry.key)
+        if name is not None:
+            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind)
+
+    def _read(self, node_id: str, key: Any) -> Any:
+        if self.disk is None or key is None or not self.disk.folder.is_dir():
+            return None
+        name = comfy_disk.file_name(key)
+        found = self.disk.load(name) if name is not None else None
+        if found is None:
+            return None
+        outputs, seconds = found
+        value = execution.CacheEntry(ui=None, outputs=outputs)
+        self._adopt(node_id, key, value, seconds)
+        return value
 
     # -- lookup and store
 
@@ -123,7 +181,10 @@ class SpillwayCache(caching.BasicCache):
         if not self.initialized:
             return None
         self._asked.add(node_id)
-        return self.cache.get(self.cache_key_set.get_data_key(node_id))
+        key = self.cache_key_set.get_data_key(node_id)
+        value = self.cache.get(key)
+        # Asked for from the outputs upwards, so nothing is read that nothing needs.
+        return value if value is not None or self.disk is None else self._read(node_id, key)
 
     async def set(self, node_id: str, value: Any) -> None:
         now = time.perf_counter()
@@ -181,7 +242,7 @@ class SpillwayCache(caching.BasicCache):
         whatever the last prompt did not use. min_entry_size spares what is small; the score does that.
         """
         if free_active:
-            above = max(0, int(target) - self.base_headroom)
+            above = max(0, int(target) - self.host_headroom)
             freed = self.engine.relieve(self.engine.headroom + above, self.needed)
             self.active_evictions = self.active_evictions or bool(freed)
             return freed
@@ -208,10 +269,7 @@ class SpillwayCache(caching.BasicCache):
         if node_id in self._done:
             return False
         # The executor asks for all that it is going to run, save for where it starts from.
-        if node_id in self._asked:
-            return True
-        kind = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
-        return bool(getattr(kind, "OUTPUT_NODE", False))
+        return node_id in self._asked or self._is_output(node_id)
 
 
 # -- in the host's place
@@ -255,14 +313,14 @@ def default_headroom() -> int:
     return min(max(available_ram().total // 10, GIB), 10 * GIB)
 
 
-def make_cache() -> SpillwayCache:
-    """The cache for one executor; the nodes and the report find it through `current`."""
+def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
+    """The cache for one executor, which means to keep that many GB free; nodes and report find it by `current`."""
     global _current
     given = given_headrooms()
     headroom = int(given[0] * GIB) if given else default_headroom()
     engine = OutputCache(headroom, getters=[model_getter], ledger=Ledger("output cache"))
     inactive = int(given[1] * GIB) if len(given) > 1 else None
-    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, inactive)
+    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(host_headroom * GIB), inactive)
     _current = weakref.ref(cache)
     state = available_ram()
     engine.ledger.decide(
@@ -284,17 +342,17 @@ def install() -> bool:
         return False
     own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
 
-    def use(caches: Any) -> bool:
+    def use(caches: Any, host_headroom: float = 0.0) -> bool:
         off = comfy_settings.cache_turned_off()
         if off is not None:
             log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
             return False
-        caches.outputs = make_cache()
+        caches.outputs = make_cache(host_headroom)
         caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)
         return True
 
     def init_ram_cache(caches: Any, min_headroom: float) -> None:
-        if not use(caches):
+        if not use(caches, min_headroom):
             own_ram(caches, min_headroom)
 
     def init_classic_cache(caches: Any) -> None:

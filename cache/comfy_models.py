@@ -55,6 +55,8 @@ def model_bytes(patcher: Any) -> dict[str, int]:
     pins = 0
     if patcher.is_dynamic():  # its weights lie in a file's map, in pins, and in a VBAR
         pins = patcher.pinned_memory_size()
+        resident = getattr(patcher, "resident_ram_bytes", None)
+        ram += resident() if resident is not None else 0
         if patcher.load_device.type != "cpu":
             vram = max(vram, patcher.loaded_size())
     return {"vram": vram, "pins": pins, "ram": ram, "disk": mapped}

@@ -14,6 +14,9 @@ log = logging.getLogger("spillway")
 
 CACHE_VARIABLE = "SPILLWAY_CACHE"
 CACHE_SETTING = "Spillway.Cache.Enabled"
+DISK_GB_SETTING = "Spillway.Cache.DiskGB"
+DISK_SECONDS_SETTING = "Spillway.Cache.DiskSeconds"
+DISK_SECONDS = 10.0
 
 
 def setting(name: str, default: Any) -> Any:
@@ -26,6 +29,8 @@ def setting(name: str, default: Any) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         log.warning("[Spillway] %s cannot be read (%s): the default of %s is used.", path, error, name)
         return default
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     return value if isinstance(value, type(default)) else default
 
 

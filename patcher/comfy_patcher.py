@@ -149,6 +149,15 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def pinned_memory_size(self) -> int:
         return self.state.dynamic.pinned_bytes if self.state.dynamic is not None else 0
 
+    def resident_ram_bytes(self) -> int:
+        """RAM that resident weights take beside their file's pages; 0 on devices with memory of their own."""
+        dynamic = self.state.dynamic
+        if dynamic is None or dynamic.caster is None or not dynamic.backend.in_place:
+            return 0
+        vbar = dynamic.caster.vbar
+        made = (bundle for bundle in dynamic.bundles if not bundle.in_place and bundle.piece is not None)
+        return sum(bundle.nbytes for bundle in made if vbar.resident(bundle.piece))
+
     def loaded_ram_size(self) -> int:
         return self.pinned_memory_size()
 

@@ -61,6 +61,18 @@ def test_ours_loads_unloads_and_gives_the_same_result(names):
     assert torch.equal(sampling.sample(model, steps=2), wanted)
 
 
+def test_ram_of_weights_in_another_form_counts(names):
+    """On a CPU, weights that are used where they lie in their file take none; what is cast from them does."""
+    vae = ours(names)[2]
+    before = model_bytes(vae.patcher)["ram"]
+    vae.decode(torch.randn(1, 4, 8, 8))
+    dynamic = vae.patcher.dynamic
+    held = sum(bundle.nbytes for bundle in dynamic.bundles if not bundle.in_place)
+    assert 0 < model_bytes(vae.patcher)["ram"] - before <= held
+    SpillwayDeviceControl.execute(UNLOAD, "as it is", vae=vae)
+    assert model_bytes(vae.patcher)["ram"] == before
+
+
 def test_loading_by_hand_leaves_the_traced_order(names):
     model = ours(names)[0]
     sampling.sample(model, steps=3)
@@ -196,6 +208,8 @@ def test_policy(cache, monkeypatch):
 def test_policy_with_a_bad_headroom_or_the_hosts_cache(monkeypatch, caplog):
     with pytest.raises(ValueError, match=r"headroom_gb is -0.5; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -0.5, False)
+    with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
+        SpillwayCachePolicy.execute("x", -1.0, False, float("nan"))
     monkeypatch.setattr(comfy_cache, "_current", None)
     assert SpillwayCachePolicy.execute("x", 2.0, True).result == ("x",)
     assert "no effect" in caplog.text
@@ -222,7 +236,7 @@ class Full:
 @pytest.mark.parametrize(("times", "how"), [(0, "plain"), (1, "plain, after everything else"), (2, "tiled, 64 pixels")])
 def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
     vae, model = load(names)[2], load(names)[0]
-    latent = torch.randn(1, 4, 16, 16)
+    latent = torch.randn(1, 4, 8, 8)
     wanted = vae.decode(latent)
     comfy.model_management.load_models_gpu([model])
     monkeypatch.setattr(vae.first_stage_model, "decode", Full(vae, "decode", times))
@@ -234,7 +248,7 @@ def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
         loaded = [one.model.model for one in comfy.model_management.current_loaded_models]
         assert not any(one is model.model for one in loaded), "it was freed for the VAE"
 
-    pixels = torch.rand(1, 128, 128, 3)
+    pixels = torch.rand(1, 64, 64, 3)
     wanted = vae.encode(pixels)
     monkeypatch.setattr(vae.first_stage_model, "encode", Full(vae, "encode", times))
     made, said = SpillwayVAEEncode.execute(pixels, vae, 64).result

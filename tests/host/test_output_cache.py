@@ -211,7 +211,9 @@ def test_what_was_made_is_not_made_again(executor):
     assert sorted(executor.run(prompt())) == sorted(ALL)
     assert executor.run(prompt()) == []
     assert executor.run(prompt(seed=2)) == ["Sample", "Decode", "Save"]
-    assert executor.run(prompt(seed=1)) == [], "an earlier prompt's outputs are still there"
+    # Before 0.28 an output node of an earlier prompt runs again, or nobody would see its output.
+    again = ["Save"] if comfy_cache.HISTORY_NEEDS_A_CLIENT else []
+    assert executor.run(prompt(seed=1)) == again, "an earlier prompt's outputs are still there"
 
 
 def test_results_are_those_of_the_hosts_own_cache(executor):
@@ -224,7 +226,10 @@ def test_results_are_those_of_the_hosts_own_cache(executor):
 
     seeds = [1, 2, 1, 1, 3, 2]
     executor.limit(70)
-    assert history(executor, seeds) == history(Executor("LRU"), seeds)
+    wanted = [{"outputs": {"save": {"text": [f"saved {seed}"]}}} for seed in seeds]
+    assert [{"outputs": one["outputs"]} for one in history(executor, seeds)] == wanted
+    if not comfy_cache.HISTORY_NEEDS_A_CLIENT:
+        assert history(executor, seeds) == history(Executor("LRU"), seeds)
 
 
 def test_the_model_goes_mid_flow_and_what_was_made_of_it_stays(executor):
@@ -343,3 +348,70 @@ def test_freed_caches_are_gone(executor):
     executor.real.reset()
     assert comfy_cache.current() is executor.real.caches.outputs
     assert executor.real.caches.outputs is not executor.cache
+
+
+# --- disk -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def user(monkeypatch, tmp_path):
+    """A user folder with the disk tier on, and nodes that take long enough for it."""
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}))
+    return tmp_path
+
+
+def written(user):
+    return sorted(json.loads(path.read_text())["kind"] for path in (user / "__spillway" / "outputs").glob("*.json"))
+
+
+def test_evicted_outputs_are_found_after_a_restart(installed, user):
+    first = Executor()
+    first.run(prompt())
+    assert written(user) == []
+    first.cache.engine.evict(1 << 60)
+    assert written(user) == ["Decode", "Encode", "Sample"], "no models, and nothing that was shown"
+    assert first.run(prompt()) == ["Save"]
+
+    later = Executor()
+    assert later.run(prompt()) == ["Save"]
+    assert later.kinds() == ["Decode", "Save"], "nothing is read that nothing needs"
+    wanted, found = (executor.cache.engine for executor in (first, later))
+    (a,), (b,) = (
+        [e.values[k].outputs[0][0] for k in e.values if e.entries[k].kind == "Decode"] for e in (wanted, found)
+    )
+    assert torch.equal(a, b)
+    assert later.run(prompt(seed=2)) == ["Load", "Lora", "Sample", "Decode", "Save"], "its text was there"
+
+
+def test_what_is_damaged_is_made_again(installed, user):
+    first = Executor()
+    first.run(prompt())
+    first.cache.engine.evict(1 << 60)
+    for path in (user / "__spillway" / "outputs").glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert sorted(Executor().run(prompt())) == sorted(ALL)
+
+
+def test_a_model_file_that_changed_makes_another_name(installed, user, models_dir):
+    from spillway.cache import comfy_disk
+
+    path = models_dir / "checkpoints" / "changing.safetensors"
+    path.write_bytes(b"one")
+    key = frozenset([(0, "Load"), (1, ("name", "changing.safetensors"))])
+    before = comfy_disk.file_name(key)
+    assert before == comfy_disk.file_name(key)
+    path.write_bytes(b"other")
+    assert comfy_disk.file_name(key) != before
+    path.unlink()
+
+
+def test_the_disk_is_off_by_default(executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    executor.run(prompt())
+    executor.cache.engine.evict(1 << 60)
+    assert executor.cache.disk is None and list(tmp_path.iterdir()) == []

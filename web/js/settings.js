@@ -14,5 +14,25 @@ app.registerExtension({
       type: "boolean",
       defaultValue: true,
     },
+    {
+      id: "Spillway.Cache.DiskGB",
+      name: "Disk space for evicted outputs, in GB",
+      tooltip:
+        "Writes outputs that took long to make to the user folder when they are evicted, and finds them again after " +
+        "a restart. 0 writes none. Takes effect with the next prompt.",
+      category: ["Spillway", "Output cache", "DiskGB"],
+      type: "number",
+      attrs: { min: 0, max: 10000, step: 1 },
+      defaultValue: 0,
+    },
+    {
+      id: "Spillway.Cache.DiskSeconds",
+      name: "Seconds that an output on disk must have taken",
+      tooltip: "Outputs that were made faster are not worth a file.",
+      category: ["Spillway", "Output cache", "DiskSeconds"],
+      type: "number",
+      attrs: { min: 0, max: 100000, step: 1 },
+      defaultValue: 10,
+    },
   ],
 });
