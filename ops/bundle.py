@@ -18,10 +18,22 @@ class Param:
 
     idle: what stands in the module while the parameter is not borrowed: the source's own tensor.
     form: template of what stays in the VBAR (the model's dtype). compute_dtype: what the op is given, None for the
-    form's.
+    form's. op_dtype: what the op itself casts to; it costs memory, and is nobody else's business.
     """
 
-    __slots__ = ("attr", "compute_dtype", "form", "idle", "key", "original", "owner", "patch", "source", "where")
+    __slots__ = (
+        "attr",
+        "compute_dtype",
+        "form",
+        "idle",
+        "key",
+        "op_dtype",
+        "original",
+        "owner",
+        "patch",
+        "source",
+        "where",
+    )
 
     def __init__(
         self,
@@ -38,6 +50,7 @@ class Param:
         self.form = like(self.source, dtype)
         wanted = compute_dtype if compute_dtype != self.form.dtype and not is_wrapper(self.source) else None
         self.compute_dtype = wanted
+        self.op_dtype: torch.dtype | None = None
         self.patch: Patch | None = None
         # Parts that lie in a memory map: (map, offset, bytes).
         self.where = [found for part in inner_tensors(self.source) if (found := locate(part)) is not None]
@@ -120,7 +133,7 @@ class Bundle:
         """Bytes of temporary memory that one use costs while offloaded.
 
         The bundle itself, and the larger of its cast or dequantised form and, where patches wait, twice the weight in
-        the model's dtype. Once a pin holds the finished form, that alone.
+        the dtype that the model computes in. Once a pin holds the finished form, that alone.
         """
         if self.finished:
             return self.nbytes
@@ -129,9 +142,10 @@ class Bundle:
             shape_numel = param.source.numel()
             form_bytes = shape_numel * param.form.dtype.itemsize
             dequantised = form_bytes if (param.cast or is_wrapper(param.source)) else 0
-            if param.compute_dtype is not None:
-                dequantised = max(dequantised, shape_numel * param.compute_dtype.itemsize)
-            extra += max(dequantised, 2 * form_bytes if param.patch is not None else 0)
+            for cast in (param.compute_dtype, param.op_dtype):
+                if cast is not None and (cast != param.form.dtype or is_wrapper(param.source)):
+                    dequantised = max(dequantised, shape_numel * cast.itemsize)
+            extra += max(dequantised, 2 * max(form_bytes, dequantised) if param.patch is not None else 0)
         return self.store_bytes + extra
 
     def install(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -67,7 +67,7 @@ class FinishedWeight:
         weight = self.source.to(self.device)
         if not is_wrapper(weight):
             weight = weight.to(self.form)
-        return weight if self.patch is None else self.patch(weight)
+        return weight if self.patch is None else self.patch(weight, in_place=False)
 
 
 class Plain(Recipe):

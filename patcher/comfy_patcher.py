@@ -207,7 +207,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             if dynamic.policy != self.policy:
                 self._apply_policy(dynamic)
                 dynamic = self.dynamic
-            self._cast_in_ops()
+            self._cast_in_ops(dynamic)
             hooked = self.get_combined_hook_patches(self.forced_hooks)
             self._attach_patches(hooked)
             self._hooked = bool(hooked)
@@ -244,9 +244,18 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         else:  # rules are read when bundles are made
             self.state.close()
 
-    def _cast_in_ops(self) -> None:
-        """The core's ops cast what they are lent to the input's dtype, as they do for its own dynamic models."""
+    def _cast_in_ops(self, dynamic: DynamicModel) -> None:
+        """The core's ops cast what they are lent to the input's dtype, as they do for its own dynamic models.
+
+        What that costs is counted: diffusion models say which dtype they compute in, text encoders by an object patch.
+        An embedding looks up rows first.
+        """
         attributes = self.state.attributes
+        computes = self.object_patches.get("manual_cast_dtype", getattr(self.model, "manual_cast_dtype", None))
+        for bundle in dynamic.bundles:
+            for param in bundle.params:
+                casts = hasattr(param.owner, "comfy_cast_weights") and not isinstance(param.owner, torch.nn.Embedding)
+                param.op_dtype = computes if casts else None
         for module in self.model.modules():
             if hasattr(module, "comfy_cast_weights"):
                 if not module.comfy_cast_weights:

@@ -47,13 +47,14 @@ class HostPatch:
         """In the order in which they are applied."""
         return self.patches + self.hooked
 
-    def __call__(self, weight: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
-        """in_place: the weight given may be overwritten."""
+    def __call__(self, weight: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
+        """in_place: the weight given may be overwritten, as the engine allows a patch."""
         if self.patches:
             compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
             weight = self._apply(self.patches, weight, compute_dtype, copy=not in_place)
+            in_place = True
         if self.hooked:
-            weight = self._apply(self.hooked, weight, torch.float32, copy=True)
+            weight = self._apply(self.hooked, weight, torch.float32, copy=not in_place)
         return weight
 
     def _apply(

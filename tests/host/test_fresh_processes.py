@@ -1,0 +1,56 @@
+"""What only fresh processes show: the same bits every time, and what hooks take of memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import comfy.sd
+import pytest
+import torch
+from conftest import BASE, COMFYUI, ROOT
+from pairs import SMALL
+
+SCRIPT = Path(__file__).with_name("fresh_lora_run.py")
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
+
+
+def run_fresh(path, lora_path, **options):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, COMFYUI, ROOT, BASE, path, lora_path, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@LINUX
+def test_the_same_bits_at_any_residency(checkpoint, tmp_path):
+    """FP8 weights with a LoRA: rounded at random, with numbers that depend on the weight's name alone."""
+    path = checkpoint("flux", **SMALL)
+    lora = checkpoints.lora(tmp_path / "lora.safetensors", path)
+    size = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float8_e4m3fn}).model_size()
+    options = {"dtype": "fp8_e4m3fn", "lora": 0.7, "steps": 3}
+    runs = [{"core": True}, {"budget": 1 << 30}, {"budget": size // 3}, {"budget": 0, "pinned": 1 << 30}]
+    digests = [run_fresh(path, lora, **options, **more)["digest"] for more in runs]
+    assert len(set(digests)) == 1
+
+
+@LINUX
+@pytest.mark.slow
+def test_hooks_take_one_copy_of_the_weights(checkpoint, tmp_path):
+    """Within a twentieth of the same run without hooks, and the LoRA. A second copy would double it."""
+    path = checkpoint("flux", hidden=512, depth=14, depth_single=14)
+    lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
+    size = 2 * Path(path).stat().st_size  # on a CPU, bf16 is computed in fp32
+    options = {"dtype": "default", "steps": 2, "budget": 1 << 40}
+    plain = run_fresh(path, lora, **options)
+    hooked = run_fresh(path, lora, **options, hook=0.8)
+    assert hooked["digest"] != plain["digest"]
+    assert size < plain["grown"] < 1.3 * size  # the weights, above all
+    assert hooked["grown"] <= 1.05 * plain["grown"] + Path(lora).stat().st_size
