@@ -1,0 +1,196 @@
+"""What LoRAs cost a step, at several shares of resident weights, beside the core's classic patcher; on the CPU.
+
+    python dev.py bench lora_cost                     # a Flux of 0.2 GB in bf16; needs about 10 GB of free RAM
+    python dev.py bench lora_cost --hidden 256        # a small one, to see that it runs
+    COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench lora_cost --json result.json
+
+Runs in ComfyUI's own Python, found as for the host tests. Every contestant is a process of its own with a model of its
+own, and all of them take turns: each ratio is of two steps of the same round. Pins may hold all weights, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _report as report
+import torch
+from _pack import load_pack
+from _race import Contestant, Laps, contest, race, read_into_cache, solo
+from host_loader import developer_commands, start_core
+
+RANK = 16
+CORE = "core"
+SHARES = {"Spillway 100 %": 1.0, "Spillway 50 %": 0.5, "Spillway 25 %": 0.25}
+FILE = "flux.safetensors"
+SETTLE = 3  # load with the LoRAs, first step, and a second that uses what the first one learned
+
+# -- in ComfyUI's Python
+
+
+def write_files(args: argparse.Namespace, laps: Laps) -> None:
+    start_core(args.comfyui, args.base)
+    import checkpoints
+
+    with laps.lap("write"):
+        model = checkpoints.flux(str(args.base / FILE), hidden=args.hidden)
+        for index in range(max(args.loras)):
+            checkpoints.lora(str(args.base / f"lora{index}.safetensors"), model, rank=RANK, seed=index)
+
+
+def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
+    """Load, put LoRAs on, and one run of the core's sampler, which waits for its turn between the steps."""
+    start_core(args.comfyui, args.base)
+    import comfy.sd
+    import comfy.utils
+    import sampling
+
+    load_pack()
+    from spillway.patcher.comfy_load import load_diffusion_model
+    from spillway.patcher.policy import Policy
+
+    name, _, count = args.contestant.rpartition(" + ")
+    torch.set_num_threads(args.threads)
+    path = str(args.base / FILE)
+    with torch.inference_mode():
+        with laps.lap("load"):
+            model: Any = comfy.sd.load_diffusion_model(path) if name == CORE else load_diffusion_model(path)
+            for index in range(int(count)):
+                lora = comfy.utils.load_torch_file(str(args.base / f"lora{index}.safetensors"))
+                model, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0)
+            if name != CORE:
+                total = model.dynamic.total_bytes
+                model.set_policy(Policy(vram_bytes=int(total * SHARES[name]), pinned_bytes=2 * total))
+
+        def after_step(step: int, *_: Any) -> None:
+            laps.stop()
+            laps.tell(counters=None if name == CORE else model.dynamic.ledger.as_dict()["counters"])
+            if step + 1 < args.steps:
+                laps.begin("step")
+
+        laps.begin("first")
+        latents = sampling.sample(model, steps=args.steps, width=args.size, height=args.size, callback=after_step)
+        torch.save(latents, args.base / f"{args.contestant}.pt")
+
+
+# -- in the parent
+
+
+def moved(run: Contestant) -> list[int]:
+    """Bytes brought in each step after the first: to stay, or for one use."""
+    totals = [
+        lap["counters"]["bytes_loaded"] + lap["counters"]["bytes_streamed"] for lap in run.laps if lap.get("counters")
+    ]
+    return [after - before for before, after in itertools.pairwise(totals)]
+
+
+def summary(runs: Mapping[str, Contestant], folder: Path) -> dict[str, dict[str, Any]]:
+    """By contestant: medians, the step's ratio to no LoRA and to the core with as many, and bytes a step."""
+    found = {}
+    for who, run in runs.items():
+        name, _, count = who.rpartition(" + ")
+        steps, cpu = run.seconds("step")[1:], run.seconds("step", "cpu_seconds")[1:]
+        bare, core = runs[f"{name} + 0"], runs[f"{CORE} + {count}"]
+        reference = torch.load(folder / f"{CORE} + {count}.pt")
+        row = {
+            "first_step_s": run.seconds("first")[0],
+            "second_step_s": run.seconds("step")[0],
+            "steps_s": report.median(steps),
+            "steps_cpu_s": report.median(cpu),
+            "steps_s_to_no_lora": report.ratio(steps, bare.seconds("step")[1:]),
+            "steps_cpu_s_to_no_lora": report.ratio(cpu, bare.seconds("step", "cpu_seconds")[1:]),
+            "first_step_s_to_core": run.seconds("first")[0] / core.seconds("first")[0],
+            "steps_s_to_core": report.ratio(steps, core.seconds("step")[1:]),
+            "max_abs_difference": float((torch.load(folder / f"{who}.pt") - reference).abs().max()),
+        }
+        if name != CORE:
+            row["bytes_second_step"], *rest = moved(run)
+            row["bytes_later_steps"] = sorted(set(rest))
+        found[who] = row
+    return found
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    def bytes_of(row: Mapping[str, Any]) -> str:
+        later = row.get("bytes_later_steps")
+        return "-" if later is None else " to ".join(dict.fromkeys(report.megabytes(b) for b in (later[0], later[-1])))
+
+    columns: dict[str, Any] = {
+        "first step, s": lambda row: report.number(row["first_step_s"]),
+        "/ core": lambda row: report.number(row["first_step_s_to_core"]),
+        "later step, s": lambda row: report.number(row["steps_s"]),
+        "/ core ": lambda row: report.number(row["steps_s_to_core"]),
+        "/ no LoRA": lambda row: report.number(row["steps_s_to_no_lora"], "{:.3f}"),
+        "CPU / no LoRA": lambda row: report.number(row["steps_cpu_s_to_no_lora"], "{:.3f}"),
+        "MB brought a later step": bytes_of,
+        "max diff to core": lambda row: f"{row['max_abs_difference']:g}",
+    }
+    lines = [
+        (f"{who} LoRA{'' if who.endswith(' 1') else 's'}", *[show(row) for show in columns.values()])
+        for who, row in rows.items()
+    ]
+    return report.table(("", *columns), lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the model: 1024 is 0.2 GB (default)")
+    parser.add_argument("--loras", type=int, nargs="+", default=[0, 1, 4], help="how many, for each row; 0 comes first")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="later steps of each contestant, in turns")
+    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    for hidden in ("--base", "--comfyui"):
+        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    args.steps = SETTLE - 1 + args.rounds  # of one run of the sampler
+    if args.contestant:
+        return contest(lambda laps: (write_files if args.contestant == "write" else run_contestant)(args, laps))
+    dev = developer_commands()
+    args.comfyui = dev.find_comfyui()
+    python = args.comfyui and dev.find_comfyui_python(args.comfyui)
+    if not python:
+        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+
+    def command(name: str) -> list[str]:
+        told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)
+        more = ("--rounds", args.rounds, "--threads", args.threads, "--loras", *args.loras)
+        return [str(part) for part in (python, __file__, "--contestant", name, *told, *more)]
+
+    with tempfile.TemporaryDirectory(prefix="spillway-lora-") as folder:
+        args.base = Path(folder)
+        written = solo("write", command("write"), 1, args.threads)
+        if written.failed is not None:
+            sys.exit(f"the files could not be written: {written.failed}")
+        nbytes = (args.base / FILE).stat().st_size
+        read_into_cache(args.base / FILE)
+        names = [f"{name} + {count}" for name in (CORE, *SHARES) for count in args.loras]
+        runs = race({name: command(name) for name in names}, args.rounds, args.threads, settle=SETTLE)
+        for run in runs.values():
+            if run.failed is not None:
+                sys.exit(f"{run.name} failed: {run.failed}")
+        rows = summary(runs, args.base)
+    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, LoRAs of rank {RANK} on every matrix; {words}\n")
+    print(table(rows))
+    if args.json:
+        more = {"file_bytes": nbytes, "size": args.size, "rank": RANK}
+        report.write(args.json, report.result(**more, host=report.host_versions(args.comfyui, python), results=rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
