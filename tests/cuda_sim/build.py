@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from . import CACHE, Unavailable
@@ -31,8 +32,8 @@ def driver() -> Path:
     built = CACHE / f"driver-{state.hexdigest()[:16]}" / NAME
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own until it is whole: several processes may build at once.
-        part = built.with_name(f"{os.getpid()}.so")
+        # Under a name of its own until it is whole: several processes and threads may build at once.
+        part = built.with_name(f"{os.getpid()}-{threading.get_ident()}.so")
         sources = [str(file) for file in files if file.suffix == ".c"]
         command = [compiler, *FLAGS, f"-Wl,-soname,{NAME}", "-o", str(part), *sources, "-lpthread", "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True)
