@@ -145,9 +145,8 @@ class DynamicModel:
     def _pin_budget(self) -> int:
         if self.policy.pinned_bytes is not None:
             return self.policy.pinned_bytes
-        if self.backend.in_place:
-            return 0
-        # Half of what the machine has left: pins are a cache of the file, never a reason to swap.
+        # Half of what the machine has left: pins are a cache of the file, never a reason to swap. On a CPU they hold
+        # nothing but patched weights for which the budget has no room, which would be computed at every use.
         return min(sum(bundle.nbytes for bundle in self.bundles), available_ram() // 2)
 
     def _move_buffers(self) -> None:

@@ -145,6 +145,17 @@ def test_a_patched_model_moves_no_more_bytes(tmp_path, device, fraction, file_dt
     assert moved["patched"][1:] == [0, 0]
 
 
+def test_a_patch_is_computed_once_by_default_also_on_a_cpu_without_room(tmp_path):
+    write(tmp_path / "m.safetensors", build())
+    model = dynamic(build, tmp_path / "m.safetensors", vram_bytes=0)
+    run(model)
+    assert model.pinned_bytes == 0  # what is used where it lies needs no pin
+    model.set_patches(loras())
+    for _ in range(3):
+        run(model)
+    assert model.ledger.counters.patched == DEPTH
+
+
 def test_patches_that_alternate_evict_nothing(tmp_path, device, fraction):
     """As hooks do, within every step: what they do not touch stays where it is."""
     model, _ = made(tmp_path, device, fraction, 2.0)
