@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from comfy.quant_ops import get_layout_class
 
 from ..ops.deferred import Part, Recipe, drop_pages, row_ranges
-from ..ops.gather import inner_tensors, is_wrapper
+from ..ops.gather import inner_tensors, is_wrapper, tensor_bytes
 from ..ops.safetensors_writer import SaveError
 from .comfy_patch_rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
 from .comfy_patches import HostPatch
@@ -29,9 +30,9 @@ class FinishedWeight:
         self.key, self.source, self.form, self.patch, self.device = key, source.detach(), form, patch, device
         self.shape = tuple(patch.shape if patch is not None else source.shape)
 
-    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows), in the model's dtype."""
-        ranges = list(row_ranges(self.shape))
+    def parts(self, first: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows), in the model's dtype, from the range on that begins with row `first`."""
+        ranges = [edges for edges in row_ranges(self.shape) if edges[0] >= first]
         if self.device.type == "cpu" and self._can_be_parted():
             for start, stop in ranges:
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
@@ -112,24 +113,31 @@ class Requantised(Recipe):
 class Quantised(Recipe):
     """A finished weight with one scale for all of it, in a layout of the host; parts are named by suffix.
 
-    The scale must be known before the first number is rounded, so it is whole in memory once, in the model's dtype.
+    The scale must be known before the first number is rounded. What is computed for it is kept as far as it takes no
+    more memory than the stored weight; the rest is computed again.
     """
 
     def __init__(self, weight: FinishedWeight, layout: str) -> None:
         self.weight, self.layout = weight, get_layout_class(layout)
 
     def parts(self) -> Iterator[Part]:
-        largest, kept = torch.zeros(1, 1), deque(self.weight.parts())
-        for _, rows in kept:
+        largest, kept, rest, room = torch.zeros(1, 1), deque(), None, tensor_bytes(self.weight.source)
+        for start, rows in self.weight.parts():
+            room -= rows.nbytes
+            if room >= 0:
+                kept.append((start, rows))
+            elif rest is None:
+                rest = start
             rows = self._computable(rows)
             largest = torch.maximum(largest.to(rows), rows.abs().amax().reshape(1, 1))
+            del rows
         if not torch.isfinite(largest).all():
             raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
         # The scale depends on the largest number only. Of a matrix of zeros it would be zero, and divided by.
         largest = torch.where(largest == 0, torch.ones_like(largest), largest)
         _, params = self.layout.quantize(largest, scale="recalculate")
-        while kept:
-            start, rows = kept.popleft()
+        again = iter(()) if rest is None else self.weight.parts(rest)
+        for start, rows in itertools.chain(_emptying(kept), again):
             made, _ = self.layout.quantize(self._computable(rows), scale=params.scale)
             yield Part("", start, made.to("cpu").contiguous())
         yield Part("_scale", 0, params.scale.to("cpu").contiguous())
@@ -140,3 +148,9 @@ class Quantised(Recipe):
 
     def sources(self) -> list[torch.Tensor]:
         return self.weight.sources()
+
+
+def _emptying(items: deque[Any]) -> Iterator[Any]:
+    """The items, each forgotten as it is given out."""
+    while items:
+        yield items.popleft()
