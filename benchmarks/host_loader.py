@@ -11,13 +11,11 @@ time races the core's loader in turns.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 if __name__ == "__main__":
@@ -25,7 +23,8 @@ if __name__ == "__main__":
 
 import _report as report
 import torch
-from _pack import ROOT, load_pack
+from _host import contestant_parser, find_host, start_core
+from _pack import load_pack
 from _race import Contestant, Laps, contest, difference, race, read_into_cache, solo
 
 REFERENCE = "core"
@@ -36,19 +35,6 @@ SETTLE = 3  # load, first step, and a second that settles what the first one lea
 CONTEXT, POOLED = 4096, 768
 
 # -- in ComfyUI's Python
-
-
-def start_core(comfyui: Path, base: Path) -> None:
-    """Import the core as ``main.py --cpu`` would have set it up, with its folders under `base`."""
-    sys.path.insert(0, str(comfyui))
-    sys.path.append(str(ROOT / "tests" / "host"))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.base_directory = str(base)
-    import comfy.sample
-    import comfy.sd
-    import nodes  # noqa: F401 - the core's
 
 
 def write_model(args: argparse.Namespace, laps: Laps) -> None:
@@ -110,15 +96,6 @@ def facts_of(model: Any) -> dict[str, Any] | None:
 
 
 # -- in the parent
-
-
-def developer_commands() -> ModuleType:
-    """dev.py, which knows how to find ComfyUI and its Python."""
-    spec = importlib.util.spec_from_file_location("spillway_dev", ROOT / "dev.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def slug(name: str) -> str:
@@ -213,16 +190,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=3072, help="width of the model: 3072 is 2.05 GB (default)")
+    parser = contestant_parser(__doc__, 3072, "3072 is 2.05 GB (default)")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
     parser.add_argument("--starts", type=int, default=3, help="races of each of ours against the core")
     parser.add_argument("--rounds", type=int, default=5, help="later steps of each race, in turns")
-    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    for hidden in ("--base", "--comfyui"):
-        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -231,11 +202,7 @@ def main() -> int:
     args.steps = SETTLE - 1 + args.rounds  # of one run of the sampler
     if args.contestant:
         return contest(lambda laps: (write_model if args.contestant == "write" else run_contestant)(args, laps))
-    dev = developer_commands()
-    args.comfyui = dev.find_comfyui()
-    python = args.comfyui and dev.find_comfyui_python(args.comfyui)
-    if not python:
-        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+    args.comfyui, python = find_host()
 
     def command(name: str) -> list[str]:
         told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)

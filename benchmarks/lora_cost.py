@@ -23,9 +23,9 @@ if __name__ == "__main__":
 
 import _report as report
 import torch
+from _host import contestant_parser, find_host, start_core
 from _pack import load_pack
 from _race import Contestant, Laps, contest, race, read_into_cache, solo
-from host_loader import developer_commands, start_core
 
 RANK = 16
 CORE = "core"
@@ -141,16 +141,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024, help="width of the model: 1024 is 0.2 GB (default)")
+    parser = contestant_parser(__doc__, 1024, "1024 is 0.2 GB (default)")
     parser.add_argument("--loras", type=int, nargs="+", default=[0, 1, 4], help="how many, for each row; 0 comes first")
     parser.add_argument("--size", type=int, default=512, help="pixels per side (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="later steps of each contestant, in turns")
-    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    for hidden in ("--base", "--comfyui"):
-        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -159,11 +153,7 @@ def main() -> int:
     args.steps = SETTLE - 1 + args.rounds  # of one run of the sampler
     if args.contestant:
         return contest(lambda laps: (write_files if args.contestant == "write" else run_contestant)(args, laps))
-    dev = developer_commands()
-    args.comfyui = dev.find_comfyui()
-    python = args.comfyui and dev.find_comfyui_python(args.comfyui)
-    if not python:
-        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+    args.comfyui, python = find_host()
 
     def command(name: str) -> list[str]:
         told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)

@@ -11,7 +11,6 @@ LRU counts entries and not bytes: it gets the largest count with which it keeps 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import random
@@ -27,6 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _report as report
+from _host import find_host, start_core
 from _pack import ROOT, load_pack
 
 TRACES = sorted((ROOT / "benchmarks" / "traces").glob("*.json"))
@@ -40,18 +40,6 @@ def headroom(ram_gb: float) -> float:
 
 
 # -- in ComfyUI's Python
-
-
-def start_core(comfyui: Path) -> None:
-    sys.path.insert(0, str(comfyui))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    import execution  # noqa: F401
-    import nodes  # noqa: F401 - the core's
-
-    load_pack()
-    logging.disable(logging.INFO)
 
 
 def measure(paths: list[Path]) -> dict[str, Any]:
@@ -152,15 +140,6 @@ def speed() -> dict[str, float]:
 # -- in the parent
 
 
-def developer_commands() -> ModuleType:
-    """dev.py, which knows how to find ComfyUI and its Python."""
-    spec = importlib.util.spec_from_file_location("spillway_dev", ROOT / "dev.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def table(traces: dict[str, Any]) -> str:
     """Seconds for what had been made before, and in brackets the most that was alive at once."""
     columns = (CORE, CORE_SAME, LRU, OURS)
@@ -187,16 +166,12 @@ def main() -> int:
     args = parser.parse_args()
     paths = [path for path in TRACES if not args.only or path.stem in args.only]
     if args.inside:
-        result = args.result
-        sys.argv[1:] = []  # the core reads its own
         start_core(args.inside)
-        result.write_text(json.dumps(measure(paths)))
+        load_pack()
+        logging.disable(logging.INFO)
+        args.result.write_text(json.dumps(measure(paths)))
         return 0
-    dev = developer_commands()
-    comfyui = dev.find_comfyui()
-    python = comfyui and dev.find_comfyui_python(comfyui)
-    if not python:
-        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+    comfyui, python = find_host()
     with tempfile.TemporaryDirectory(prefix="spillway-cache-") as folder:
         result = Path(folder) / "result.json"
         only = [part for path in paths for part in ("--only", path.stem)]

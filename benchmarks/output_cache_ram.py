@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ if __name__ == "__main__":
 
 import _report as report
 import psutil
+from _host import find_host, start_core
 from _pack import ROOT, load_pack
-from output_cache import developer_commands
 
 GIB, MIB = 1 << 30, 1 << 20
 LIMIT_GB = 4
@@ -51,25 +52,6 @@ class Server:
 
 
 # -- in ComfyUI's Python
-
-
-def start_core(comfyui: Path, base: Path) -> None:
-    """Import the core as ``main.py --cpu`` would have set it up, with its folders under `base`."""
-    import runpy
-
-    runpy.run_path(str(ROOT / "prestartup_script.py"))  # as main.py does
-    sys.path.insert(0, str(comfyui))
-    sys.path.append(str(ROOT / "tests" / "host"))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.base_directory = str(base)
-    import comfy.sample
-    import execution  # noqa: F401 - the core's
-    import nodes  # noqa: F401
-
-    load_pack()
-    logging.disable(logging.INFO)
 
 
 def executor(contestant: str) -> Any:
@@ -231,18 +213,16 @@ def main() -> int:
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        sys.argv[1:] = []  # the core reads its own
+        runpy.run_path(str(ROOT / "prestartup_script.py"))  # as main.py does
         start_core(args.inside, args.base)
+        load_pack()
+        logging.disable(logging.INFO)
         found = run_limit(args.contestant) if args.limit else run_soak(args.base)
         args.result.write_text(json.dumps(found))
         return 0
     if not (args.limit or args.soak):
         parser.error("choose --limit, --soak or both")
-    dev = developer_commands()
-    comfyui = dev.find_comfyui()
-    python = comfyui and dev.find_comfyui_python(comfyui)
-    if not python:
-        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+    comfyui, python = find_host()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="spillway-cache-") as folder:
         told = ["--inside", str(comfyui), "--base", folder, "--result", str(Path(folder) / "result.json")]

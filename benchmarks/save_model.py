@@ -26,9 +26,10 @@ if __name__ == "__main__":
 import _report as report
 import psutil
 import torch
+from _host import contestant_parser, find_host, start_core
 from _pack import load_pack
 from _race import Laps, contest, read_into_cache, solo
-from host_loader import CONTEXT, FILE, POOLED, developer_commands, start_core
+from host_loader import CONTEXT, FILE, POOLED
 
 CORE, PLAIN, COPY = "core ModelSave", "Spillway, no LoRA", "plain copy"
 OURS = {"Spillway": "as loaded", "Spillway, fp8": "fp8_e4m3fn scaled", "Spillway, int8": "int8_tensorwise"}
@@ -171,16 +172,10 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=3072, help="width of the model (default %(default)s)")
+    parser = contestant_parser(__doc__, 3072, "3072 is 2.05 GB at a depth of 2 (default)")
     parser.add_argument("--depth", type=int, default=2, help="double blocks: 2 make 2.05 GB (default), 8 make 6.1 GB")
     parser.add_argument("--rounds", type=int, default=3, help="times that each saves (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
     parser.add_argument("--no-core", action="store_true", help="leave the core's node out")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    for hidden in ("--base", "--comfyui"):
-        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -194,11 +189,7 @@ def main() -> int:
     args = parse()
     if args.contestant:
         return contest(lambda laps: as_contestant(args, laps))
-    dev = developer_commands()
-    args.comfyui = dev.find_comfyui()
-    python = args.comfyui and dev.find_comfyui_python(args.comfyui)
-    if not python:
-        sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
+    args.comfyui, python = find_host()
 
     def outcome(name: str) -> dict[str, Any]:
         told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--depth", args.depth)
