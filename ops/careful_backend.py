@@ -33,15 +33,15 @@ class Moment:
 
 
 class CarefulBackend(Backend):
-    """`inner`, for one model.
+    """`plain`, for one model.
 
     synchronous: every transfer is waited for. pageable: no host memory is locked any more.
     """
 
-    def __init__(self, inner: Backend, ledger: Ledger) -> None:
-        super().__init__(inner.device)
-        self.inner, self.plain, self.ledger = inner, inner, ledger
-        self.in_place, self.streams, self.aimdo_device = inner.in_place, inner.streams, inner.aimdo_device
+    def __init__(self, plain: Backend, ledger: Ledger) -> None:
+        super().__init__(plain.device)
+        self.plain, self.ledger = plain, ledger
+        self.in_place, self.streams, self.aimdo_device = plain.in_place, plain.streams, plain.aimdo_device
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed: nobody knows what is done
 
@@ -74,12 +74,12 @@ class CarefulBackend(Backend):
 
     def empty(self, nbytes: int) -> torch.Tensor:
         # Being out of memory is not for here: whoever runs the model makes room.
-        return self.inner.empty(nbytes)
+        return self.plain.empty(nbytes)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         if not self.pageable:
             try:
-                memory: torch.Tensor = self._twice(self.inner.host_empty, nbytes)
+                memory: torch.Tensor = self._twice(self.plain.host_empty, nbytes)
                 return memory
             except DeviceError:
                 raise
@@ -93,19 +93,19 @@ class CarefulBackend(Backend):
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def stream(self) -> Any:
-        return self.order(self.inner.stream)
+        return self.order(self.plain.stream)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         if self._unsettled:
             self.synchronize()
         if stream is not None and not self.synchronous:
             try:
-                self._twice(self.inner.copy, target, source, stream)
+                self._twice(self.plain.copy, target, source, stream)
                 return
             except RuntimeError as error:
                 self._step_down(error)
         try:
-            self._twice(self.inner.copy, target, source, None)
+            self._twice(self.plain.copy, target, source, None)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -115,20 +115,20 @@ class CarefulBackend(Backend):
             ) from error
 
     def record(self, stream: Any) -> Moment | None:
-        event = self.order(self.inner.record, stream)
+        event = self.order(self.plain.record, stream)
         return None if event is None else Moment(self, event)
 
     def wait(self, event: Any, stream: Any) -> None:
         if event is not None:
-            self.order(self.inner.wait, event.event, stream)
+            self.order(self.plain.wait, event.event, stream)
 
     def synchronize(self) -> None:
         try:
-            self.inner.synchronize()
+            self.plain.synchronize()
         except RuntimeError:
             self._unsettled = True
             try:
-                self.inner.synchronize()
+                self.plain.synchronize()
             except RuntimeError as error:
                 raise DeviceError(
                     f"device {self.device} cannot be synchronised ({_first_line(error)}), so nothing on it can be "
@@ -137,11 +137,11 @@ class CarefulBackend(Backend):
         self._unsettled = False
 
     def current(self) -> AbstractContextManager[Any]:
-        return self.inner.current()
+        return self.plain.current()
 
     def memory(self) -> tuple[int, int]:
         try:
-            free_and_total: tuple[int, int] = self._twice(self.inner.memory)
+            free_and_total: tuple[int, int] = self._twice(self.plain.memory)
             return free_and_total
         except DeviceError:
             raise
