@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from .host_memory import locked
+from .ledger import first_line
 
 
 class Event(Protocol):
@@ -168,9 +169,8 @@ def backend_for(device: str | torch.device) -> Backend:
             if module is not None and module.is_available():
                 count = module.device_count() if hasattr(module, "device_count") else 1
                 there += [f"{kind}:{index}" for index in range(count)]
-        reason = str(error).splitlines()[0]
         raise DeviceError(
-            f"device '{asked}' cannot be used ({reason}). This machine has: {', '.join(there)}."
+            f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(there)}."
         ) from None
     if device.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .backend import Backend, DeviceError
-from .ledger import Ledger
+from .ledger import Ledger, first_line
 
 
 class Moment:
@@ -50,7 +50,7 @@ class CarefulBackend(Backend):
             return call(*arguments)
         except RuntimeError as error:
             self.synchronize()
-            self.ledger.decide_once(f"the device failed once ({_first_line(error)}): synchronised, and tried again.")
+            self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
         return call(*arguments)
 
     def order(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -67,7 +67,7 @@ class CarefulBackend(Backend):
         self.synchronize()
         self.synchronous = True
         self.ledger.decide(
-            f"the device failed twice at an asynchronous transfer ({_first_line(error)}): this model's transfers are "
+            f"the device failed twice at an asynchronous transfer ({first_line(error)}): this model's transfers are "
             "synchronous from now on and take longer. Load the model again to go back; other models are not affected.",
             level=logging.WARNING,
         )
@@ -86,7 +86,7 @@ class CarefulBackend(Backend):
             except RuntimeError as error:
                 self.pageable = True
                 self.ledger.decide(
-                    f"pinned memory refused ({_first_line(error)}): using pageable memory from now on, which "
+                    f"pinned memory refused ({first_line(error)}): using pageable memory from now on, which "
                     "transfers more slowly. A smaller pinned RAM budget avoids this.",
                     level=logging.WARNING,
                 )
@@ -110,7 +110,7 @@ class CarefulBackend(Backend):
             raise
         except RuntimeError as error:
             raise DeviceError(
-                f"device {self.device} cannot be copied to or from ({_first_line(error)}), not even step by step. "
+                f"device {self.device} cannot be copied to or from ({first_line(error)}), not even step by step. "
                 "Restart the process; if this comes back, look for faults in the system's log."
             ) from error
 
@@ -131,7 +131,7 @@ class CarefulBackend(Backend):
                 self.plain.synchronize()
             except RuntimeError as error:
                 raise DeviceError(
-                    f"device {self.device} cannot be synchronised ({_first_line(error)}), so nothing on it can be "
+                    f"device {self.device} cannot be synchronised ({first_line(error)}), so nothing on it can be "
                     "trusted. Restart the process; if this comes back, look for faults in the system's log."
                 ) from error
         self._unsettled = False
@@ -147,10 +147,6 @@ class CarefulBackend(Backend):
             raise
         except RuntimeError as error:
             raise DeviceError(
-                f"device {self.device} does not say how much memory is free ({_first_line(error)}). "
+                f"device {self.device} does not say how much memory is free ({first_line(error)}). "
                 "Run again; if this comes back, restart the process and look for faults in the system's log."
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -73,6 +73,11 @@ class Ledger:
         return {"name": self.name, "counters": asdict(self.counters), "decisions": list(self.decisions)}
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines of advice that torch puts below it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def in_words(nbytes: float) -> str:
     """A size for a person: '3.1 GiB', '12.0 MiB', '512 B'."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
