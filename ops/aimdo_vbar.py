@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend import Backend
+from .backend import Backend, DeviceError
 from .ledger import Ledger
 from .vbar import lock
 
@@ -95,16 +95,14 @@ class AimdoVBAR:
         if piece is None or self.failure is not None or self._is_above_limit(piece):
             return None
         with lock:
-            try:
-                return self._api.vbar_fault(piece.handle)
-            except RuntimeError:
-                return self._again(self._api.vbar_fault, piece.handle)
+            return self._twice(self._api.vbar_fault, piece.handle)
 
-    def _again(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
-        """After a driver error: once more, with everything waited for; None where that fails too."""
-        self.backend.synchronize()
+    def _twice(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
+        """The call's result; None where the driver fails at it twice."""
         try:
-            return call(*arguments)
+            return self.backend.twice(call, *arguments)
+        except DeviceError:
+            raise
         except RuntimeError as error:
             self._fail(error)
             return None
@@ -159,10 +157,7 @@ class AimdoVBAR:
         with lock:
             if self._vbar is None:
                 return 0
-            try:
-                return int(self._vbar.free_memory(int(nbytes)))
-            except RuntimeError:
-                return int(self._again(self._vbar.free_memory, int(nbytes)) or 0)
+            return int(self._twice(self._vbar.free_memory, int(nbytes)) or 0)
 
     def loaded_size(self) -> int:
         with lock:

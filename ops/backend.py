@@ -6,14 +6,17 @@ something waits for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
 
 from .host_memory import locked
 from .ledger import first_line
+
+T = TypeVar("T")
 
 
 class Event(Protocol):
@@ -67,6 +70,26 @@ class Backend:
 
     def synchronize(self) -> None:
         """The host waits for everything."""
+
+    def twice(
+        self,
+        call: Callable[..., T],
+        *arguments: Any,
+        errors: tuple[type[Exception], ...] = (RuntimeError,),
+        then: Callable[[Exception], None] | None = None,
+    ) -> T:
+        """The call's result; where it raises one of `errors`, that of a second call, with everything waited for.
+
+        then: told of the first error, once synchronised. Raises what the second call raises, and DeviceError
+        where the device cannot be synchronised.
+        """
+        try:
+            return call(*arguments)
+        except errors as error:
+            self.synchronize()
+            if then is not None:
+                then(error)
+        return call(*arguments)
 
     def current(self) -> AbstractContextManager[Any]:
         """Makes this the current device: driver calls, and comfy-aimdo's look at free memory, ask the current one."""

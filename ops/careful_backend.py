@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .backend import Backend, DeviceError
+from .backend import Backend, DeviceError, T
 from .ledger import Ledger, first_line
 
 
@@ -45,13 +45,11 @@ class CarefulBackend(Backend):
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed: nobody knows what is done
 
-    def _twice(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except RuntimeError as error:
-            self.synchronize()
-            self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
-        return call(*arguments)
+    def _twice(self, call: Callable[..., T], *arguments: Any) -> T:
+        return self.twice(call, *arguments, then=self._note)
+
+    def _note(self, error: Exception) -> None:
+        self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
 
     def order(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """What only puts work in order. Where it fails for good, synchronising does the same; None then."""
@@ -79,8 +77,7 @@ class CarefulBackend(Backend):
     def host_empty(self, nbytes: int) -> torch.Tensor:
         if not self.pageable:
             try:
-                memory: torch.Tensor = self._twice(self.plain.host_empty, nbytes)
-                return memory
+                return self._twice(self.plain.host_empty, nbytes)
             except DeviceError:
                 raise
             except RuntimeError as error:
@@ -141,8 +138,7 @@ class CarefulBackend(Backend):
 
     def memory(self) -> tuple[int, int]:
         try:
-            free_and_total: tuple[int, int] = self._twice(self.plain.memory)
-            return free_and_total
+            return self._twice(self.plain.memory)
         except DeviceError:
             raise
         except RuntimeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..ops.aimdo_vbar import PAGE, AimdoVBAR, serves
-from ..ops.backend import Backend
+from ..ops.backend import Backend, DeviceError
 from ..ops.ledger import Ledger, in_words
 from ..ops.software_vbar import SoftwareVBAR
 from ..ops.vbar import VBAR
@@ -45,15 +45,15 @@ def choose_vbar(
 
 def _reserve(backend: Backend, nbytes: int, ledger: Ledger) -> AimdoVBAR | None:
     """comfy-aimdo's VBAR; None where it cannot be had in two attempts."""
-    for _ in range(2):
-        try:
-            return AimdoVBAR(backend, nbytes, ledger)
-        except (MemoryError, RuntimeError) as error:
-            reason = error
-        backend.synchronize()
-    ledger.decide(
-        f"comfy-aimdo could not reserve {in_words(nbytes)} of addresses ({reason}): this model uses a software VBAR. "
-        "Load it again to go back; other models are not affected.",
-        level=logging.WARNING,
-    )
-    return None
+    errors = (MemoryError, RuntimeError)
+    try:
+        return backend.twice(AimdoVBAR, backend, nbytes, ledger, errors=errors)
+    except DeviceError:
+        raise
+    except errors as error:
+        ledger.decide(
+            f"comfy-aimdo could not reserve {in_words(nbytes)} of addresses ({error}): this model uses a software "
+            "VBAR. Load it again to go back; other models are not affected.",
+            level=logging.WARNING,
+        )
+        return None
