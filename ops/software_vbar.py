@@ -79,6 +79,7 @@ class SoftwareVBAR:
     """
 
     kind = "software"
+    failure: str | None = None  # what fails here is an allocation, which is raised
 
     def __init__(self, backend: Backend, headroom: int = 0) -> None:
         self.backend = backend

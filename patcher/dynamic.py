@@ -255,7 +255,7 @@ class DynamicModel:
         self.note_peak()
         self.last_used = time.monotonic()
         ease(models)
-        failure = getattr(self.caster.vbar, "failure", None)
+        failure = self.caster.vbar.failure
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self._aimdo_failure = failure
             self._rebuild()
