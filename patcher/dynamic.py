@@ -129,7 +129,7 @@ class DynamicModel:
         try:
             self._move_buffers()
             self._lay_out(vbar)
-            self._apply_budget()
+            self._apply(self._new_plan())
         except BaseException:
             self.release()  # else the next forward would take it for prepared
             raise
@@ -192,24 +192,28 @@ class DynamicModel:
         """Bytes that the weights may hold on the device now; None where only what is free limits them."""
         return self.policy.vram_bytes
 
-    def _apply_budget(self) -> None:
+    def _new_plan(self) -> LoadPlan:
+        """What fits now. Changes of the pins up to here are taken note of."""
+        assert self.caster is not None
+        self._planned_for = self.caster.pins.changes
+        budget = self.budget()
+        available = max(0, self._within_reach()) if budget is None else budget
+        return plan_load(self._addresses, available, min(self.policy.streams, self.backend.streams), self.cost)
+
+    def _apply(self, plan: LoadPlan) -> None:
         assert self.caster is not None
         vbar, budget, before = self.caster.vbar, self.budget(), self.plan
-        self._planned_for = self.caster.pins.changes
-        streams = min(self.policy.streams, self.backend.streams)
+        self.plan = plan
         if budget is None:
             free, _ = self._device.memory()
-            self.plan = plan_load(self._addresses, max(0, self._within_reach()), streams, self.cost)
             # comfy-aimdo sees every allocation as it happens; the software VBAR is told at each step.
-            vbar.set_limit(self.plan.limit if vbar.kind == "software" else None)
+            vbar.set_limit(plan.limit if vbar.kind == "software" else None)
             reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
         else:
-            self.plan = plan_load(self._addresses, budget, streams, self.cost)
-            vbar.set_limit(self.plan.limit)
+            vbar.set_limit(plan.limit)
             reason = f"budget {in_words(budget)} set by the policy"
-        words = self._in_words(self.plan, reason)
-        if self.plan != before:
-            self.ledger.decide(words)
+        if plan != before:
+            self.ledger.decide(plan.in_words(self.total_bytes, reason))
         largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
         if budget is not None and largest > budget:
             self.ledger.decide_once(
@@ -223,14 +227,10 @@ class DynamicModel:
 
         It never shrinks: patches that change at every step would evict what they do not touch.
         """
-        assert self.caster is not None and self.plan is not None
-        self._planned_for = self.caster.pins.changes
-        available = self.budget()
-        if available is None:
-            available = max(0, self._within_reach())
-        streams = min(self.policy.streams, self.backend.streams)
-        if plan_load(self._addresses, available, streams, self.cost).limit > self.plan.limit:
-            self._apply_budget()
+        assert self.plan is not None
+        plan = self._new_plan()
+        if plan.limit > self.plan.limit:
+            self._apply(plan)
 
     def _within_reach(self) -> int:
         """Bytes that the weights could hold: what they hold, what is free, and what gives way to them."""
@@ -238,15 +238,6 @@ class DynamicModel:
         vbar, (free, _) = self.caster.vbar, self._device.memory()
         below = vbar.held_below() if isinstance(vbar, SoftwareVBAR) else 0
         return vbar.loaded_size() + free + below - self.headroom
-
-    def _in_words(self, plan: LoadPlan, reason: str) -> str:
-        count = len(self._addresses)
-        if plan.state is LoadState.FULL:
-            return f"all {count} bundles may stay resident ({in_words(self.total_bytes)}): {reason}"
-        return (
-            f"offloaded {plan.offloaded} of {count} bundles ({in_words(plan.offloaded_bytes)}): {reason}, "
-            f"{in_words(plan.reserve)} reserved for transfers"
-        )
 
     def _on_step(self) -> None:
         """A step begins: take note of the one before, follow the execution order, use a budget that has grown."""
@@ -287,7 +278,7 @@ class DynamicModel:
         allowed = self._within_reach()
         grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
         if allowed < min(self.plan.limit, self.total_bytes) or grown:
-            self._apply_budget()
+            self._apply(self._new_plan())
 
     def _follow_trace(self) -> None:
         """Lay the bundles out again where the first step ran them in another order than they are registered in."""
@@ -327,7 +318,7 @@ class DynamicModel:
             self._give_vbar_back(caster)
             caster.vbar = vbar
             self._lay_out(vbar)
-            self._apply_budget()
+            self._apply(self._new_plan())
 
     def _give_vbar_back(self, caster: Caster) -> None:
         caster.vbar.close()
@@ -358,7 +349,7 @@ class DynamicModel:
         headroom = getattr(self.caster.vbar, "headroom", None)
         if headroom is not None:
             self.caster.vbar.headroom = self.headroom  # type: ignore[attr-defined]
-        self._apply_budget()
+        self._apply(self._new_plan())
         self._prioritize()
 
     # -- patches

@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from ..ops.bundle import Bundle
 from ..ops.gather import aligned
+from ..ops.ledger import in_words
 
 # Below this a bundle costs more to move than to keep.
 SMALL_BYTES = 16 << 10
@@ -36,6 +37,16 @@ class LoadPlan:
     resident: int  # bundles
     offloaded: int
     offloaded_bytes: int
+
+    def in_words(self, total: int, reason: str) -> str:
+        """The plan as a line of the ledger. total: bytes of all bundles; reason: what limits them."""
+        count = self.resident + self.offloaded
+        if self.state is LoadState.FULL:
+            return f"all {count} bundles may stay resident ({in_words(total)}): {reason}"
+        return (
+            f"offloaded {self.offloaded} of {count} bundles ({in_words(self.offloaded_bytes)}): {reason}, "
+            f"{in_words(self.reserve)} reserved for transfers"
+        )
 
 
 def _buffer(offloaded: Sequence[Bundle], streams: int, cost: Cost) -> int:
