@@ -24,9 +24,11 @@ from ..ops.source import Source
 from ..ops.vbar import VBAR
 from .attach import ModelDtype, attach, collect_bundles, detach, load_buffers
 from .choose_vbar import choose_vbar
+from .eviction import on_eviction
 from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
 from .policy import Policy
 from .ram_pressure import available_ram, ease
+from .unprepared import Unprepared
 
 GIB = 1 << 30
 
@@ -85,7 +87,7 @@ class DynamicModel:
         self._planned_for = 0  # changes of the pins that the plan knows of
         self._traced = False
         attach(self.bundles)
-        self._use(_Unprepared(self))
+        self._use(Unprepared(self))
         models.add(self)
 
     # -- running
@@ -157,7 +159,7 @@ class DynamicModel:
 
     def _lay_out(self, vbar: VBAR) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
-        on_evict = {bundle: _evicted(bundle, self.ledger) for bundle in self.bundles}
+        on_evict = {bundle: on_eviction(bundle, self.ledger) for bundle in self.bundles}
         self._addresses = interleave([b for b in self._order if self._may_reside(b)], self.cost)
         for bundle in self._addresses:
             bundle.piece = vbar.alloc(bundle.nbytes, on_evict[bundle])  # type: ignore[call-arg]
@@ -467,7 +469,7 @@ class DynamicModel:
                     for bundle in self.bundles:
                         bundle.drop_pages()
                     self.caster = None
-                    self._use(_Unprepared(self))
+                    self._use(Unprepared(self))
         if pins and self.pins is not None:
             self.pins.free(float("inf"))
             self.pins = None
@@ -479,37 +481,3 @@ class DynamicModel:
         finally:
             detach(self.bundles)
             models.discard(self)
-
-
-class _Unprepared:
-    """Stands for the caster until the first forward asks for one."""
-
-    def __init__(self, model: DynamicModel) -> None:
-        self._model = weakref.ref(model)
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is a plain one."""
-
-    def enter(self, bundle: Bundle) -> None:
-        model = self._model()
-        if model is None:
-            raise RuntimeError(f"the dynamic model of '{bundle.name}' was dropped while its module is still in use.")
-        model.prepare()
-        assert model.caster is not None
-        bundle.module.spillway_caster.enter(bundle)  # type: ignore[union-attr, operator]
-
-    def exit(self, bundle: Bundle) -> None:
-        bundle.module.spillway_caster.exit(bundle)  # type: ignore[union-attr, operator]
-
-    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        return bool(bundle.module.spillway_caster.make_room(bundle, error))  # type: ignore[union-attr, operator]
-
-
-def _evicted(bundle: Bundle, ledger: Ledger) -> Any:
-    def evicted() -> None:
-        ledger.counters.evictions += 1
-        bundle.views = None
-        if bundle.in_place:
-            bundle.drop_pages()
-
-    return evicted
