@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ def available_ram() -> int:
     return int(psutil.virtual_memory().available)
 
 
+@functools.cache
 def ram_reserve() -> int:
     """Bytes that pins leave to everybody else: a sixteenth of the machine, between 0.5 and 2 GiB."""
     return min(max(int(psutil.virtual_memory().total) // 16, GIB // 2), 2 * GIB)
