@@ -14,8 +14,8 @@ import folder_paths
 import nodes
 import torch
 
+from ..ops.available import available_ram
 from . import comfy_settings
-from .available import available_ram
 from .disk_tier import DiskTier, name_of
 
 GIB = 1 << 30

@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from spillway.cache import allocator, available, cgroup
+from spillway.cache import allocator
+from spillway.ops import available, cgroup
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from comfy.cli_args import args
 from comfy_execution import caching
 
 from spillway.cache import comfy_cache
-from spillway.cache.available import Available
+from spillway.ops.available import Available
 
 MIB = 1 << 20
 RAN = []

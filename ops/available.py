@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from ..ops.ledger import in_words
 from . import cgroup
+from .ledger import in_words
 
 GIB = 1 << 30
 LIMIT_VARIABLE = "SPILLWAY_RAM_GB"
