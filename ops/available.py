@@ -34,26 +34,38 @@ def available_ram(root: Path = Path("/")) -> Available:
 
     root: where /proc and the mounted file systems are looked for. Raises ValueError for a malformed variable.
     """
-    memory = psutil.virtual_memory()
-    found = [Available(memory.available, memory.total, "the host's memory")]
-    if sys.platform == "win32":
-        commit = commit_limit()
-        if commit is not None:
-            found.append(Available(*commit, "Windows' commit limit"))
     group = cgroup.tightest(root) if sys.platform == "linux" else None
-    if group is not None and group.limit < memory.total:
-        found.append(Available(group.available, group.limit, f"the memory limit of cgroup {group.path}"))
-    limit = limit_of_variable()
-    if limit is not None:
-        rest = max(0, limit - process_bytes())
-        found.append(Available(rest, limit, f"{LIMIT_VARIABLE}, {in_words(limit)}"))
-    least = min(found, key=lambda one: one.available)
+    least = min(_limits(group), key=lambda one: one.available)
     stalled = memory_stall(root, group) if sys.platform == "linux" else 0.0
     if stalled > PRESSURE_BEGINS:
         left = max(0.0, 1 - (stalled - PRESSURE_BEGINS) / (PRESSURE_FULL - PRESSURE_BEGINS))
         reason = f"{least.reason}, and tasks waited for memory {stalled:.0%} of the last ten seconds"
         return Available(int(least.available * left), least.total, reason)
     return least
+
+
+def total_ram(root: Path = Path("/")) -> int:
+    """Bytes that this process may have in all: the least of what the host, its cgroup and the variable allow.
+
+    root, errors: as for `available_ram`.
+    """
+    return min(one.total for one in _limits(cgroup.tightest(root) if sys.platform == "linux" else None))
+
+
+def _limits(group: cgroup.Group | None) -> list[Available]:
+    memory = psutil.virtual_memory()
+    found = [Available(memory.available, memory.total, "the host's memory")]
+    if sys.platform == "win32":
+        commit = commit_limit()
+        if commit is not None:
+            found.append(Available(*commit, "Windows' commit limit"))
+    if group is not None and group.limit < memory.total:
+        found.append(Available(group.available, group.limit, f"the memory limit of cgroup {group.path}"))
+    limit = limit_of_variable()
+    if limit is not None:
+        rest = max(0, limit - process_bytes())
+        found.append(Available(rest, limit, f"{LIMIT_VARIABLE}, {in_words(limit)}"))
+    return found
 
 
 def limit_of_variable() -> int | None:

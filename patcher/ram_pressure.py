@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import psutil
-
+from ..ops import available
 from ..ops.ledger import in_words
 
 if TYPE_CHECKING:
     from .dynamic import DynamicModel
 
 GIB = 1 << 30
+# Where there are cgroups, a look at what is available takes up to a millisecond.
+POLL_SECONDS = 0.05
+_looked = -POLL_SECONDS  # time.monotonic() of the last look
 
 
 def available_ram() -> int:
-    """Bytes that the system could give to somebody now."""
-    return int(psutil.virtual_memory().available)
+    """Bytes of RAM that this process can have now, by the least of what the machine and its container allow.
+
+    Raises ValueError for a malformed SPILLWAY_RAM_GB.
+    """
+    return available.available_ram().available
 
 
 @functools.cache
 def ram_reserve() -> int:
-    """Bytes that pins leave to everybody else: a sixteenth of the machine, between 0.5 and 2 GiB."""
-    return min(max(int(psutil.virtual_memory().total) // 16, GIB // 2), 2 * GIB)
+    """Bytes that pins leave to everybody else: a sixteenth of what there is in all, between 0.5 and 2 GiB."""
+    return min(max(available.total_ram() // 16, GIB // 2), 2 * GIB)
 
 
 def ease(models: Iterable[DynamicModel]) -> int:
-    """Let pins go where less than the reserve is available; returns the bytes freed. Cheap: called at every step."""
+    """Let pins go where less than the reserve is available; returns the bytes freed.
+
+    Called at every step, and looks at most once in POLL_SECONDS.
+    """
+    global _looked
     held = [model for model in list(models) if model.pinned_bytes]
-    if not held:
+    now = time.monotonic()
+    if not held or now - _looked < POLL_SECONDS:
         return 0
+    _looked = now
     short = ram_reserve() - available_ram()
     return free_ram(held, short, "RAM runs short") if short > 0 else 0
 

@@ -1,12 +1,15 @@
 """Pins give way to RAM pressure, outlive an unloading, and are worth more when they hold finished forms."""
 
+import sys
 import threading
+import time
 
 import pytest
 import torch
 from nets import Stack, dynamic, plain, same, write
 from sim_device import SimDevice
 
+from spillway.ops import available
 from spillway.patcher import ram_pressure
 
 DEPTH = 8
@@ -24,6 +27,7 @@ def path(tmp_path):
 @pytest.fixture
 def ram(monkeypatch):
     """What the system has left, as the tests say."""
+    monkeypatch.setattr(ram_pressure, "POLL_SECONDS", 0)
     left = {"available": 64 * GIB}
     monkeypatch.setattr(ram_pressure, "available_ram", lambda: left["available"])
     return left
@@ -85,6 +89,78 @@ def test_a_step_looks_at_the_pressure(path, ram):
     run(model)
     ram["available"] = 0
     assert same(run(model), expected(path))
+    assert model.pinned_bytes == 0
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """The system's files as in a container of 4 GiB: a function that says how much of that is in use."""
+    group = tmp_path / "system/sys/fs/cgroup"
+    proc = tmp_path / "system/proc/self"
+    group.mkdir(parents=True)
+    proc.mkdir(parents=True)
+    (proc / "cgroup").write_text("0::/\n")
+    (proc / "mountinfo").write_text("30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    (group / "memory.max").write_text(f"{4 * GIB}")
+    for name in ("available_ram", "total_ram"):
+        own = getattr(available, name)
+        monkeypatch.setattr(available, name, lambda own=own: own(tmp_path / "system"))
+    monkeypatch.setattr(ram_pressure, "POLL_SECONDS", 0)
+    ram_pressure.ram_reserve.cache_clear()
+    yield lambda used: (group / "memory.current").write_text(f"{used}")
+    ram_pressure.ram_reserve.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
+def test_pins_respect_the_limit_of_a_container(path, container):
+    """Whatever the machine has beside it."""
+    container(1 * GIB)
+    assert ram_pressure.ram_reserve() == GIB // 2, "a sixteenth of the container is less than that"
+    model = made(path)
+    assert same(run(model), expected(path)) and model.pinned_bytes == model.total_bytes
+    container(3 * GIB + GIB // 2)  # just what is left to others
+    assert same(run(model), expected(path)) and model.pinned_bytes == model.total_bytes
+    container(3 * GIB + GIB // 2 + 1)
+    assert same(run(model), expected(path)) and model.pinned_bytes == 0
+    assert any("of pins back: RAM runs short" in text for text in model.ledger.decisions)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
+def test_the_default_budget_of_pins_is_of_the_container(path, container):
+    container(4 * GIB - 1000)
+    model = made(path, pinned_bytes=None)
+    assert same(run(model), expected(path))
+    assert model.pins.budget == 500
+
+
+def test_pins_respect_the_variable(path, monkeypatch):
+    monkeypatch.setattr(ram_pressure, "POLL_SECONDS", 0)
+    model = made(path)
+    run(model)
+    ram_pressure.ram_reserve()  # of this machine: it is worked out once
+    monkeypatch.setenv("SPILLWAY_RAM_GB", str(available.process_bytes() / GIB))
+    assert same(run(model), expected(path)) and model.pinned_bytes == 0
+
+
+def test_a_malformed_variable_is_told_and_leaves_the_model_whole(path, monkeypatch):
+    model = made(path, pinned_bytes=None)
+    monkeypatch.setenv("SPILLWAY_RAM_GB", "much")
+    with pytest.raises(ValueError, match="expected a number of gigabytes above 0"):
+        run(model)
+    monkeypatch.delenv("SPILLWAY_RAM_GB")
+    assert same(run(model), expected(path))
+
+
+def test_the_look_is_taken_now_and_then(path, ram, monkeypatch):
+    monkeypatch.setattr(ram_pressure, "POLL_SECONDS", 1e9)
+    monkeypatch.setattr(ram_pressure, "_looked", time.monotonic())
+    model = made(path)
+    run(model)
+    ram["available"] = 0
+    run(model)
+    assert model.pinned_bytes == model.total_bytes, "it has just been looked"
+    monkeypatch.setattr(ram_pressure, "_looked", time.monotonic() - 1e9)
+    run(model)
     assert model.pinned_bytes == 0
 
 
