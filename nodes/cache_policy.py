@@ -9,10 +9,10 @@ from comfy_api.latest import io
 
 from ..cache import comfy_cache
 from ..ops.ledger import in_words
+from .gigabytes import AUTO, gigabytes_input, given
 from .types import CATEGORY
 
 log = logging.getLogger("spillway")
-AUTO = -1.0
 
 
 class SpillwayCachePolicy(io.ComfyNode):
@@ -27,13 +27,9 @@ class SpillwayCachePolicy(io.ComfyNode):
             search_aliases=["cache", "never evict", "keep in ram", "ram headroom", "pin output"],
             inputs=[
                 io.AnyType.Input("value", tooltip="Anything. It is passed on."),
-                io.Float.Input(
+                gigabytes_input(
                     "headroom_gb",
-                    default=AUTO,
-                    min=AUTO,
-                    max=1024.0,
-                    step=0.1,
-                    tooltip="RAM to keep free while this workflow runs: outputs are evicted when less is available. In "
+                    "RAM to keep free while this workflow runs: outputs are evicted when less is available. In "
                     "GB; -1 leaves it to Spillway. Of several such nodes the largest holds.",
                 ),
                 io.Boolean.Input(
@@ -42,14 +38,11 @@ class SpillwayCachePolicy(io.ComfyNode):
                     tooltip="Keep what comes in, whatever happens, also while other workflows run. Switch it off and "
                     "run again to let it go, or free ComfyUI's memory.",
                 ),
-                io.Float.Input(
+                gigabytes_input(
                     "disk_gb",
-                    default=AUTO,
-                    min=AUTO,
-                    max=1024.0,
-                    step=1.0,
-                    tooltip="Disk space for evicted outputs that took long to make, so that they need not be made "
+                    "Disk space for evicted outputs that took long to make, so that they need not be made "
                     "again. In GB; 0 writes none, -1 leaves it to the settings, where it is off.",
+                    step=1.0,
                 ),
             ],
             outputs=[io.AnyType.Output("value_out", display_name="value", tooltip="What came in.")],
@@ -57,19 +50,16 @@ class SpillwayCachePolicy(io.ComfyNode):
 
     @classmethod
     def execute(cls, value: Any, headroom_gb: float, never_evict: bool, disk_gb: float = AUTO) -> io.NodeOutput:
-        for name, gigabytes in (("headroom_gb", headroom_gb), ("disk_gb", disk_gb)):
-            if gigabytes != AUTO and not 0 <= gigabytes < float("inf"):
-                raise ValueError(
-                    f"Cache Policy (Spillway): {name} is {gigabytes}; give 0 or more GB, or -1 to leave it to Spillway."
-                )
+        headroom = given("Cache Policy (Spillway)", "headroom_gb", headroom_gb)
+        disk = given("Cache Policy (Spillway)", "disk_gb", disk_gb)
         cache = comfy_cache.current()
         if cache is None:
             log.warning("[Spillway] cache policy: it has no effect, as ComfyUI's own output cache is in use.")
             return io.NodeOutput(value)
-        if headroom_gb != AUTO:
-            cache.set_headroom(headroom_gb)
-        if disk_gb != AUTO:
-            cache.set_disk(disk_gb)
+        if headroom is not None:
+            cache.set_headroom(headroom)
+        if disk is not None:
+            cache.set_disk(disk)
         concerned = cache.engine.protect(value, never_evict)
         if never_evict:
             cache.engine.ledger.decide(f"never evicts {in_words(concerned)}: asked for by a Cache Policy node")

@@ -13,10 +13,12 @@ SUM, DIFFERENCE = "weighted sum", "add difference"
 AS_RATIO = -1.0
 
 
+def _ratio(name: str, default: float, tooltip: str, least: float = 0.0, optional: bool = False) -> io.Input:
+    return io.Float.Input(name, default=default, min=least, max=1.0, step=0.01, tooltip=tooltip, optional=optional)
+
+
 def _share(name: str, tooltip: str) -> io.Input:
-    return io.Float.Input(
-        name, default=AS_RATIO, min=AS_RATIO, max=1.0, step=0.01, tooltip=f"{tooltip} -1 takes the value of ratio."
-    )
+    return _ratio(name, AS_RATIO, f"{tooltip} -1 takes the value of ratio.", least=AS_RATIO)
 
 
 class SpillwayMergeModels(io.ComfyNode):
@@ -39,23 +41,17 @@ class SpillwayMergeModels(io.ComfyNode):
                     tooltip="weighted sum: a mixture. add difference: model1, and on top ratio times what model2 has "
                     "over model3.",
                 ),
-                io.Float.Input(
+                _ratio(
                     "ratio",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of model2: 0 gives model1, 1 gives model2. The factor, with add difference.",
+                    0.5,
+                    "The share of model2: 0 gives model1, 1 gives model2. The factor, with add difference.",
                 ),
                 io.Model.Input("model3", optional=True, tooltip="A third MODEL. Needed for add difference."),
-                io.Float.Input(
+                _ratio(
                     "ratio3",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
+                    "The share of model3 in a weighted sum. With add difference it has no meaning.",
                     optional=True,
-                    tooltip="The share of model3 in a weighted sum. With add difference it has no meaning.",
                 ),
                 _share("early", "The ratio for the first third of the blocks; of a U-Net, its input blocks."),
                 _share("middle", "The ratio for the second third of the blocks; of a U-Net, its middle block."),

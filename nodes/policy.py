@@ -9,24 +9,19 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..patcher.comfy_load import is_ours
 from ..patcher.policy import Policy
+from .gigabytes import gigabytes_input, given
 from .types import CATEGORY, PolicyType
 
 GIB = 1 << 30
-AUTO = -1.0
-
-
-def _bytes(name: str, gigabytes: float) -> int | None:
-    if gigabytes == AUTO:
-        return None
-    if not 0 <= gigabytes < float("inf"):
-        raise ValueError(f"Spillway Policy: {name} is {gigabytes}; give 0 or more GB, or -1 to leave it to Spillway.")
-    return int(gigabytes * GIB)
 
 
 def _gigabytes(name: str, tooltip: str) -> io.Input:
-    return io.Float.Input(
-        name, default=AUTO, min=AUTO, max=1024.0, step=0.1, tooltip=f"{tooltip} In GB; -1 leaves it to Spillway."
-    )
+    return gigabytes_input(name, f"{tooltip} In GB; -1 leaves it to Spillway.")
+
+
+def _bytes(name: str, gigabytes: float) -> int | None:
+    amount = given("Spillway Policy", name, gigabytes)
+    return None if amount is None else int(amount * GIB)
 
 
 class SpillwayPolicy(io.ComfyNode):
