@@ -1,32 +1,20 @@
 """What only fresh processes show: the same bits every time, and what hooks take of memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import checkpoints
 import comfy.sd
 import pytest
 import torch
-from conftest import BASE, COMFYUI, ROOT
+from fresh_process import run_script
 from pairs import SMALL
 
-SCRIPT = Path(__file__).with_name("fresh_lora_run.py")
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 
 
 def run_fresh(path, lora_path, **options):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, COMFYUI, ROOT, BASE, path, lora_path, json.dumps(options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script("fresh_lora_run.py", path, lora_path, json.dumps(options))
 
 
 @LINUX

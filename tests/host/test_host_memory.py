@@ -1,13 +1,10 @@
 """A 2 GB model costs next to nothing to load, and nothing once it is gone. Measured in a process of its own."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import BASE, COMFYUI, ROOT
+from fresh_process import run_script
 from pairs import SMALL
 
 BIG = {"hidden": 3072, "context": 4096, "pooled": 768}
@@ -19,16 +16,7 @@ def measured(checkpoint, models_dir):
     for path in (big, small):
         os.replace(path, models_dir / "diffusion_models" / path.name)
     try:
-        script = Path(__file__).with_name("measure_memory.py")
-        done = subprocess.run(
-            [sys.executable, script, COMFYUI, ROOT, BASE, big.name, small.name],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": ""},
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        yield json.loads(done.stdout.splitlines()[-1])
+        yield run_script("measure_memory.py", big.name, small.name)
     finally:
         (models_dir / "diffusion_models" / big.name).unlink()
         os.replace(models_dir / "diffusion_models" / small.name, small)
