@@ -33,6 +33,10 @@ class AnyLinear(torch.nn.Module):
         return F.linear(x, self.weight.float(), self.bias.float())
 
 
+# Of the Stack in the file of the fixture `path`.
+DEPTH = 8
+
+
 class Stack(torch.nn.Module):
     """`depth` layers in a row, each of one bundle of about width * width elements."""
 

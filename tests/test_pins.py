@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
+from nets import DEPTH, Stack, dynamic, plain, same
 from sim_device import SimDevice
 
 from spillway.ops import host_memory
@@ -12,15 +12,7 @@ from spillway.ops import pins as pins_module
 from spillway.ops.host_memory import locked
 from spillway.ops.pin_blocks import Block
 
-DEPTH = 8
 ALL = 1 << 40
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "m.safetensors"
-    write(path, Stack(DEPTH))
-    return path
 
 
 class Counting(SimDevice):

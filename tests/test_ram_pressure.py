@@ -6,22 +6,14 @@ import time
 
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
+from nets import DEPTH, Stack, dynamic, plain, same
 from sim_device import SimDevice
 
 from spillway.ops import available
 from spillway.patcher import ram_pressure
 
-DEPTH = 8
 ALL = 1 << 40
 GIB = 1 << 30
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "m.safetensors"
-    write(path, Stack(DEPTH))
-    return path
 
 
 @pytest.fixture
