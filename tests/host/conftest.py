@@ -189,7 +189,7 @@ def models_dir():
 def checkpoint(models_dir):
     """``checkpoint("flux", hidden=512)``: the path of such a file, written once a session.
 
-    The name is a function of checkpoints.py, the keywords are that function's.
+    The name is a function of checkpoints, the keywords are that function's.
     """
     import checkpoints
 

@@ -4,7 +4,7 @@ import comfy.model_management
 import comfy.sample
 import torch
 
-# text width and pooled width of the files in checkpoints.py
+# text width and pooled width of the files of checkpoints
 WIDTHS = {"flux": (128, 64), "wan": (4096, None), "lumina2": (128, None), "z_image": (128, None), "sd15": (768, None)}
 CFG = {"flux": 1.0, "wan": 3.0, "lumina2": 2.0, "z_image": 1.5, "sd15": 5.0}
 

@@ -1,0 +1,61 @@
+"""Writes small model files of real architectures, with seeded random weights.
+
+The names and shapes of a file are read off the core's own module, built on the meta device, so the core's own loaders
+accept it.  Nothing of the model is ever held in memory: tensors are streamed one by one from a small pool of normal
+numbers, at about the speed of the disk, so a 2 GB file is cheap.  The statistics (linear weights ~ N(0, 1/fan_in),
+norm weights near 1, small biases) keep the activations finite and let the output depend on every tensor.
+
+Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
+"""
+
+from .diffusion_models import flux, lumina2, sd15_unet, wan, z_image
+from .loras import lora
+from .model_patches import (
+    patch_anima_lllite,
+    patch_qwen_diffsynth,
+    patch_uso,
+    patch_wan_uni3c,
+    patch_z_image_control,
+    small_patches,
+)
+from .small_lumina import accept_small_lumina
+from .text_encoders import T5XXL_SMALL_OPTIONS, clip_l, qwen3_06b, small_options, t5_base, t5xxl_small
+from .vaes import flux_vae, sd_vae, wan_vae
+from .whole import sd15, small_clip_vision, unclip
+from .writing import Noise, read_header, write
+from .wrong_files import missing_key, not_a_model, truncated, wrong_header
+
+__all__ = [
+    "T5XXL_SMALL_OPTIONS",
+    "Noise",
+    "accept_small_lumina",
+    "clip_l",
+    "flux",
+    "flux_vae",
+    "lora",
+    "lumina2",
+    "missing_key",
+    "not_a_model",
+    "patch_anima_lllite",
+    "patch_qwen_diffsynth",
+    "patch_uso",
+    "patch_wan_uni3c",
+    "patch_z_image_control",
+    "qwen3_06b",
+    "read_header",
+    "sd15",
+    "sd15_unet",
+    "sd_vae",
+    "small_clip_vision",
+    "small_options",
+    "small_patches",
+    "t5_base",
+    "t5xxl_small",
+    "truncated",
+    "unclip",
+    "wan",
+    "wan_vae",
+    "write",
+    "wrong_header",
+    "z_image",
+]

@@ -1,0 +1,99 @@
+"""Text encoders, and the options that the core's loaders need for smaller ones."""
+
+import math
+
+import torch
+
+from .writing import OPS, entries_of, write
+
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+T5_BASE = {
+    "d_ff": 3072,
+    "d_kv": 64,
+    "d_model": 768,
+    "dense_act_fn": "relu",
+    "is_gated_act": False,
+    "model_type": "t5",
+    "num_heads": 12,
+    "num_layers": 12,
+    "vocab_size": 32128,
+}
+T5XXL_SMALL = {
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 64,
+    "dense_act_fn": "gelu_pytorch_tanh",
+    "is_gated_act": True,
+    "model_type": "t5",
+    "num_heads": 2,
+    "num_layers": 24,
+    "vocab_size": 32128,
+}
+# model_options with which the core's loaders build the smaller sizes
+T5XXL_SMALL_OPTIONS = {"t5xxl_model_config": {name: T5XXL_SMALL[name] for name in ("d_model", "num_heads")}}
+
+
+def small_options(clip_layers=None, t5_layers=None, qwen_layers=None):
+    """model_options (te_model_options for checkpoints) for files with fewer layers than the published ones.
+
+    Make them anew for each load: the core writes into them."""
+    out = {}
+    if clip_layers is not None:
+        out["clip_l_model_config"] = {"num_hidden_layers": clip_layers}
+        out["model_config"] = {"num_hidden_layers": clip_layers}  # for text encoder files, which may be a Long-CLIP
+    if t5_layers is not None:
+        out["t5base_model_config"] = {"num_layers": t5_layers}
+    if qwen_layers is not None:
+        out["qwen3_06b_model_config"] = {"num_hidden_layers": qwen_layers}
+    return out
+
+
+def clip_l_entries(dtype, layers):
+    from comfy.clip_model import CLIPTextModel
+
+    return entries_of(CLIPTextModel({**CLIP_L, "num_hidden_layers": layers}, torch.float32, "meta", OPS), dtype)
+
+
+def clip_l(path, dtype=torch.float16, layers=12, seed=0, drop=(), metadata=None):
+    """CLIP-L, real size (246 MB in fp16).  With fewer layers it needs small_options(clip_layers=...)."""
+    return write(path, clip_l_entries(dtype, layers), seed, metadata, drop)
+
+
+def _t5(config, dtype):
+    from comfy.text_encoders.t5 import T5
+
+    entries = entries_of(T5(config, torch.float32, "meta", OPS), dtype)
+    # T5 does not scale its attention scores, its queries' weights do
+    for name in [name for name in entries if name.endswith("SelfAttention.q.weight")]:
+        shape, kind, mean, std = entries[name]
+        entries[name] = (shape, kind, mean, std / math.sqrt(config["d_kv"]))
+    return entries
+
+
+def t5_base(path, dtype=torch.bfloat16, layers=12, seed=0, drop=(), metadata=None):
+    """T5 base, real size (219 MB), which the core takes for Stable Audio's text encoder (CLIPType.STABLE_AUDIO)."""
+    return write(path, _t5({**T5_BASE, "num_layers": layers}, dtype), seed, metadata, drop)
+
+
+def t5xxl_small(path, dtype=torch.bfloat16, seed=0, drop=(), metadata=None):
+    """A T5-XXL narrowed to 64 (100 MB): its 24 blocks and its d_ff are what the core knows it by.  Load it with
+    model_options=T5XXL_SMALL_OPTIONS."""
+    return write(path, _t5(T5XXL_SMALL, dtype), seed, metadata, drop)
+
+
+def qwen3_06b(path, dtype=torch.bfloat16, layers=2, seed=0, drop=(), metadata=None):
+    """A Qwen3 0.6B, as Anima's text encoder (374 MB with 2 layers, most of it embedding).  Load it with
+    model_options=small_options(qwen_layers=2)."""
+    from comfy.text_encoders.llama import Qwen3_06B
+
+    module = Qwen3_06B({"num_hidden_layers": layers}, torch.float32, "meta", OPS)
+    return write(path, entries_of(module, dtype), seed, metadata, drop)
