@@ -6,7 +6,7 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..patcher.comfy_load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .types import CATEGORY, policy_input
@@ -47,7 +47,8 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="The number format that the weights are kept in. 'default' follows the file and the "
-                    "device; the fp8 choices halve the size of a 16-bit model and cost some quality.",
+                    "device; the fp8 and int8 choices halve the size of a 16-bit model and cost some quality. int8 "
+                    "also computes in INT8; int8_auto does so only where a measurement says that it is faster.",
                 ),
                 policy_input(),
             ],
@@ -57,7 +58,9 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
-        return io.NodeOutput(load_diffusion_model(path, weight_dtype, policy))
+        model = load_diffusion_model(path, weight_dtype, policy)
+        words = "\n".join(words for words, _ in model.state.notes)
+        return io.NodeOutput(model, ui=ui.PreviewText(words) if words else None)
 
 
 class SpillwayLoadCheckpoint(io.ComfyNode):

@@ -51,6 +51,14 @@ class SpillwayPolicy(io.ComfyNode):
                 io.Int.Input(
                     "priority", default=0, min=-100, max=100, tooltip="Models with a higher priority give way later."
                 ),
+                io.Combo.Input(
+                    "int8_lora",
+                    options=["auto", "merge", "side branch"],
+                    default="auto",
+                    optional=True,
+                    tooltip="LoRAs on a model in INT8. merge: rounded together with the weight, free at every step. "
+                    "side branch: kept beside it, exact, a little slower. auto: merge where that rounds no worse.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with this policy. Empty if none was connected."),
@@ -67,6 +75,7 @@ class SpillwayPolicy(io.ComfyNode):
         keep: str,
         priority: int,
         model: Any = None,
+        int8_lora: str = "auto",
     ) -> io.NodeOutput:
         policy = Policy(
             vram_bytes=_bytes("vram_gb", vram_gb),
@@ -74,6 +83,7 @@ class SpillwayPolicy(io.ComfyNode):
             pinned_bytes=_bytes("pinned_gb", pinned_gb),
             keep=keep,  # type: ignore[arg-type]
             priority=priority,
+            int8_lora=int8_lora,  # type: ignore[arg-type]
         )
         if model is None:
             missing = "Spillway Policy: its MODEL output is used, but no model is connected to its input."

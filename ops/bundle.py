@@ -9,6 +9,7 @@ import torch
 
 from .disk_map import DiskMap, SourceError, locate
 from .gather import gathered_bytes, inner_tensors, is_wrapper, like
+from .int8_weight import PART_BYTES, Int8Weight
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -18,7 +19,8 @@ class Param:
 
     idle: what stands in the module while the parameter is not borrowed: the source's own tensor.
     form: template of what stays in the VBAR (the model's dtype). compute_dtype: what the op is given, None for the
-    form's. op_dtype: what the op itself casts to; it costs memory, and is nobody else's business.
+    form's. op_dtype: what the op itself casts to; it costs memory, and is nobody else's business. int8: the finished
+    form is an INT8 weight with that many scales a row; 0: it is not.
     """
 
     __slots__ = (
@@ -26,6 +28,7 @@ class Param:
         "compute_dtype",
         "form",
         "idle",
+        "int8",
         "key",
         "op_dtype",
         "original",
@@ -43,29 +46,42 @@ class Param:
         idle: torch.nn.Parameter,
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
+        int8: int = 0,
     ) -> None:
         self.owner, self.attr, self.key = owner, attr, key
         self.idle = self.original = idle
         self.source = idle.detach()
-        self.form = like(self.source, dtype)
-        wanted = compute_dtype if compute_dtype != self.form.dtype and not is_wrapper(self.source) else None
+        self.int8 = int8
+        self.form = self._template(self.source.shape, dtype)
+        wanted = compute_dtype if compute_dtype != self.form.dtype and not is_wrapper(self.form) else None
         self.compute_dtype = wanted
         self.op_dtype: torch.dtype | None = None
         self.patch: Patch | None = None
         # Parts that lie in a memory map: (map, offset, bytes).
         self.where = [found for part in inner_tensors(self.source) if (found := locate(part)) is not None]
 
+    def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
+        if self.int8:
+            return Int8Weight.template(shape, dtype, self.int8, rank)
+        if shape == self.source.shape:
+            return like(self.source, dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def set_patch(self, patch: Patch | None) -> None:
-        """Attach a patch; one with a `shape` attribute may give the weight another shape."""
+        """Attach a patch; one with a `shape` attribute may give the weight another shape.
+
+        One with a `rank` stays beside an INT8 weight, as its low-rank branch.
+        """
         self.patch = patch
-        shape = tuple(getattr(patch, "shape", self.source.shape))
-        if shape != tuple(self.form.shape):
-            self.form = torch.empty(shape, dtype=self.form.dtype, device="meta")
+        shape = torch.Size(getattr(patch, "shape", self.source.shape))
+        rank = getattr(patch, "rank", 0) if self.int8 else 0
+        if shape != self.form.shape or rank != getattr(self.form, "rank", 0):
+            self.form = self._template(shape, self.form.dtype, rank)
 
     @property
     def cast(self) -> bool:
-        """Whether the form differs from the source's dtype."""
-        return not is_wrapper(self.source) and self.form.dtype != self.source.dtype
+        """Whether the form differs from the source's."""
+        return bool(self.int8) or (not is_wrapper(self.source) and self.form.dtype != self.source.dtype)
 
     def usable_in_place(self) -> bool:
         """Whether a CPU op can read the source's own memory."""
@@ -113,6 +129,8 @@ class Bundle:
         self.plain = not self.patched and not any(param.cast for param in self.params)
         self.in_place = all(param.usable_in_place() for param in self.params)
         self.computes = any(param.compute_dtype is not None for param in self.params)
+        # Worth keeping: what it costs to make once is more than what it costs to bring.
+        self.made = self.patched or any(param.int8 for param in self.params)
 
     def touch(self) -> bool:
         """The finished form has changed: nothing that holds the old one is current any more. True: its size changed."""
@@ -139,6 +157,11 @@ class Bundle:
             return self.nbytes
         extra = 0
         for param in self.params:
+            if param.int8:  # quantised in parts; nothing casts it afterwards
+                patched = 2 * param.source.numel() * 4 if param.patch is not None else 0
+                parts = 3 * min(PART_BYTES, 4 * param.source.numel())
+                extra += gathered_bytes([param.form]) + parts + patched
+                continue
             shape_numel = param.source.numel()
             form_bytes = shape_numel * param.form.dtype.itemsize
             dequantised = form_bytes if (param.cast or is_wrapper(param.source)) else 0

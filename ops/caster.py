@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import torch
 
 from .backend import Backend
-from .bundle import Bundle
+from .bundle import Bundle, Param
 from .gather import copy_into, interpret_gathered_like, is_wrapper
+from .int8_weight import Int8Weight
 from .layer import is_out_of_memory
 from .ledger import Ledger, in_words
 from .pins import Pins
@@ -204,7 +205,9 @@ class Caster:
         views = interpret_gathered_like(bundle.form, memory)
         for param, view, tensor in zip(bundle.params, views, source, strict=True):
             assert view is not None
-            if param.patch is None:
+            if isinstance(view, Int8Weight):
+                self._quantise(param, view, tensor)
+            elif param.patch is None:
                 copy_into(view, tensor)
             else:
                 # A patch gets the weight in the dtype that the op computes in, as its own: it may write into it, and on
@@ -214,6 +217,20 @@ class Caster:
                 copy_into(view, param.patch(start))
                 self.counters.patched += 1
         return views  # type: ignore[return-value]
+
+    def _quantise(self, param: Param, view: Int8Weight, tensor: torch.Tensor) -> None:
+        if param.patch is None:
+            view.quantise_(tensor)
+        elif view.down is not None and view.up is not None:
+            view.quantise_(tensor)
+            down, up = param.patch.low_rank(tensor.device)  # type: ignore[attr-defined]
+            view.down.copy_(down)
+            view.up.copy_(up)
+        else:  # merged in floating point, rounded once
+            start = tensor if is_wrapper(tensor) else tensor.to(view.dtype, copy=self.backend.in_place)
+            view.quantise_(param.patch(start))
+            self.counters.patched += 1
+        self.counters.quantised += 1
 
     def keep_resident(self, bundle: Bundle, loan: Loan, views: Sequence[torch.Tensor]) -> None:
         """The bundle's slice now holds its finished form."""

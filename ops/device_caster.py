@@ -134,10 +134,10 @@ class DeviceCaster(Caster):
 
     @staticmethod
     def _worth_writing_back(bundle: Bundle) -> bool:
-        """A finished form saves its patches' arithmetic, or bytes; a mere upcast is cheaper to repeat than to
-        transfer.
+        """A finished form saves the arithmetic of patches or of quantisation, or bytes; a mere upcast is cheaper to
+        repeat than to transfer.
         """
-        return bundle.patched or bundle.nbytes < bundle.store_bytes
+        return bundle.made or bundle.nbytes < bundle.store_bytes
 
     def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
         if not self._worth_writing_back(bundle):

@@ -9,6 +9,7 @@ import torch
 from .bundle import Bundle
 from .caster import Caster, Loan
 from .gather import interpret_gathered_like
+from .pins import Pin
 
 
 class HostCaster(Caster):
@@ -30,20 +31,30 @@ class HostCaster(Caster):
                 self.keep_resident(bundle, loan, bundle.store)
                 self.counters.bytes_loaded += bundle.store_bytes
         elif loan.signature is None:
-            pin = self.pins.get(bundle)
-            if pin is not None and pin.version == bundle.version:
+            pin = self._current_pin(bundle)
+            if pin is not None:
                 loan.views = interpret_gathered_like(bundle.form, pin.buffer)  # type: ignore[assignment]
         if loan.signature is None:
             self.counters.bytes_streamed += bundle.store_bytes
 
+    def _current_pin(self, bundle: Bundle) -> Pin | None:
+        """The bundle's pin where that holds the finished form."""
+        pin = self.pins.get(bundle)
+        return pin if pin is not None and pin.version == bundle.version else None
+
     def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
         if loan.signature is not None:
-            views = self.form(bundle, bundle.store, self.vbar.tensor(bundle.piece)[: bundle.nbytes])
+            memory, pin = self.vbar.tensor(bundle.piece)[: bundle.nbytes], self._current_pin(bundle)
+            if pin is None:
+                views = self.form(bundle, bundle.store, memory)
+            else:
+                memory.copy_(pin.buffer)
+                views = interpret_gathered_like(bundle.form, memory)  # type: ignore[assignment]
             self.keep_resident(bundle, loan, views)
             self.counters.bytes_loaded += bundle.nbytes
         else:
-            wanted = bundle.patched or bundle.place in ("ram", "pin")
+            wanted = bundle.made or bundle.place in ("ram", "pin")
             pin = self.pins.take(bundle, bundle.nbytes, bundle.version) if wanted else None
             memory = pin.buffer if pin is not None else self.backend.empty(bundle.nbytes)
             try:

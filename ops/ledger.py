@@ -21,6 +21,7 @@ class Counters:
     hits: int = 0  # granted, and the data was still there
     evictions: int = 0
     patched: int = 0  # tensors whose patches were computed
+    quantised: int = 0  # tensors that were quantised to INT8
     patch_changes: int = 0  # times that other patches were attached: a LoRA, or hooks between two conditions
     write_backs: int = 0
     prefetched: int = 0  # bundles begun before they were asked for

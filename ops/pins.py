@@ -99,7 +99,7 @@ class Pins:
         for following in self._bundles[self._position.get(bundle, len(self._bundles)) + 1 :]:
             if following.place in ("disk", "ram") or following in self._pins:
                 continue
-            more = following.nbytes if following.patched else min(following.nbytes, following.store_bytes)
+            more = following.nbytes if following.made else min(following.nbytes, following.store_bytes)
             if total + more > BLOCK_BYTES:
                 break
             total += more

@@ -14,6 +14,8 @@ from ..ops.source import Source
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
+# (module, its name, its weight) -> how many scales a row of that weight has in INT8; 0: it is not quantised.
+Int8Choice = Callable[[torch.nn.Module, str, torch.Tensor], int]
 
 
 class Unsupported(TypeError):
@@ -42,13 +44,18 @@ def _owner(modules: Mapping[str, torch.nn.Module], name: str) -> str:
 
 
 def collect_bundles(
-    root: torch.nn.Module, source: Source | None, policy: Policy, model_dtype: ModelDtype | None = None
+    root: torch.nn.Module,
+    source: Source | None,
+    policy: Policy,
+    model_dtype: ModelDtype | None = None,
+    int8: Int8Choice | None = None,
 ) -> list[Bundle]:
     """The bundles of a module tree, in registration order.
 
     A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList)
     go to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their
     own source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
+    int8: which weights are quantised.
     Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.
     """
     where = getattr(source, "path", "the source")
@@ -96,7 +103,10 @@ def collect_bundles(
             if rule is not None and data.is_floating_point():
                 compute = rule.compute_dtype or (dtype if rule.storage_dtype is not None else None)
                 dtype = rule.storage_dtype or dtype
-            params.setdefault(owner, []).append(Param(module, attr, key, idle, _form_dtype(data, dtype), compute))
+            quantised = int8(module, name, data) if int8 is not None and attr == "weight" else 0
+            params.setdefault(owner, []).append(
+                Param(module, attr, key, idle, _form_dtype(data, dtype), compute, quantised)
+            )
     if missing:
         raise SourceError(
             f"{where}: {len(missing)} tensors that {type(root).__name__} needs are missing, "

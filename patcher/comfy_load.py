@@ -13,8 +13,10 @@ import torch
 
 from ..ops.disk_map import DiskMap, SourceError
 from .comfy_build import building, detected, refuse_pickle
+from .comfy_int8 import INT8, INT8_AUTO, choose_int8
 from .comfy_ops import operations
 from .comfy_patcher import DynamicModelPatcher
+from .comfy_quant_check import check_quantised
 from .policy import Policy
 
 # As in the core's own loader node.
@@ -23,6 +25,9 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
+    # Loaded as the file has it; quantised as it is brought.
+    INT8: {},
+    INT8_AUTO: {},
 }
 QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
@@ -40,7 +45,10 @@ def _options(path: str, weight_dtype: str) -> dict[str, Any]:
     # Weights live in their file, never on the device as a whole, whatever --highvram says.
     options["offload_device"] = torch.device("cpu")
     fp8_ops = options.get("fp8_optimizations") or comfy.ops.pick_operations(None, None) is comfy.ops.fp8_ops
-    if not fp8_ops and not is_quantised(DiskMap(path)):
+    source = DiskMap(path)
+    if is_quantised(source):
+        check_quantised(source)
+    elif not fp8_ops:
         options["custom_operations"] = operations()
     return options
 
@@ -61,6 +69,8 @@ def load_diffusion_model(
     with building(policy):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
     patcher._check_complete()
+    if weight_dtype in (INT8, INT8_AUTO):
+        choose_int8(patcher, weight_dtype)
     patcher.cached_patcher_init = (load_diffusion_model, (path, weight_dtype, policy))
     return patcher
 

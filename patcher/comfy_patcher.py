@@ -13,12 +13,15 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ..ops.bundle import Bundle
+from ..ops.bundle import Bundle, Param
 from ..ops.disk_map import SourceError
 from ..ops.gather import is_wrapper
 from ..ops.ledger import in_words
 from ..ops.saved_attributes import MISSING, SavedAttributes
+from .attach import Int8Choice
 from .comfy_fixed import place_fixed, place_read_idle
+from .comfy_int8 import quantise_with_progress
+from .comfy_int8_lora import place_loras
 from .comfy_patches import HostPatch, idle_function, rounded
 from .comfy_pins import PIN_SUBSETS, pin_state
 from .comfy_ram import free_ram
@@ -36,9 +39,13 @@ class HostState:
         self.attributes = SavedAttributes()
         self.patchers: set[int] = set()
         self.patches: dict[str, HostPatch] = {}
+        self.int8: Int8Choice | None = None
+        self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
 
     def __deepcopy__(self, memo: dict) -> HostState:
-        return HostState()
+        copied = HostState()
+        copied.int8, copied.notes = self.int8, list(self.notes)
+        return copied
 
     def close(self) -> None:
         """Give all memory back; the modules are the host's again."""
@@ -113,8 +120,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 self.policy,
                 name=type(self.model).__name__,
                 model_dtype=model_dtype,
+                int8=state.int8,
                 may_init=False,
             )
+            for words, level in state.notes:
+                state.dynamic.ledger.decide(words, level=level)
             place_fixed(state.dynamic)
         return state.dynamic
 
@@ -217,6 +227,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+            if self.state.int8 is not None:
+                quantise_with_progress(self)
 
     def _take_over(self) -> None:
         """A twin needs the weights as the classic patcher got them."""
@@ -269,13 +281,25 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         dynamic, state = self.dynamic, self.state
         hooked = hook_patches or {}
         patches = {}
+        quantised: dict[str, Param] = {}
         for key in {*self.patches, *hooked}:
             bundle = dynamic.by_key.get(key)
             if bundle is not None:
                 param = next(param for param in bundle.params if param.key == key)
+                if param.int8:
+                    quantised[key] = param
                 patches[key] = HostPatch(
-                    self.model, key, param.original, param.form.dtype, self.patches.get(key, []), hooked.get(key, [])
+                    self.model,
+                    key,
+                    param.original,
+                    param.form.dtype,
+                    self.patches.get(key, []),
+                    hooked.get(key, []),
+                    rounded=not param.int8,
                 )
+        if quantised and not hooked:
+            chosen = {key: patches[key] for key in quantised}
+            patches.update(place_loras(chosen, quantised, self.policy.int8_lora, dynamic.device, dynamic.ledger))
         changed = [
             key
             for key in {*patches, *state.patches}
@@ -301,6 +325,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         for bundle in dynamic.bundles:
             for param in bundle.params:
                 module, name = param.owner, f"{param.attr}_function"
+                if param.int8 and getattr(module, "layout_type", None) is not None:
+                    # Else the core's op would quantise the input, for a weight in the file's format.
+                    bundle.lent_attributes.append((module, "layout_type", module.layout_type, None))
                 if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
                     continue
                 wrappers = list(self.weight_wrapper_patches.get(param.key, []))

@@ -34,7 +34,10 @@ class HostPatch:
         dtype: torch.dtype,
         patches: list[tuple],
         hooked: list[tuple],
+        *,
+        rounded: bool = True,
     ) -> None:
+        self.rounded = rounded
         self.key = key
         self.dtype = dtype
         self.patches, self.hooked = list(patches), list(hooked)
@@ -64,6 +67,8 @@ class HostPatch:
         if self.dequantise is not None:
             value = self.dequantise(value, inplace=True)
         value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self._originals(patches))
+        if not self.rounded:
+            return value
         seed = comfy.utils.string_to_seed(self.key)
         if self.requantise is None:
             return comfy.float.stochastic_rounding(value, weight.dtype, seed=seed)
@@ -78,7 +83,7 @@ class HostPatch:
 
     def same_as(self, other: Any) -> bool:
         """Whether two patches give the same weight: the same tensors in the same order."""
-        return isinstance(other, HostPatch) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
+        return type(other) is type(self) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
 
 
 def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..ops.pins import Pins
 from ..ops.software_vbar import SoftwareVBAR
 from ..ops.source import Source
 from ..ops.vbar import VBAR
-from .attach import ModelDtype, attach, collect_bundles, detach, load_buffers
+from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
 from .choose_vbar import choose_vbar
 from .eviction import on_eviction
 from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
@@ -46,9 +46,9 @@ class DynamicModel:
     """Runs `module` with weights from `source` on `device`, within `policy`.
 
     Making one reads nothing and maps nothing: memory is reserved in the first forward. `source` None takes the module's
-    own parameters. Calling it calls the module. model_dtype: see `collect_bundles`. backend: a device of another kind,
-    for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or DeviceError where
-    module, source and device do not fit together.
+    own parameters. Calling it calls the module. model_dtype, int8: see `collect_bundles`. backend: a device of another
+    kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or DeviceError
+    where module, source and device do not fit together.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class DynamicModel:
         *,
         name: str | None = None,
         model_dtype: ModelDtype | None = None,
+        int8: Int8Choice | None = None,
         backend: Backend | None = None,
         may_init: bool = True,
     ) -> None:
@@ -72,7 +73,7 @@ class DynamicModel:
         self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self.may_init = may_init
         self._aimdo_failure: str | None = None  # why this model has given comfy-aimdo's VBAR up
-        self.bundles = collect_bundles(module, source, self.policy, model_dtype)
+        self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8)
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
             load_buffers(module, source)
@@ -86,6 +87,7 @@ class DynamicModel:
         self._addresses: list[Bundle] = []
         self._planned_for = 0  # changes of the pins that the plan knows of
         self._traced = False
+        self._resized = False  # bundles are not as large as the addresses that they were given
         attach(self.bundles)
         self._use(Unprepared(self))
         models.add(self)
@@ -159,6 +161,7 @@ class DynamicModel:
 
     def _lay_out(self, vbar: VBAR) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
+        self._resized = False
         on_evict = {bundle: on_eviction(bundle, self.ledger) for bundle in self.bundles}
         self._addresses = interleave([b for b in self._order if self._may_reside(b)], self.cost)
         for bundle in self._addresses:
@@ -252,6 +255,7 @@ class DynamicModel:
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self._aimdo_failure = failure
             self._rebuild()
+        self.settle()
         if not self._traced and self.ledger.counters.steps > 1:
             self._follow_trace()
         if self.caster.vbar.loaded_size() < self.total_bytes:
@@ -260,6 +264,11 @@ class DynamicModel:
             self._grow()
         elif self.budget() is None and self.caster.vbar.kind == "software":
             self._follow_free_memory()
+
+    def settle(self) -> None:
+        """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
+        if self._resized and self.caster is not None and not any(bundle.loan for bundle in self.bundles):
+            self._rebuild()
 
     @property
     def rank(self) -> float:
@@ -374,6 +383,7 @@ class DynamicModel:
         for bundle in touched:
             if bundle.touch():  # its range holds the old size
                 bundle.piece = None
+                self._resized = True
         return len(touched)
 
     # -- memory

@@ -10,6 +10,7 @@ import torch
 
 Keep = Literal["auto", "always", "free after use"]
 Place = Literal["auto", "disk", "ram", "pin"]
+Int8LoRA = Literal["auto", "merge", "side branch"]
 Kind = Literal["auto", "aimdo", "software"]
 
 
@@ -46,7 +47,8 @@ class Policy:
     headroom_bytes: kept free on the device for the computation.
     pinned_bytes: host memory for pins. prefetch: bundles begun ahead. streams: offload streams.
     keep: 'always' never gives way to other models, 'free after use' gives everything back after each run.
-    priority: models of higher priority are evicted later.
+    priority: models of higher priority are evicted later. int8_lora: LoRAs on INT8 weights are merged and quantised
+    once more, or stay beside them in floating point; 'auto' merges while that rounds no worse.
     """
 
     vram_bytes: int | None = None
@@ -57,6 +59,7 @@ class Policy:
     prefetch: int = 2
     streams: int = 2
     vbar: Kind = "auto"
+    int8_lora: Int8LoRA = "auto"
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,6 +73,7 @@ class Policy:
             raise ValueError(f"policy: priority is {self.priority!r}; expected a whole number.")
         _check_choice("policy", self, "keep", Keep)
         _check_choice("policy", self, "vbar", Kind)
+        _check_choice("policy", self, "int8_lora", Int8LoRA)
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule whose pattern matches a module's name."""

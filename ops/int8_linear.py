@@ -1,0 +1,138 @@
+"""INT8 matrix products: weights quantised by row, activations by row as they come (W8A8).
+
+Method: dynamic per-token activation and per-channel weight scales, as in LLM.int8() (arXiv:2208.07339, section 3.1)
+without its outlier columns. Symmetric, 127 steps to each side, scale = largest magnitude / 127.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+# (x, qdata, scale, bias) -> the product in x's dtype, for weights with one scale a row.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+STEPS = 127
+# The largest of many normal numbers grows with their count, and the step with it: beyond this many columns a scale of
+# its own for each part keeps the error of a product under 1.2 %.
+GROUP = 1536
+# Rows of x that are multiplied at a time, a bound on temporary memory: every product reads the whole weight again.
+CHUNK_ROWS = 1024
+CHUNK_BYTES = 32 << 20
+
+_kernels: dict[str, Kernel] = {}
+
+
+def register_kernel(device_type: str, kernel: Kernel) -> None:
+    """Use a library's kernel on devices of that type, where a weight has one scale a row."""
+    _kernels[device_type] = kernel
+
+
+def group_count(columns: int, device_type: str) -> int:
+    """Parts of a row that have a scale of their own: on a CPU as few as keep the error bound, else 1.
+
+    Kernels of other devices are made for one scale a row, and lose more by several products than a scale gains.
+    """
+    if device_type != "cpu":
+        return 1
+    for count in range(max(1, -(-columns // GROUP)), max(2, columns // 256)):
+        if columns % count == 0:
+            return count
+    return 1
+
+
+def quantise_rows(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) float -> int8 of the same shape, and fp32 scales (rows, groups)."""
+    rows, columns = x.shape
+    parts = x.reshape(rows, groups, columns // groups)
+    # Not zero: a row of zeros is zeros.
+    scale = parts.abs().amax(-1, keepdim=True).float().div_(STEPS).clamp_(min=torch.finfo(torch.float32).tiny * 256)
+    quantised = torch.mul(parts, scale.reciprocal()).round_().to(torch.int8)
+    return quantised.reshape(rows, columns), scale.squeeze(-1)
+
+
+def dequantise_rows(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The opposite: (rows, columns) int8 with scales (rows, groups) -> float."""
+    rows, columns = qdata.shape
+    parts = qdata.reshape(rows, scale.shape[1], -1)
+    return torch.mul(parts, scale.unsqueeze(-1)).to(dtype).reshape(rows, columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_int_mm(device_type: str, index: int | None) -> bool:
+    ones = torch.ones(32, 32, dtype=torch.int8, device=torch.device(device_type, index))
+    try:
+        return int(torch._int_mm(ones, ones.t())[0, 0]) == 32
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+@torch.compiler.assume_constant_result
+def has_int_mm(device_type: str, index: int | None) -> bool:
+    """Whether torch multiplies INT8 matrices on a device."""
+    return _has_int_mm(device_type, index)
+
+
+def _multiplies(x: torch.Tensor, qdata: torch.Tensor) -> bool:
+    """Whether torch._int_mm takes these shapes. CUDA wants multiples of 8: aten/native/cuda/Blas.cpp."""
+    rows, columns = qdata.shape
+    if x.device.type != "cpu" and (rows % 8 or columns % 8):
+        return False
+    return has_int_mm(x.device.type, x.device.index)
+
+
+def int8_linear(
+    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., columns) times qdata (rows, columns) transposed, plus bias (rows), in x's dtype.
+
+    scale: (rows, groups), fp32. What no INT8 kernel takes is computed with the dequantised weight.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    groups = scale.shape[1]
+    if groups == 1:
+        kernel = _kernels.get(x.device.type)
+        if kernel is not None:
+            return kernel(flat, qdata, scale, bias).reshape(*x.shape[:-1], qdata.shape[0])
+    if not _multiplies(flat, qdata):
+        return torch.nn.functional.linear(x, dequantise_rows(qdata, scale, x.dtype), bias)
+    return _products(flat, qdata, scale, bias).reshape(*x.shape[:-1], qdata.shape[0])
+
+
+def _products(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    count, rows = x.shape[0], scale.shape[0]
+    step = max(CHUNK_ROWS, CHUNK_BYTES // (rows * 4))
+    if torch.compiler.is_compiling() or count <= step:
+        return _product(x, qdata, scale, bias)
+    result = x.new_empty(count, rows)
+    for start in range(0, count, step):
+        result[start : start + step] = _product(x[start : start + step], qdata, scale, bias)
+    return result
+
+
+def _product(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    groups = scale.shape[1]
+    width = x.shape[1] // groups
+    quantised, x_scale = quantise_rows(x, groups)
+    total: torch.Tensor | None = None
+    for group in range(groups):
+        part = slice(group * width, (group + 1) * width)
+        product = _int_mm(quantised[:, part], qdata[:, part]) if groups > 1 else _int_mm(quantised, qdata)
+        scaled = torch.mul(product, x_scale[:, group : group + 1])
+        if total is None:
+            total = scaled.mul_(scale[:, group].contiguous())
+        else:
+            total.addcmul_(scaled, scale[:, group].contiguous())
+    assert total is not None
+    if bias is not None:
+        total += bias
+    return total.to(x.dtype)
+
+
+def _int_mm(x: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
+    count = x.shape[0]
+    if x.device.type != "cpu" and count <= 16:  # CUDA wants more rows
+        return torch._int_mm(torch.nn.functional.pad(x, (0, 0, 0, 32 - count)), qdata.t())[:count]
+    return torch._int_mm(x, qdata.t())
