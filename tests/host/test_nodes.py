@@ -50,7 +50,7 @@ def test_schema(node):
     assert schema.outputs
 
 
-@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_DTYPES if not name.startswith("int8")])
 def test_load_diffusion_model(weight_dtype, file, checkpoint):
     name = file("diffusion_models", "flux", **SMALL)
     (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype=weight_dtype).args
