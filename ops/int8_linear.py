@@ -17,10 +17,10 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | Non
 STEPS = 127
 # The largest of many normal numbers grows with their count, and the step with it: beyond this many columns a scale of
 # its own for each part keeps the error of a product under 1.2 %.
-GROUP = 1536
-# Rows of x that are multiplied at a time, a bound on temporary memory: every product reads the whole weight again.
-CHUNK_ROWS = 1024
-CHUNK_BYTES = 32 << 20
+GROUP = 2048
+# Of products before they are rescaled, a bound on temporary memory; but every product reads the whole weight again.
+CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
+CACHED_BYTES = 1 << 20  # of a product that is rescaled at a time: what a core's own cache holds
 
 _kernels: dict[str, Kernel] = {}
 
@@ -102,33 +102,49 @@ def int8_linear(
 
 
 def _products(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    count, rows = x.shape[0], scale.shape[0]
-    step = max(CHUNK_ROWS, CHUNK_BYTES // (rows * 4))
-    if torch.compiler.is_compiling() or count <= step:
-        return _product(x, qdata, scale, bias)
+    count, (rows, groups) = x.shape[0], scale.shape
+    step = max(CHUNK_ROWS, CHUNK_BYTES // (4 * rows * groups))
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return _rescaled(*_product(x, qdata, scale), bias, x.dtype)
     result = x.new_empty(count, rows)
     for start in range(0, count, step):
-        result[start : start + step] = _product(x[start : start + step], qdata, scale, bias)
+        products, scales, x_scale = _product(x[start : start + step], qdata, scale)
+        # Rescaling takes several passes: by parts that stay in the cache.
+        small = max(1, CACHED_BYTES // (rows * 4))
+        for first in range(0, products[0].shape[0], small):
+            part = slice(first, first + small)
+            made = _rescaled([product[part] for product in products], scales, x_scale[part], bias, x.dtype)
+            result[start + first : start + first + made.shape[0]] = made
     return result
 
 
-def _product(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The int32 products of each group, the scales of its columns, and those of the rows (rows, groups)."""
     groups = scale.shape[1]
     width = x.shape[1] // groups
     quantised, x_scale = quantise_rows(x, groups)
-    total: torch.Tensor | None = None
-    for group in range(groups):
-        part = slice(group * width, (group + 1) * width)
-        product = _int_mm(quantised[:, part], qdata[:, part]) if groups > 1 else _int_mm(quantised, qdata)
-        scaled = torch.mul(product, x_scale[:, group : group + 1])
-        if total is None:
-            total = scaled.mul_(scale[:, group].contiguous())
-        else:
-            total.addcmul_(scaled, scale[:, group].contiguous())
-    assert total is not None
+    if groups == 1:
+        return [_int_mm(quantised, qdata)], [scale[:, 0]], x_scale
+    parts = [slice(group * width, (group + 1) * width) for group in range(groups)]
+    products = [_int_mm(quantised[:, part], qdata[:, part]) for part in parts]
+    return products, list(scale.t().contiguous()), x_scale
+
+
+def _rescaled(
+    products: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    x_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    total = products[0].float().mul_(x_scale[:, :1]).mul_(scales[0])
+    for group in range(1, len(products)):
+        total.addcmul_(products[group].float().mul_(x_scale[:, group : group + 1]), scales[group])
     if bias is not None:
         total += bias
-    return total.to(x.dtype)
+    return total.to(dtype)
 
 
 def _int_mm(x: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,202 @@
+"""INT8 beside bf16 and fp32: linear layers of real shapes, and a whole model's step.
+
+    python dev.py bench int8                              # about two minutes and 1.2 GB of disk on two CPU cores
+    python dev.py bench int8 --gb 0.2 --rounds 3          # a small model, to see that it runs
+    python dev.py bench int8 --device cuda --json result.json
+
+Everything runs in one process, in turns; each ratio is of two figures of the same round, and the median counts. The
+model is the demo's Flux in bf16; beside the time of its steps stands how far its latents are from bf16's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _report as report
+import torch
+import torch.nn.functional as F
+from _pack import load_pack
+
+from demo.checkpoint import ensure_checkpoint
+from demo.flux import Flux, config_from_keys
+from demo.sampling import make_inputs, sample
+
+load_pack()
+from spillway.ops.disk_map import DiskMap
+from spillway.ops.int8_linear import group_count
+from spillway.ops.int8_weight import Int8Weight
+from spillway.ops.skip_init import skip_model_initialization
+from spillway.patcher.dynamic import DynamicModel
+from spillway.patcher.int8_layers import Int8Layers
+from spillway.patcher.policy import Policy
+
+# Columns and rows of weights: Flux, Wan 14B, SDXL.
+SHAPES = ((3072, 3072), (3072, 12288), (12288, 3072), (5120, 5120), (1280, 5120), (1024, 4096))
+TOKENS = (256, 1024)
+DTYPES = (torch.bfloat16, torch.float32)
+SHARES = {"bf16": None, "INT8": None, "INT8, 50 %": 0.5, "INT8, 0 %": 0.0}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            synchronise(device)
+            began = time.perf_counter()
+            calls[name]()
+            synchronise(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Linear layers of normal numbers in floating point and in INT8: seconds, their ratio, and the relative error."""
+    found = []
+    for columns, rows in SHAPES:
+        for tokens in TOKENS:
+            for dtype in DTYPES:
+                x = torch.randn(tokens, columns, device=args.device, dtype=dtype)
+                weight = torch.randn(rows, columns, device=args.device, dtype=dtype)
+                groups = group_count(columns, args.device.type)
+                quantised = Int8Weight(
+                    torch.empty(weight.shape, dtype=torch.int8, device=args.device),
+                    torch.empty(rows, groups, device=args.device),
+                    dtype,
+                )
+                quantised.quantise_(weight)
+                # Bound now: the loop goes on before nobody calls them any more.
+                calls = {
+                    "float": lambda x=x, weight=weight: F.linear(x, weight),
+                    "int8": lambda x=x, quantised=quantised: F.linear(x, quantised),
+                }
+                seconds = in_turns(calls, args.rounds, args.device)
+                wanted = F.linear(x.double(), weight.double())
+                found.append(
+                    {
+                        "columns": columns,
+                        "rows": rows,
+                        "tokens": tokens,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "float_s": report.median(seconds["float"]),
+                        "int8_s": report.median(seconds["int8"]),
+                        "gain": report.ratio(seconds["float"], seconds["int8"]),
+                        "error": float((calls["int8"]().double() - wanted).norm() / wanted.norm()),
+                    }
+                )
+    return found
+
+
+def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Steps of the demo's model in bf16 and in INT8 at several residencies, in turns."""
+    path = ensure_checkpoint(gb=args.gb)
+    source = DiskMap(path)
+    config = config_from_keys({key: source.spec(key) for key in source.keys()})  # noqa: SIM118 - no mapping
+    models, quantise_s = {}, {}
+    noise, ids, conditioning = make_inputs(config, args.size)
+    for name, share in SHARES.items():
+        with skip_model_initialization():
+            module = Flux(config).to(torch.bfloat16)
+        int8 = Int8Layers("Flux", args.device.type) if "INT8" in name else None
+        model = DynamicModel(module, DiskMap(path), args.device, int8=int8)
+        total = model.total_bytes
+        model.set_policy(Policy(vram_bytes=None if share is None else int(share * total), pinned_bytes=2 * total))
+        models[name] = model
+
+    def run(name: str, steps: int = 1) -> torch.Tensor:
+        return sample(models[name], noise, ids, conditioning, device=args.device, steps=steps)
+
+    for name in models:  # the first step reads, and quantises
+        began = time.perf_counter()
+        run(name)
+        quantise_s[name] = time.perf_counter() - began
+        run(name)
+    seconds = in_turns({name: lambda name=name: run(name) for name in models}, args.rounds, args.device)
+    latents = {name: run(name, 4).double().flatten() for name in models}
+    rows = {}
+    for name, model in models.items():
+        rows[name] = {
+            "bytes": model.total_bytes,
+            "first_step_s": quantise_s[name],
+            "step_s": report.median(seconds[name]),
+            "gain": report.ratio(seconds["bf16"], seconds[name]),
+            "cosine": float(torch.nn.functional.cosine_similarity(latents[name], latents["bf16"], dim=0)),
+        }
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--gb", type=float, default=1.1, help="size of the model in bf16 (default %(default)s)")
+    parser.add_argument("--size", type=int, default=384, help="pixels per side (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        layers = linear_layers(args)
+        rows = whole_model(args)
+    print(f"\nLinear layers on {args.device}, {args.threads} threads\n")
+    columns = ("weight", "tokens", "dtype", "float, ms", "INT8, ms", "gain", "error")
+    print(
+        report.table(
+            columns,
+            [
+                (
+                    f"{row['columns']} -> {row['rows']}",
+                    str(row["tokens"]),
+                    row["dtype"],
+                    report.number(1e3 * row["float_s"]),
+                    report.number(1e3 * row["int8_s"]),
+                    report.number(row["gain"]),
+                    f"{100 * row['error']:.2f} %",
+                )
+                for row in layers
+            ],
+        )
+    )
+    print(f"\nFlux in bf16, {args.size} x {args.size}\n")
+    print(
+        report.table(
+            ("", "MB", "first step, s", "step, s", "gain", "cosine to bf16"),
+            [
+                (
+                    name,
+                    report.megabytes(row["bytes"]),
+                    report.number(row["first_step_s"]),
+                    report.number(row["step_s"]),
+                    report.number(row["gain"]),
+                    f"{row['cosine']:.6f}",
+                )
+                for name, row in rows.items()
+            ],
+        )
+    )
+    if args.json:
+        report.write(args.json, report.result(device=str(args.device), linear_layers=layers, whole_model=rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
