@@ -48,10 +48,10 @@ def register_kitchen() -> None:
     import comfy_kitchen
 
     backends = comfy_kitchen.list_backends()
-    if any(
-        backends.get(name, {}).get("available") and not backends[name].get("disabled") for name in _KITCHEN_BACKENDS
-    ):
-        register_kernel("cuda", _kitchen_linear)
+    for name in _KITCHEN_BACKENDS:
+        found = backends.get(name, {})
+        if found.get("available") and not found.get("disabled") and "int8_linear" in found.get("capabilities", ()):
+            register_kernel("cuda", _kitchen_linear)
 
 
 def _kitchen_linear(
