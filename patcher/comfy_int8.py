@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ..ops.gather import is_wrapper
+from ..ops.gather import is_wrapper, tensor_bytes
 from ..ops.int8_linear import Kernel, register_kernel
 from ..ops.int8_measure import Timing, measure
 from .int8_layers import Int8Layers
@@ -71,11 +71,14 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     root = model.diffusion_model
     layers = HostInt8Layers(type(root).__name__, device.type, "diffusion_model.")
     shapes: Counter[tuple[int, int]] = Counter()
-    quantised = 0
+    quantised = saved = 0
     for name, module in root.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and layers(module, f"diffusion_model.{name}", weight.detach()):
-            shapes[tuple(weight.shape)] += 1  # type: ignore[index]
+        groups = 0 if weight is None else layers(module, f"diffusion_model.{name}", weight.detach())
+        if weight is not None and groups:
+            rows, columns = weight.shape
+            shapes[rows, columns] += 1
+            saved += tensor_bytes(weight.detach()) - rows * (columns + 4 * groups)
         elif is_wrapper(weight) and "INT8" in str(getattr(weight, "_layout_cls", "")):
             quantised += 1
     if not shapes:
@@ -92,6 +95,7 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     if not timing.wins and wanted == INT8_AUTO:
         return _noted(patcher, f"{count} keep their dtype: {timing.in_words()}")
     patcher.state.int8 = layers
+    patcher.size = patcher.model_size() - saved  # what the core makes room for
     if timing.wins:
         return _noted(patcher, f"{count} are quantised to INT8 as they are loaded: {timing.in_words()}")
     return _noted(

@@ -114,6 +114,15 @@ def test_other_dtypes(dtype, checkpoint):
     assert len(int8_layers(model)) == 10
 
 
+def test_the_core_makes_room_for_what_is_left(flux):
+    plain, model = load_diffusion_model(flux), load_diffusion_model(flux, "int8")
+    run(model, 1)
+    weights = [p for b in model.dynamic.bundles for p in b.params if p.int8]
+    bf16 = sum(2 * p.source.numel() for p in weights)
+    int8 = sum(p.form.qdata.nbytes + p.form.scale.nbytes for p in weights)
+    assert model.model_size() == model.clone().model_size() == plain.model_size() - bf16 + int8
+
+
 # -- files that are quantised
 
 
