@@ -11,6 +11,7 @@ from ..ops.partial_file import sweep_noted
 from ..patcher.comfy_save_target import journal
 from . import routes
 from .cache_policy import SpillwayCachePolicy
+from .compile import INT8LazyTorchCompile
 from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from .make_dynamic import SpillwayMakeDynamic
@@ -47,6 +48,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,
             SpillwayPolicy,
+            INT8LazyTorchCompile,
             SpillwayMergeModels,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .disk_map import DiskMap, SourceError, locate
 from .gather import gathered_bytes, inner_tensors, is_wrapper, like
 from .int8_weight import PART_BYTES, Int8Weight
+
+if TYPE_CHECKING:
+    from .block import Block
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -116,6 +119,7 @@ class Bundle:
         self.views: list[torch.Tensor] | None = None
         self.loan: Any = None
         self.depth = 0
+        self.block: Block | None = None  # set: the bundle of a whole block of modules
         # (object, attribute, value while idle, value while lent), for hosts whose ops read more than parameters.
         self.lent_attributes: list[tuple[Any, str, Any, Any]] = []
         self.refresh()

@@ -4,6 +4,7 @@ classes.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,11 @@ import torch
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .caster import Caster
+
+COMPILED_BY_OTHERS = (
+    "another node compiles this model: what lies between its layers is compiled, the layers are not, as their weights "
+    "come and go. INT8 Lazy Torch Compile compiles whole blocks of it instead."
+)
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
@@ -35,7 +41,13 @@ class DynamicLayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bundle = self.spillway_bundle
-        if bundle is None or bundle.depth:
+        if bundle is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, bundle, args, kwargs)
+        if bundle.block is not None:
+            return bundle.block.forward(self, super().forward, args, kwargs)  # type: ignore[misc]
+        if bundle.depth:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         caster = self.spillway_caster
         assert caster is not None
@@ -53,6 +65,16 @@ class DynamicLayer:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             caster.exit(bundle)
+
+
+@torch.compiler.disable
+def _uncompiled(layer: DynamicLayer, bundle: Bundle, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A layer inside of what somebody else compiles: a graph must not own weights that come and go."""
+    caster: Any = bundle.module.spillway_caster
+    ledger = getattr(caster, "ledger", None)  # none before the first forward has prepared the model
+    if ledger is not None:
+        ledger.decide_once(COMPILED_BY_OTHERS, level=logging.WARNING)
+    return layer.forward(*args, **kwargs)
 
 
 def dynamic_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:

@@ -28,6 +28,8 @@ class Counters:
     stalls: int = 0  # times the host waited for the device
     retries: int = 0  # layers run again after an out-of-memory error
     steps: int = 0
+    graphs_compiled: int = 0  # by torch.compile, for blocks of this model
+    compile_seconds: float = 0.0  # calls of blocks in which something was compiled
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
+from ..ops.block import Block
 from ..ops.bundle import Bundle, Param
 from ..ops.disk_map import SourceError
 from ..ops.gather import is_wrapper
@@ -31,12 +32,12 @@ def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
 WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 
 
-def _owner(modules: Mapping[str, torch.nn.Module], name: str) -> str:
+def _owner(modules: Mapping[str, torch.nn.Module], name: str, blocks: Collection[str] = ()) -> str:
     """The module whose forward needs the parameters of module `name`."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         above = ".".join(parts[:end])
-        if isinstance(modules.get(above), WHOLE):
+        if above in blocks or isinstance(modules.get(above), WHOLE):
             return above
     while name and not has_forward(modules[name]):
         name = name.rpartition(".")[0]
@@ -49,13 +50,14 @@ def collect_bundles(
     policy: Policy,
     model_dtype: ModelDtype | None = None,
     int8: Int8Choice | None = None,
+    blocks: Collection[str] = (),
 ) -> list[Bundle]:
     """The bundles of a module tree, in registration order.
 
     A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList)
     go to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their
     own source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
-    int8: which weights are quantised.
+    int8: which weights are quantised. blocks: names of modules that get one bundle for all that is in them.
     Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.
     """
     where = getattr(source, "path", "the source")
@@ -67,7 +69,7 @@ def collect_bundles(
         every = root.named_parameters(remove_duplicate=False)
         tied = {id(parameter): key for key, parameter in every if key in source}
     for name, module in modules.items():
-        owner = _owner(modules, name)
+        owner = _owner(modules, name, blocks)
         if isinstance(module, torch.nn.RNNBase):
             raise Unsupported(
                 f"'{name}' is a {type(module).__name__}, which keeps its own list of its weights, so they cannot be "
@@ -117,11 +119,19 @@ def collect_bundles(
         bundle = Bundle(name, modules[name], entries)
         rule = policy.rule_for(name)
         bundle.place = rule.offload if rule is not None else "auto"
+        if name in blocks:
+            bundle.block = Block(bundle, _members(modules[name], entries))
         bundles.append(bundle)
     # Registration order is the best guess at the execution order until the first step has run.
     for bundle, following in zip(bundles, bundles[1:] + bundles[:1], strict=True):
         bundle.successor = following
     return bundles
+
+
+def _members(block: torch.nn.Module, params: list[Param]) -> list[torch.nn.Module]:
+    """The modules in a block that can be called and have parameters of their own."""
+    owners = dict.fromkeys(param.owner for param in params)
+    return [module for module in owners if module is not block and has_forward(module)]
 
 
 def load_buffers(root: torch.nn.Module, source: Source) -> None:
@@ -144,9 +154,14 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
 def attach(bundles: list[Bundle]) -> None:
     """Make the bundles' modules borrow: their classes are swapped, their parameters are the idle ones."""
     for bundle in bundles:
-        bundle.module.__class__ = dynamic_class(type(bundle.module))
-        bundle.module.spillway_bundle = bundle  # type: ignore[assignment]
+        for module in _borrowers(bundle):
+            module.__class__ = dynamic_class(type(module))
+            module.spillway_bundle = bundle  # type: ignore[assignment]
         bundle.restore()
+
+
+def _borrowers(bundle: Bundle) -> list[torch.nn.Module]:
+    return [bundle.module, *(bundle.block.members if bundle.block is not None else ())]
 
 
 def detach(bundles: list[Bundle]) -> None:
@@ -155,9 +170,9 @@ def detach(bundles: list[Bundle]) -> None:
         for param in bundle.params:
             param.idle = param.original
         bundle.restore()
-        module = bundle.module
-        plain = getattr(type(module), "spillway_plain_class", None)
-        if plain is not None:
-            module.__class__ = plain
-        module.__dict__.pop("spillway_bundle", None)
-        module.__dict__.pop("spillway_caster", None)
+        for module in _borrowers(bundle):
+            plain = getattr(type(module), "spillway_plain_class", None)
+            if plain is not None:
+                module.__class__ = plain
+            module.__dict__.pop("spillway_bundle", None)
+            module.__dict__.pop("spillway_caster", None)

@@ -19,6 +19,8 @@ from ..ops.gather import is_wrapper
 from ..ops.ledger import in_words
 from ..ops.saved_attributes import MISSING, SavedAttributes
 from .attach import Int8Choice
+from .comfy_blocks import block_names
+from .comfy_compile import CompileRequest, SharedCompilers
 from .comfy_fixed import place_fixed, place_read_idle
 from .comfy_int8 import quantise_with_progress
 from .comfy_int8_lora import place_loras
@@ -41,6 +43,9 @@ class HostState:
         self.patches: dict[str, HostPatch] = {}
         self.int8: Int8Choice | None = None
         self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
+        # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
+        self.lends_blocks = False
+        self.compilers = SharedCompilers()
 
     def __deepcopy__(self, memo: dict) -> HostState:
         copied = HostState()
@@ -49,7 +54,7 @@ class HostState:
 
     def close(self) -> None:
         """Give all memory back; the modules are the host's again."""
-        dynamic, self.dynamic = self.dynamic, None
+        dynamic, self.dynamic, self.lends_blocks = self.dynamic, None, False
         if dynamic is not None:
             dynamic.close()
         self.patches = {}
@@ -69,6 +74,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # A twin's classic patcher (a weak reference): see dynamic_twin.
     origin: Any = None
+    # Set: transformer blocks are lent as a whole, and compiled as it says.
+    compile_request: CompileRequest | None = None
 
     def __init__(
         self,
@@ -113,6 +120,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if state.dynamic is not None and state.dynamic.device != _engine_device(self.load_device):
             state.close()
         if state.dynamic is None:
+            state.lends_blocks = self.compile_request is not None
             state.dynamic = DynamicModel(
                 self.model,
                 None,
@@ -122,6 +130,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 model_dtype=model_dtype,
                 int8=state.int8,
                 may_init=False,
+                blocks=block_names(self.model) if state.lends_blocks else (),
             )
             for words, level in state.notes:
                 state.dynamic.ledger.decide(words, level=level)
@@ -147,6 +156,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
             cloned.policy = self.policy
+            cloned.compile_request = self.compile_request
         return cloned
 
     def loaded_size(self) -> int:
@@ -212,6 +222,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             if self.origin is not None and self.state.dynamic is None:
                 self._take_over()
             self._check_complete()
+            if self.compile_request is not None and not self.state.lends_blocks:
+                self.state.close()
             dynamic = self.dynamic
             free_ram(2 * self.model_size(), keep=dynamic)
             if dynamic.policy != self.policy:
@@ -221,6 +233,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             hooked = self.get_combined_hook_patches(self.forced_hooks)
             self._attach_patches(hooked)
             self._hooked = bool(hooked)
+            self.state.compilers.use(dynamic, self.compile_request)
             self.model.device = device_to
             self.model.model_lowvram = False
             self.model.current_weight_patches_uuid = self.patches_uuid

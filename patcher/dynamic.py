@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ class DynamicModel:
     """Runs `module` with weights from `source` on `device`, within `policy`.
 
     Making one reads nothing and maps nothing: memory is reserved in the first forward. `source` None takes the module's
-    own parameters. Calling it calls the module. model_dtype, int8: see `collect_bundles`. backend: a device of another
-    kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or DeviceError
-    where module, source and device do not fit together.
+    own parameters. Calling it calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a device of
+    another kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or
+    DeviceError where module, source and device do not fit together.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class DynamicModel:
         int8: Int8Choice | None = None,
         backend: Backend | None = None,
         may_init: bool = True,
+        blocks: Collection[str] = (),
     ) -> None:
         self.module = module
         self.policy = policy or Policy()
@@ -73,7 +74,7 @@ class DynamicModel:
         self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self.may_init = may_init
         self._aimdo_failure: str | None = None  # why this model has given comfy-aimdo's VBAR up
-        self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8)
+        self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8, blocks)
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
             load_buffers(module, source)

@@ -1,0 +1,55 @@
+"""A block that is lent as a whole: one bundle for all of its modules, one transfer, one loan around its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .layer import is_out_of_memory
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .caster import Caster
+
+# Gets the plain forward, its arguments and the caster, while the block is lent.
+Compute = Callable[[Callable[..., Any], "Caster", tuple, dict[str, Any]], Any]
+
+
+class Block:
+    """How the modules of one block run.
+
+    members: the modules inside that have parameters. One that is called while its block is not running borrows the
+    block by itself. compute: runs the block in place of its forward (compiled), None for the forward.
+    """
+
+    def __init__(self, bundle: Bundle, members: list[torch.nn.Module]) -> None:
+        self.bundle = bundle
+        self.members = members
+        self.compute: Compute | None = None
+
+    def forward(self, module: torch.nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        bundle = self.bundle
+        caster: Any = bundle.module.spillway_caster
+        if bundle.depth:
+            return self._part(module, caster, plain, args, kwargs)
+        caster.enter(bundle)
+        try:
+            if module is bundle.module and self.compute is not None:
+                return self.compute(plain, caster, args, kwargs)
+            return self._part(module, caster, plain, args, kwargs)
+        finally:
+            caster.exit(bundle)
+
+    def _part(
+        self, module: torch.nn.Module, caster: Caster, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return plain(*args, **kwargs)
+        except Exception as error:
+            # Blocks write into what they are given, so only a single op can be run again.
+            single = next(module.children(), None) is None
+            if not single or not is_out_of_memory(error) or not caster.make_room(self.bundle, error):
+                raise
+        return plain(*args, **kwargs)
