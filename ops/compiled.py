@@ -51,6 +51,13 @@ def compile_count() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def graph_breaks() -> set[str]:
+    """Why torch has compiled functions in pieces in this process."""
+    from torch._dynamo.utils import counters
+
+    return set(counters["graph_break"])
+
+
 @contextlib.contextmanager
 def compiler_settings(limit: int) -> Iterator[None]:
     """The number of graphs a function may have; and sizes that happen to be equal are not taken for one."""
@@ -146,7 +153,7 @@ class CompiledFunction:
             for index, copy in zip(at_risk, kept, strict=True):
                 given[index].copy_(copy)
 
-        before, start = compile_count(), time.perf_counter()
+        before, broken, start = compile_count(), graph_breaks(), time.perf_counter()
         try:
             try:
                 result = self._call(written is None, names, tensors, args, kwargs)
@@ -172,7 +179,15 @@ class CompiledFunction:
             self._seen[key] = [
                 index for index, copy in zip(at_risk, kept, strict=True) if not torch.equal(given[index], copy)
             ]
+            self._check_pieces(tensors, graph_breaks() - broken)
         return result
+
+    def _check_pieces(self, tensors: list[torch.Tensor], broken: set[str]) -> None:
+        """A quantised weight that broke the graph would break it in every layer, and at every other size again."""
+        packages = {type(tensor).__module__.partition(".")[0] for tensor in tensors if is_wrapper(tensor)}
+        for package in packages - {"torch"}:
+            if any(package in text for text in broken):
+                self.failed = f"its quantised weights ({package}) cannot be traced in one piece"
 
     def _call(
         self, may_compile: bool, names: list[str], tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]
@@ -242,7 +257,10 @@ class BlockCompiler:
             return caster.make_room(block.bundle, error)
 
         try:
-            return function(names, tensors, *prepared, retry, self._note, self.passes)
+            result = function(names, tensors, *prepared, retry, self._note, self.passes)
+            if function.failed is not None:
+                self._say_failed(function.name, function.failed)
+            return result
         except Failed as failure:
             function.failed = str(failure)
         self._say_failed(function.name, function.failed)

@@ -104,7 +104,8 @@ def int8_linear(
 def _products(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     count, (rows, groups) = x.shape[0], scale.shape
     step = max(CHUNK_ROWS, CHUNK_BYTES // (4 * rows * groups))
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    # Where a graph is made for any number of rows, that number is a symbol: parts would fix it.
+    if torch.compiler.is_compiling() or isinstance(count, torch.SymInt) or x.device.type != "cpu":
         return _rescaled(*_product(x, qdata, scale), bias, x.dtype)
     result = x.new_empty(count, rows)
     for start in range(0, count, step):

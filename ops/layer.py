@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -67,7 +68,8 @@ class DynamicLayer:
             caster.exit(bundle)
 
 
-@torch.compiler.disable
+# torch.compiler.disable would import the compiler, which takes seconds, for everybody.
+@_disable_dynamo
 def _uncompiled(layer: DynamicLayer, bundle: Bundle, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A layer inside of what somebody else compiles: a graph must not own weights that come and go."""
     caster: Any = bundle.module.spillway_caster

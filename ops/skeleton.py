@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .gather import is_wrapper
+from .gather import inner_tensors, is_wrapper
 
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What torch keeps in a module beside its configuration; `training` is configuration.
@@ -62,7 +62,10 @@ def _settings(module: torch.nn.Module, where: str) -> dict[str, Hashable]:
 
 
 def _tensor(tensor: torch.Tensor | None) -> Hashable:
-    return None if tensor is None else (type(tensor) if is_wrapper(tensor) else None, tensor.dtype, tuple(tensor.shape))
+    if tensor is None:
+        return None
+    parts = tuple((part.dtype, tuple(part.shape)) for part in inner_tensors(tensor)) if is_wrapper(tensor) else ()
+    return type(tensor) if parts else None, tensor.dtype, tuple(tensor.shape), parts
 
 
 def signature(block: torch.nn.Module) -> Hashable:

@@ -12,6 +12,7 @@ import torch
 from ..ops.disk_map import SourceError
 from .attach import Unsupported
 from .comfy_build import building
+from .comfy_compile import refuse_compiled
 from .comfy_patcher import DynamicModelPatcher
 from .policy import Policy
 
@@ -100,6 +101,9 @@ def dynamic_model(patcher: Any, policy: Policy | None = None) -> Any:
     for name in CARRIED:
         if hasattr(carrier, name):
             setattr(made, name, getattr(carrier, name))
+    # A part that was compiled is of the model that came in, and has that one's weights.
+    patches = made.object_patches.items()
+    made.object_patches = {name: patch for name, patch in patches if not refuse_compiled(made.model, name, patch)}
     _ = made.dynamic  # what cannot be dynamic is said here, not in the middle of a run
     return made
 

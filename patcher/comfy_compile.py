@@ -97,6 +97,23 @@ class SharedCompilers:
         compiler.attach(blocks)
 
 
+def refuse_compiled(model: torch.nn.Module, name: str, patch: Any) -> bool:
+    """Whether an object patch puts a compiled module in the place of a part of ours, which then stays uncompiled.
+
+    In that place it would give the weights inside of it other names, and LoRAs that go by name would miss them.
+    """
+    if not hasattr(patch, "_orig_mod"):  # torch's OptimizedModule, without importing the compiler
+        return False
+    log.warning(
+        "[Spillway] %s: another node compiles '%s' in place, which would hide its weights from LoRAs: it runs "
+        "uncompiled. %s compiles it.",
+        type(model).__name__,
+        name,
+        WHO,
+    )
+    return True
+
+
 # -- other models
 
 

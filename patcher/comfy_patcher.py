@@ -20,7 +20,7 @@ from ..ops.ledger import in_words
 from ..ops.saved_attributes import MISSING, SavedAttributes
 from .attach import Int8Choice
 from .comfy_blocks import block_names
-from .comfy_compile import CompileRequest, SharedCompilers
+from .comfy_compile import CompileRequest, SharedCompilers, refuse_compiled
 from .comfy_fixed import place_fixed, place_read_idle
 from .comfy_int8 import quantise_with_progress
 from .comfy_int8_lora import place_loras
@@ -136,6 +136,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 state.dynamic.ledger.decide(words, level=level)
             place_fixed(state.dynamic)
         return state.dynamic
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """Refused for a module of ours that another node has compiled: see `refuse_compiled`."""
+        if not refuse_compiled(self.model, name, obj):
+            super().add_object_patch(name, obj)
 
     def set_policy(self, policy: Policy) -> None:
         """The policy of this patcher; it takes effect when the model is next loaded."""

@@ -9,6 +9,7 @@ import logging
 import checkpoints
 import comfy.model_management
 import comfy.model_patcher
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import pytest
@@ -18,6 +19,7 @@ import torch._dynamo.utils
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from pairs import SMALL, assert_same, run
+from test_ops import quantised
 
 from spillway.nodes.compile import INT8LazyTorchCompile
 from spillway.ops import compiled as engine
@@ -195,14 +197,66 @@ def test_a_checkpoint_of_fp16(checkpoint):
     assert engine.compile_count() and not said(model, "uncompiled")
 
 
-@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_fast"])
-def test_fp8(weight_dtype, checkpoint):
-    path = checkpoint("flux", **SMALL)
+@pytest.fixture
+def lora_path(checkpoint, models_dir):
+    return checkpoints.lora(str(models_dir / "loras" / "compile-quantised.safetensors"), checkpoint("flux", **SMALL))
+
+
+@pytest.fixture
+def quantised_file(checkpoint, models_dir):
+    """`quantised_file("int8_tensorwise")`: a Flux whose large matrices are in that format."""
+
+    def make(kind):
+        if kind not in comfy.quant_ops.QUANT_ALGOS:
+            pytest.skip(f"this ComfyUI has no {kind}")
+        return quantised(
+            models_dir / "diffusion_models" / f"compile-{kind}.safetensors", checkpoint("flux", **SMALL), kind
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "int8"])
+def test_quantised_while_loading(weight_dtype, checkpoint, lora_path):
+    check_quantised(checkpoint("flux", **SMALL), weight_dtype, lora_path)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantised_files(kind, quantised_file, lora_path):
+    """As they are computed with on a CPU: dequantised by layer."""
+    check_quantised(quantised_file(kind), "default", lora_path)
+
+
+def check_quantised(path, weight_dtype, lora_path):
+    """The same, in one graph a block, and none more for another budget, size, batch or LoRA."""
+    lora = comfy.utils.load_torch_file(lora_path)
     plain = load_diffusion_model(path, weight_dtype)
     model = compiled(load_diffusion_model(path, weight_dtype))
-    for fraction in (1.0, 0.25):
-        assert_same(run(with_budget(model, fraction)), run(plain))
-    assert engine.compile_count() and not said(model, "uncompiled")
+    for batch in (1, 2):
+        run(model, batch=batch)
+    graphs = engine.compile_count()
+    for fraction, strength, size in (
+        (1.0, 0.0, {}),
+        (0.25, 0.7, {"width": 48}),
+        (0.5, 0.4, {"batch": 3}),
+        (0.0, 0.0, {}),
+    ):
+        got = run(with_lora(with_budget(model, fraction), lora, strength), **size)
+        assert_same(got, run(with_lora(plain, lora, strength), **size))
+    assert engine.compile_count() == graphs == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not said(model, "uncompiled")
+
+
+def test_quantised_products_that_cannot_be_traced(quantised_file, monkeypatch):
+    """FP8 products on a device that has them: torch cannot follow them, so these blocks run as they are."""
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    path = quantised_file("float8_e4m3fn")
+    plain, model = load_diffusion_model(path), compiled(load_diffusion_model(path))
+    for size in ({}, {"batch": 2}, {"width": 48}):
+        assert_same(run(model, **size), run(plain, **size))
+    if torch._dynamo.utils.counters["graph_break"]:
+        assert said(model, "its quantised weights (comfy_kitchen) cannot be traced in one piece")
 
 
 # -- what else is in a graph
@@ -404,3 +458,33 @@ def test_the_last_node_of_a_chain_compiles(checkpoint):
         after = as_stored(model)
         wrappers = after.wrappers["apply_model"].get("torch.compile", [])
         assert all(isinstance(wrapper, CompiledModel) for wrapper in wrappers)
+
+
+def test_a_node_that_puts_compiled_blocks_in_place(checkpoint, models_dir, caplog):
+    """As an object patch, which would rename the weights inside: a LoRA would miss them."""
+    path = checkpoint("flux", **SMALL)
+    lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
+    plain, model = load_diffusion_model(path), load_diffusion_model(path).clone()
+    core = comfy.sd.load_diffusion_model(path)
+    name = "diffusion_model.double_blocks.0"
+    for patcher in (model, core):
+        patcher.add_object_patch(name, torch.compile(patcher.get_model_object(name), backend="eager"))
+    for patched in (model, dynamic_model(core)):
+        for strength in (0.0, 0.7):
+            assert_same(run(with_lora(patched, lora, strength)), run(with_lora(plain, lora, strength)))
+    assert caplog.text.count(f"another node compiles '{name}' in place") == 2
+
+
+def test_a_lora_as_side_branch(checkpoint, lora_path):
+    """Another kind of weight: its blocks are compiled once more, and not again for another strength."""
+    path = checkpoint("flux", **SMALL)
+    policy = Policy(int8_lora="side branch")
+    lora = comfy.utils.load_torch_file(lora_path)
+    plain, model = (load_diffusion_model(path, "int8", policy) for _ in range(2))
+    model = compiled(model)
+    counts = []
+    for strength in (0.0, 0.5, 1.0, 0.0, 0.5):
+        assert_same(run(with_lora(model, lora, strength)), run(with_lora(plain, lora, strength)))
+        counts.append(engine.compile_count())
+    assert counts == [2, 4, 4, 4, 4]
+    assert not said(model, "uncompiled")
