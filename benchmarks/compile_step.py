@@ -4,9 +4,9 @@
     python dev.py bench compile_step --hidden 768 --size 512 --json result.json
 
 Runs in ComfyUI's own Python, found as for the host tests. Every contestant is a process of its own with a model and an
-empty compiler cache of its own, one after the other. Seconds of a step are medians, and given as CPU time of all threads
-too, which other programs on the machine change less. A run that takes longer than --limit seconds is ended, and its row
-says so.
+empty compiler cache of its own, one after the other. Seconds of a step are medians, and given as CPU time of all its
+threads, too, which other programs change less. A run that takes longer than --limit seconds is ended, and its row says
+so.
 """
 
 from __future__ import annotations

@@ -38,6 +38,12 @@ class Block:
         try:
             if module is bundle.module and self.compute is not None:
                 return self.compute(plain, caster, args, kwargs)
+            if module is not bundle.module:
+                caster = bundle.module.spillway_caster  # the one that stands there once the model is prepared
+                caster.ledger.decide_once(
+                    f"parts of '{bundle.name}' are called from outside of it, and each call brings all of it: this "
+                    "model runs faster without compiling."
+                )
             return self._part(module, caster, plain, args, kwargs)
         finally:
             caster.exit(bundle)

@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ..ops.layer import has_forward
 from ..ops.skeleton import plain_class
 from .comfy_attention import traceable_attention
 
@@ -82,7 +83,11 @@ def block_names(model: torch.nn.Module) -> list[str]:
     for name, module in known or lists:
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        found += [f"{name}.{index}" for index, block in enumerate(module) if next(block.parameters(), None) is not None]
+        found += [
+            f"{name}.{index}"
+            for index, block in enumerate(module)
+            if has_forward(block) and next(block.parameters(), None) is not None
+        ]
     return [prefix + name for name in found]
 
 
