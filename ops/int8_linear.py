@@ -6,7 +6,6 @@ without its outlier columns. Symmetric, 127 steps to each side, scale = largest 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -20,9 +19,11 @@ STEPS = 127
 GROUP = 2048
 # Of products before they are rescaled, a bound on temporary memory; but every product reads the whole weight again.
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
-CACHED_BYTES = 1 << 20  # of a product that is rescaled at a time: what a core's own cache holds
+# Of numbers that take several passes: they stay in the processor's cache, and are no memory map of their own.
+CACHED_BYTES = 2 << 20
 
 _kernels: dict[str, Kernel] = {}
+_int_mm_works: dict[str, bool] = {}
 
 
 def register_kernel(device_type: str, kernel: Kernel) -> None:
@@ -45,12 +46,29 @@ def group_count(columns: int, device_type: str) -> int:
 
 def quantise_rows(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, columns) float -> int8 of the same shape, and fp32 scales (rows, groups)."""
+    count, columns = x.shape
+    if _is_symbolic(count) or x.device.type != "cpu" or 4 * count * columns <= CACHED_BYTES:
+        return _quantised(x, groups)
+    quantised, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(count, groups)
+    step = max(1, CACHED_BYTES // (4 * columns))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        quantised[part], scale[part] = _quantised(x[part], groups)
+    return quantised, scale
+
+
+def _quantised(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     parts = x.reshape(rows, groups, columns // groups)
     # Not zero: a row of zeros is zeros.
     scale = parts.abs().amax(-1, keepdim=True).float().div_(STEPS).clamp_(min=torch.finfo(torch.float32).tiny * 256)
     quantised = torch.mul(parts, scale.reciprocal()).round_().to(torch.int8)
     return quantised.reshape(rows, columns), scale.squeeze(-1)
+
+
+def _is_symbolic(count: int) -> bool:
+    """Where a graph is made for any number of rows, that number is a symbol: parts would fix it."""
+    return torch.compiler.is_compiling() or isinstance(count, torch.SymInt)
 
 
 def dequantise_rows(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,19 +78,19 @@ def dequantise_rows(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     return torch.mul(parts, scale.unsqueeze(-1)).to(dtype).reshape(rows, columns)
 
 
-@functools.lru_cache(maxsize=64)
-def _has_int_mm(device_type: str, index: int | None) -> bool:
-    ones = torch.ones(32, 32, dtype=torch.int8, device=torch.device(device_type, index))
-    try:
-        return int(torch._int_mm(ones, ones.t())[0, 0]) == 32
-    except (RuntimeError, NotImplementedError):
-        return False
-
-
-@torch.compiler.assume_constant_result
-def has_int_mm(device_type: str, index: int | None) -> bool:
-    """Whether torch multiplies INT8 matrices on a device."""
-    return _has_int_mm(device_type, index)
+def has_int_mm(device_type: str) -> bool:
+    """Whether torch multiplies INT8 matrices on such devices. Tried once, when the first weight is quantised there."""
+    known = _int_mm_works.get(device_type)
+    if known is None:
+        if torch.compiler.is_compiling():
+            return True
+        ones = torch.ones(32, 32, dtype=torch.int8, device=device_type)
+        try:
+            known = int(torch._int_mm(ones, ones.t())[0, 0]) == 32
+        except (RuntimeError, NotImplementedError):
+            known = False
+        _int_mm_works[device_type] = known
+    return known
 
 
 def _multiplies(x: torch.Tensor, qdata: torch.Tensor) -> bool:
@@ -80,7 +98,7 @@ def _multiplies(x: torch.Tensor, qdata: torch.Tensor) -> bool:
     rows, columns = qdata.shape
     if x.device.type != "cpu" and (rows % 8 or columns % 8):
         return False
-    return has_int_mm(x.device.type, x.device.index)
+    return has_int_mm(x.device.type)
 
 
 def int8_linear(
@@ -104,8 +122,7 @@ def int8_linear(
 def _products(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     count, (rows, groups) = x.shape[0], scale.shape
     step = max(CHUNK_ROWS, CHUNK_BYTES // (4 * rows * groups))
-    # Where a graph is made for any number of rows, that number is a symbol: parts would fix it.
-    if torch.compiler.is_compiling() or isinstance(count, torch.SymInt) or x.device.type != "cpu":
+    if _is_symbolic(count) or x.device.type != "cpu":
         return _rescaled(*_product(x, qdata, scale), bias, x.dtype)
     result = x.new_empty(count, rows)
     for start in range(0, count, step):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .gather import inner_tensors, is_wrapper
-from .int8_linear import dequantise_rows, int8_linear, quantise_rows
+from .int8_linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 
 # Rows that are quantised at a time: a bound on temporary memory.
 PART_BYTES = 16 << 20
@@ -71,6 +71,7 @@ class Int8Weight(torch.Tensor):
         weight: in any floating point dtype, or another quantised tensor that has a `dequantize`. One that holds INT8
         and a scale for each row, or one for all, is taken as it is.
         """
+        has_int_mm(self.device.type)  # now: a graph that is traced later cannot try
         if is_wrapper(weight):
             parts = inner_tensors(weight)
             if parts[0].dtype == torch.int8 and self.scale.shape[1] == 1:
