@@ -1,6 +1,6 @@
 """A whole model in INT8 in ComfyUI, with and without a LoRA, beside the core's patcher and ours; on the CPU.
 
-    python dev.py bench int8_host                     # a Flux of 0.8 GB in bf16; needs about 12 GB of free RAM
+    python dev.py bench int8_host                     # a Flux of 1.15 GB in bf16; needs about 17 GB of free RAM
     python dev.py bench int8_host --hidden 256        # a small one, to see that it runs
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench int8_host --json result.json
 
@@ -113,7 +113,7 @@ def summary(runs: Mapping[str, Contestant], folder: Path) -> dict[str, dict[str,
 
 
 def parse() -> argparse.Namespace:
-    parser = contestant_parser(__doc__, 2048, "2048 is 0.8 GB (default)")
+    parser = contestant_parser(__doc__, 2048, "2048 is 1.15 GB (default)")
     parser.add_argument("--size", type=int, default=512, help="pixels per side (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="later steps of each contestant, in turns")
     return parser.parse_args()

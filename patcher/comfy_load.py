@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from .comfy_ops import operations
 from .comfy_patcher import DynamicModelPatcher
 from .comfy_quant_check import check_quantised
 from .policy import Policy
+
+log = logging.getLogger("spillway")
 
 # As in the core's own loader node.
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
@@ -61,6 +64,12 @@ def load_diffusion_model(
     disable_dynamic: the core's classic patcher, for nodes that ask for one.
     """
     if disable_dynamic:
+        if weight_dtype in (INT8, INT8_AUTO):
+            log.warning(
+                "[Spillway] %s: another node asked for ComfyUI's classic model, which is not in INT8. INT8 Lazy Torch "
+                "Compile compiles the model that is.",
+                path,
+            )
         return comfy.sd.load_diffusion_model(
             path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
         )

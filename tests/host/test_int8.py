@@ -1,11 +1,13 @@
 """Checkpoints of any dtype in INT8: near the original, the same at any residency, with LoRAs, and explained."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
 import checkpoints
 import comfy.model_management
+import comfy.model_patcher
 import comfy.quant_ops
 import comfy.utils
 import pytest
@@ -264,6 +266,17 @@ def test_the_node_says_what_was_found(flux, speed, caplog, models_dir):
     run(result.args[0], 1)
     assert "NOT faster" in caplog.text
     assert SpillwayLoadDiffusionModel.execute(name, "default").ui is None
+
+
+def test_a_classic_clone_says_that_it_is_not_in_int8(flux, caplog):
+    """Nodes such as TorchCompileModel ask for one; ComfyUI makes it by loading the file again."""
+    model = load_diffusion_model(flux, "int8")
+    if "disable_dynamic" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        pytest.skip("this ComfyUI has no such clones")
+    classic = model.clone(disable_dynamic=True)
+    assert not classic.is_dynamic()
+    assert "not in INT8" in caplog.text and flux in caplog.text
+    assert_same(run(classic, 1), run(load_diffusion_model(flux), 1))
 
 
 def test_a_progress_bar_and_an_interrupt(flux, monkeypatch):
