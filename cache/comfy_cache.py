@@ -17,10 +17,10 @@ from comfy.cli_args import args
 from comfy_execution import caching
 from comfy_execution.graph_utils import is_link
 
+from ..ops.allocator import what_was_done
 from ..ops.available import available_ram
 from ..ops.ledger import Ledger, in_words
 from . import comfy_disk, comfy_settings
-from .allocator import what_was_done
 from .books import Entry
 from .comfy_models import model_getter
 from .disk_tier import DiskTier

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..ops import allocator
 from ..ops.available import Available, available_ram
 from ..ops.ledger import Ledger, in_words
-from . import allocator
 from .books import Books, Entry, is_unlike_itself
 from .choose import Candidates, choose
 from .measure import Getter, Measurer

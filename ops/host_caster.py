@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
+from . import allocator
 from .bundle import Bundle
 from .caster import Caster, Loan
 from .gather import interpret_gathered_like
@@ -67,6 +69,10 @@ class HostCaster(Caster):
                 self.counters.bytes_written_back += bundle.nbytes
         bundle.drop_pages()  # the finished form lies elsewhere now
         return views
+
+    def form(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        with allocator.in_maps() if bundle.made else nullcontext():
+            return super().form(bundle, source, memory)
 
     def release(self, loan: Loan) -> None:
         if loan.signature is None and loan.bundle.in_place and loan.bundle.place != "ram":

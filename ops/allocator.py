@@ -6,8 +6,11 @@ prestartup_script.py runs this file by its path, before torch: it imports the st
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # How prestartup_script.py leaves its copy of this module behind.
@@ -17,12 +20,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # From this size on a block is a map of its own, and freeing it gives it back at once. glibc starts at 128 KiB but
 # raises the threshold to 32 MiB as blocks are freed; images and latents then stay in its arenas.
 MMAP_THRESHOLD = 4 << 20
+# While weights are patched: each block between the temporary ones that outlives them would else leave a hole.
+PATCHING_THRESHOLD = 128 << 10
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
+TUNED = "mmap threshold fixed"
 # What `tune` did, in words; None before it ran.
 done: str | None = None
 
 
+@functools.cache
 def _libc() -> Any:
     """glibc, or None on other systems (also musl, which has no mallopt)."""
     if sys.platform != "linux":
@@ -50,13 +57,31 @@ def _tune() -> str:
     if not libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD):
         return "left alone: mallopt refused a new mmap threshold"
     libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
-    return f"mmap threshold fixed at {MMAP_THRESHOLD >> 20} MiB, trim threshold too"
+    return f"{TUNED} at {MMAP_THRESHOLD >> 20} MiB, trim threshold too"
 
 
 def what_was_done() -> str:
     """What was tuned in this process, in words."""
     early = sys.modules.get(EARLY)
     return getattr(early, "done", None) or done or "not tuned: prestartup_script.py did not run"
+
+
+@contextmanager
+def in_maps() -> Iterator[None]:
+    """Large temporary blocks of this region go back to the system as they are freed, where `tune` chose the threshold.
+
+    For work that is done once, between allocations that stay: a map costs more than a block of an arena. It holds for
+    the whole process; a thread that leaves the region early merely ends it for the others.
+    """
+    libc = _libc() if what_was_done().startswith(TUNED) else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, PATCHING_THRESHOLD)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def trim() -> bool:
