@@ -27,7 +27,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 # Not resolved: a pack linked into custom_nodes has its ComfyUI around the link.
 ROOT = Path(os.path.abspath(__file__)).parent
@@ -63,19 +66,19 @@ def main() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Engine tests in .venv, then host tests in ComfyUI's own Python."""
+    """Engine tests in .venv, and host tests in ComfyUI's own Python beside them."""
     parts = {"engine": engine_tests, "host": host_tests}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
         wanted, arguments = set(arguments[1:2]), arguments[2:]
         if not wanted or wanted - set(parts):
             return fail("--only takes engine or host.", 2)
-    codes = {
-        name: run_part([argument for argument in arguments if part_of(argument) in (None, name)])
-        for name, run_part in parts.items()
+    commands = {
+        name: prepare([argument for argument in arguments if part_of(argument) in (None, name)])
+        for name, prepare in parts.items()
         if name in wanted
     }
-    ran = {name: code for name, code in codes.items() if code is not None}
+    ran = run_beside({name: command for name, command in commands.items() if command is not None})
     if not ran:
         return fail("No test ran.")
 
@@ -168,14 +171,52 @@ def part_of(argument: str) -> str | None:
     return "host" if path.is_relative_to(TESTS / "host") else "engine"
 
 
-def engine_tests(arguments: list[str]) -> int:
+class Command(NamedTuple):
+    title: str
+    command: list[str]
+    environment: dict[str, str]
+
+
+def run_beside(commands: dict[str, Command]) -> dict[str, int]:
+    """Run all at once; the exit codes. What each prints is shown whole, in their order, the first as it comes."""
+    codes: dict[str, int] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        started = []
+        for name, (title, command, environment) in commands.items():
+            output = stack.enter_context((folder / name).open("wb"))
+            printed = stack.enter_context((folder / name).open("rb"))
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)  # where this is interrupted
+            started.append((name, title, process, printed))
+        for name, title, process, printed in started:
+            say(title)
+            follow(process, printed)
+            codes[name] = shell_code(process.returncode)
+    return codes
+
+
+def follow(process: subprocess.Popen, printed: BinaryIO) -> None:
+    """Show what a process prints to the file until it has ended."""
+    ended = False
+    while True:
+        sys.stdout.buffer.write(printed.read())
+        sys.stdout.buffer.flush()
+        if ended:
+            return
+        ended = process.poll() is not None
+        if not ended:
+            time.sleep(0.1)
+
+
+def engine_tests(arguments: list[str]) -> Command:
     set_up_engine()
-    say("engine tests")
-    return pytest(venv_python(), [f"--ignore={TESTS / 'host'}", *arguments], test_environment())
+    return pytest("engine tests", venv_python(), [f"--ignore={TESTS / 'host'}", *arguments], test_environment())
 
 
-def host_tests(arguments: list[str]) -> int | None:
-    """The exit code, or None where there is nothing to run them with."""
+def host_tests(arguments: list[str]) -> Command | None:
+    """None where there is nothing to run them with."""
     comfyui = find_comfyui()
     if comfyui is None:
         banner(
@@ -195,12 +236,12 @@ def host_tests(arguments: list[str]) -> int | None:
     # REQUIRE_HOST: with a ComfyUI here, one that cannot be imported is an error and no reason to skip.
     environment = {**test_environment(), "COMFYUI_PATH": str(comfyui), "SPILLWAY_REQUIRE_HOST": "1"}
     add_host_tools(python, environment)
-    say(f"host tests: {comfyui}, {python}")
-    return pytest(python, [f"--ignore-glob={TESTS / 'test_*.py'}", *arguments], environment)
+    title = f"host tests: {comfyui}, {python}"
+    return pytest(title, python, [f"--ignore-glob={TESTS / 'test_*.py'}", *arguments], environment)
 
 
-def pytest(python: Path, arguments: list[str], environment: dict[str, str]) -> int:
-    return run([str(python), "-c", PYTEST, "-p", "no:cacheprovider", *arguments], environment)
+def pytest(title: str, python: Path, arguments: list[str], environment: dict[str, str]) -> Command:
+    return Command(title, [str(python), "-c", PYTEST, "-p", "no:cacheprovider", *arguments], environment)
 
 
 def test_environment() -> dict[str, str]:
@@ -377,8 +418,11 @@ def write_stamp(folder: Path, text: str) -> None:
 # Processes and words
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> int:
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+def run(command: list[str]) -> int:
+    return shell_code(subprocess.run(command, cwd=ROOT).returncode)
+
+
+def shell_code(code: int) -> int:
     return 128 - code if code < 0 else code  # ended by a signal: what a shell would say
 
 
