@@ -10,6 +10,7 @@ import torch
 
 from spillway.cache.snapshot import MemorySnapshot, aimdo_bytes, cached_bytes
 from spillway.ops.disk_map import DiskMap
+from spillway.ops.host_memory import anonymous
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_an_allocation_shows():
     before = MemorySnapshot.take()
-    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    held = torch.frombuffer(anonymous(64 * MIB), dtype=torch.uint8).fill_(1)  # not from a hole of the allocator
     after = MemorySnapshot.take(pinned=3 * MIB, cached=5 << 30)
     assert after.rss - before.rss > 60 * MIB and after.anonymous - before.anonymous > 60 * MIB
     words = before.difference(after)
