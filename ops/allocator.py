@@ -24,9 +24,9 @@ MMAP_THRESHOLD = 4 << 20
 PATCHING_THRESHOLD = 128 << 10
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
-TUNED = "mmap threshold fixed"
-# What `tune` did, in words; None before it ran.
+# What `tune` did, in words; None before it ran. tuned: whether the threshold is ours.
 done: str | None = None
+tuned = False
 
 
 @functools.cache
@@ -46,6 +46,7 @@ def tune() -> str:
 
 
 def _tune() -> str:
+    global tuned
     if os.environ.get(VARIABLE, "1") == "0":
         return f"left alone: {VARIABLE}=0"
     own = [name for name in USERS_OWN if os.environ.get(name)]
@@ -57,26 +58,31 @@ def _tune() -> str:
     if not libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD):
         return "left alone: mallopt refused a new mmap threshold"
     libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
-    return f"{TUNED} at {MMAP_THRESHOLD >> 20} MiB, trim threshold too"
+    tuned = True
+    return f"mmap threshold fixed at {MMAP_THRESHOLD >> 20} MiB, trim threshold too"
+
+
+def _tuner() -> Any:
+    """The copy of this module whose `tune` runs: that of prestartup_script.py where there is one."""
+    return sys.modules.get(EARLY) or sys.modules[__name__]
 
 
 def what_was_done() -> str:
     """What was tuned in this process, in words."""
-    early = sys.modules.get(EARLY)
-    return getattr(early, "done", None) or done or "not tuned: prestartup_script.py did not run"
+    return _tuner().done or "not tuned: prestartup_script.py did not run"
 
 
 @contextmanager
 def in_maps() -> Iterator[None]:
     """Large temporary blocks of this region go back to the system as they are freed, where `tune` chose the threshold.
 
-    For work that is done once, between allocations that stay: a map costs more than a block of an arena. It holds for
-    the whole process; a thread that leaves the region early merely ends it for the others.
+    For work between allocations that stay; elsewhere a map costs more than a block of an arena. It holds for the whole
+    process; a thread that leaves the region early merely ends it for the others.
     """
-    libc = _libc() if what_was_done().startswith(TUNED) else None
-    if libc is None:
+    if not _tuner().tuned:
         yield
         return
+    libc = _libc()
     libc.mallopt(M_MMAP_THRESHOLD, PATCHING_THRESHOLD)
     try:
         yield
