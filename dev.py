@@ -140,7 +140,7 @@ def probe(arguments: list[str]) -> int:
     if not arguments:
         return fail("probe takes the names of safetensors files.", 2)
     sys.path.insert(0, str(ROOT))
-    module = importlib.import_module("ops.probe")
+    module = importlib.import_module("ops.files.probe")
     failed = 0
     for name in arguments:
         try:
@@ -305,7 +305,7 @@ def add_host_tools(python: Path, environment: dict[str, str]) -> None:
 
 def mypy_engine(python: str) -> int:
     """Check a copy of the engine laid out as the package `spillway`: only so do the pack's relative imports resolve."""
-    sources = [path for part in ENGINE for path in (ROOT / part).rglob("*.py") if not path.name.startswith("comfy_")]
+    sources = [path for part in ENGINE for path in (ROOT / part).rglob("*.py") if "comfyui" not in path.parts]
     if not sources:
         print("no engine files")
         return 0

@@ -18,4 +18,4 @@ def _load_early(name: str, file: str) -> object:
 
 
 if "torch" not in sys.modules:
-    _load_early("spillway_allocator", "ops/allocator.py").tune()  # type: ignore[attr-defined]
+    _load_early("spillway_allocator", "ops/ram/allocator.py").tune()  # type: ignore[attr-defined]

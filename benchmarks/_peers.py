@@ -55,9 +55,9 @@ class Spillway:
 
     def __init__(self, job: Job, share: float) -> None:
         load_pack()
-        from spillway.ops.disk_map import DiskMap
+        from spillway.ops.files.disk_map import DiskMap
         from spillway.ops.skip_init import skip_model_initialization
-        from spillway.patcher.dynamic import DynamicModel
+        from spillway.patcher.dynamic_model import DynamicModel
         from spillway.patcher.policy import Policy
 
         self.job, self.share = job, share

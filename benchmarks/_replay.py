@@ -206,8 +206,9 @@ def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: 
 
 def use_ours(machine: Machine, cache_args: dict[str, float]) -> None:
     """Our cache in the executor's place, on the simulated clock and memory."""
-    from spillway.cache import comfy_cache, output_cache
-    from spillway.ops.available import Available
+    from spillway.cache import output_cache
+    from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.ops.ram.available import Available
 
     comfy_cache.available_ram = lambda: Available(machine.available, machine.ram, "the trace")
     comfy_cache.given_headrooms = lambda: [cache_args["ram"]]

@@ -95,8 +95,8 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import sampling
 
     load_pack()
-    from spillway.ops.compiled import compile_count
-    from spillway.patcher.comfy_load import load_diffusion_model
+    from spillway.ops.compile.compiled_function import compile_count
+    from spillway.patcher.comfyui.loading.load import load_diffusion_model
     from spillway.patcher.policy import Policy
 
     loader, who, fraction = CONTESTANTS[args.contestant]

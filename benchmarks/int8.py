@@ -30,11 +30,11 @@ from demo.flux import Flux, config_from_keys
 from demo.sampling import make_inputs, sample
 
 load_pack()
-from spillway.ops.disk_map import DiskMap
-from spillway.ops.int8_linear import group_count
-from spillway.ops.int8_weight import Int8Weight
+from spillway.ops.files.disk_map import DiskMap
+from spillway.ops.int8.linear import group_count
+from spillway.ops.int8.weight import Int8Weight
 from spillway.ops.skip_init import skip_model_initialization
-from spillway.patcher.dynamic import DynamicModel
+from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.int8_layers import Int8Layers
 from spillway.patcher.policy import Policy
 

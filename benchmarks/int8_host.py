@@ -59,7 +59,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import sampling
 
     load_pack()
-    from spillway.patcher.comfy_load import load_diffusion_model
+    from spillway.patcher.comfyui.loading.load import load_diffusion_model
     from spillway.patcher.policy import Policy
 
     name = args.contestant

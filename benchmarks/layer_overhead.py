@@ -27,8 +27,8 @@ import torch
 from _pack import ROOT, load_pack
 
 load_pack()
-from spillway.ops.backend import Backend
-from spillway.patcher.dynamic import DynamicModel
+from spillway.ops.device.backend import Backend
+from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
 KEYS = ("layer_us", "overhead_us", "overhead_median_us")

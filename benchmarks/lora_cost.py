@@ -54,7 +54,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import sampling
 
     load_pack()
-    from spillway.patcher.comfy_load import load_diffusion_model
+    from spillway.patcher.comfyui.loading.load import load_diffusion_model
     from spillway.patcher.policy import Policy
 
     name, _, count = args.contestant.rpartition(" + ")

@@ -46,7 +46,7 @@ def measure(paths: list[Path]) -> dict[str, Any]:
     import _replay
     import execution
 
-    from spillway.cache import comfy_cache
+    from spillway.cache.comfyui import cache as comfy_cache
 
     found = {}
     for path in paths:
@@ -88,8 +88,8 @@ def speed() -> dict[str, float]:
     import torch
     from comfy_execution import caching
 
-    from spillway.cache import comfy_cache
     from spillway.cache.choose import choose
+    from spillway.cache.comfyui import cache as comfy_cache
 
     class Keys:
         """Key sets are the core's work, and the same for all caches."""

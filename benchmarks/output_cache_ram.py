@@ -57,7 +57,7 @@ class Server:
 def executor(contestant: str) -> Any:
     import execution
 
-    from spillway.cache import comfy_cache
+    from spillway.cache.comfyui import cache as comfy_cache
 
     if contestant == OURS:
         assert comfy_cache.install()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from ..ops.disk_map import locate
+from ..ops.files.disk_map import locate
 from ..ops.gather import inner_tensors, is_wrapper
 
 log = logging.getLogger("spillway")

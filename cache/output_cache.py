@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops import allocator
-from ..ops.available import Available, available_ram
 from ..ops.ledger import Ledger, in_words
-from .books import Books, Entry, is_unlike_itself
+from ..ops.ram import allocator
+from ..ops.ram.available import Available, available_ram
 from .choose import Candidates, choose
+from .holdings import Books, Entry, is_unlike_itself
 from .measure import Getter, Measurer
 
 # Python objects of an entry, its key above all, that no measurement finds.

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import torch
 
-from ..ops import allocator
-from ..ops.available import available_ram, process_bytes
-from ..ops.disk_map import DiskMap, open_maps
+from ..ops.files.disk_map import DiskMap, open_maps
 from ..ops.ledger import in_words
+from ..ops.ram import allocator
+from ..ops.ram.available import available_ram, process_bytes
 
 # Fields whose change is worth a word, and what they are called.
 NAMES = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache import comfy_cache
+from ..cache.comfyui import cache as comfy_cache
 from ..ops.ledger import in_words
 from .gigabytes import AUTO, gigabytes_input, given
-from .types import CATEGORY
+from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
 

@@ -8,9 +8,9 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..patcher.comfy_compile import WHO, WRAPPER_KEY, CompileRequest, compile_other
-from ..patcher.comfy_load import is_ours
-from .types import CATEGORY
+from ..patcher.comfyui.compile.dynamic_models import WHO, WRAPPER_KEY, CompileRequest, compile_other
+from ..patcher.comfyui.loading.load import is_ours
+from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
 

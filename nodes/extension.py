@@ -6,9 +6,9 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..cache import comfy_cache
-from ..ops.partial_file import sweep_noted
-from ..patcher.comfy_save_target import journal
+from ..cache.comfyui import cache as comfy_cache
+from ..ops.files.partial_file import sweep_noted
+from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .cache_policy import SpillwayCachePolicy
 from .compile import INT8LazyTorchCompile

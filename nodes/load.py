@@ -8,8 +8,8 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..patcher.comfy_load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
-from .types import CATEGORY, policy_input
+from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
+from .inputs import CATEGORY, policy_input
 
 NONE = "none"
 

@@ -10,9 +10,9 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..patcher.comfy_lora import apply_lora
+from ..patcher.comfyui.patches.lora import apply_lora
+from .inputs import CATEGORY
 from .load import NONE, model_path
-from .types import CATEGORY
 
 log = logging.getLogger("spillway")
 

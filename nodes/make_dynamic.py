@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patcher.comfy_adopt import dynamic_clip, dynamic_model, dynamic_vae
-from .types import CATEGORY, policy_input
+from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
+from .inputs import CATEGORY, policy_input
 
 
 class SpillwayMakeDynamic(io.ComfyNode):

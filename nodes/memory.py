@@ -6,12 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache.comfy_models import model_bytes, patcher_of
+from ..cache.comfyui.models import model_bytes, patcher_of
 from ..ops.ledger import in_words
-from ..patcher import comfy_device
+from ..patcher.comfyui import device as devices
+from .inputs import CATEGORY
 from .memory_report import in_lines, memory_report
 from .residency_picture import residency_picture
-from .types import CATEGORY
 
 LOAD, UNLOAD, DROP, MOVE = "load now", "unload to RAM", "drop RAM and pins too", "move to device"
 KEEP_DEVICE = "as it is"
@@ -38,7 +38,7 @@ class SpillwayDeviceControl(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "device",
-                    options=[KEEP_DEVICE, *comfy_device.device_names()],
+                    options=[KEEP_DEVICE, *devices.device_names()],
                     default=KEEP_DEVICE,
                     tooltip="For 'move to device': where the models are to run.",
                 ),
@@ -68,9 +68,9 @@ class SpillwayDeviceControl(io.ComfyNode):
             raise ValueError("Device Control (Spillway): choose the device that the models are to move to.")
         lines, made = [], []
         for value, move in (
-            (model, comfy_device.moved),
-            (clip, comfy_device.moved_clip),
-            (vae, comfy_device.moved_vae),
+            (model, devices.moved),
+            (clip, devices.moved_clip),
+            (vae, devices.moved_vae),
         ):
             patcher = patcher_of(value)
             if value is None or patcher is None:
@@ -81,11 +81,11 @@ class SpillwayDeviceControl(io.ComfyNode):
                 value = move(value, device)
                 patcher = patcher_of(value)
             elif action == LOAD:
-                comfy_device.load_now(patcher)
+                devices.load_now(patcher)
             elif action == UNLOAD:
-                comfy_device.unload(patcher)
+                devices.unload(patcher)
             else:
-                note = comfy_device.drop(patcher)
+                note = devices.drop(patcher)
             made.append(value)
             lines.append(_line(patcher, action, before, note))
         return io.NodeOutput(*made, after, "\n".join(lines))

@@ -6,12 +6,12 @@ from typing import Any
 
 import comfy.model_management
 
-from ..cache import comfy_cache
-from ..cache.comfy_models import model_bytes
+from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.models import model_bytes
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
-from ..patcher import dynamic
-from ..patcher.comfy_load import is_ours
+from ..patcher import dynamic_model as dynamic
+from ..patcher.comfyui.loading.load import is_ours
 
 DECISIONS = 5
 

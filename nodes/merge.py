@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patcher.comfy_merge import GROUPS, merge
-from .types import CATEGORY
+from ..patcher.comfyui.merge import GROUPS, merge
+from .inputs import CATEGORY
 
 SUM, DIFFERENCE = "weighted sum", "add difference"
 AS_RATIO = -1.0

@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..patcher.comfy_load import is_ours
+from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy
 from .gigabytes import gigabytes_input, given
-from .types import CATEGORY, PolicyType
+from .inputs import CATEGORY, PolicyType
 
 GIB = 1 << 30
 

@@ -7,9 +7,9 @@ import logging
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..patcher.comfy_probe import probe_file
+from ..patcher.comfyui.loading.probe import probe_file
+from .inputs import CATEGORY
 from .load import model_path
-from .types import CATEGORY
 
 log = logging.getLogger("spillway")
 

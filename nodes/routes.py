@@ -11,8 +11,8 @@ from typing import Any
 import comfy.model_management
 from aiohttp import web
 
-from ..cache import comfy_cache
-from ..patcher import dynamic
+from ..cache.comfyui import cache as comfy_cache
+from ..patcher import dynamic_model as dynamic
 from .memory_report import memory_report, take_snapshot
 
 MAX_BODY_BYTES = 4096

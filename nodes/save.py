@@ -9,9 +9,9 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..patcher.comfy_save import AS_LOADED, SAVE_DTYPES, Saved, save_model
-from ..patcher.comfy_save_target import checkpoint_target, journal
-from .types import CATEGORY
+from ..patcher.comfyui.saving.save import AS_LOADED, SAVE_DTYPES, Saved, save_model
+from ..patcher.comfyui.saving.target import checkpoint_target, journal
+from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
 

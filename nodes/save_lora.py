@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patcher.comfy_extract import save_lora
-from ..patcher.comfy_save import DTYPES
-from ..patcher.comfy_save_target import journal, next_name, workflow_metadata
+from ..patcher.comfyui.saving.extract_lora import save_lora
+from ..patcher.comfyui.saving.save import DTYPES
+from ..patcher.comfyui.saving.target import journal, next_name, workflow_metadata
+from .inputs import CATEGORY
 from .save import Progress, path_output, prefix_input, report
-from .types import CATEGORY
 
 
 class SpillwaySaveLora(io.ComfyNode):

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache import comfy_cache
-from ..patcher import comfy_vae
-from .types import CATEGORY
+from ..cache.comfyui import cache as comfy_cache
+from ..patcher.comfyui import vae as tiled_last
+from .inputs import CATEGORY
 
 
 def _tile_input() -> io.Input:
@@ -57,7 +57,7 @@ class SpillwayVAEDecode(io.ComfyNode):
         latent = samples["samples"]
         if getattr(latent, "is_nested", False):
             latent = latent.unbind()[0]
-        return io.NodeOutput(*comfy_vae.decode(vae, latent, tile_size, _evict))
+        return io.NodeOutput(*tiled_last.decode(vae, latent, tile_size, _evict))
 
 
 class SpillwayVAEEncode(io.ComfyNode):
@@ -80,5 +80,5 @@ class SpillwayVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels: Any, vae: Any, tile_size: int) -> io.NodeOutput:
-        latent, how = comfy_vae.encode(vae, pixels, tile_size, _evict)
+        latent, how = tiled_last.encode(vae, pixels, tile_size, _evict)
         return io.NodeOutput({"samples": latent}, how)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from ..ops.block import Block
-from ..ops.bundle import Bundle, Param
-from ..ops.disk_map import SourceError
+from ..ops.files.disk_map import SourceError
+from ..ops.files.source import Source
 from ..ops.gather import is_wrapper
-from ..ops.layer import dynamic_class, has_forward
-from ..ops.source import Source
+from ..ops.lending.block import Block
+from ..ops.lending.bundle import Bundle, Param
+from ..ops.lending.layer import dynamic_class, has_forward
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from ..ops.aimdo_vbar import PAGE, AimdoVBAR, serves
-from ..ops.backend import Backend, DeviceError
+from ..ops.device.backend import Backend, DeviceError
 from ..ops.ledger import Ledger, in_words
-from ..ops.software_vbar import SoftwareVBAR
-from ..ops.vbar import VBAR
+from ..ops.vbar.aimdo import PAGE, AimdoVBAR, serves
+from ..ops.vbar.protocol import VBAR
+from ..ops.vbar.software import SoftwareVBAR
 from .policy import Policy
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import dynamic, ram_pressure
+from . import dynamic_model as dynamic
+from . import ram_pressure
 
 
 def free_ram(nbytes: int, keep: dynamic.DynamicModel | None = None) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ops.bundle import Bundle
 from ..ops.ledger import Ledger
+from ..ops.lending.bundle import Bundle
 
 
 def on_eviction(bundle: Bundle, ledger: Ledger) -> Callable[[], None]:

@@ -11,7 +11,7 @@ import fnmatch
 
 import torch
 
-from ..ops.int8_linear import group_count
+from ..ops.int8.linear import group_count
 
 # Parts of a layer's name that keep their dtype in every architecture.
 SENSITIVE = (

@@ -9,9 +9,9 @@ from enum import Enum
 from heapq import heappop, heappush
 from itertools import accumulate
 
-from ..ops.bundle import Bundle
 from ..ops.gather import aligned
 from ..ops.ledger import in_words
+from ..ops.lending.bundle import Bundle
 
 # Below this a bundle costs more to move than to keep.
 SMALL_BYTES = 16 << 10

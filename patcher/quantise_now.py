@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .dynamic import DynamicModel
+from .dynamic_model import DynamicModel
 
 
 def quantise_now(model: DynamicModel, progress: Callable[[int, int], None] = lambda done, total: None) -> int:

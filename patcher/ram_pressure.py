@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..ops import available
 from ..ops.ledger import in_words
+from ..ops.ram import available
 
 if TYPE_CHECKING:
-    from .dynamic import DynamicModel
+    from .dynamic_model import DynamicModel
 
 GIB = 1 << 30
 # Where there are cgroups, a look at what is available takes up to a millisecond.

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
-from spillway.ops.disk_map import DiskMap
+from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.skip_init import skip_model_initialization
-from spillway.patcher.dynamic import DynamicModel
+from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
 # Matrices this small gain nothing from a second thread, and lose much on a machine that is busy.

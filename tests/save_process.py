@@ -14,9 +14,9 @@ from pathlib import Path
 import conftest  # noqa: F401 - loads the pack
 import torch
 
-from spillway.ops.deferred import Deferred, Made, Stored
-from spillway.ops.safetensors_writer import SaveError
-from spillway.ops.save_pipeline import save
+from spillway.ops.files.deferred import Deferred, Made, Stored
+from spillway.ops.files.safetensors_writer import SaveError
+from spillway.ops.files.save_pipeline import save
 
 MIB = 1 << 20
 

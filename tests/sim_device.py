@@ -15,8 +15,8 @@ from collections import deque
 
 import torch
 
-from spillway.ops import software_vbar
-from spillway.ops.backend import Backend
+from spillway.ops.device.backend import Backend
+from spillway.ops.vbar import software as software_vbar
 
 POISON = 0xFF  # NaN in fp8, fp16, bf16 and fp32
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from spillway.ops import allocator, available, cgroup
+from spillway.ops.ram import allocator, available, cgroup
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parent.parent

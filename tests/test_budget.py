@@ -9,8 +9,8 @@ from nets import AnyLinear, Stack, budget, dynamic, plain, same, write
 from safetensors.torch import load_file
 from sim_device import SimDevice
 
-from spillway.ops import software_vbar
-from spillway.patcher import dynamic as dynamic_module
+from spillway.ops.vbar import software as software_vbar
+from spillway.patcher import dynamic_model as dynamic_module
 
 DEPTH = 24
 DEVICES = {"cpu": lambda: None, "device": SimDevice}

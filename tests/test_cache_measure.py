@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from spillway.cache.measure import Measurer, Model, module_bytes
-from spillway.ops.disk_map import DiskMap
+from spillway.ops.files.disk_map import DiskMap
 
 MIB = 1 << 20
 

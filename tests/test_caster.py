@@ -6,10 +6,10 @@ from nets import Stack, dynamic, plain, same, write
 from safetensors.torch import load_file
 from sim_device import SimDevice
 
-from spillway.ops.backend import Event
+from spillway.ops.device.backend import Event
+from spillway.ops.files.source import StateDict
 from spillway.ops.ledger import Counters
-from spillway.ops.ring import Ring
-from spillway.ops.source import StateDict
+from spillway.ops.lending.ring import Ring
 
 DEPTH = 6
 ALL = 1 << 40

@@ -12,10 +12,10 @@ import torch._dynamo
 import torch._dynamo.utils
 from sim_device import SimDevice
 
-from spillway.ops import compiled
-from spillway.ops.compiled import BlockCompiler, CompileSettings, compile_count
-from spillway.ops.disk_map import DiskMap
-from spillway.patcher.dynamic import DynamicModel
+from spillway.ops.compile import compiled_function as compiled
+from spillway.ops.compile.compiled_function import BlockCompiler, CompileSettings, compile_count
+from spillway.ops.files.disk_map import DiskMap
+from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
 WIDTH, DEPTH = 64, 5

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from nets import bits, same, steady
 from safetensors.torch import load_file, save_file
 
-from spillway.ops.disk_map import DTYPES, DiskMap, SourceError, locate, open_maps
-from spillway.ops.safetensors_header import MAX_HEADER_BYTES
+from spillway.ops.files.disk_map import DTYPES, DiskMap, SourceError, locate, open_maps
+from spillway.ops.files.safetensors_header import MAX_HEADER_BYTES
 
 
 def raw(header, data=b""):

@@ -8,10 +8,10 @@ from nets import AnyLinear, Blocks, Stack, dynamic, plain, random_state, same, w
 from safetensors.torch import save_file
 from sim_device import SimDevice
 
-from spillway.ops.backend import DeviceError
-from spillway.ops.disk_map import DiskMap, SourceError
-from spillway.ops.source import StateDict
-from spillway.patcher.dynamic import DynamicModel, models
+from spillway.ops.device.backend import DeviceError
+from spillway.ops.files.disk_map import DiskMap, SourceError
+from spillway.ops.files.source import StateDict
+from spillway.patcher.dynamic_model import DynamicModel, models
 from spillway.patcher.policy import Policy
 
 DEVICES = {"cpu": lambda: None, "device": SimDevice}

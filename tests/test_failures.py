@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nets import AnyLinear, Scaled, Stack, dynamic, plain, quantise, random_state, same, write
 from sim_device import SimDevice
 
-from spillway.ops.disk_map import SourceError
-from spillway.ops.source import StateDict
+from spillway.ops.files.disk_map import SourceError
+from spillway.ops.files.source import StateDict
 
 DEPTH = 6
 ALL = 1 << 40

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "": {"nodes", "patcher", "ops", "cache"},  # the root's own files
 }
 # Top-level modules and packages of ComfyUI.
-HOST = {
+COMFYUI = {
     "api_server",
     "app",
     "comfy",
@@ -36,8 +36,10 @@ HOST = {
     "server",
     "utils",
 }
+# Below a folder of this name, and in `nodes`, is ComfyUI's side of the pack; the rest is the engine.
+WALL = "comfyui"
 # An absolute import of these finds the pack only where its folder happens to be on sys.path. `nodes` is not among them:
-# in the host layer `import nodes` means the host's nodes.py, and the engine may import no host module.
+# on ComfyUI's side `import nodes` means ComfyUI's nodes.py, and the engine may import no module of ComfyUI.
 OWN = {"cache", "dev", "ops", "patcher", "prestartup_script", "spillway"}
 
 
@@ -45,10 +47,9 @@ def violations(path: str, source: str) -> list[str]:
     """What in `source` breaks the rule. `path` is the file's, from the root of the pack, with forward slashes."""
     file = PurePosixPath(path)
     folder = file.parts[0] if len(file.parts) > 1 else ""
-    is_adapter = file.name.startswith("comfy_")
-    # ComfyUI runs prestartup_script.py by itself, before it imports the pack, so that too belongs to the host layer.
-    may_import_host = folder == "nodes" or is_adapter or path == "prestartup_script.py"
-    may_import_adapters = may_import_host or path == "__init__.py"
+    # ComfyUI runs prestartup_script.py by itself, before it imports the pack, so that too is on ComfyUI's side.
+    may_import_comfyui = folder == "nodes" or WALL in file.parent.parts or path == "prestartup_script.py"
+    may_cross = may_import_comfyui or path == "__init__.py"
 
     found = []
     for line, level, parts in imported(ast.parse(source)):
@@ -56,8 +57,8 @@ def violations(path: str, source: str) -> list[str]:
         if level == 0:
             if parts[0] in OWN:
                 found.append(f"{text}: the pack's own modules are imported relatively")
-            elif parts[0] in HOST and not may_import_host:
-                found.append(f"{text}: only nodes/ and comfy_*.py may import ComfyUI")
+            elif parts[0] in COMFYUI and not may_import_comfyui:
+                found.append(f"{text}: only nodes/ and folders named {WALL} may import ComfyUI")
             continue
         if level > len(file.parts):
             found.append(f"{text}: leads out of the pack")
@@ -65,8 +66,8 @@ def violations(path: str, source: str) -> list[str]:
         target = (*file.parts[: len(file.parts) - level], *parts)
         if target[0] not in MAY_IMPORT[folder]:
             found.append(f"{text}: {folder or 'the root'} may import only {', '.join(sorted(MAY_IMPORT[folder]))}")
-        elif not may_import_adapters and any(part.startswith("comfy_") for part in target):
-            found.append(f"{text}: comfy_*.py may be imported only by the host layer")
+        elif not may_cross and WALL in target:
+            found.append(f"{text}: what lies in {WALL} may be imported only from ComfyUI's side")
     return found
 
 
@@ -110,14 +111,14 @@ def test_the_pack_holds_the_rule(path):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("ops/caster.py", "import torch, numpy\nimport comfy_aimdo.control\nfrom .bundle import Bundle"),
-        ("ops/caster.py", "from . import bundle\nfrom ..ops.pins import Pin"),
-        ("ops/comfy_ops.py", "import comfy.ops\nfrom .caster import borrow"),
+        ("ops/lending/caster.py", "import torch, numpy\nimport comfy_aimdo.control\nfrom .bundle import Bundle"),
+        ("ops/caster.py", "from .lending import bundle\nfrom ..ops.pins import Pin"),
+        ("ops/comfyui/layers.py", "import comfy.ops\nfrom ..caster import borrow"),
         ("patcher/dynamic.py", "from ..ops import caster\nfrom .policy import Policy"),
-        ("patcher/comfy_patcher.py", "from comfy import model_patcher\nfrom .comfy_adapter import adapt"),
+        ("patcher/comfyui/loading/load.py", "from comfy import model_patcher\nfrom ..patcher import adapt"),
         ("patcher/vbar/software.py", "from ...ops.bundle import Bundle\nfrom .base import VBAR"),
         ("cache/pressure.py", "from .accounting import size_of\nfrom ..ops.ledger import Ledger"),
-        ("nodes/loaders.py", "import nodes\nimport folder_paths\nfrom ..cache import comfy_cache"),
+        ("nodes/loaders.py", "import nodes\nimport folder_paths\nfrom ..cache.comfyui import cache"),
         ("prestartup_script.py", "from comfy.cli_args import args"),
         ("__init__.py", "def f():\n    from .nodes import comfy_entrypoint"),
     ],
@@ -139,16 +140,16 @@ def test_allowed(path, source):
         ("__init__.py", "from comfy_api.latest import ComfyExtension", "may import ComfyUI"),
         ("ops/caster.py", "from ..patcher import policy", "ops may import only ops"),
         ("ops/caster.py", "from .. import nodes", "ops may import only ops"),
-        ("ops/comfy_ops.py", "from ..cache.pressure import x", "ops may import only ops"),
+        ("ops/comfyui/layers.py", "from ...cache.pressure import x", "ops may import only ops"),
         ("ops/caster.py", "import_module('..patcher', __package__)", "ops may import only ops"),
         ("patcher/dynamic.py", "from ..nodes import loaders", "patcher may import only ops, patcher"),
         ("patcher/dynamic.py", "from ..cache import pressure", "patcher may import only ops, patcher"),
         ("patcher/dynamic.py", "from .. import WEB_DIRECTORY", "patcher may import only ops, patcher"),
         ("cache/pressure.py", "from ..patcher.dynamic import models", "cache may import only cache, ops"),
-        ("ops/caster.py", "from .comfy_ops import x", "only by the host layer"),
-        ("patcher/dynamic.py", "from ..ops import comfy_ops", "only by the host layer"),
-        ("patcher/vbar/aimdo.py", "from ..comfy_adapter import x", "only by the host layer"),
-        ("patcher/__init__.py", "from . import comfy_patcher", "only by the host layer"),
+        ("ops/caster.py", "from .comfyui.layers import x", "only from ComfyUI's side"),
+        ("patcher/dynamic.py", "from ..ops import comfyui", "only from ComfyUI's side"),
+        ("patcher/vbar/aimdo.py", "from ..comfyui.adapter import x", "only from ComfyUI's side"),
+        ("patcher/__init__.py", "from . import comfyui", "only from ComfyUI's side"),
         ("nodes/loaders.py", "from ops.caster import borrow", "imported relatively"),
         ("patcher/dynamic.py", "import spillway.ops", "imported relatively"),
         ("patcher/dynamic.py", "__import__('cache')", "imported relatively"),

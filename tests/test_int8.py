@@ -8,11 +8,11 @@ import torch
 from nets import Stack, budget, dynamic, plain, same, write
 from sim_device import SimDevice
 
-from spillway.ops import int8_linear as kernels
 from spillway.ops.gather import gathered_bytes, interpret_gathered_like
-from spillway.ops.int8_linear import dequantise_rows, group_count, int8_linear, quantise_rows
-from spillway.ops.int8_measure import measure
-from spillway.ops.int8_weight import Int8Weight
+from spillway.ops.int8 import linear as kernels
+from spillway.ops.int8.linear import dequantise_rows, group_count, int8_linear, quantise_rows
+from spillway.ops.int8.measure import measure
+from spillway.ops.int8.weight import Int8Weight
 from spillway.patcher.int8_layers import Int8Layers
 from spillway.patcher.quantise_now import quantise_now
 

@@ -7,7 +7,7 @@ from nets import AnyLinear, budget, dynamic, plain, quantise, random_state, same
 from safetensors.torch import save_file
 from sim_device import SimDevice
 
-from spillway.ops.source import StateDict
+from spillway.ops.files.source import StateDict
 from spillway.patcher.attach import Unsupported
 
 WIDTH = 64

@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spillway.ops.disk_map import DTYPES, DiskMap, SourceError
-from spillway.ops.probe import probe
-from spillway.ops.safetensors_header import MAX_ELEMENTS
-from spillway.ops.safetensors_writer import NAMES
+from spillway.ops.files.disk_map import DTYPES, DiskMap, SourceError
+from spillway.ops.files.probe import probe
+from spillway.ops.files.safetensors_header import MAX_ELEMENTS
+from spillway.ops.files.safetensors_writer import NAMES
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 12, 24, 255, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -1, 1.5, 1e300]
 OTHERS = [None, True, "", "F32", "F99", "I8", "U8", "BOOL", [], {}, [0], [0, 8], [[0]], "\ud800", "x" * 200]

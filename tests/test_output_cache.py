@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from spillway.cache.books import is_unlike_itself
+from spillway.cache.holdings import is_unlike_itself
 from spillway.cache.measure import Model, module_bytes
 from spillway.cache.output_cache import OutputCache
-from spillway.ops.available import Available
+from spillway.ops.ram.available import Available
 
 MIB = 1 << 20
 

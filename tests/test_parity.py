@@ -7,7 +7,7 @@ import torch
 from nets import Blocks, Stack, budget, dynamic, plain, random_state, same
 from sim_device import SimDevice
 
-from spillway.ops.source import StateDict
+from spillway.ops.files.source import StateDict
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [*FP8, torch.float16, torch.bfloat16, torch.float32]

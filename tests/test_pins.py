@@ -7,10 +7,10 @@ import torch
 from nets import DEPTH, Stack, dynamic, plain, same
 from sim_device import SimDevice
 
-from spillway.ops import host_memory
-from spillway.ops import pins as pins_module
-from spillway.ops.host_memory import locked
-from spillway.ops.pin_blocks import Block
+from spillway.ops.device import locked_memory as host_memory
+from spillway.ops.device.locked_memory import locked
+from spillway.ops.lending import pins as pins_module
+from spillway.ops.lending.pin_blocks import Block
 
 ALL = 1 << 40
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from spillway.ops.probe import probe
-from spillway.ops.safetensors_header import SourceError
+from spillway.ops.files.probe import probe
+from spillway.ops.files.safetensors_header import SourceError
 
 ROOT = Path(__file__).resolve().parents[1]
 

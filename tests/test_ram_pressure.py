@@ -9,7 +9,7 @@ import torch
 from nets import DEPTH, Stack, dynamic, plain, same
 from sim_device import SimDevice
 
-from spillway.ops import available
+from spillway.ops.ram import available
 from spillway.patcher import ram_pressure
 
 ALL = 1 << 40

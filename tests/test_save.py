@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from spillway.ops.deferred import PART_BYTES, Assembling, Deferred, Made, Part, Recipe, Stored, row_ranges, whole
-from spillway.ops.disk_map import DTYPES, DiskMap
-from spillway.ops.partial_file import PartialFile, sweep, sweep_noted
-from spillway.ops.safetensors_writer import SafetensorsWriter, SavedSpec, SaveError
-from spillway.ops.save_pipeline import save
+from spillway.ops.files.deferred import PART_BYTES, Assembling, Deferred, Made, Part, Recipe, Stored, row_ranges, whole
+from spillway.ops.files.disk_map import DTYPES, DiskMap
+from spillway.ops.files.partial_file import PartialFile, sweep, sweep_noted
+from spillway.ops.files.safetensors_writer import SafetensorsWriter, SavedSpec, SaveError
+from spillway.ops.files.save_pipeline import save
 
 HERE = Path(__file__).parent
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from spillway.cache.snapshot import MemorySnapshot, aimdo_bytes, cached_bytes
-from spillway.ops.disk_map import DiskMap
-from spillway.ops.host_memory import anonymous
+from spillway.ops.device.locked_memory import anonymous
+from spillway.ops.files.disk_map import DiskMap
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vbar_devices import DEVICES
 
-from spillway.ops import software_vbar
+from spillway.ops.vbar import software as software_vbar
 
 ALL = 1 << 60
 

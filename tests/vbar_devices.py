@@ -11,10 +11,10 @@ from cuda_sim.aimdo import HEADROOM, PAGE, load_aimdo, version_under_test
 from cuda_sim.aimdo_device import AimdoDevice
 from sim_device import SimDevice
 
-from spillway.ops import software_vbar
-from spillway.ops.aimdo_vbar import AimdoVBAR
 from spillway.ops.ledger import Ledger
-from spillway.ops.software_vbar import SoftwareVBAR, books_for
+from spillway.ops.vbar import software as software_vbar
+from spillway.ops.vbar.aimdo import AimdoVBAR
+from spillway.ops.vbar.software import SoftwareVBAR, books_for
 
 
 @dataclass(frozen=True)

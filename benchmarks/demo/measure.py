@@ -36,9 +36,9 @@ def _synchronize(device: torch.device) -> None:
 def measure(args: argparse.Namespace) -> tuple[dict, torch.Tensor]:
     """Load the checkpoint under the budget and denoise; returns the figures and the final latents."""
     load_pack()
-    from spillway.ops.disk_map import DiskMap
+    from spillway.ops.files.disk_map import DiskMap
     from spillway.ops.skip_init import skip_model_initialization
-    from spillway.patcher.dynamic import DynamicModel
+    from spillway.patcher.dynamic_model import DynamicModel
     from spillway.patcher.policy import Policy
 
     device = torch.device(args.device)

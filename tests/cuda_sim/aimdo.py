@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spillway.ops.vbar import lock
+from spillway.ops.vbar.protocol import lock
 
 from .sim import POISON, Driver, load_driver
 from .wheels import package

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from sim_device import Hazard
 
-from spillway.ops import software_vbar
-from spillway.ops.backend import Backend
-from spillway.ops.host_memory import locked
+from spillway.ops.device.backend import Backend
+from spillway.ops.device.locked_memory import locked
+from spillway.ops.vbar import software as software_vbar
 
 from .aimdo import Aimdo
 from .sim import NOT_READY, OUT_OF_MEMORY, POISON, Driver, DriverError, pointer

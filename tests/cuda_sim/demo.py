@@ -34,10 +34,10 @@ from cuda_sim.wheels import VERSIONS
 from demo.checkpoint import ensure_checkpoint
 from demo.flux import Flux, config_from_keys
 from demo.sampling import make_inputs, sample
-from spillway.ops.disk_map import DiskMap
+from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.ledger import in_words
 from spillway.ops.skip_init import skip_model_initialization
-from spillway.patcher.dynamic import DynamicModel
+from spillway.patcher.dynamic_model import DynamicModel
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 CELLS = 48

@@ -31,7 +31,7 @@ import torch
 spec = importlib.util.spec_from_file_location("pack_loader", f"{pack}/tests/pack.py")
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
-from spillway.patcher.comfy_load import WEIGHT_DTYPES, load_diffusion_model
+from spillway.patcher.comfyui.loading.load import WEIGHT_DTYPES, load_diffusion_model
 from spillway.patcher.policy import Policy
 
 

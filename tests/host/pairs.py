@@ -7,7 +7,7 @@ import comfy.utils
 import sampling
 import torch
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.0)

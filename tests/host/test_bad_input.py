@@ -13,7 +13,7 @@ from pairs import SMALL, assert_same, core_vae, run
 
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import SpillwayPolicy
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 
 PATCHED = (

@@ -22,10 +22,10 @@ from pairs import SMALL, assert_same, run
 from test_ops import quantised
 
 from spillway.nodes.compile import INT8LazyTorchCompile
-from spillway.ops import compiled as engine
-from spillway.patcher.comfy_adopt import dynamic_model
-from spillway.patcher.comfy_compile import CompiledModel, CompileRequest, compile_other
-from spillway.patcher.comfy_load import load_checkpoint, load_diffusion_model
+from spillway.ops.compile import compiled_function as engine
+from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
+from spillway.patcher.comfyui.loading.adopt import dynamic_model
+from spillway.patcher.comfyui.loading.load import load_checkpoint, load_diffusion_model
 from spillway.patcher.policy import Policy
 
 # As a workflow file stores them.

@@ -7,7 +7,7 @@ import torch
 from pairs import SMALL, run
 from test_lora import LINEAR, forms, with_lora
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 
 
 def numel(bundle):

@@ -16,7 +16,7 @@ from test_hook_schedules import with_hooks
 from test_hooks import STEPS, hook_lora
 from test_lora import SHAPES
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 
 

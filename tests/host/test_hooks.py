@@ -11,7 +11,7 @@ from comfy_extras.nodes_hooks import SetClipHooks
 from pairs import SMALL, assert_same, budget, pair, run
 from test_lora import forms, numbers, with_lora
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 
 STEPS = 4
 

@@ -19,11 +19,11 @@ from test_hooks import hook_lora, hooked
 from test_lora import forms, with_lora
 
 from spillway.nodes.load import SpillwayLoadDiffusionModel
-from spillway.ops import int8_measure
-from spillway.ops.disk_map import SourceError
-from spillway.ops.int8_weight import Int8Weight
-from spillway.patcher.comfy_load import load_diffusion_model
-from spillway.patcher.comfy_save import save_model
+from spillway.ops.files.disk_map import SourceError
+from spillway.ops.int8 import measure as int8_measure
+from spillway.ops.int8.weight import Int8Weight
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.saving.save import save_model
 from spillway.patcher.policy import Policy
 
 QuantizedTensor = comfy.quant_ops.QuantizedTensor

@@ -119,7 +119,7 @@ def test_sd15_convolutions(checkpoint, tmp_path):
 
 def test_text_encoder(checkpoint):
     """The CLIP half of a LoRA, and the CLIP without it afterwards."""
-    from spillway.patcher import comfy_load
+    from spillway.patcher.comfyui.loading import load as comfy_load
 
     path = checkpoint("clip_l")
     stem = "lora_te_text_model_encoder_layers_{}_self_attn_q_proj.{}"

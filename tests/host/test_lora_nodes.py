@@ -13,7 +13,8 @@ from pairs import SMALL, assert_same, budget, counters, pair, run
 from test_lora import SHAPES, forms, numbers
 
 from spillway.nodes.lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
-from spillway.patcher import comfy_load, comfy_lora
+from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.comfyui.patches import lora as comfy_lora
 
 TEXT = "a small red house"
 TE_STEM = "lora_te_text_model_encoder_layers_3_mlp_fc1"

@@ -11,7 +11,7 @@ from test_lora import forms, numbers, with_lora
 
 from spillway.nodes.make_dynamic import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
-from spillway.patcher.comfy_patcher import DynamicModelPatcher
+from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
 

@@ -10,13 +10,14 @@ import pytest
 import sampling
 import torch
 
-from spillway.cache import comfy_cache
-from spillway.cache.comfy_models import model_bytes
+from spillway.cache.comfyui import cache as comfy_cache
+from spillway.cache.comfyui.models import model_bytes
 from spillway.nodes.cache_policy import SpillwayCachePolicy
 from spillway.nodes.load import SpillwayLoadCheckpoint
 from spillway.nodes.memory import DROP, LOAD, MOVE, UNLOAD, SpillwayDeviceControl, SpillwayMemoryReport
 from spillway.nodes.vae import SpillwayVAEDecode, SpillwayVAEEncode
-from spillway.patcher import comfy_device, comfy_vae
+from spillway.patcher.comfyui import device as comfy_device
+from spillway.patcher.comfyui import vae as comfy_vae
 
 MIB = 1 << 20
 

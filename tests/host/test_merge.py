@@ -13,10 +13,10 @@ from test_lora import forms, with_lora
 
 from spillway.nodes.merge import DIFFERENCE, SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
-from spillway.ops import deferred
-from spillway.ops.disk_map import open_maps
-from spillway.patcher.comfy_load import load_diffusion_model
-from spillway.patcher.comfy_merge import group_of_keys
+from spillway.ops.files import deferred
+from spillway.ops.files.disk_map import open_maps
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.merge import group_of_keys
 
 LIKE_RATIO = {"early": -1.0, "middle": -1.0, "late": -1.0, "other": -1.0}
 

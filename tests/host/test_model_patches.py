@@ -16,8 +16,8 @@ from comfy_extras.nodes_model_patch import (
 )
 from pairs import assert_same, budget, core_vae, run
 
-from spillway.ops.layer import DynamicLayer
-from spillway.patcher import comfy_load
+from spillway.ops.lending.layer import DynamicLayer
+from spillway.patcher.comfyui.loading import load as comfy_load
 
 
 def load_patch(models_dir, kind, **options):

@@ -14,7 +14,7 @@ from pairs import SMALL, assert_same, core_vae, run
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy
-from spillway.patcher.comfy_load import WEIGHT_DTYPES
+from spillway.patcher.comfyui.loading.load import WEIGHT_DTYPES
 
 # Workflow files have this id from another pack's node of the same inputs.
 NAMED_BY_WORKFLOWS = {"INT8LazyTorchCompile"}

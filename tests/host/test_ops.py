@@ -12,9 +12,9 @@ import torch
 from pairs import FRACTIONS, SMALL, assert_same, pair, run
 from test_lora import forms, with_lora
 
-from spillway.ops.layer import DynamicLayer
-from spillway.patcher.comfy_ops import operations
-from spillway.patcher.dynamic import DynamicModel
+from spillway.ops.lending.layer import DynamicLayer
+from spillway.patcher.comfyui.loading.op_classes import operations
+from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
 LAYERS = {
@@ -174,7 +174,7 @@ def test_lora_on_a_quantised_file(kind, fraction, quantised_file):
 
 def test_unknown_quantisation(quantised_file, models_dir):
     """The core says which format it does not know."""
-    from spillway.patcher.comfy_load import load_diffusion_model
+    from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
     tensors = comfy.utils.load_torch_file(quantised_file("float8_e4m3fn"))
     for name in [name for name in tensors if name.endswith("comfy_quant")]:

@@ -15,8 +15,8 @@ import torch
 from comfy.cli_args import args
 from comfy_execution import caching
 
-from spillway.cache import comfy_cache
-from spillway.ops.available import Available
+from spillway.cache.comfyui import cache as comfy_cache
+from spillway.ops.ram.available import Available
 
 MIB = 1 << 20
 RAN = []
@@ -398,7 +398,7 @@ def test_what_is_damaged_is_made_again(installed, user):
 
 
 def test_a_model_file_that_changed_makes_another_name(installed, user, models_dir):
-    from spillway.cache import comfy_disk
+    from spillway.cache.comfyui import disk as comfy_disk
 
     path = models_dir / "checkpoints" / "changing.safetensors"
     path.write_bytes(b"one")

@@ -25,7 +25,7 @@ STEPS = 3
 @pytest.fixture
 def load():
     """The pack's loaders, with a budget in bytes in place of a policy."""
-    from spillway.patcher import comfy_load
+    from spillway.patcher.comfyui.loading import load as comfy_load
     from spillway.patcher.policy import Policy
 
     class Load:

@@ -12,7 +12,7 @@ from comfy_extras import nodes_model_merging_model_specific as specific
 from pairs import SMALL, assert_same, budget, pair, run
 from test_lora import SHAPES, numbers, with_lora
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 

@@ -13,9 +13,9 @@ import torch
 from pairs import SMALL, assert_same, budget, core_vae, pair, run
 from test_lora import QKV, SHAPES, forms, with_lora
 
-from spillway.ops.layer import DynamicLayer
-from spillway.patcher import comfy_load
-from spillway.patcher.comfy_patcher import DynamicModelPatcher
+from spillway.ops.lending.layer import DynamicLayer
+from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
 CPU = torch.device("cpu")
@@ -191,7 +191,7 @@ def test_modules_are_the_cores_again(how, flux):
     if how == "loaded by us":
         ours = comfy_load.load_diffusion_model(flux)
     else:
-        from spillway.patcher.comfy_adopt import dynamic_model
+        from spillway.patcher.comfyui.loading.adopt import dynamic_model
 
         core = comfy.sd.load_diffusion_model(flux)
         core.cached_patcher_init = None
@@ -219,8 +219,8 @@ def test_dropped_model_is_freed(flux):
     """Nothing keeps a model whose patchers are gone: not the core's lists, not the engine's, no thread, no file."""
     import weakref
 
-    from spillway.ops.disk_map import open_maps
-    from spillway.patcher import dynamic
+    from spillway.ops.files.disk_map import open_maps
+    from spillway.patcher import dynamic_model as dynamic
 
     gc.collect()
     maps, models = len(list(open_maps())), len(dynamic.models)

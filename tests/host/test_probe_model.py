@@ -8,8 +8,8 @@ from pairs import SMALL
 
 from spillway.nodes.probe import SpillwayProbeModel, _files
 from spillway.nodes.save import SpillwaySaveDiffusionModel
-from spillway.ops.disk_map import SourceError
-from spillway.patcher.comfy_load import load_diffusion_model
+from spillway.ops.files.disk_map import SourceError
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
 NAMES = {
     "flux": (SMALL, "diffusion model, Flux", "Flux"),

@@ -16,7 +16,7 @@ import torch
 from pairs import SMALL, assert_same, pair, run
 from test_lora import QKV, forms, with_lora
 
-from spillway.patcher import comfy_load
+from spillway.patcher.comfyui.loading import load as comfy_load
 
 QuantizedTensor = comfy.quant_ops.QuantizedTensor
 MATCH = ("attn.qkv", "mlp.0", "mlp.2", "linear1", "linear2")

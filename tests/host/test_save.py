@@ -20,12 +20,12 @@ from test_lora import LINEAR, QKV, forms, numbers, with_lora
 
 from spillway.nodes import save as save_nodes
 from spillway.nodes.save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
-from spillway.ops import deferred
-from spillway.ops.disk_map import DiskMap
-from spillway.ops.safetensors_writer import SaveError
-from spillway.patcher.comfy_load import load_checkpoint, load_clip, load_diffusion_model, load_vae
-from spillway.patcher.comfy_save import QUANTISATIONS, SAVE_DTYPES
-from spillway.patcher.comfy_save_target import journal
+from spillway.ops.files import deferred
+from spillway.ops.files.disk_map import DiskMap
+from spillway.ops.files.safetensors_writer import SaveError
+from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
+from spillway.patcher.comfyui.saving.save import QUANTISATIONS, SAVE_DTYPES
+from spillway.patcher.comfyui.saving.target import journal
 
 PREFIX = "model.diffusion_model."
 TEXT = "text_model.encoder.layers.3.self_attn.q_proj"

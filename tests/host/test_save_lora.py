@@ -13,9 +13,9 @@ from test_lora import LINEAR, MLP, QKV, forms, numbers, with_lora
 
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.nodes.save_lora import SpillwaySaveLora
-from spillway.ops import deferred
-from spillway.patcher.comfy_load import load_diffusion_model
-from spillway.patcher.comfy_save_target import journal
+from spillway.ops.files import deferred
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.saving.target import journal
 
 
 @pytest.fixture(autouse=True)

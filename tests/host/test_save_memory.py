@@ -12,8 +12,8 @@ from pairs import run
 
 from spillway.nodes.merge import SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
-from spillway.ops.disk_map import DiskMap
-from spillway.patcher.comfy_load import load_diffusion_model
+from spillway.ops.files.disk_map import DiskMap
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
 LARGE = {"hidden": 2048, "depth": 1, "depth_single": 1}  # 0.46 GB in bf16, of which one tensor has 59 MB
 SHARES = dict.fromkeys(("early", "middle", "late", "other"), -1.0)

@@ -12,7 +12,7 @@ from cuda_sim.aimdo import PAGE
 from cuda_sim.sim import FOR_EVER, INVALID_VALUE, OUT_OF_MEMORY
 from nets import Stack, dynamic, plain, same, write
 
-from spillway.ops.backend import DeviceError
+from spillway.ops.device.backend import DeviceError
 
 ALL = 1 << 40
 BUNDLE = 1024 * 1024 * 4 + 1024 * 4  # bytes

@@ -1,0 +1,1 @@
+"""The output cache in the place of ComfyUI's own."""

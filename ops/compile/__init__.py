@@ -1,0 +1,1 @@
+"""Blocks compiled without owning a weight."""

@@ -1,0 +1,206 @@
+"""What a device can do: allocate, copy on side streams, wait. One class per kind of device, chosen by `backend_for`.
+
+The protocol is what a CUDA device does; a test puts a simulated device in its place whose copies take effect only when
+something waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+
+from ..ledger import first_line
+from .locked_memory import locked
+
+T = TypeVar("T")
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self) -> None: ...
+
+
+class Backend:
+    """A device whose transfers are synchronous: MPS, DirectML and whatever torch reports without streams.
+
+    in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
+    aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
+    plain: the backend itself, without what is wrapped around it for one model.
+    """
+
+    in_place = False
+    streams = 0
+    aimdo_device: int | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.plain: Backend = self
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised uint8 memory on the device.
+
+        Never an inference tensor, which later code outside inference mode could not write to.
+        """
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        """Host memory that the device copies from; page-locked where that helps. Raises RuntimeError where refused."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def stream(self) -> Any:
+        """A new offload stream; None on a device without."""
+        return None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Enqueue target <- source on the stream."""
+        target.copy_(source)
+
+    def record(self, stream: Any) -> Event | None:
+        """An event after what the stream has been given so far; stream None is the main stream."""
+        return None
+
+    def wait(self, event: Event | None, stream: Any) -> None:
+        """Work given to `stream` from now on (None: the main stream) waits for the event. The host goes on."""
+
+    def synchronize(self) -> None:
+        """The host waits for everything."""
+
+    def twice(
+        self,
+        call: Callable[..., T],
+        *arguments: Any,
+        errors: tuple[type[Exception], ...] = (RuntimeError,),
+        then: Callable[[Exception], None] | None = None,
+    ) -> T:
+        """The call's result; where it raises one of `errors`, that of a second call, with everything waited for.
+
+        then: told of the first error, once synchronised. Raises what the second call raises, and DeviceError
+        where the device cannot be synchronised.
+        """
+        try:
+            return call(*arguments)
+        except errors as error:
+            self.synchronize()
+            if then is not None:
+                then(error)
+        return call(*arguments)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes this the current device: driver calls, and comfy-aimdo's look at free memory, ask the current one."""
+        return nullcontext()
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes that weights could take on the device."""
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+
+class CpuBackend(Backend):
+    """The CPU: weights are used where they lie."""
+
+    in_place = True
+
+
+# cudaHostRegisterPortable: locked for every device, not for the current one alone.
+PORTABLE = 1
+
+
+class StreamBackend(Backend):
+    """CUDA, ROCm and XPU: side streams, events, page-locked host memory."""
+
+    streams = 2
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._module: Any = torch.get_device_module(device)
+        if device.type == "cuda":  # ROCm too
+            self.aimdo_device = device.index
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return locked(nbytes, self._lock, self._unlock)
+
+    def _lock(self, address: int, nbytes: int) -> None:
+        code = int(self._module.cudart().cudaHostRegister(address, nbytes, PORTABLE))
+        if code:
+            self._forget_error()
+            raise RuntimeError(f"cudaHostRegister of {nbytes} bytes failed with code {code}")
+
+    def _unlock(self, address: int) -> bool:
+        code = int(self._module.cudart().cudaHostUnregister(address))
+        if code:
+            self._forget_error()
+        return code == 0
+
+    def _forget_error(self) -> None:
+        """The driver hands a failure to the next call as well, whoever makes it: let that be one of ours."""
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
+
+    def stream(self) -> Any:
+        return self._module.Stream(device=self.device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        with self._module.stream(stream):
+            # On the main stream the host waits, as on a device without streams.
+            target.copy_(source, non_blocking=stream is not None)
+
+    def record(self, stream: Any) -> Any:
+        event = self._module.Event()
+        event.record(stream or self._module.current_stream(self.device))
+        return event
+
+    def wait(self, event: Any, stream: Any) -> None:
+        if event is not None:
+            (stream or self._module.current_stream(self.device)).wait_event(event)
+
+    def current(self) -> AbstractContextManager[Any]:
+        return self._module.device(self.device)  # type: ignore[no-any-return]
+
+    def synchronize(self) -> None:
+        self._module.synchronize(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self._module.mem_get_info(self.device)
+        # What torch's allocator holds but does not use is as good as free.
+        idle = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
+        return free + max(0, idle), total
+
+
+class DeviceError(RuntimeError):
+    """A device that does not exist, cannot hold weights, or does not answer any more."""
+
+
+def backend_for(device: str | torch.device) -> Backend:
+    """The backend of a device. Raises DeviceError, with what there is, for a device that does not exist."""
+    asked = device
+    try:
+        device = torch.device(device)
+        if device.type not in ("cpu", "meta"):
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu"]
+        for kind in ("cuda", "xpu", "mps"):
+            module = getattr(torch, kind, None)
+            if module is not None and module.is_available():
+                count = module.device_count() if hasattr(module, "device_count") else 1
+                there += [f"{kind}:{index}" for index in range(count)]
+        raise DeviceError(
+            f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(there)}."
+        ) from None
+    if device.type == "meta":
+        raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
+    if device.type == "cpu":
+        return CpuBackend(device)
+    if device.type in ("cuda", "xpu"):
+        if device.index is None:
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        return StreamBackend(device)
+    return Backend(device)

@@ -1,0 +1,148 @@
+"""A backend for a device that may fail: it synchronises, tries once more, and then asks less of the device.
+
+What is asynchronous on a sound device is done step by step on one whose streams, events or copies fail for good, and
+where no memory can be page-locked any more, it is pageable: slower, and as right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ..ledger import Ledger, first_line
+from .backend import Backend, DeviceError, T
+
+
+class Moment:
+    """An event that can be waited for as long as the device can be synchronised."""
+
+    __slots__ = ("backend", "event")
+
+    def __init__(self, backend: CarefulBackend, event: Any) -> None:
+        self.backend, self.event = backend, event
+
+    def synchronize(self) -> None:
+        self.backend.order(self.event.synchronize)
+
+    def query(self) -> bool:
+        return self.backend.order(self.event.query) is not False
+
+
+class CarefulBackend(Backend):
+    """`plain`, for one model.
+
+    synchronous: every transfer is waited for. pageable: no host memory is locked any more.
+    """
+
+    def __init__(self, plain: Backend, ledger: Ledger) -> None:
+        super().__init__(plain.device)
+        self.plain, self.ledger = plain, ledger
+        self.in_place, self.streams, self.aimdo_device = plain.in_place, plain.streams, plain.aimdo_device
+        self.synchronous = self.pageable = False
+        self._unsettled = False  # a synchronisation failed: nobody knows what is done
+
+    def _twice(self, call: Callable[..., T], *arguments: Any) -> T:
+        return self.twice(call, *arguments, then=self._note)
+
+    def _note(self, error: Exception) -> None:
+        self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
+
+    def order(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What only puts work in order. Where it fails for good, synchronising does the same; None then."""
+        if self.synchronous:
+            return None
+        try:
+            return self._twice(call, *arguments)
+        except RuntimeError as error:
+            self._step_down(error)
+            return None
+
+    def _step_down(self, error: RuntimeError) -> None:
+        self.synchronize()
+        self.synchronous = True
+        self.ledger.decide(
+            f"the device failed twice at an asynchronous transfer ({first_line(error)}): this model's transfers are "
+            "synchronous from now on and take longer. Load the model again to go back; other models are not affected.",
+            level=logging.WARNING,
+        )
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        # Being out of memory is not for here: whoever runs the model makes room.
+        return self.plain.empty(nbytes)
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        if not self.pageable:
+            try:
+                return self._twice(self.plain.host_empty, nbytes)
+            except DeviceError:
+                raise
+            except RuntimeError as error:
+                self.pageable = True
+                self.ledger.decide(
+                    f"pinned memory refused ({first_line(error)}): using pageable memory from now on, which "
+                    "transfers more slowly. A smaller pinned RAM budget avoids this.",
+                    level=logging.WARNING,
+                )
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def stream(self) -> Any:
+        return self.order(self.plain.stream)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        if self._unsettled:
+            self.synchronize()
+        if stream is not None and not self.synchronous:
+            try:
+                self._twice(self.plain.copy, target, source, stream)
+                return
+            except RuntimeError as error:
+                self._step_down(error)
+        try:
+            self._twice(self.plain.copy, target, source, None)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise DeviceError(
+                f"device {self.device} cannot be copied to or from ({first_line(error)}), not even step by step. "
+                "Restart the process; if this comes back, look for faults in the system's log."
+            ) from error
+
+    def record(self, stream: Any) -> Moment | None:
+        event = self.order(self.plain.record, stream)
+        return None if event is None else Moment(self, event)
+
+    def wait(self, event: Any, stream: Any) -> None:
+        if event is not None:
+            self.order(self.plain.wait, event.event, stream)
+
+    def synchronize(self) -> None:
+        try:
+            self.plain.synchronize()
+        except RuntimeError:
+            self._unsettled = True
+            try:
+                self.plain.synchronize()
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"device {self.device} cannot be synchronised ({first_line(error)}), so nothing on it can be "
+                    "trusted. Restart the process; if this comes back, look for faults in the system's log."
+                ) from error
+        self._unsettled = False
+
+    def current(self) -> AbstractContextManager[Any]:
+        return self.plain.current()
+
+    def memory(self) -> tuple[int, int]:
+        try:
+            return self._twice(self.plain.memory)
+        except DeviceError:
+            raise
+        except RuntimeError as error:
+            raise DeviceError(
+                f"device {self.device} does not say how much memory is free ({first_line(error)}). "
+                "Run again; if this comes back, restart the process and look for faults in the system's log."
+            ) from error

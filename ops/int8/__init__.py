@@ -1,0 +1,1 @@
+"""Weights in INT8, their products, and whether they pay."""

@@ -1,0 +1,162 @@
+"""A linear layer's weight in INT8, as one tensor: it travels as its parts do, and multiplies where it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..gather import inner_tensors, is_wrapper
+from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
+
+# Rows that are quantised at a time: a bound on temporary memory.
+PART_BYTES = 16 << 20
+
+
+class Int8Weight(torch.Tensor):
+    """A (rows, columns) weight in INT8 that behaves like one in `dtype`.
+
+    qdata: int8 (rows, columns); scale: fp32 (rows, groups), one for each `columns / groups` columns. down, up: a
+    low-rank branch in floating point, (rank, columns) and (rows, rank), which is added exactly: the weight stands for
+    `qdata * scale + up @ down`. `linear` multiplies in INT8; every other operation gets the dequantised weight.
+    """
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[Int8Weight],
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        down: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> Int8Weight:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, qdata.shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        down: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> None:
+        self.qdata, self.scale, self.down, self.up = qdata, scale, down, up
+
+    @classmethod
+    def template(cls, shape: torch.Size, dtype: torch.dtype, groups: int = 1, rank: int = 0) -> Int8Weight:
+        """One without memory. groups: scales for each row. rank: of its branch; 0 for none."""
+        rows, columns = shape
+        qdata = torch.empty(shape, dtype=torch.int8, device="meta")
+        scale = torch.empty(rows, groups, dtype=torch.float32, device="meta")
+        if not rank:
+            return cls(qdata, scale, dtype)
+        down = torch.empty(rank, columns, dtype=dtype, device="meta")
+        return cls(qdata, scale, dtype, down, torch.empty(rows, rank, dtype=dtype, device="meta"))
+
+    @property
+    def rank(self) -> int:
+        """Of the branch; 0 where there is none."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    def quantise_(self, weight: torch.Tensor) -> None:
+        """Fill `qdata` and `scale` from a weight of the same shape, some rows at a time.
+
+        weight: in any floating point dtype, or another quantised tensor that has a `dequantize`. One that holds INT8
+        and a scale for each row, or one for all, is taken as it is.
+        """
+        has_int_mm(self.device.type)  # now: a graph that is traced later cannot try
+        if is_wrapper(weight):
+            parts = inner_tensors(weight)
+            if parts[0].dtype == torch.int8 and self.scale.shape[1] == 1:
+                self.qdata.copy_(parts[0])
+                self.scale.copy_(parts[1].reshape(-1, 1))
+                return
+            weight = weight.dequantize()
+        rows, columns = self.qdata.shape
+        wide = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16  # which has every number of fp8
+        step = max(1, PART_BYTES // (4 * columns))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            quantised, scale = quantise_rows(weight[part].to(wide), self.scale.shape[1])
+            self.qdata[part] = quantised
+            self.scale[part] = scale
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that this one stands for, in `dtype`."""
+        if self.down is None:
+            return dequantise_rows(self.qdata, self.scale, self.dtype)
+        assert self.up is not None
+        branch = self.up.float() @ self.down.float()
+        return branch.add_(dequantise_rows(self.qdata, self.scale, torch.float32)).to(self.dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., columns) -> (..., rows), in x's dtype."""
+        result = int8_linear(x, self.qdata, self.scale, bias)
+        if self.down is None:
+            return result
+        assert self.up is not None
+        narrow = torch.nn.functional.linear(x, self.down.to(x.dtype))
+        return result.add_(torch.nn.functional.linear(narrow, self.up.to(x.dtype)))
+
+    # -- torch's protocol for wrapper subclasses
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return ["qdata", "scale"] if self.down is None else ["qdata", "scale", "down", "up"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, torch.Tensor], context: torch.dtype, outer_size: Any, outer_stride: Any
+    ) -> Int8Weight:
+        return Int8Weight(parts["qdata"], parts["scale"], context, parts.get("down"), parts.get("up"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and x.is_floating_point():
+                return weight.linear(x, bias)
+        with torch._C.DisableTorchFunctionSubclass():  # else the result would be taken for an INT8 weight
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Int8Weight):
+            if func is torch.ops.aten.detach.default:
+                return first
+            if func is torch.ops.aten._to_copy.default or func is torch.ops.aten.clone.default:
+                return _copied(func, first, kwargs)
+            if func._schema.is_mutable and any(
+                isinstance(value, Int8Weight) and argument.alias_info is not None and argument.alias_info.is_write
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+            ):
+                raise RuntimeError(f"{func} would write into an INT8 weight. Use a copy of `weight.dequantize()`.")
+        plain = torch.utils._pytree.tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
+        return func(*plain[0], **plain[1])
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, groups={self.scale.shape[1]})"
+
+
+def _linear_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return x, weight, bias
+
+
+def _copied(func: Any, weight: Int8Weight, kwargs: dict[str, Any]) -> Int8Weight:
+    """Another dtype changes what the weight stands for, not its parts."""
+    dtype = kwargs.pop("dtype", None) or weight.dtype
+    names, _ = weight.__tensor_flatten__()
+    return Int8Weight.__tensor_unflatten__(
+        {name: func(getattr(weight, name), **kwargs) for name in names}, dtype, None, None
+    )

@@ -1,0 +1,1 @@
+"""Bundles lent to layers for the length of one forward."""

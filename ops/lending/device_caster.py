@@ -1,0 +1,214 @@
+"""The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..device.backend import Backend
+from ..files.disk_map import SourceError
+from ..gather import copy_into, interpret_gathered_like
+from ..ledger import Ledger
+from ..vbar.protocol import VBAR
+from .bundle import Bundle
+from .caster import Caster, Loan
+from .pins import Pins
+from .ring import Ring
+
+
+class DeviceCaster(Caster):
+    """prefetch: bundles to begin ahead of their use. streams: offload streams to use, at most the device's."""
+
+    def __init__(
+        self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger, prefetch: int = 2, streams: int = 2
+    ) -> None:
+        super().__init__(backend, vbar, pins, ledger)
+        count = min(streams, backend.streams)
+        self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
+        self.prefetch = prefetch if count else 0
+        self.turn = 0
+        # One in use, the ones ahead, one draining.
+        slots = self.prefetch + 2
+        self.ring = Ring(backend.empty, slots, self.counters)
+        # Host buffers that unpinned bundles are gathered in.
+        self.staging = Ring(backend.host_empty, slots, self.counters)
+        self.ahead: dict[Bundle, Loan] = {}
+        self.horizon: Bundle | None = None
+        self.write_backs: list[tuple[Any, torch.Tensor]] = []
+
+    # -- a loan's way
+
+    def take(self, bundle: Bundle) -> Loan:
+        if self.write_backs:
+            self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
+        loan = self.ahead.pop(bundle, None)
+        if loan is not None:
+            return loan
+        if self.ahead:
+            self.forget()  # the order is not what it was
+        self.horizon = None
+        return super().take(bundle)
+
+    def begin(self, loan: Loan) -> None:
+        bundle = loan.bundle
+        bundle.check_present()
+        stream = self.streams[self.turn]
+        self.turn = (self.turn + 1) % len(self.streams)
+        pin = self.pins.get(bundle)
+        current = pin is not None and pin.version == bundle.version
+        loan.finished = current or bundle.plain
+        nbytes = bundle.nbytes if loan.finished else bundle.store_bytes
+        to_vbar = loan.finished and loan.signature is not None
+        loan.slot = None if to_vbar else self.ring.take(nbytes)
+        if to_vbar:
+            loan.target = self.vbar.tensor(bundle.piece)[:nbytes]
+        elif loan.slot is None:  # nested modules hold every slot
+            loan.target = self.backend.empty(nbytes)
+        else:
+            loan.target = loan.slot.buffer[:nbytes]
+        if loan.slot is None or loan.slot.fresh:
+            # What lay there before may still be in use by work that was given to the main stream.
+            self.backend.wait(self.backend.record(None), stream)
+        if loan.slot is not None:
+            loan.slot.fresh = False
+        if not current and (pin is None or pin.version is not None):
+            pin = self.pins.take(bundle, bundle.store_bytes, None) if not self._worth_writing_back(bundle) else None
+            if pin is not None:
+                try:
+                    self._gather(bundle, pin.buffer)
+                except BaseException:
+                    self.pins.drop(bundle)
+                    raise
+        if pin is not None:
+            if pin.ready is not None:
+                self.backend.wait(pin.ready, stream)
+            self.backend.copy(loan.target, pin.buffer[:nbytes], stream)
+            loan.event = pin.busy = self.backend.record(stream)
+        else:
+            self._stage(bundle, loan, stream)
+        if loan.signature is None:
+            self.counters.bytes_streamed += nbytes
+        else:
+            self.counters.bytes_loaded += nbytes
+
+    def _gather(self, bundle: Bundle, buffer: torch.Tensor) -> None:
+        for view, tensor in zip(interpret_gathered_like(bundle.store, buffer), bundle.store, strict=True):
+            assert view is not None
+            copy_into(view, tensor)
+        bundle.drop_pages()
+
+    def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:
+        assert loan.target is not None
+        staging = self.staging.take(bundle.store_bytes)
+        buffer = torch.empty(bundle.store_bytes, dtype=torch.uint8) if staging is None else staging.buffer
+        try:
+            self._gather(bundle, buffer)
+            self.backend.copy(loan.target, buffer[: bundle.store_bytes], stream)
+            loan.event = self.backend.record(stream)
+        finally:
+            if staging is None:
+                loan.keep = buffer
+            else:
+                self.staging.give(staging, loan.event)  # type: ignore[arg-type]
+
+    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+        bundle = loan.bundle
+        assert loan.target is not None
+        self.backend.wait(loan.event, None)  # type: ignore[arg-type]
+        if loan.finished:
+            views: list[torch.Tensor] = interpret_gathered_like(bundle.form, loan.target)  # type: ignore[assignment]
+        else:
+            source: list[torch.Tensor] = interpret_gathered_like(bundle.store, loan.target)  # type: ignore[assignment]
+            resident = loan.signature is not None
+            memory = self.vbar.tensor(bundle.piece)[: bundle.nbytes] if resident else self.backend.empty(bundle.nbytes)
+            views = self.form(bundle, source, memory)
+            if not resident:
+                loan.keep = memory
+                self._write_back(bundle, memory)
+            self._free_slot(loan)
+        if loan.signature is not None:
+            self.keep_resident(bundle, loan, views)
+        return views
+
+    @staticmethod
+    def _worth_writing_back(bundle: Bundle) -> bool:
+        """A finished form saves the arithmetic of patches or of quantisation, or bytes; a mere upcast is cheaper to
+        repeat than to transfer.
+        """
+        return bundle.made or bundle.nbytes < bundle.store_bytes
+
+    def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
+        if not self._worth_writing_back(bundle):
+            return
+        pin = self.pins.take(bundle, bundle.nbytes, bundle.version)
+        if pin is None:
+            return
+        stream = self.streams[self.turn]
+        try:
+            self.backend.wait(self.backend.record(None), stream)  # the finished form is made on the main stream
+            self.backend.copy(pin.buffer, memory, stream)
+            pin.ready = self.backend.record(stream)
+        except BaseException:
+            self.backend.synchronize()
+            self.pins.drop(bundle)  # it says that it holds the finished form
+            raise
+        # The allocator must not hand this memory out while the stream reads it.
+        self.write_backs.append((pin.ready, memory))
+        self.counters.write_backs += 1
+        self.counters.bytes_written_back += bundle.nbytes
+
+    def _free_slot(self, loan: Loan) -> None:
+        slot, loan.slot = loan.slot, None
+        if slot is not None:
+            done = None
+            try:
+                done = self.backend.record(None)
+            finally:
+                self.ring.give(slot, done)
+
+    def release(self, loan: Loan) -> None:
+        try:
+            if loan.views is None and loan.event is not None:
+                loan.event.synchronize()  # type: ignore[attr-defined] # nobody waited: its target must not be reused yet
+        finally:
+            self._free_slot(loan)
+            super().release(loan)
+
+    # -- ahead of the use
+
+    def look_ahead(self, bundle: Bundle) -> None:
+        if not self.prefetch:
+            return
+        last = self.horizon if self.horizon is not None else bundle
+        while len(self.ahead) < self.prefetch:
+            following = last.successor
+            if following is None or following is bundle or following in self.ahead or following.loan is not None:
+                break
+            try:
+                loan = super().take(following)
+            except (RuntimeError, MemoryError, SourceError):
+                break  # whoever asks for this bundle will be told
+            self.ahead[following] = loan
+            if loan.views is None:
+                self.counters.prefetched += 1
+            last = following
+        self.horizon = last if self.ahead else None
+
+    def forget(self) -> None:
+        with self.lock:
+            while self.ahead:
+                self.release(self.ahead.popitem()[1])
+            self.horizon = None
+
+    def close(self) -> None:
+        self.backend.synchronize()
+        super().close()
+        self.write_backs.clear()
+        self.ring.clear()
+        self.staging.clear()
+
+
+def _done(event: Any) -> bool:
+    return event is None or event.query()

@@ -1,0 +1,85 @@
+"""The caster of devices that compute on host memory: weights are used where they lie wherever their form allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from ..gather import interpret_gathered_like
+from ..ram import allocator
+from .bundle import Bundle
+from .caster import Caster, Loan
+from .pins import Pin
+
+
+class HostCaster(Caster):
+    """No streams. An unpatched weight of the right dtype is a view of its file's map: no copy.
+
+    What is not resident is used and then dropped from memory behind the reader, so the process holds the resident set
+    and one bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
+    """
+
+    advise = True
+
+    def begin(self, loan: Loan) -> None:
+        bundle = loan.bundle
+        bundle.check_present()
+        if bundle.in_place:
+            loan.views = bundle.store
+            if loan.signature is not None:
+                bundle.piece.memory = None  # of a patch that is gone: what stays now are the pages of the map
+                self.keep_resident(bundle, loan, bundle.store)
+                self.counters.bytes_loaded += bundle.store_bytes
+        elif loan.signature is None:
+            pin = self._current_pin(bundle)
+            if pin is not None:
+                loan.views = interpret_gathered_like(bundle.form, pin.buffer)  # type: ignore[assignment]
+        if loan.signature is None:
+            self.counters.bytes_streamed += bundle.store_bytes
+
+    def _current_pin(self, bundle: Bundle) -> Pin | None:
+        """The bundle's pin where that holds the finished form."""
+        pin = self.pins.get(bundle)
+        return pin if pin is not None and pin.version == bundle.version else None
+
+    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+        bundle = loan.bundle
+        if loan.signature is not None:
+            memory, pin = self.vbar.tensor(bundle.piece)[: bundle.nbytes], self._current_pin(bundle)
+            if pin is None:
+                views = self.form(bundle, bundle.store, memory)
+            else:
+                memory.copy_(pin.buffer)
+                views = interpret_gathered_like(bundle.form, memory)  # type: ignore[assignment]
+            self.keep_resident(bundle, loan, views)
+            self.counters.bytes_loaded += bundle.nbytes
+        else:
+            wanted = bundle.made or bundle.place in ("ram", "pin")
+            pin = self.pins.take(bundle, bundle.nbytes, bundle.version) if wanted else None
+            memory = pin.buffer if pin is not None else self.backend.empty(bundle.nbytes)
+            try:
+                views = self.form(bundle, bundle.store, memory)
+            except BaseException:
+                self.pins.drop(bundle)  # it says that it holds the finished form
+                raise
+            if pin is not None:
+                self.counters.write_backs += 1
+                self.counters.bytes_written_back += bundle.nbytes
+        bundle.drop_pages()  # the finished form lies elsewhere now
+        return views
+
+    def form(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        with allocator.in_maps() if bundle.made else nullcontext():
+            return super().form(bundle, source, memory)
+
+    def release(self, loan: Loan) -> None:
+        if loan.signature is None and loan.bundle.in_place and loan.bundle.place != "ram":
+            loan.bundle.drop_pages()
+        super().release(loan)
+
+    def look_ahead(self, bundle: Bundle) -> None:
+        following = bundle.successor
+        if self.advise and following is not None and not self.vbar.resident(following.piece):
+            following.read_ahead()

@@ -1,0 +1,95 @@
+"""Large blocks of host memory that pins are laid out in: locking memory costs by the call, and drivers round it up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..device.backend import Backend
+from ..gather import aligned
+
+BLOCK_BYTES = 256 << 20
+
+
+@dataclass(eq=False)
+class Block:
+    """gaps: (start, bytes) of what no pin uses, by address."""
+
+    buffer: torch.Tensor
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gaps = [(0, self.nbytes)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel()
+
+    def cut(self, nbytes: int) -> Extent | None:
+        """The first gap's beginning that is large enough; None where there is none."""
+        wanted = aligned(nbytes)
+        for index, (start, size) in enumerate(self.gaps):
+            if size >= nbytes:
+                rest = size - wanted
+                self.gaps[index : index + 1] = [(start + wanted, rest)] if rest > 0 else []
+                return Extent(self, start, min(wanted, size), self.buffer[start : start + nbytes])
+        return None
+
+    def join(self, extent: Extent) -> None:
+        """An extent is a gap again, joined with its neighbours."""
+        gaps: list[tuple[int, int]] = []
+        for start, size in sorted([*self.gaps, (extent.start, extent.nbytes)]):
+            if gaps and sum(gaps[-1]) == start:
+                gaps[-1] = (gaps[-1][0], gaps[-1][1] + size)
+            else:
+                gaps.append((start, size))
+        self.gaps = gaps
+
+
+@dataclass(eq=False)
+class Extent:
+    """A part of a block. nbytes: with alignment; `view` has just the bytes asked for."""
+
+    block: Block
+    start: int
+    nbytes: int
+    view: torch.Tensor
+
+
+class PinBlocks:
+    """The blocks of one model's pins."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.blocks: list[Block] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, used or not."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def take(self, nbytes: int, wanted: int, budget: int) -> Extent | None:
+        """Room for a pin of `nbytes`: in a block that is there, else in a new one of `wanted` bytes.
+
+        A new block is smaller where `budget` bytes for all of them do not allow that much. None where there is no room.
+        """
+        for block in self.blocks:
+            extent = block.cut(nbytes)
+            if extent is not None:
+                return extent
+        size = min(max(nbytes, wanted), budget - self.nbytes)
+        return self.add(self.backend.host_empty(size), nbytes) if size >= nbytes else None
+
+    def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:
+        """Use a buffer as a block, and take the first `nbytes` of it."""
+        block = Block(buffer)
+        extent = block.cut(nbytes)
+        assert extent is not None
+        self.blocks.append(block)
+        return extent
+
+    def drop(self, block: Block) -> int:
+        """Forget a block that no pin lies in; returns its bytes, which the system has back once no view is left."""
+        self.blocks.remove(block)
+        return block.nbytes

@@ -1,0 +1,1 @@
+"""The RAM that this process can have, and the C library's share of it."""

@@ -1,0 +1,1 @@
+"""Device memory that is mapped on demand and can be taken back: the protocol and its implementations."""

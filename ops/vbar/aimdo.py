@@ -1,0 +1,192 @@
+"""The VBAR of comfy-aimdo (0.4.5 and later): device pages mapped by its native library.
+
+Nothing here initialises devices that the host already initialised: a second initialisation tears live hooks down.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..device.backend import Backend, DeviceError
+from ..ledger import Ledger
+from .protocol import lock
+
+PAGE = 32 << 20
+RESIDENT = 1
+
+
+class AimdoSlice(NamedTuple):
+    """An allocation: comfy-aimdo's own handle, and the place it has from the start of the range."""
+
+    handle: Any
+    offset: int
+    nbytes: int
+
+
+def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
+    """Whether comfy-aimdo can hold weights for a device, and the reason in words.
+
+    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI the host decides that.
+    """
+    index = backend.aimdo_device
+    if index is None:
+        return False, f"comfy-aimdo serves CUDA and ROCm devices, not {backend.device.type}"
+    try:
+        import comfy_aimdo.control as control
+    except ImportError as error:
+        return False, f"comfy-aimdo is not installed ({error})"
+    if getattr(control, "lib", None) is None and not (may_init and control.init()):
+        return False, "comfy-aimdo is not initialised (dynamic VRAM is off or the device is not supported)"
+    if not getattr(control, "devctxs", None):
+        if not may_init:
+            return False, "comfy-aimdo has no device initialised (dynamic VRAM is off)"
+        init = getattr(control, "init_devices", None)
+        if not (init([index]) if init is not None else control.init_device(index)):
+            return False, f"comfy-aimdo could not initialise device {index}"
+    return True, "comfy-aimdo serves the device"
+
+
+class AimdoVBAR:
+    """nbytes: addresses to reserve; comfy-aimdo clamps them to the device's capacity.
+
+    failure: the driver's words, once it failed twice; from then on every fault is refused. Raises RuntimeError or
+    MemoryError where no addresses can be had.
+    """
+
+    kind = "aimdo"
+
+    def __init__(self, backend: Backend, nbytes: int, ledger: Ledger) -> None:
+        import comfy_aimdo.model_vbar as model_vbar
+        import comfy_aimdo.torch as aimdo_torch
+
+        self._api = model_vbar
+        self._to_tensor = aimdo_torch.aimdo_to_tensor
+        self.backend, self.ledger = backend, ledger
+        self.device = backend.device
+        self.failure: str | None = None
+        self.limit: int | None = None
+        self._offset = 0
+        self._peak = 0
+        with lock:
+            self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
+            self.capacity = self._vbar.get_nr_pages() * PAGE
+        # Its own `__del__` would free it without the lock, whenever the last slice is dropped.
+        self._free = weakref.finalize(self, _free, self._vbar)
+        self._free.atexit = False
+
+    def alloc(self, nbytes: int, on_evict: object = None) -> AimdoSlice | None:
+        """None where the range is full: such a bundle is always streamed."""
+        if self._offset + nbytes > self.capacity:
+            return None
+        handle = self._vbar.alloc(nbytes)
+        piece = AimdoSlice(handle, handle[1] - self._vbar.base_addr, nbytes)
+        self._offset = piece.offset + nbytes
+        return piece
+
+    def _is_above_limit(self, piece: AimdoSlice) -> bool:
+        return self.limit is not None and piece.offset + piece.nbytes > self.limit
+
+    def fault(self, piece: AimdoSlice | None) -> Any | None:
+        if piece is None or self.failure is not None or self._is_above_limit(piece):
+            return None
+        with lock:
+            return self._twice(self._api.vbar_fault, piece.handle)
+
+    def _twice(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
+        """The call's result; None where the driver fails at it twice."""
+        try:
+            return self.backend.twice(call, *arguments)
+        except DeviceError:
+            raise
+        except RuntimeError as error:
+            self._fail(error)
+            return None
+
+    def _fail(self, error: RuntimeError) -> None:
+        self.failure = str(error)
+        self.ledger.decide(
+            f"comfy-aimdo's VBAR failed twice ({error}): this model streams its weights until its next step and then "
+            "uses a software VBAR. Load it again to go back to comfy-aimdo; other models are not affected.",
+            level=logging.WARNING,
+        )
+
+    def same(self, signature: Any, other: Any | None) -> bool:
+        return other is not None and bool(self._api.vbar_signature_compare(signature, other))
+
+    def unpin(self, piece: AimdoSlice) -> None:
+        with lock:
+            try:
+                self._api.vbar_unpin(piece.handle)
+            except RuntimeError as error:
+                self._fail(error)  # no second try: the pin is gone; what failed is evicting above the watermark
+            if self._is_above_limit(piece):  # which was lowered while the slice was lent
+                self._keep_limit()
+
+    def tensor(self, piece: AimdoSlice) -> torch.Tensor:
+        return self._to_tensor(piece.handle, self.device)
+
+    # Other models and other threads call these, at any time.
+
+    def prioritize(self) -> None:
+        with lock:
+            if self._vbar is not None:
+                self._vbar.prioritize()
+
+    def deprioritize(self) -> None:
+        with lock:
+            if self._vbar is not None:
+                self._vbar.deprioritize()
+
+    def set_limit(self, nbytes: int | None) -> None:
+        # Kept here rather than as a watermark: `prioritize` resets those, and 0.4.5 cannot set one.
+        self.limit = None if nbytes is None else nbytes // PAGE * PAGE
+        with lock:
+            self._keep_limit()
+
+    def _keep_limit(self) -> None:
+        if self.limit is not None:
+            idle = [state == RESIDENT for state in self._residency()[self.limit // PAGE :]]
+            self.free_memory(sum(idle) * PAGE)
+
+    def free_memory(self, nbytes: int) -> int:
+        with lock:
+            if self._vbar is None:
+                return 0
+            return int(self._twice(self._vbar.free_memory, int(nbytes)) or 0)
+
+    def loaded_size(self) -> int:
+        with lock:
+            now = int(self._vbar.loaded_size()) if self._vbar is not None else 0
+            self._peak = max(self._peak, now)
+        return now
+
+    def peak_size(self) -> int:
+        self.loaded_size()
+        return self._peak
+
+    def resident(self, piece: AimdoSlice | None) -> bool:
+        if piece is None:
+            return False
+        pages = self._residency()
+        first, last = piece.offset // PAGE, (piece.offset + max(1, piece.nbytes) - 1) // PAGE
+        return all(pages[page] & RESIDENT for page in range(first, last + 1))
+
+    def _residency(self) -> list[int]:
+        """The state of every page: 0, or RESIDENT, with another bit set while it is pinned."""
+        with lock:
+            return self._vbar.get_residency() if self._vbar is not None else [0] * (self.capacity // PAGE)
+
+    def close(self) -> None:
+        with lock:
+            self._vbar = None
+            self._free()
+
+
+def _free(vbar: Any) -> None:
+    with lock:
+        getattr(vbar, "close", vbar.__del__)()  # `close` is new in 0.6.0

@@ -1,0 +1,1 @@
+"""ComfyUI's loaders, building dynamic models."""

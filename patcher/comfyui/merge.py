@@ -1,0 +1,109 @@
+"""Merging models as patches: the weights of the others are read where they lie when a merged one is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ...ops.gather import is_wrapper
+from .saving.save import source_of
+
+log = logging.getLogger("spillway")
+
+ROOT = "diffusion_model."
+GROUPS = ("early", "middle", "late", "other")
+# The three parts of a U-Net have names.
+NAMED_GROUPS = {"input_blocks": "early", "middle_block": "middle", "output_blocks": "late"}
+
+
+def group_of_keys(root: torch.nn.Module) -> Callable[[str], str]:
+    """Key of a weight in a diffusion model -> its group, one of GROUPS.
+
+    A U-Net has input, middle and output blocks. Of other models the repeated blocks are divided into thirds, in their
+    order. Everything else is 'other'.
+    """
+    blocks: dict[str, str] = {}
+    if all(hasattr(root, name) for name in NAMED_GROUPS):
+        blocks = {f"{name}.": group for name, group in NAMED_GROUPS.items()}
+    else:
+        lists = [(name, part) for name, part in root.named_children() if isinstance(part, torch.nn.ModuleList)]
+        names = [f"{name}.{index}." for name, part in lists for index in range(len(part))]
+        blocks = {name: GROUPS[place * 3 // len(names)] for place, name in enumerate(names)}
+
+    def group(key: str) -> str:
+        return next((found for begin, found in blocks.items() if key.startswith(begin)), "other")
+
+    return group
+
+
+def _plain(weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    """What the host's merging calls to have a weight without quantisation."""
+    return weight.dequantize() if is_wrapper(weight) else weight  # type: ignore[operator]
+
+
+def key_patches(patcher: Any) -> dict[str, list[Any]]:
+    """A model's floating-point weights as patches for another: [(weight, how to make it plain), its own patches...]."""
+    found = {}
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        key = f"{ROOT}{name}"
+        if parameter.dtype.is_floating_point and not name.endswith("_scale"):
+            found[key] = [(source_of(patcher, key, parameter), _plain), *patcher.patches.get(key, [])]
+    return found
+
+
+def _common(model: Any, other: Any) -> dict[str, list[Any]]:
+    """The weights of `other` that `model` has too. Raises ValueError for models of two architectures."""
+    shapes = {f"{ROOT}{name}": tuple(p.shape) for name, p in model.model.diffusion_model.named_parameters()}
+    theirs = key_patches(other)
+    names = f"{type(model.model).__name__} and {type(other.model).__name__}"
+    common = {key: patches for key, patches in theirs.items() if key in shapes}
+    for key, ((weight, _), *_) in common.items():
+        if tuple(weight.shape) != shapes[key]:
+            raise ValueError(
+                f"'{key}' is {shapes[key]} in one model and {tuple(weight.shape)} in the other ({names}). Only models "
+                "of one architecture and size can be merged."
+            )
+    if 2 * len(common) < max(len(shapes), len(theirs)):
+        raise ValueError(f"{names} share {len(common)} weights of {len(shapes)}: they are of two architectures.")
+    left = len(shapes) - sum(key in common for key in shapes)
+    if left:
+        log.info("[Spillway] %d weights that only the first model has are left as they are", left)
+    return common
+
+
+def merge(models: list[Any], shares: Mapping[str, float], share3: float = 0.0, *, add_difference: bool = False) -> Any:
+    """A clone of the first MODEL that is the merge of two or three. Nothing is computed until a weight is needed.
+
+    shares: the second model's share of each of GROUPS. A weighted sum is (1 - share - share3) of the first, share of
+    the second and share3 of the third; with add_difference it is the first and share times what the second has over
+    the third. Raises ValueError for models of two architectures.
+    """
+    first, second, *rest = models
+    if add_difference and not rest:
+        raise ValueError("add difference needs three models: to the first is added what the second has over the third.")
+    group = group_of_keys(first.model.diffusion_model)
+    patches2 = _common(first, second)
+    patches3 = _common(first, rest[0]) if rest else {}
+    # (strength of the patch, strength of what stands there) -> patches; the host lists all weights at each call.
+    steps: dict[tuple[float, float], dict[str, list[Any]]] = {}
+    for key, patches in patches2.items():
+        share = shares[group(key.removeprefix(ROOT))]
+        if add_difference:
+            if share and key in patches3:
+                steps.setdefault((share, 1.0), {})[key] = patches
+                steps.setdefault((-share, 1.0), {})[key] = patches3[key]
+            continue
+        third = share3 if key in patches3 else 0.0
+        if share or third:
+            steps.setdefault((share, 1.0 - share - third), {})[key] = patches
+        if third:
+            steps.setdefault((third, 1.0), {})[key] = patches3[key]
+    merged = first.clone()
+    for (strength, strength_model), found in sorted(steps.items(), key=lambda step: step[0][1]):
+        merged.add_patches(found, strength, strength_model)
+    # Their files stay mapped, and known as maps, as long as the merge is used.
+    merged.set_attachments("spillway_merged", [*(merged.get_attachment("spillway_merged") or []), second, *rest])
+    return merged

@@ -1,0 +1,1 @@
+"""LoRAs and other patches of ComfyUI as functions of one weight."""

@@ -1,0 +1,118 @@
+"""LoRAs on INT8 weights: merged and quantised once more, or beside them as a low-rank branch.
+
+Merged costs nothing at any step, and rounds the LoRA as it rounds the weight. A branch is exact and costs its
+arithmetic at every step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.weight_adapter
+import torch
+
+from ....ops.gather import is_wrapper
+from ....ops.int8.linear import dequantise_rows, quantise_rows
+from ....ops.ledger import Ledger
+from ....ops.lending.bundle import Param
+from .weight_patch import HostPatch
+
+# Of a quantised weight, relative: with normal numbers rounding costs 0.8 %, and as much again for the input.
+ERROR_BOUND = 0.009
+# A LoRA that makes a weight's own rounding no worse than this has not made it worse.
+NO_WORSE = 1.05
+# Weights, the largest first, and rows of each, that are looked at.
+SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
+
+
+class BranchPatch(HostPatch):
+    """Patches that are all low-rank, as one branch beside the weight. rank: of all of them together."""
+
+    def __init__(self, patch: HostPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
+        self.__dict__.update(patch.__dict__)
+        self.factors = factors
+        self.rank = sum(down.shape[0] for _, down, _, _ in factors)
+
+    def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rank, columns) and (rows, rank) in fp32, strengths included."""
+        ups, downs = [], []
+        for up, down, strength, offset in self.factors:
+            wide_up, wide_down = (part.to(device, torch.float32).flatten(start_dim=1) for part in (up, down))
+            if offset is not None:  # (dimension, first, length): for a part of the weight only
+                dimension, first, length = offset
+                after = self.shape[dimension] - first - length
+                if dimension == 0:
+                    wide_up = torch.nn.functional.pad(wide_up, (0, 0, first, after))
+                else:
+                    wide_down = torch.nn.functional.pad(wide_down, (first, after))
+            ups.append(wide_up * strength)
+            downs.append(wide_down)
+        return torch.cat(downs), torch.cat(ups, 1)
+
+
+def branch_of(patch: HostPatch) -> BranchPatch | None:
+    """The patch as a branch; None where it is more than a sum of low-rank products."""
+    if patch.hooked or tuple(patch.shape) != tuple(patch.weight.shape):
+        return None
+    factors = []
+    for strength, value, strength_model, offset, function in patch.patches:
+        if not isinstance(value, comfy.weight_adapter.LoRAAdapter) or function is not None or strength_model != 1.0:
+            return None
+        up, down, alpha, middle, dora_scale, reshape = value.weights[:6]
+        if middle is not None or dora_scale is not None or reshape is not None:
+            return None
+        scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+        factors.append((up, down, strength * scale, offset))
+    return BranchPatch(patch, factors)
+
+
+def merge_errors(patch: BranchPatch, groups: int, device: torch.device) -> tuple[float, float]:
+    """(without, with the LoRA): by how much rounding changes some rows of a weight, relative."""
+    step = max(1, patch.shape[0] // SAMPLED_ROWS)
+    weight = patch.weight
+    weight = weight.dequantize()[::step] if is_wrapper(weight) else weight[::step]  # type: ignore[operator]
+    rows = weight.to(device, torch.float32)
+    down, up = patch.low_rank(device)
+    return _error(rows, groups), _error(rows + up[::step] @ down, groups)
+
+
+def _error(rows: torch.Tensor, groups: int) -> float:
+    restored = dequantise_rows(*quantise_rows(rows, groups), torch.float32)
+    return float((restored - rows).norm() / rows.norm().clamp_(min=1e-30))
+
+
+def place_loras(
+    patches: dict[str, HostPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
+) -> dict[str, HostPatch]:
+    """The patches, with branches in the place of those that are to stay beside their INT8 weights.
+
+    mode: 'merge', 'side branch', or 'auto': merged where rounding the sum is no worse than rounding normal numbers, or
+    no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
+    """
+    branches = {key: branch for key, patch in patches.items() if (branch := branch_of(patch)) is not None}
+    if not branches or mode == "merge":
+        return patches
+    reason = "as the policy says"
+    if mode == "auto":
+        worst = (0.0, 0.0)
+        with torch.no_grad():
+            for key in sorted(branches, key=lambda key: -params[key].form.numel())[:SAMPLED_WEIGHTS]:
+                worst = max(worst, merge_errors(branches[key], params[key].int8, device), key=_excess)
+        reason = f"rounding changes the weights by {100 * worst[0]:.2f} %, with the LoRA by {100 * worst[1]:.2f} %"
+        if _excess(worst) <= 0:
+            ledger.decide_once(f"LoRA on INT8: merged and quantised once more; {reason}", level=logging.INFO)
+            return patches
+    ledger.decide_once(
+        f"LoRA on INT8: a side branch beside {len(branches)} weights, exact, with some arithmetic at every step; "
+        + reason,
+        level=logging.INFO,
+    )
+    return {**patches, **branches}
+
+
+def _excess(errors: tuple[float, float]) -> float:
+    without, merged = errors
+    return merged - max(ERROR_BOUND, NO_WORSE * without)

@@ -1,0 +1,156 @@
+"""LoRA files: read once, matched to a model and a text encoder, with a word on what did not fit."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+
+from ....ops.files.disk_map import SourceError
+
+Tensors = dict[str, torch.Tensor]
+
+# How the files of all trainers begin the names of what belongs to a text encoder.
+TEXT_ENCODER = ("lora_te", "lora_prior_te", "text_encoder", "text_model", "te1", "te2", "te3", "clip_", "cond_stage")
+# As many files stay open as a usual graph has; their pages are the system's to drop.
+FILES = 8
+
+
+class NoFit(ValueError):
+    """A LoRA of which nothing belongs to the models that it is given."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many of a file's tensors a model and a text encoder take. misfits: names of the others."""
+
+    used: int
+    misfits: tuple[str, ...]
+    # Left over because there is no text encoder to take it.
+    for_clip: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.used + len(self.misfits) + self.for_clip
+
+    def in_words(self, name: str) -> str:
+        """A warning; empty where everything fits that could."""
+        if not self.misfits:
+            return ""
+        return (
+            f"{name}: {self.used} of {self.total} tensors fit. {len(self.misfits)} do not, such as "
+            f"{', '.join(self.misfits[:3])}. The LoRA may be made for another version of this model."
+        )
+
+
+def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and the metadata of a LoRA file. The same objects again while the file is unchanged.
+
+    Raises SourceError for a file that cannot be read.
+    """
+    state = os.stat(path)
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=FILES)
+def _read(path: str, _changed: int, _size: int) -> tuple[Tensors, dict[str, str]]:
+    try:
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:
+        raise SourceError(
+            f"{path}: this LoRA file cannot be read ({type(error).__name__}: {error}). It is damaged, or no LoRA. "
+            "Download it again."
+        ) from error
+    tensors = {key: value for key, value in tensors.items() if torch.is_tensor(value)}
+    if not tensors:
+        raise SourceError(f"{path}: there are no tensors in this file. It is damaged, or no LoRA. Download it again.")
+    return tensors, metadata or {}
+
+
+def apply_lora(
+    model: Any, clip: Any, path: str, strength_model: float = 1.0, strength_clip: float = 1.0
+) -> tuple[Any, Any, Fit | None]:
+    """Clones of MODEL and CLIP (either may be None) that carry the LoRA, of any loader.
+
+    A side whose strength is 0 comes back as it is; where both are, the file is not read and there is no Fit. Raises
+    NoFit, with names from both sides, where nothing fits; SourceError for a file that cannot be read.
+    """
+    if (model is None or strength_model == 0) and (clip is None or strength_clip == 0):
+        return model, clip, None
+    tensors, metadata = read_lora(path)
+    tensors = comfy.lora_convert.convert_lora(tensors)
+    sides = [side for side in (model, None if clip is None else clip.patcher) if side is not None]
+    names: dict[str, Any] = {}
+    if model is not None:
+        names = comfy.lora.model_lora_keys_unet(model.model, names)
+    if clip is not None:
+        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    known = {key for side in sides for key in side.model.state_dict()}
+    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    patches = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) in known}
+    fit = _fit(tensors, patches, has_clip=clip is not None)
+    if not fit.used:
+        raise NoFit(_no_fit(path, tensors, sides, has_clip=clip is not None))
+    if model is not None and strength_model != 0:
+        model = model.clone()
+        model.add_patches(patches, strength_model)
+        if metadata:
+            model.set_attachments("lora_metadata", metadata)  # where the core's loader keeps it
+    if clip is not None and strength_clip != 0:
+        clip = clip.clone()
+        clip.add_patches(patches, strength_clip)
+        if metadata:
+            clip.patcher.set_attachments("lora_metadata", metadata)
+    return model, clip, fit
+
+
+def _tensors_of(patch: Any) -> Iterable[torch.Tensor]:
+    if torch.is_tensor(patch):
+        yield patch
+    elif isinstance(patch, WeightAdapterBase):
+        yield from _tensors_of(patch.weights)
+    elif isinstance(patch, (tuple, list)):
+        for part in patch:
+            yield from _tensors_of(part)
+
+
+def _fit(tensors: Tensors, patches: dict[Any, Any], has_clip: bool) -> Fit:
+    """Found by the tensors themselves: the core tells only its log which keys it did not know."""
+    used = {id(tensor) for patch in patches.values() for tensor in _tensors_of(patch)}
+    # Single numbers (alpha) and shapes belong to a weight that is counted; in its patch they are no tensors any more.
+    counted = [key for key, tensor in tensors.items() if tensor.numel() > 1 and not key.endswith("reshape_weight")]
+    rest = [key for key in counted if id(tensors[key]) not in used]
+    for_clip = [key for key in rest if not has_clip and key.startswith(TEXT_ENCODER)]
+    misfits = tuple(sorted(set(rest) - set(for_clip)))
+    return Fit(len(counted) - len(rest), misfits, len(for_clip))
+
+
+def _no_fit(path: str, tensors: Tensors, sides: list[Any], has_clip: bool) -> str:
+    theirs = sorted(tensors)
+    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in theirs):
+        remedy = "It is for a text encoder only: connect the CLIP."
+    else:
+        remedy = "It was made for another kind of model, or is no LoRA: choose one made for this model."
+    ours = [f"{type(side.model).__name__} has {_some(_matrices(side.model))}" for side in sides]
+    return f"{path}: no tensor of this LoRA fits. It has {_some(theirs)}; {'; '.join(ours)}. {remedy}"
+
+
+def _matrices(model: torch.nn.Module) -> list[str]:
+    """What LoRAs are for."""
+    found = [key for key, tensor in model.state_dict().items() if tensor.dim() > 1]
+    return found or list(model.state_dict())
+
+
+def _some(keys: list[str]) -> str:
+    """The first, the one in the middle and the last."""
+    if len(keys) <= 3:
+        return ", ".join(keys)
+    return f"{keys[0]}, {keys[len(keys) // 2]}, {keys[-1]} and {len(keys) - 3} more"

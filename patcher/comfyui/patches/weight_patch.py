@@ -1,0 +1,114 @@
+"""The host's patches as functions that the engine applies once to each weight."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import LowVramPatch, get_key_weight
+from comfy.weight_adapter import WeightAdapterBase
+
+from ....ops.gather import is_wrapper
+
+
+class HostPatch:
+    """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the
+    key.
+
+    patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic
+    patcher does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`, in the model's `dtype`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        key: str,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        patches: list[tuple],
+        hooked: list[tuple],
+        *,
+        rounded: bool = True,
+    ) -> None:
+        self.rounded = rounded
+        self.key = key
+        self.dtype = dtype
+        self.patches, self.hooked = list(patches), list(hooked)
+        _, self.requantise, self.dequantise = get_key_weight(model, key)
+        self.weight = weight
+        self.shape = comfy.lora.calculate_shape(self.all_patches, weight, key)
+
+    @property
+    def all_patches(self) -> list[tuple]:
+        """In the order in which they are applied."""
+        return self.patches + self.hooked
+
+    def __call__(self, weight: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
+        """in_place: the weight given may be overwritten, as the engine allows a patch."""
+        if self.patches:
+            compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
+            weight = self._apply(self.patches, weight, compute_dtype, copy=not in_place)
+            in_place = True
+        if self.hooked:
+            weight = self._apply(self.hooked, weight, torch.float32, copy=not in_place)
+        return weight
+
+    def _apply(
+        self, patches: list[tuple], weight: torch.Tensor, compute_dtype: torch.dtype, *, copy: bool
+    ) -> torch.Tensor:
+        value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=copy)
+        if self.dequantise is not None:
+            value = self.dequantise(value, inplace=True)
+        value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self._originals(patches))
+        if not self.rounded:
+            return value
+        seed = comfy.utils.string_to_seed(self.key)
+        if self.requantise is None:
+            return comfy.float.stochastic_rounding(value, weight.dtype, seed=seed)
+        return self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
+
+    def _originals(self, patches: list[tuple]) -> dict[str, list[tuple]] | None:
+        """The unpatched weight as the host's own patcher has it, for the one kind of patch that asks."""
+        if not any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
+            return None
+        weight = self.weight if is_wrapper(self.weight) else self.weight.to(self.dtype)
+        return {self.key: [(weight, _unchanged)]}
+
+    def same_as(self, other: Any) -> bool:
+        """Whether two patches give the same weight: the same tensors in the same order."""
+        return type(other) is type(self) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
+
+
+def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    return weight
+
+
+@functools.lru_cache
+def rounded(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """A conversion of another model's weight, in the shape that merge patches have: what it is in that dtype."""
+    return lambda weight, **_: weight.to(dtype).to(weight.dtype)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two patches, or parts of them, hold the same tensors and numbers."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, WeightAdapterBase):  # the core makes a new one each time that it reads a LoRA's tensors
+        return _same(one.weights, other.weights)
+    return isinstance(one, (int, float, str, types.MethodType)) and one == other
+
+
+def idle_function(key: str, patches: dict[str, list[tuple]]) -> Any:
+    """The host's own per-use patch, for code that casts an idle weight without calling its module."""
+    return LowVramPatch(key, patches)

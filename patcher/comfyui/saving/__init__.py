@@ -1,0 +1,1 @@
+"""Models of ComfyUI as files."""

@@ -1,0 +1,203 @@
+"""The host's models as state dicts of deferred tensors, under the names that the host saves them by."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.quant_ops
+import torch
+
+from ....ops.files.deferred import Assembling, Deferred
+from ....ops.files.safetensors_writer import SaveError
+from ....ops.files.save_pipeline import save
+from ....ops.gather import is_wrapper
+from ..patcher import DynamicModelPatcher, model_dtype
+from ..patches.weight_patch import HostPatch
+from .recipes import FinishedWeight, Plain, Quantised, Requantised
+
+AS_LOADED = "as loaded"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of the host's quantisations, by its own names.
+QUANTISATIONS = {"fp8_e4m3fn scaled": "float8_e4m3fn", "int8_tensorwise": "int8_tensorwise"}
+SAVE_DTYPES = [
+    AS_LOADED,
+    *DTYPES,
+    *(name for name, known in QUANTISATIONS.items() if known in comfy.quant_ops.QUANT_ALGOS),
+]
+# Matrix units take rows and columns by 16; a smaller matrix saves nothing worth its error.
+QUANTISED_MULTIPLE, QUANTISED_NUMEL = 16, 1 << 14
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: its path, bytes and seconds."""
+
+    path: Path
+    nbytes: int
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        speed = self.nbytes / 1e6 / max(self.seconds, 1e-3)
+        return f"{self.path.name}: {self.nbytes:,} bytes in {self.seconds:.1f} s ({speed:,.0f} MB/s)"
+
+
+def save_model(
+    path: str,
+    model: Any,
+    clip: Any = None,
+    vae: Any = None,
+    clip_vision: Any = None,
+    *,
+    dtype: str = AS_LOADED,
+    metadata: Mapping[str, str] | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    journal: Path | None = None,
+) -> Saved:
+    """Write a MODEL, and what else is given, as one checkpoint that the host's loaders read.
+
+    Each weight is written as its model computes with it, patches applied, then rounded to `dtype`, a name in
+    SAVE_DTYPES. A quantisation is for the repeated blocks of the MODEL; the rest is then as loaded. extra: more tensors
+    by key. Nothing is loaded for it, and no model is changed. Raises SaveError and FileExistsError.
+    """
+    if dtype not in SAVE_DTYPES:
+        raise ValueError(f"dtype '{dtype}' is not one of {', '.join(SAVE_DTYPES)}.")
+    begun = time.perf_counter()
+    others = AS_LOADED if dtype in QUANTISATIONS else dtype
+    with Assembling() as assembling:
+        unet = deferred_weights(model, model.model.diffusion_model, "diffusion_model.", dtype)
+        parts = {}
+        if clip is not None:
+            parts["clip_state_dict"] = {
+                **deferred_weights(clip.patcher, clip.patcher.model, "", others),
+                **clip.tokenizer.state_dict(),
+            }
+        if vae is not None:
+            parts["vae_state_dict"] = deferred_weights(vae.patcher, vae.first_stage_model, "", others)
+        if clip_vision is not None:
+            parts["clip_vision_state_dict"] = deferred_weights(clip_vision.patcher, clip_vision.model, "", others)
+        named = model.model.state_dict_for_saving(unet, **parts)
+        tensors = {key: assembling.resolve(tensor) for key, tensor in {**named, **(extra or {})}.items()}
+    make_room(model.load_device, tensors)
+    nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
+    return Saved(Path(path), nbytes, time.perf_counter() - begun)
+
+
+def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Have the host free device memory for the largest weight: in float32, its patch, their product and the result."""
+    if device.type != "cpu":
+        largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+        comfy.model_management.free_memory(4 * 4 * largest, device)
+
+
+def finished_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinishedWeight]:
+    """The floating-point parameters of `root` as the model computes with them, by their key in the patcher's model."""
+    found = {}
+    for name, module in root.named_modules():
+        for attr, parameter in module._parameters.items():
+            key = f"{prefix}{name}.{attr}" if name else f"{prefix}{attr}"
+            scale = attr in ("input_scale", "pre_quant_scale", "weight_scale")
+            if parameter is not None and parameter.dtype.is_floating_point and not scale:
+                found[key] = _finished(patcher, module, attr, key, parameter)
+    return found
+
+
+def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: str) -> dict[str, torch.Tensor]:
+    """The state dict of `root`, with `patcher`'s patches; `prefix`: what its keys begin with in the patcher's model."""
+    modules = dict(root.named_modules())
+    found: dict[str, torch.Tensor] = {}
+    kept = root.state_dict()
+    written: set[str] = set()
+    for key, value in kept.items():
+        name, _, attr = key.rpartition(".")
+        module = modules.get(name)
+        parameter = module._parameters.get(attr) if module is not None else None
+        if parameter is None or key in written:
+            continue
+        weight = _finished(patcher, module, attr, prefix + key, parameter)
+        beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
+        if is_wrapper(parameter):
+            pieces = weight.source.state_dict(key)  # type: ignore[operator]
+            written |= set(pieces)
+            if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
+                found[key] = _deferred(Plain(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
+                written |= beside
+            elif weight.patch is not None:
+                recipe = Requantised(weight)
+                for piece, stored in pieces.items():
+                    found[piece] = Deferred.of(recipe, tuple(stored.shape), stored.dtype, piece.removeprefix(key))
+            else:
+                found.update(pieces)
+        elif not value.dtype.is_floating_point:
+            found[key] = value
+        elif dtype in QUANTISATIONS and _may_be_quantised(root, name, module, attr, weight):
+            found.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
+        else:
+            wanted = DTYPES.get(dtype) or _as_loaded(weight)
+            found[key] = _deferred(Plain(weight, wanted), weight.shape, wanted)
+        written.add(key)
+    # What are no parameters: buffers, and what quantised layers keep beside their weights.
+    found.update({key: value for key, value in kept.items() if key not in written})
+    return found
+
+
+def _deferred(recipe: Any, shape: tuple[int, ...], dtype: torch.dtype, part: str = "") -> Deferred:
+    return Deferred.of(recipe, shape, dtype, part)
+
+
+def _finished(patcher: Any, module: Any, attr: str, key: str, parameter: torch.Tensor) -> FinishedWeight:
+    source = source_of(patcher, key, parameter)
+    if source.is_meta:
+        raise SaveError(f"'{key}' has no data: the file that the model was loaded from lacks it. Get a complete file.")
+    form = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
+    patches = patcher.patches.get(key, [])
+    patch = HostPatch(patcher.model, key, source, form, patches, []) if patches else None
+    return FinishedWeight(key, source, form, patch, patcher.load_device)
+
+
+def source_of(patcher: Any, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A weight without patches, wherever its patcher has put it."""
+    dynamic = patcher.state.dynamic if isinstance(patcher, DynamicModelPatcher) else None
+    if dynamic is not None and key in dynamic.by_key:
+        return next(param.original for param in dynamic.by_key[key].params if param.key == key).detach()
+    if key in patcher.backup:
+        return patcher.backup[key].weight.detach()
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0].detach()
+    return parameter.detach()
+
+
+def _as_loaded(weight: FinishedWeight) -> torch.dtype:
+    """The model's dtype, or the file's where that is smaller: the other numbers are not worth the room."""
+    stored = weight.source.dtype
+    return weight.form if weight.form.itemsize <= stored.itemsize else stored
+
+
+def _may_be_quantised(root: torch.nn.Module, name: str, module: Any, attr: str, weight: FinishedWeight) -> bool:
+    """Linear layers of repeated blocks: what is at the ends of a model suffers most and weighs least."""
+    if attr != "weight" or type(module).__name__ != "Linear" or len(weight.shape) != 2:
+        return False
+    steps = name.split(".")
+    above = (root.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps)))
+    if not any(isinstance(part, torch.nn.ModuleList) for part in above):
+        return False
+    return weight.source.numel() >= QUANTISED_NUMEL and all(n % QUANTISED_MULTIPLE == 0 for n in weight.shape)
+
+
+def _quantised(name: str, key: str, weight: FinishedWeight, algorithm: str) -> dict[str, torch.Tensor]:
+    known = comfy.quant_ops.QUANT_ALGOS[algorithm]
+    recipe = Quantised(weight, known["comfy_tensor_layout"])
+    conf = json.dumps({"format": algorithm}).encode()
+    return {
+        key: _deferred(recipe, weight.shape, known["storage_t"]),
+        f"{key}_scale": _deferred(recipe, (), torch.float32, "_scale"),
+        f"{name}.comfy_quant": torch.tensor(list(conf), dtype=torch.uint8),
+    }

@@ -1,0 +1,104 @@
+"""Where the host would save a file, under which name, and what it would write into its metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy_extras.nodes_model_merging
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from ....ops.overrides import SavedAttributes
+
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Target:
+    """Path, metadata, and tensors that say something about the model."""
+
+    path: str
+    metadata: dict[str, str]
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def journal() -> Path:
+    """Where unfinished files are noted until they are finished or gone."""
+    return Path(folder_paths.get_user_directory()) / "spillway-unfinished"
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises ValueError for a name that leads out of the output folder, or is none."""
+    output = folder_paths.get_output_directory()
+    name = os.path.basename(os.path.normpath(prefix))
+    folder = os.path.abspath(os.path.join(output, os.path.dirname(os.path.normpath(prefix))))
+    if "\0" in prefix or not prefix.strip() or name in ("", ".", ".."):
+        raise ValueError(f"filename_prefix {prefix!r} names no file. Give a name, such as 'diffusion_models/my_model'.")
+    if not _is_inside(os.path.abspath(output), folder):
+        raise ValueError(
+            f"filename_prefix {prefix!r} leads to {folder}, outside the output folder {output}. Give a name or a "
+            "subfolder of it, such as 'diffusion_models/my_model'."
+        )
+
+
+def _is_inside(folder: str, path: str) -> bool:
+    try:
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # on another drive of Windows
+        return False
+
+
+def next_name(prefix: str) -> str:
+    """The path of a new file, by the host's counter. Raises ValueError for a prefix outside the output folder."""
+    check_prefix(prefix)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+    """The workflow as metadata; nothing where the user has turned that off."""
+    if args.disable_metadata:
+        return {}
+    found = {"prompt": json.dumps(prompt)} if prompt is not None else {}
+    return {**found, **{key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}}
+
+
+def checkpoint_target(
+    model: Any, prefix: str, prompt: Any = None, extra_pnginfo: Mapping[str, Any] | None = None
+) -> Target:
+    """What the host's own save node would do with a model: it is asked, and stopped before it saves.
+
+    Raises ValueError for a prefix outside the output folder.
+    """
+    check_prefix(prefix)
+    thread, found = threading.get_ident(), []
+
+    def note(path: str, *positional: Any, metadata: Any = None, extra_keys: Any = None, **named: Any) -> None:
+        if threading.get_ident() != thread:
+            original(path, *positional, metadata=metadata, extra_keys=extra_keys or {}, **named)
+            return
+        found.append(Target(path, dict(metadata or {}), dict(extra_keys or {})))
+
+    with _lock:
+        original = comfy.sd.save_checkpoint
+        saved = SavedAttributes()
+        saved.set(comfy.sd, "save_checkpoint", note)
+        try:
+            comfy_extras.nodes_model_merging.save_checkpoint(
+                model,
+                filename_prefix=prefix,
+                output_dir=folder_paths.get_output_directory(),
+                prompt=prompt,
+                extra_pnginfo=extra_pnginfo,
+            )
+        finally:
+            saved.restore()
+    return found[0]
