@@ -57,8 +57,8 @@ def model_records() -> list[dict[str, Any]]:
 
 
 def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
-    mapped = sum(bundle.store_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
-    on_device = model.resident_bytes + model.fixed_bytes
+    mapped = sum(bundle.source_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
+    on_device = model.resident_bytes + model.permanent_bytes
     in_place = model.backend.in_place
     return {
         "name": model.ledger.name,
@@ -74,7 +74,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
         },
         "vbar": model.vbar_kind,
         "decisions": list(model.ledger.decisions)[-DECISIONS:],
-        "residency": [[name, nbytes, resident] for name, nbytes, resident in model.residency()],
+        "residency": [[name, nbytes, resident] for name, nbytes, resident in model.bundle_report()],
     }
 
 

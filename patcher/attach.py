@@ -10,8 +10,9 @@ from ..ops.files.disk_map import SourceError
 from ..ops.files.source import Source
 from ..ops.gather import is_wrapper
 from ..ops.lending.block import Block
-from ..ops.lending.bundle import Bundle, Param
+from ..ops.lending.bundle import Bundle
 from ..ops.lending.layer import dynamic_class, has_forward
+from ..ops.lending.param import Param
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
@@ -117,11 +118,13 @@ def collect_bundles(
         )
     bundles = []
     for name, entries in params.items():
-        bundle = Bundle(name, modules[name], entries)
-        rule = policy.rule_for(name)
-        bundle.place = rule.offload if rule is not None else "auto"
+        module = modules[name]
         if name in blocks:
-            bundle.block = Block(bundle, _members(modules[name], entries))
+            bundle: Bundle = Block(name, module, entries, _members(module, entries))
+        else:
+            bundle = Bundle(name, module, entries)
+        rule = policy.rule_for(name)
+        bundle.offload_to = rule.offload if rule is not None else "auto"
         bundles.append(bundle)
     # Registration order is the best guess at the execution order until the first step has run.
     for bundle, following in zip(bundles, bundles[1:] + bundles[:1], strict=True):
@@ -152,17 +155,21 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
             module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 
 
+def move_buffers(root: torch.nn.Module, device: torch.device) -> None:
+    """Buffers are small and stay on the device. What has no data, on the meta device, stays there."""
+    for module in root.modules():
+        for attr, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                module._buffers[attr] = buffer.to(device)
+
+
 def attach(bundles: list[Bundle]) -> None:
     """Make the bundles' modules borrow: their classes are swapped, their parameters are the idle ones."""
     for bundle in bundles:
-        for module in _borrowers(bundle):
+        for module in bundle.borrowers():
             module.__class__ = dynamic_class(type(module))
             module.spillway_bundle = bundle  # type: ignore[assignment]
         bundle.restore()
-
-
-def _borrowers(bundle: Bundle) -> list[torch.nn.Module]:
-    return [bundle.module, *(bundle.block.members if bundle.block is not None else ())]
 
 
 def detach(bundles: list[Bundle]) -> None:
@@ -171,9 +178,8 @@ def detach(bundles: list[Bundle]) -> None:
         for param in bundle.params:
             param.idle = param.original
         bundle.restore()
-        for module in _borrowers(bundle):
-            plain = getattr(type(module), "spillway_plain_class", None)
-            if plain is not None:
-                module.__class__ = plain
+        for module in bundle.borrowers():
+            original = getattr(type(module), "spillway_original_class", None)
+            if original is not None:
+                module.__class__ = original
             module.__dict__.pop("spillway_bundle", None)
-            module.__dict__.pop("spillway_caster", None)

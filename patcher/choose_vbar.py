@@ -47,7 +47,7 @@ def _reserve(backend: Backend, nbytes: int, ledger: Ledger) -> AimdoVBAR | None:
     """comfy-aimdo's VBAR; None where it cannot be had in two attempts."""
     errors = (MemoryError, RuntimeError)
     try:
-        return backend.twice(AimdoVBAR, backend, nbytes, ledger, errors=errors)
+        return backend.retry_once(AimdoVBAR, backend, nbytes, ledger, errors=errors)
     except DeviceError:
         raise
     except errors as error:

@@ -1,35 +1,27 @@
-"""What stands in the caster's place until the first forward."""
+"""The lender that stands in until the first forward: it prepares the model and hands over to the caster."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from ..ops.lending.bundle import Bundle
-
-if TYPE_CHECKING:
-    from .dynamic_model import DynamicModel
+from ..ops.ledger import Ledger
+from ..ops.lending.bundle import Bundle, Lending
 
 
-class Unprepared:
-    """Prepares the model when the first bundle is asked for; the caster that stands there then does the rest."""
+class FirstForward:
+    """prepare: a bound method that makes every bundle's lender the caster. Held weakly, as the model holds this."""
 
-    def __init__(self, model: DynamicModel) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, prepare: Callable[[], object], ledger: Ledger) -> None:
+        self._prepare = weakref.WeakMethod(prepare)
+        self.ledger = ledger
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is a plain one."""
+        """A copy of a dynamic module is an ordinary one."""
 
-    def enter(self, bundle: Bundle) -> None:
-        model = self._model()
-        if model is None:
+    def enter(self, bundle: Bundle) -> Lending:
+        prepare = self._prepare()
+        if prepare is None:
             raise RuntimeError(f"the dynamic model of '{bundle.name}' was dropped while its module is still in use.")
-        model.prepare()
-        assert model.caster is not None
-        bundle.module.spillway_caster.enter(bundle)  # type: ignore[union-attr, operator]
-
-    def exit(self, bundle: Bundle) -> None:
-        bundle.module.spillway_caster.exit(bundle)  # type: ignore[union-attr, operator]
-
-    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        return bool(bundle.module.spillway_caster.make_room(bundle, error))  # type: ignore[union-attr, operator]
+        prepare()
+        return bundle.lender.enter(bundle)

@@ -5,18 +5,34 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ..ops.ledger import in_words
+from ..ops.ledger import Ledger, in_words
+from ..ops.lending.pins import Pins
 from ..ops.ram import available
-
-if TYPE_CHECKING:
-    from .dynamic_model import DynamicModel
+from .policy import Policy
 
 GIB = 1 << 30
 # Where there are cgroups, a look at what is available takes up to a millisecond.
 POLL_SECONDS = 0.05
 _looked = -POLL_SECONDS  # time.monotonic() of the last look
+
+
+class PinHolder(Protocol):
+    """A model as far as its pins go. rank: the lowest gives way first; last_used: time.monotonic() of its last step."""
+
+    pins: Pins | None
+    policy: Policy
+    ledger: Ledger
+    last_used: float
+
+    @property
+    def rank(self) -> float: ...
+
+    @property
+    def pinned_bytes(self) -> int: ...
+
+    def free_pins(self, nbytes: float, wait: bool) -> int: ...
 
 
 def available_ram() -> int:
@@ -33,7 +49,7 @@ def ram_reserve() -> int:
     return min(max(available.total_ram() // 16, GIB // 2), 2 * GIB)
 
 
-def ease(models: Iterable[DynamicModel]) -> int:
+def relieve(models: Iterable[PinHolder]) -> int:
     """Let pins go where less than the reserve is available; returns the bytes freed.
 
     Called at every step, and looks at most once in POLL_SECONDS.
@@ -45,10 +61,19 @@ def ease(models: Iterable[DynamicModel]) -> int:
         return 0
     _looked = now
     short = ram_reserve() - available_ram()
-    return free_ram(held, short, "RAM runs short") if short > 0 else 0
+    return _free_pins(held, short, "RAM runs short") if short > 0 else 0
 
 
-def free_ram(models: Iterable[DynamicModel], nbytes: int, reason: str) -> int:
+def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
+    """Let the models' pins go until `nbytes` of RAM are available; returns the bytes freed.
+
+    For a model that is about to be loaded. Callers ask for twice its size: its pages in the cache, and its pins.
+    """
+    short = nbytes - available_ram()
+    return _free_pins(models, short, "another model needs RAM") if short > 0 else 0
+
+
+def _free_pins(models: Iterable[PinHolder], nbytes: int, reason: str) -> int:
     """Free that many bytes of pins: by rank, then by last use. Models that are always kept keep theirs.
 
     The budgets shrink with the pins, or the next step would take the memory again. Returns the bytes freed.

@@ -102,7 +102,7 @@ class SimDevice(Backend):
         # when it was last copied from, and by whom.
         self.busy: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
+        software_vbar._devices.pop(self.device, None)  # not the memory of an earlier simulated device
 
     def empty(self, nbytes):
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
@@ -192,5 +192,5 @@ class SimDevice(Backend):
         self.host_saw = self.clock
 
     def memory(self):
-        used = sum(vbar.used for vbar in software_vbar.books_for(self).vbars)
+        used = sum(vbar.used for vbar in software_vbar.memory_of(self).vbars)
         return max(0, self.capacity - self.other - used), self.capacity

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sim_device import SimDevice
 
 from spillway.ops.vbar import software as software_vbar
-from spillway.patcher import dynamic_model as dynamic_module
+from spillway.patcher import residency
 
 DEPTH = 24
 DEVICES = {"cpu": lambda: None, "device": SimDevice}
@@ -55,7 +55,7 @@ def gains(model):
 
 def longest_run_of_offloaded(model):
     longest = current = 0
-    for _, _, resident in model.residency() * 2:  # a step follows a step
+    for _, _, resident in model.bundle_report() * 2:  # a step follows a step
         current = 0 if resident else current + 1
         longest = max(longest, current)
     return longest
@@ -88,11 +88,11 @@ def test_residency_is_stable_from_the_second_step_on(path, device, fraction):
     model, _ = made(path, device, fraction)
     run(model)
     run(model)
-    residency, gained = model.residency(), gains(model)
+    residency, gained = model.bundle_report(), gains(model)
     assert gained["evictions"] == gained["bytes_loaded"] == 0
     for _ in range(3):
         assert gains(model)["bytes_streamed"] == gained["bytes_streamed"]
-        assert model.residency() == residency
+        assert model.bundle_report() == residency
 
 
 @pytest.mark.parametrize(("fraction", "longest"), [(0.75, 2), (0.5, 3)])
@@ -118,7 +118,7 @@ def test_a_model_that_runs_in_another_order_than_it_is_registered_is_laid_out_an
     limit(model, 0.6)
     first = run(model)
     assert all(same(run(model), first) for _ in range(3))
-    assert [name for name, _, _ in model.residency()] == [f"layers.{index}" for index in order]
+    assert [name for name, _, _ in model.bundle_report()] == [f"layers.{index}" for index in order]
     assert longest_run_of_offloaded(model) <= 4
     assert model.peak_resident_bytes <= budget(model, 0.6)
     assert any("another order" in text for text in model.ledger.decisions)
@@ -217,7 +217,7 @@ def test_memory_that_others_take_is_given_up(path):
     device.other = (9 << 20) - model.total_bytes // 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(software_vbar, "POLL_SECONDS", 0)
-        patch.setattr(dynamic_module, "GIB", 1 << 12)  # how much more must be free before a model grows
+        patch.setattr(residency, "GIB", 1 << 12)  # how much more must be free before a model grows
         for _ in range(3):
             assert same(run(model), expected)
             assert device.memory()[0] >= 1 << 20
@@ -236,7 +236,7 @@ def two_models(path, **policy):
 
 def test_of_two_models_the_one_that_runs_has_the_memory(path, monkeypatch):
     monkeypatch.setattr(software_vbar, "POLL_SECONDS", 0)
-    monkeypatch.setattr(dynamic_module, "GIB", 1 << 12)
+    monkeypatch.setattr(residency, "GIB", 1 << 12)
     models = two_models(path)
     for _ in range(2):
         for index in (0, 1):
@@ -307,6 +307,6 @@ def test_a_layer_of_another_size_lies_where_its_cost_puts_it(tmp_path):
     model = dynamic(mixed, tmp_path / "m.safetensors")
     limit(model, 0.6)
     run(model)
-    kinds = {name: type(model.module.get_submodule(name)) for name, _, _ in model.residency()}
-    assert all(resident for name, _, resident in model.residency() if not issubclass(kinds[name], AnyLinear))
-    assert not all(resident for _, _, resident in model.residency())
+    kinds = {name: type(model.module.get_submodule(name)) for name, _, _ in model.bundle_report()}
+    assert all(resident for name, _, resident in model.bundle_report() if not issubclass(kinds[name], AnyLinear))
+    assert not all(resident for _, _, resident in model.bundle_report())

@@ -61,7 +61,7 @@ def test_resident_but_stale_is_brought_and_patched_once(path):
     assert first["hits"] == first["patched"] == first["misses"] == 0
     model.set_patches({"layers.2.weight": gain})
     stale = step(model)
-    assert stale["bytes_loaded"] == model.bundles[2].store_bytes
+    assert stale["bytes_loaded"] == model.bundles[2].source_bytes
     assert stale["patched"] == 1
     assert stale["hits"] == DEPTH - 1
 

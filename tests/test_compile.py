@@ -12,8 +12,9 @@ import torch._dynamo
 import torch._dynamo.utils
 from sim_device import SimDevice
 
-from spillway.ops.compile import compiled_function as compiled
-from spillway.ops.compile.compiled_function import BlockCompiler, CompileSettings, compile_count
+from spillway.ops.compile import block_compiler
+from spillway.ops.compile.block_compiler import BlockCompiler
+from spillway.ops.compile.compiled_function import CompileSettings, compile_count
 from spillway.ops.files.disk_map import DiskMap
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
@@ -65,7 +66,7 @@ def as_when_sampling():
     """Nothing is compiled yet."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled._recent.clear()
+    block_compiler._recent.clear()
     with torch.inference_mode():
         yield
 
@@ -82,7 +83,7 @@ def make(tmp_path):
         model = DynamicModel(module, DiskMap(path), "cpu", Policy(**policy), backend=device, blocks=NAMES)
         settings = backend if isinstance(backend, CompileSettings) else CompileSettings(backend=backend)
         compiler = BlockCompiler(settings, model.ledger, prepare=prepare)
-        compiler.attach([bundle.block for bundle in model.bundles if bundle.block is not None])
+        compiler.attach(model.blocks)
         return model, nets.plain(build, state, torch.float32)
 
     return made
@@ -328,9 +329,8 @@ def test_out_of_memory_in_a_compiled_block_runs_it_again_on_what_it_was_given(ma
 
 def test_out_of_memory_in_an_uncompiled_block_repeats_one_layer(make):
     model, plain = make()
-    for bundle in model.bundles:
-        if bundle.block is not None:
-            bundle.block.compute = None
+    for block in model.blocks:
+        block.compute = None
     model(inputs())
     left, linear = [1], torch.nn.Linear.forward
 

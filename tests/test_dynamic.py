@@ -45,7 +45,7 @@ def test_making_a_model_maps_and_moves_nothing(path, device):
     assert model.vbar_kind == "none"
     assert model.resident_bytes == model.pinned_bytes == model.peak_resident_bytes == 0
     assert not any(vars(model.ledger.counters).values())
-    assert [resident for _, _, resident in model.residency()] == [False] * len(model.bundles)
+    assert [resident for _, _, resident in model.bundle_report()] == [False] * len(model.bundles)
     assert device is None or device.copies == device.held() == 0
 
 
@@ -241,7 +241,7 @@ def test_the_model_dtype_may_be_chosen_per_parameter(path, device):
         layer.weight.data = layer.weight.half()
     for _ in range(2):
         assert same(run(model), run(reference))
-    assert {param.form.dtype for bundle in model.bundles for param in bundle.params} == {torch.float16, torch.float32}
+    assert {param.final.dtype for bundle in model.bundles for param in bundle.params} == {torch.float16, torch.float32}
 
 
 def test_buffers_come_from_the_file_in_the_modules_dtype():

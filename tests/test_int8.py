@@ -14,7 +14,7 @@ from spillway.ops.int8.linear import dequantise_rows, group_count, int8_linear, 
 from spillway.ops.int8.measure import measure
 from spillway.ops.int8.weight import Int8Weight
 from spillway.patcher.int8_layers import Int8Layers
-from spillway.patcher.quantise_now import quantise_now
+from spillway.patcher.preload import quantise_now
 
 DEPTH = 8
 ERROR = 0.012  # of a product of normal numbers
@@ -299,7 +299,7 @@ def test_patches_are_computed_once_and_leave_no_trace(tmp_path, device, fraction
     assert model.ledger.counters.quantised == made
     assert relative(first, run_plain(state, patches).double()) < NEAR
     if fraction is None:
-        assert all(resident for _, _, resident in model.residency())
+        assert all(resident for _, _, resident in model.bundle_report())
     model.set_patches({})
     assert same(run(model), without)
 

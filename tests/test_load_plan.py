@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import quantise, steady
 
-from spillway.ops.lending.bundle import Bundle, Param
+from spillway.ops.lending.bundle import Bundle
+from spillway.ops.lending.param import Param
 from spillway.patcher.load_plan import SMALL_BYTES, LoadPlan, LoadState, interleave, plan_load, plan_unload
 
 UNIT = 1 << 20

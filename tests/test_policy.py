@@ -124,7 +124,7 @@ def test_a_rule_that_streams_keeps_its_modules_off_the_device(tmp_path, device):
     expected = run_plain(state)
     for _ in range(3):
         assert same(run(model), expected)
-    assert [name for name, _, resident in model.residency() if not resident] == ["layers.0", "layers.2"]
+    assert [name for name, _, resident in model.bundle_report() if not resident] == ["layers.0", "layers.2"]
     assert model.free(1) > 0
 
 

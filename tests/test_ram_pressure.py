@@ -54,7 +54,7 @@ def test_the_model_used_longest_ago_gives_its_pins_first(path, ram):
     models[0].last_used = 3e9  # it was used last
     short = models[0].total_bytes // 2
     ram["available"] = ram_pressure.ram_reserve() - short
-    assert ram_pressure.ease(models) == models[1].total_bytes  # a block as a whole
+    assert ram_pressure.relieve(models) == models[1].total_bytes  # a block as a whole
     assert [model.pinned_bytes > 0 for model in models] == [True, False, True]
     assert any("of pins back: RAM runs short" in text for text in models[1].ledger.decisions)
     ram["available"] = 64 * GIB
@@ -66,14 +66,14 @@ def test_what_is_always_kept_keeps_its_pins(path, ram):
     kept, other = made(path, keep="always"), made(path, priority=-1)
     run(kept), run(other)
     ram["available"] = 0
-    assert ram_pressure.ease([kept, other]) == other.total_bytes
+    assert ram_pressure.relieve([kept, other]) == other.total_bytes
     assert kept.pinned_bytes == kept.total_bytes
 
 
 def test_without_pressure_nothing_goes(path, ram):
     model = made(path)
     run(model)
-    assert ram_pressure.ease([model]) == 0 and model.pinned_bytes == model.total_bytes
+    assert ram_pressure.relieve([model]) == 0 and model.pinned_bytes == model.total_bytes
 
 
 def test_a_step_looks_at_the_pressure(path, ram):
@@ -162,11 +162,11 @@ def test_models_that_step_at_once_do_not_wait_for_each_other(path, ram):
     ram["available"] = 0
     freed = []
     with model.caster.lock:
-        thread = threading.Thread(target=lambda: freed.append(ram_pressure.ease([model])), daemon=True)
+        thread = threading.Thread(target=lambda: freed.append(ram_pressure.relieve([model])), daemon=True)
         thread.start()
         thread.join(20)
         assert freed == [0], "it waited"
-    assert ram_pressure.ease([model]) == model.total_bytes
+    assert ram_pressure.relieve([model]) == model.total_bytes
 
 
 @pytest.mark.parametrize("patched", [False, True])

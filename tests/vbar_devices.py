@@ -14,7 +14,7 @@ from sim_device import SimDevice
 from spillway.ops.ledger import Ledger
 from spillway.ops.vbar import software as software_vbar
 from spillway.ops.vbar.aimdo import AimdoVBAR
-from spillway.ops.vbar.software import SoftwareVBAR, books_for
+from spillway.ops.vbar.software import SoftwareVBAR, memory_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SoftwareDevice:
 
     def others_take(self, units):
         self.backend.other = units * self.unit
-        books_for(self.backend)._polled = -1e9  # free memory is polled; do not wait for it
+        memory_of(self.backend)._polled = -1e9  # free memory is polled; do not wait for it
 
     def free(self):
         return self.backend.memory()[0] // self.unit
@@ -60,7 +60,7 @@ class SoftwareDevice:
         return self.backend.capacity - self.backend.other - self.held_bytes()
 
     def held_bytes(self):
-        return sum(vbar.used for vbar in books_for(self.backend).vbars)
+        return sum(vbar.used for vbar in memory_of(self.backend).vbars)
 
     def round_limit(self, nbytes):
         return nbytes

@@ -55,14 +55,14 @@ def measure(args: argparse.Namespace) -> tuple[dict, torch.Tensor]:
     load_s = time.perf_counter() - started
 
     noise, ids, conditioning = make_inputs(config, args.size, args.seed)
-    snapshots, marks = [model.residency()], [time.perf_counter()]
+    snapshots, marks = [model.bundle_report()], [time.perf_counter()]
     counters = [_counters(model)]
     with AnonymousPeak() as anonymous, Bar(f"denoising, {args.name}", args.steps, " steps") as bar:
 
         def after_step(step: int, _: torch.Tensor) -> None:
             _synchronize(device)
             marks.append(time.perf_counter())
-            snapshots.append(model.residency())
+            snapshots.append(model.bundle_report())
             counters.append(_counters(model))
             bar.update(step, f"{marks[-1] - marks[-2]:.2f} s/step")
 

@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import time
 import types
-import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
+from ..device.out_of_memory import is_out_of_memory
 from ..gather import is_wrapper
-from ..ledger import Ledger
-from ..lending.block import Block
-from ..lending.caster import Caster
-from ..lending.layer import is_out_of_memory
-from .skeleton import Untraceable, lifted, signature, skeleton
+from .skeleton import skeleton
 
-# (block, arguments, keywords) -> the arguments without what the result does not depend on; a str says why the block
-# cannot be compiled this time.
-Prepare = Callable[[torch.nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, Any]] | str"]
 # Described inputs that one function remembers; a schedule of floats would otherwise fill memory.
 REMEMBERED = 512
 
@@ -138,7 +129,7 @@ class CompiledFunction:
         tensors: list[torch.Tensor],
         args: tuple,
         kwargs: dict[str, Any],
-        retry: Callable[[BaseException], bool],
+        make_room: Callable[[BaseException], bool],
         note: Callable[[CompiledFunction, int, float], None],
         passes: tuple[type[BaseException], ...],
     ) -> Any:
@@ -159,7 +150,7 @@ class CompiledFunction:
                 result = self._call(written is None, names, tensors, args, kwargs)
             except Exception as error:
                 put_back()
-                if isinstance(error, passes) or not is_out_of_memory(error) or not retry(error):
+                if isinstance(error, passes) or not make_room(error):
                     raise
                 result = self._call(written is None, names, tensors, args, kwargs)
         except Exception as error:
@@ -202,110 +193,3 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-# Functions of all models that are alive, by settings and signature.
-_functions: weakref.WeakValueDictionary[Hashable, CompiledFunction] = weakref.WeakValueDictionary()
-# The last ones outlive their models: a model that is loaded again is compiled already.
-_recent: deque[CompiledFunction] = deque(maxlen=32)
-
-
-class BlockCompiler:
-    """Compiles the blocks of one dynamic model as they are first used. Blocks of equal signature share a function.
-
-    who: how failures are introduced. prepare: see Prepare. passes: exceptions that are no failures (an interrupt).
-    """
-
-    def __init__(
-        self,
-        settings: CompileSettings,
-        ledger: Ledger,
-        *,
-        who: str = "torch.compile",
-        log_compile: bool = True,
-        prepare: Prepare | None = None,
-        passes: tuple[type[BaseException], ...] = (),
-    ) -> None:
-        self.settings, self.ledger, self.who, self.log_compile = settings, ledger, who, log_compile
-        self.prepare, self.passes = prepare, passes
-        self.generation = 0
-        self._functions: dict[Block, tuple[Hashable, CompiledFunction | None, list[tuple[dict, str, str]]]] = {}
-
-    def attach(self, blocks: list[Block]) -> None:
-        """These blocks run compiled from now on."""
-        for block in blocks:
-            block.compute = _Compute(self, block)
-
-    def refresh(self) -> None:
-        """Attributes of modules may have changed: signatures are read again."""
-        self.generation += 1
-
-    def run(self, block: Block, plain: Callable[..., Any], caster: Caster, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The block's forward, compiled where that can be; while it is lent."""
-        function, places = self._function(block)
-        if function is None or function.failed is not None:
-            return plain(*args, **kwargs)
-        module = block.bundle.module
-        prepared = self.prepare(module, args, kwargs) if self.prepare is not None else (args, kwargs)
-        if isinstance(prepared, str):
-            self.ledger.decide_once(f"{function.name} runs uncompiled: {prepared}.", level=logging.INFO)
-            return plain(*args, **kwargs)
-        tensors = [as_argument(store[attr]) for store, attr, _ in places]
-        names = [name for _, _, name in places]
-
-        def retry(error: BaseException) -> bool:
-            return caster.make_room(block.bundle, error)
-
-        try:
-            result = function(names, tensors, *prepared, retry, self._note, self.passes)
-            if function.failed is not None:
-                self._say_failed(function.name, function.failed)
-            return result
-        except Failed as failure:
-            function.failed = str(failure)
-        self._say_failed(function.name, function.failed)
-        return plain(*args, **kwargs)
-
-    def _function(self, block: Block) -> tuple[CompiledFunction | None, list[tuple[dict, str, str]]]:
-        state = (self.generation, block.bundle.version)
-        known = self._functions.get(block)
-        if known is not None and known[0] == state:
-            return known[1], known[2]
-        module = block.bundle.module
-        function, places = None, lifted(module)
-        try:
-            key = (self.settings, signature(module))
-            function = _functions.get(key)
-            if function is None:
-                function = _functions[key] = CompiledFunction(module, self.settings)
-                _recent.append(function)
-            if function.failed is not None:
-                self._say_failed(function.name, function.failed)
-        except Untraceable as reason:
-            self.ledger.decide_once(f"{block.bundle.name} runs uncompiled: {reason}.", level=logging.INFO)
-        except Exception as error:
-            self._say_failed(type(module).__name__, reason_of(error))
-        self._functions[block] = state, function, places
-        return function, places
-
-    def _say_failed(self, name: str, reason: str) -> None:
-        self.ledger.decide_once(f"{self.who}: compile failed; running uncompiled. {name}: {reason}")
-
-    def _note(self, function: CompiledFunction, graphs: int, seconds: float) -> None:
-        counters = self.ledger.counters
-        counters.graphs_compiled += graphs
-        counters.compile_seconds += seconds
-        if self.log_compile:
-            shapes = ", ".join("x".join(map(str, shape)) for shape in function.shapes)
-            self.ledger.decide(
-                f"compiled {function.name} for {shapes}: {graphs} graph{'s' * (graphs != 1)} in {seconds:.1f} s, "
-                f"{function.graphs} in all"
-            )
-
-
-class _Compute:
-    def __init__(self, compiler: BlockCompiler, block: Block) -> None:
-        self.compiler, self.block = compiler, block
-
-    def __call__(self, plain: Callable[..., Any], caster: Caster, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self.compiler.run(self.block, plain, caster, args, kwargs)

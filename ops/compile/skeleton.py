@@ -28,7 +28,7 @@ class Untraceable(TypeError):
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class that a module has when nobody lends to it."""
-    return getattr(type(module), "spillway_plain_class", type(module))
+    return getattr(type(module), "spillway_original_class", type(module))
 
 
 def owned(module: torch.nn.Module) -> list[tuple[str, Any]]:

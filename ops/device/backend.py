@@ -22,7 +22,11 @@ T = TypeVar("T")
 class Event(Protocol):
     """A point in a stream's work."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """The host waits for it."""
+
+    def query(self) -> bool:
+        """Whether all of that work is done."""
 
 
 class Backend:
@@ -39,7 +43,7 @@ class Backend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.plain: Backend = self
+        self.unwrapped: Backend = self
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Uninitialised uint8 memory on the device.
@@ -71,7 +75,7 @@ class Backend:
     def synchronize(self) -> None:
         """The host waits for everything."""
 
-    def twice(
+    def retry_once(
         self,
         call: Callable[..., T],
         *arguments: Any,

@@ -40,13 +40,13 @@ class CarefulBackend(Backend):
 
     def __init__(self, plain: Backend, ledger: Ledger) -> None:
         super().__init__(plain.device)
-        self.plain, self.ledger = plain, ledger
+        self.unwrapped, self.ledger = plain, ledger
         self.in_place, self.streams, self.aimdo_device = plain.in_place, plain.streams, plain.aimdo_device
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed: nobody knows what is done
 
-    def _twice(self, call: Callable[..., T], *arguments: Any) -> T:
-        return self.twice(call, *arguments, then=self._note)
+    def _retry_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        return self.retry_once(call, *arguments, then=self._note)
 
     def _note(self, error: Exception) -> None:
         self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
@@ -56,7 +56,7 @@ class CarefulBackend(Backend):
         if self.synchronous:
             return None
         try:
-            return self._twice(call, *arguments)
+            return self._retry_once(call, *arguments)
         except RuntimeError as error:
             self._step_down(error)
             return None
@@ -72,12 +72,12 @@ class CarefulBackend(Backend):
 
     def empty(self, nbytes: int) -> torch.Tensor:
         # Being out of memory is not for here: whoever runs the model makes room.
-        return self.plain.empty(nbytes)
+        return self.unwrapped.empty(nbytes)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         if not self.pageable:
             try:
-                return self._twice(self.plain.host_empty, nbytes)
+                return self._retry_once(self.unwrapped.host_empty, nbytes)
             except DeviceError:
                 raise
             except RuntimeError as error:
@@ -90,19 +90,19 @@ class CarefulBackend(Backend):
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def stream(self) -> Any:
-        return self.order(self.plain.stream)
+        return self.order(self.unwrapped.stream)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         if self._unsettled:
             self.synchronize()
         if stream is not None and not self.synchronous:
             try:
-                self._twice(self.plain.copy, target, source, stream)
+                self._retry_once(self.unwrapped.copy, target, source, stream)
                 return
             except RuntimeError as error:
                 self._step_down(error)
         try:
-            self._twice(self.plain.copy, target, source, None)
+            self._retry_once(self.unwrapped.copy, target, source, None)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -112,20 +112,20 @@ class CarefulBackend(Backend):
             ) from error
 
     def record(self, stream: Any) -> Moment | None:
-        event = self.order(self.plain.record, stream)
+        event = self.order(self.unwrapped.record, stream)
         return None if event is None else Moment(self, event)
 
     def wait(self, event: Any, stream: Any) -> None:
         if event is not None:
-            self.order(self.plain.wait, event.event, stream)
+            self.order(self.unwrapped.wait, event.event, stream)
 
     def synchronize(self) -> None:
         try:
-            self.plain.synchronize()
+            self.unwrapped.synchronize()
         except RuntimeError:
             self._unsettled = True
             try:
-                self.plain.synchronize()
+                self.unwrapped.synchronize()
             except RuntimeError as error:
                 raise DeviceError(
                     f"device {self.device} cannot be synchronised ({first_line(error)}), so nothing on it can be "
@@ -134,11 +134,11 @@ class CarefulBackend(Backend):
         self._unsettled = False
 
     def current(self) -> AbstractContextManager[Any]:
-        return self.plain.current()
+        return self.unwrapped.current()
 
     def memory(self) -> tuple[int, int]:
         try:
-            return self._twice(self.plain.memory)
+            return self._retry_once(self.unwrapped.memory)
         except DeviceError:
             raise
         except RuntimeError as error:

@@ -1,61 +1,65 @@
-"""A block that is lent as a whole: one bundle for all of its modules, one transfer, one loan around its forward."""
+"""A block: one bundle for all modules of a transformer block, so that it is brought in one transfer and lent once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from .layer import is_out_of_memory
+from .bundle import Bundle, Lending
+from .param import Param
+from .repeat import may_repeat
 
-if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .caster import Caster
-
-# Gets the plain forward, its arguments and the caster, while the block is lent.
-Compute = Callable[[Callable[..., Any], "Caster", tuple, dict[str, Any]], Any]
+# Gets the original forward and its arguments while the block is lent; returns what the forward would.
+Compute = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-class Block:
-    """How the modules of one block run.
-
-    members: the modules inside that have parameters. One that is called while its block is not running borrows the
-    block by itself. compute: runs the block in place of its forward (compiled), None for the forward.
+class Block(Bundle):
+    """members: the modules inside that have parameters. A member that is called while its block is not running borrows
+    the whole block. compute: runs in place of the block's forward (compiled); None for the forward.
     """
 
-    def __init__(self, bundle: Bundle, members: list[torch.nn.Module]) -> None:
-        self.bundle = bundle
-        self.members = members
+    def __init__(
+        self, name: str, module: torch.nn.Module, params: Sequence[Param], members: Sequence[torch.nn.Module]
+    ) -> None:
+        super().__init__(name, module, params)
+        self.members = list(members)
         self.compute: Compute | None = None
+        self._lending: Lending | None = None  # while the block is lent
 
-    def forward(self, module: torch.nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        bundle = self.bundle
-        caster: Any = bundle.module.spillway_caster
-        if bundle.depth:
-            return self._part(module, caster, plain, args, kwargs)
-        caster.enter(bundle)
+    def borrowers(self) -> list[torch.nn.Module]:
+        return [self.module, *self.members]
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.depth:
+            return self._run_part(module, forward, args, kwargs)
+        self._lending = lending = self.lender.enter(self)
         try:
-            if module is bundle.module and self.compute is not None:
-                return self.compute(plain, caster, args, kwargs)
-            if module is not bundle.module:
-                caster = bundle.module.spillway_caster  # the one that stands there once the model is prepared
-                caster.ledger.decide_once(
-                    f"parts of '{bundle.name}' are called from outside of it, and each call brings all of it: this "
+            if module is self.module and self.compute is not None:
+                return self.compute(forward, args, kwargs)
+            if module is not self.module:
+                self.lender.ledger.decide_once(
+                    f"parts of '{self.name}' are called from outside of it, and each call brings all of it: this "
                     "model runs faster without compiling."
                 )
-            return self._part(module, caster, plain, args, kwargs)
+            return self._run_part(module, forward, args, kwargs)
         finally:
-            caster.exit(bundle)
+            self._lending = None
+            lending.exit(self)
 
-    def _part(
-        self, module: torch.nn.Module, caster: Caster, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    def _run_part(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
-            return plain(*args, **kwargs)
+            return forward(*args, **kwargs)
         except Exception as error:
-            # Blocks write into what they are given, so only a single op can be run again.
-            single = next(module.children(), None) is None
-            if not single or not is_out_of_memory(error) or not caster.make_room(self.bundle, error):
+            if not self.make_room(error, may_repeat(module)):
                 raise
-        return plain(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    def make_room(self, error: BaseException, again: bool = True) -> bool:
+        """While the block is lent, as `Lending.make_room`."""
+        return self._lending is not None and self._lending.make_room(self, error, again)

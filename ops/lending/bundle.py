@@ -1,182 +1,196 @@
-"""A bundle: the parameters that one module needs during its forward, and the forms they take on the way to it."""
+"""A bundle: the parameters that one module needs during its forward, and the state that they are in.
+
+    state        slice     signature   pin            the next use costs
+    absent       none      -           none           read, gather, transfer, cast, patch
+    pinned raw   none      -           version None   one transfer, then cast and patch
+    pinned       none      -           == version     one transfer of the final form
+    stale        granted   != last     any            brought once, then resident
+    resident     granted   == last     any            nothing: the views are lent
+
+`slice` and `signature` are the VBAR's answer to `fault`, which is asked at each use. A refused fault changes no state.
+Each transition is one method of `Bundle`, and these are its callers:
+
+    move_to            any -> absent or stale    Residency, when it lays addresses out or gives them back
+    became_resident    stale -> resident         the caster, when the final form lies in the slice
+    evicted            resident -> stale         the VBAR, from any thread, when it takes a slice's memory back
+    pin_changed        absent <-> pinned         Pins, when a pin comes or goes
+    invalidate         version + 1; resident -> stale, pinned -> absent      DynamicModel, when patches change
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from ..files.disk_map import DiskMap, SourceError, locate
-from ..gather import gathered_bytes, inner_tensors, is_wrapper, like
-from ..int8.weight import PART_BYTES, Int8Weight
-
-if TYPE_CHECKING:
-    from .block import Block
-
-Patch = Callable[[torch.Tensor], torch.Tensor]
+from ..files.disk_map import DiskMap, SourceError
+from ..gather import gathered_bytes, is_wrapper
+from ..int8.weight import PART_BYTES
+from ..ledger import Ledger
+from .param import Param
+from .repeat import may_repeat
 
 
-class Param:
-    """One parameter of a bundle.
+class Lending(Protocol):
+    """A loan that has begun, and who ends it."""
 
-    idle: what stands in the module while the parameter is not borrowed: the source's own tensor.
-    form: template of what stays in the VBAR (the model's dtype). compute_dtype: what the op is given, None for the
-    form's. op_dtype: what the op itself casts to; it costs memory, and is nobody else's business. int8: the finished
-    form is an INT8 weight with that many scales a row; 0: it is not.
-    """
+    def exit(self, bundle: Bundle) -> None:
+        """Put the idle parameters back and end the loan."""
 
-    __slots__ = (
-        "attr",
-        "compute_dtype",
-        "form",
-        "idle",
-        "int8",
-        "key",
-        "op_dtype",
-        "original",
-        "owner",
-        "patch",
-        "source",
-        "where",
-    )
+    def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
+        """After an error of a forward: evict what is not in use where the error says out of memory.
 
-    def __init__(
-        self,
-        owner: torch.nn.Module,
-        attr: str,
-        key: str,
-        idle: torch.nn.Parameter,
-        dtype: torch.dtype,
-        compute_dtype: torch.dtype | None = None,
-        int8: int = 0,
-    ) -> None:
-        self.owner, self.attr, self.key = owner, attr, key
-        self.idle = self.original = idle
-        self.source = idle.detach()
-        self.int8 = int8
-        self.form = self._template(self.source.shape, dtype)
-        wanted = compute_dtype if compute_dtype != self.form.dtype and not is_wrapper(self.form) else None
-        self.compute_dtype = wanted
-        self.op_dtype: torch.dtype | None = None
-        self.patch: Patch | None = None
-        # Parts that lie in a memory map: (map, offset, bytes).
-        self.where = [found for part in inner_tensors(self.source) if (found := locate(part)) is not None]
-
-    def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
-        if self.int8:
-            return Int8Weight.template(shape, dtype, self.int8, rank)
-        if shape == self.source.shape:
-            return like(self.source, dtype)
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def set_patch(self, patch: Patch | None) -> None:
-        """Attach a patch; one with a `shape` attribute may give the weight another shape.
-
-        One with a `rank` stays beside an INT8 weight, as its low-rank branch.
+        again: the forward may run once more. Returns whether to do that: `again`, and something was freed.
         """
-        self.patch = patch
-        shape = torch.Size(getattr(patch, "shape", self.source.shape))
-        rank = getattr(patch, "rank", 0) if self.int8 else 0
-        if shape != self.form.shape or rank != getattr(self.form, "rank", 0):
-            self.form = self._template(shape, self.form.dtype, rank)
 
-    @property
-    def cast(self) -> bool:
-        """Whether the form differs from the source's."""
-        return bool(self.int8) or (not is_wrapper(self.source) and self.form.dtype != self.source.dtype)
 
-    def usable_in_place(self) -> bool:
-        """Whether a CPU op can read the source's own memory."""
-        if self.cast or self.patch is not None or self.compute_dtype is not None or self.source.is_meta:
-            return False
-        return all(
-            part.is_contiguous() and part.data_ptr() % part.element_size() == 0 for part in inner_tensors(self.source)
-        )
+class Lender(Protocol):
+    """Whoever brings a bundle's tensors. Layers and blocks know nothing else of how weights travel."""
+
+    ledger: Ledger
+
+    def enter(self, bundle: Bundle) -> Lending:
+        """Bring the tensors and let them stand in the module. Returns who ends the loan."""
 
 
 class Bundle:
     """The parameters of one module, laid out in one buffer.
 
-    store: the form of the source; form: the finished form, in the model's dtype and with patches applied.
+    source: tensors as the file has them. final: templates of the form that the op gets, in the model's dtype and with
+    patches applied. nbytes, source_bytes: of the two forms, gathered. lender: set by DynamicModel.
     """
+
+    lender: Lender
 
     def __init__(self, name: str, module: torch.nn.Module, params: Sequence[Param]) -> None:
         self.name = name
         self.module = module
         self.params = list(params)
-        self.store = [param.source for param in self.params]
-        self.form = [param.form for param in self.params]
-        self.store_bytes = gathered_bytes(self.store)
-        self.nbytes = gathered_bytes(self.form)
-        self.version = 0  # counts changes of the finished form
-        self.pinned_version: int | None = None  # of the finished form that its pin holds
-        self.place = "auto"
-        self.successor: Bundle | None = None
-        # The caster's:
-        self.piece: Any = None
-        self.signature: Any = None
-        self.views: list[torch.Tensor] | None = None
-        self.loan: Any = None
+        self.source = [param.source for param in self.params]
+        self.final = [param.final for param in self.params]
+        self.source_bytes = gathered_bytes(self.source)
+        self.nbytes = gathered_bytes(self.final)
+        self.version = 0  # counts changes of the final form; written by `invalidate`
+        self.pinned_version: int | None = None  # of the final form that its pin holds; written by Pins
+        self.offload_to = "auto"  # where its rule keeps it while offloaded; written once, by collect_bundles
+        self.successor: Bundle | None = None  # who was asked for after it; written by the caster at each use
+        self.vbar_slice: Any = None
+        self.signature: Any = None  # of the slice, when the final form was written into it
+        self.views: Sequence[torch.Tensor] | None = None  # the final form in the slice
+        self.loan: Any = None  # written by the caster, as `depth`: set while the bundle is lent
         self.depth = 0
-        self.block: Block | None = None  # set: the bundle of a whole block of modules
-        # (object, attribute, value while idle, value while lent), for hosts whose ops read more than parameters.
+        # (object, attribute, value while idle, value while lent), for ops that read more than parameters; written by
+        # ComfyUI's side.
         self.lent_attributes: list[tuple[Any, str, Any, Any]] = []
         self.refresh()
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is a plain one."""
+        """A copy of a dynamic module is an ordinary one."""
 
     def refresh(self) -> None:
         """Work out again what follows from the parameters' patches."""
         self.patched = any(param.patch is not None for param in self.params)
-        self.plain = not self.patched and not any(param.cast for param in self.params)
+        self.source_is_final = not self.patched and not any(param.is_cast for param in self.params)
         self.in_place = all(param.usable_in_place() for param in self.params)
-        self.computes = any(param.compute_dtype is not None for param in self.params)
-        # Worth keeping: what it costs to make once is more than what it costs to bring.
-        self.made = self.patched or any(param.int8 for param in self.params)
+        self.casts_at_use = any(param.compute_dtype is not None for param in self.params)
+        # Making the final form costs more than bringing it.
+        self.worth_keeping = self.patched or any(param.int8 for param in self.params)
 
-    def touch(self) -> bool:
-        """The finished form has changed: nothing that holds the old one is current any more. True: its size changed."""
-        self.version += 1
-        self.signature = None
+    # -- transitions
+
+    def move_to(self, vbar_slice: Any) -> None:
+        """Take an address range in a VBAR; None: the bundle is always streamed. What it held elsewhere is void."""
+        self.vbar_slice = vbar_slice
+        self.signature = self.views = None
+
+    def became_resident(self, signature: Any, views: Sequence[torch.Tensor]) -> None:
+        """The slice holds the final form for as long as the VBAR answers with this signature."""
+        self.signature = signature
+        self.views = views
+
+    def evicted(self) -> None:
+        """The slice has no memory any more. A bundle that is used where it lies gives its file's pages back."""
         self.views = None
-        self.form = [param.form for param in self.params]
-        before, self.nbytes = self.nbytes, gathered_bytes(self.form)
+        if self.in_place:
+            self.drop_pages()
+
+    def pin_changed(self, version: int | None) -> bool:
+        """Its pin holds the final form of that version; None: no final form. True where this is news."""
+        before, self.pinned_version = self.pinned_version, version
+        return before != version
+
+    def invalidate(self) -> bool:
+        """Let nothing that holds the old final form count as current. True where the final form's size has changed."""
+        self.version += 1
+        self.signature = self.views = None
+        self.final = [param.final for param in self.params]
+        before, self.nbytes = self.nbytes, gathered_bytes(self.final)
         self.refresh()
         return self.nbytes != before
 
     @property
-    def finished(self) -> bool:
-        """Whether a pin holds the finished form: one transfer, and nothing to compute."""
+    def pin_is_current(self) -> bool:
+        """Whether a pin holds the final form: one transfer, and nothing to compute."""
         return self.pinned_version == self.version
+
+    # -- cost
 
     def offload_cost(self) -> int:
         """Bytes of temporary memory that one use costs while offloaded.
 
         The bundle itself, and the larger of its cast or dequantised form and, where patches wait, twice the weight in
-        the dtype that the model computes in. Once a pin holds the finished form, that alone.
+        the dtype that the model computes in. Once a pin holds the final form, that alone.
         """
-        if self.finished:
+        if self.pin_is_current:
             return self.nbytes
         extra = 0
         for param in self.params:
             if param.int8:  # quantised in parts; nothing casts it afterwards
                 patched = 2 * param.source.numel() * 4 if param.patch is not None else 0
                 parts = 3 * min(PART_BYTES, 4 * param.source.numel())
-                extra += gathered_bytes([param.form]) + parts + patched
+                extra += gathered_bytes([param.final]) + parts + patched
                 continue
             shape_numel = param.source.numel()
-            form_bytes = shape_numel * param.form.dtype.itemsize
-            dequantised = form_bytes if (param.cast or is_wrapper(param.source)) else 0
+            final_bytes = shape_numel * param.final.dtype.itemsize
+            dequantised = final_bytes if (param.is_cast or is_wrapper(param.source)) else 0
             for cast in (param.compute_dtype, param.op_dtype):
-                if cast is not None and (cast != param.form.dtype or is_wrapper(param.source)):
+                if cast is not None and (cast != param.final.dtype or is_wrapper(param.source)):
                     dequantised = max(dequantised, shape_numel * cast.itemsize)
-            extra += max(dequantised, 2 * max(form_bytes, dequantised) if param.patch is not None else 0)
-        return self.store_bytes + extra
+            extra += max(dequantised, 2 * max(final_bytes, dequantised) if param.patch is not None else 0)
+        return self.source_bytes + extra
+
+    # -- the module
+
+    def borrowers(self) -> list[torch.nn.Module]:
+        """The modules whose forward borrows this bundle."""
+        return [self.module]
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call the forward of a borrower with the tensors lent; a forward inside of that one finds them there.
+
+        Where it runs out of memory, weights give way, and what may be repeated runs once more from the start.
+        """
+        if self.depth:
+            return forward(*args, **kwargs)
+        lending = self.lender.enter(self)
+        try:
+            return forward(*args, **kwargs)
+        except Exception as error:
+            if not lending.make_room(self, error, may_repeat(module)):
+                raise
+        finally:
+            lending.exit(self)
+        lending = self.lender.enter(self)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            lending.exit(self)
 
     def install(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put borrowed tensors in the module's place of its parameters."""
+        """Let borrowed tensors stand in the module in place of its parameters."""
         # Not strict: for every layer call, that would cost as much as the rest of this loop.
         for param, tensor in zip(self.params, tensors):  # noqa: B905
             param.owner._parameters[param.attr] = tensor  # type: ignore[assignment]
@@ -198,6 +212,8 @@ class Bundle:
                     f"'{param.key}' ({tuple(param.source.shape)}) is needed by {type(self.module).__name__} "
                     f"'{self.name}', but the file has no such tensor. It is incomplete or of another architecture."
                 )
+
+    # -- the file behind it
 
     def drop_pages(self) -> None:
         """Give the pages of the memory map behind this bundle back to the system."""

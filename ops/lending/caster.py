@@ -1,8 +1,7 @@
 """The caster: lends a bundle's tensors to an op. What all devices share; how the bytes move is in the two subclasses.
 
-Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and pin
-current (one transfer of the finished bundle); no room and no pin (gather, patch, write back where the pin budget
-allows).
+Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and a current
+pin (one transfer of the final form); no room and no pin (gather, patch, write back where the pin budget allows).
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from ..device.backend import Backend
+from ..device.backend import Backend, Event
+from ..device.out_of_memory import is_out_of_memory
 from ..gather import copy_into, interpret_gathered_like, is_wrapper
 from ..int8.weight import Int8Weight
 from ..ledger import Ledger, in_words
 from ..vbar.protocol import VBAR
-from .bundle import Bundle, Param
-from .layer import is_out_of_memory
+from .bundle import Bundle
+from .param import Param
 from .pins import Pins
 from .ring import Slot
 
@@ -32,11 +33,11 @@ class Loan:
     views: Sequence[torch.Tensor] | None = None  # set: ready to use
     target: torch.Tensor | None = None  # where the transfer goes
     slot: Slot | None = None
-    event: object | None = None
-    finished = False  # the transfer brings the finished form
+    event: Event | None = None  # after the transfer
+    brings_final = False  # the transfer brings the final form
     keep: object | None = None  # memory that must outlive a transfer
 
-    def __init__(self, bundle: Bundle, signature: object | None) -> None:
+    def __init__(self, bundle: Bundle, signature: Any) -> None:
         self.bundle = bundle
         self.signature = signature  # not None: the slice is pinned in the VBAR
 
@@ -58,12 +59,12 @@ class Caster:
         self.lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is a plain one."""
+        """A copy of a dynamic module is an ordinary one."""
 
-    # -- what a layer calls
+    # -- what a bundle calls
 
-    def enter(self, bundle: Bundle) -> None:
-        """Borrow: after this the module's parameters are tensors that its op can use.
+    def enter(self, bundle: Bundle) -> Caster:
+        """Borrow: after this the module's parameters are tensors that its op can use. Returns itself, to end it.
 
         Raises SourceError where a parameter has no data; whatever is raised, nothing stays pinned.
         """
@@ -75,7 +76,7 @@ class Caster:
             try:
                 loan = self._bring(bundle)
             except Exception as error:
-                if not is_out_of_memory(error) or not self.make_room(bundle, error):
+                if not self.make_room(bundle, error):
                     raise
                 loan = self._bring(bundle)
             bundle.loan = loan
@@ -85,19 +86,20 @@ class Caster:
                 previous.successor = bundle
             self.previous = bundle
             try:
-                self.look_ahead(bundle)
+                self.prefetch_after(bundle)
             except BaseException:
                 self.exit(bundle)
                 raise
+        return self
 
     def _bring(self, bundle: Bundle) -> Loan:
         """A loan whose tensors stand in the module."""
-        loan = self.take(bundle)
+        loan = self.request(bundle)
         try:
             if loan.views is None:
-                loan.views = self.finish(loan)
+                loan.views = self.complete(loan)
             views = loan.views
-            if bundle.computes:
+            if bundle.casts_at_use:
                 views = [
                     view if param.compute_dtype is None else view.to(param.compute_dtype)
                     for param, view in zip(bundle.params, views, strict=True)
@@ -105,7 +107,7 @@ class Caster:
             bundle.install(views)
         except BaseException:
             bundle.restore()
-            self.release(loan)
+            self.end(loan)
             raise
         return loan
 
@@ -118,7 +120,26 @@ class Caster:
             bundle.depth = 0
             bundle.loan = None
             bundle.restore()
-            self.release(loan)
+            self.end(loan)
+
+    def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
+        """After an error of a forward or a loan: evict what is not in use where the error says out of memory.
+
+        again: what failed may run once more. Returns whether to do that: `again`, and something was freed.
+        """
+        if not is_out_of_memory(error):
+            return False
+        freed = self.free()
+        if not freed:
+            return False
+        self.counters.retries += again
+        done = "and ran it again" if again else "for whoever tries next; it cannot be run again half way"
+        self.ledger.decide(
+            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}. "
+            "A larger headroom avoids this.",
+            level=logging.WARNING,
+        )
+        return again
 
     @contextmanager
     def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:
@@ -131,9 +152,9 @@ class Caster:
 
     # -- residency
 
-    def take(self, bundle: Bundle) -> Loan:
-        """A loan for the bundle: ready where it is resident and current, else begun."""
-        signature = self.vbar.fault(bundle.piece)
+    def request(self, bundle: Bundle) -> Loan:
+        """A loan for the bundle: ready where it is resident and current, else started."""
+        signature = self.vbar.fault(bundle.vbar_slice)
         loan = Loan(bundle, signature)
         if signature is None:
             self.counters.misses += 1
@@ -144,65 +165,73 @@ class Caster:
                 loan.views = bundle.views
                 return loan
         try:
-            self.begin(loan)
+            self.start(loan)
         except BaseException:
             try:
                 self.backend.synchronize()  # a transfer may have begun
             finally:
-                self.release(loan)
+                self.end(loan)
             raise
         return loan
 
-    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        """After an out-of-memory error in a layer: evict what is not in use. False where nothing was freed."""
-        freed = self.free()
-        if not freed:
+    def has_room_for(self, bundle: Bundle) -> bool:
+        """Whether the VBAR has room for the bundle now. Asking brings its memory, not its bytes."""
+        if bundle.vbar_slice is None or self.vbar.fault(bundle.vbar_slice) is None:
             return False
-        self.counters.retries += 1
-        self.ledger.decide(
-            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights and ran it again. "
-            "A larger headroom avoids this.",
-            level=logging.WARNING,
-        )
+        self.vbar.unpin(bundle.vbar_slice)
         return True
 
+    def bring(self, bundle: Bundle) -> bool:
+        """Bring a bundle ahead of any forward, without a change to the traced order. True where it had to be brought.
+
+        The caller holds the lock.
+        """
+        loan = self.request(bundle)
+        try:
+            if loan.views is not None:
+                return False
+            self.complete(loan)
+            return True
+        finally:
+            self.end(loan)
+
     def free(self, nbytes: int = 1 << 62) -> int:
-        """Evict what is not in use until that much is free; returns the bytes freed. For any thread."""
+        """Evict what is not in use until that many bytes are free; returns the bytes freed. For any thread."""
         with self.lock:
-            self.forget()
+            self.cancel_prefetch()
             return self.vbar.free_memory(nbytes)
 
     # -- how bytes move: the subclasses
 
-    def begin(self, loan: Loan) -> None:
+    def start(self, loan: Loan) -> None:
         """Start bringing the bytes."""
         raise NotImplementedError
 
-    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
-        """The work of the main stream: wait, cast, patch. Returns the tensors in their finished form."""
+    def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
+        """The work of the main stream: wait, cast, patch. Returns the tensors in their final form."""
         raise NotImplementedError
 
-    def release(self, loan: Loan) -> None:
+    def end(self, loan: Loan) -> None:
         """End a loan, used or not."""
         if loan.signature is not None:
-            self.vbar.unpin(loan.bundle.piece)
+            self.vbar.unpin(loan.bundle.vbar_slice)
             loan.signature = None
 
-    def look_ahead(self, bundle: Bundle) -> None:
-        """Begin what will be asked for next."""
+    def prefetch_after(self, bundle: Bundle) -> None:
+        """Start what will be asked for next."""
 
-    def forget(self) -> None:
-        """Drop what was begun ahead: the order changed, or memory is wanted."""
+    def cancel_prefetch(self) -> None:
+        """End the loans that were started ahead: the order changed, or memory is wanted."""
 
     def close(self) -> None:
         """Give all memory of the device back."""
-        self.forget()
+        self.cancel_prefetch()
 
     # -- shared by the subclasses
 
-    def form(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
-        """Cast `source` into `memory` and apply the patches there; returns the finished views."""
-        views = interpret_gathered_like(bundle.form, memory)
+    def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        """Cast `source` into `memory` and apply the patches there; returns views in the final form."""
+        views = interpret_gathered_like(bundle.final, memory)
         for param, view, tensor in zip(bundle.params, views, source, strict=True):
             assert view is not None
             if isinstance(view, Int8Weight):
@@ -213,8 +242,8 @@ class Caster:
                 # A patch gets the weight in the dtype that the op computes in, as its own: it may write into it, and on
                 # a CPU `tensor` is the source itself.
                 wanted = param.compute_dtype or view.dtype
-                start = tensor if is_wrapper(tensor) else tensor.to(wanted, copy=self.backend.in_place)
-                copy_into(view, param.patch(start))
+                weight = tensor if is_wrapper(tensor) else tensor.to(wanted, copy=self.backend.in_place)
+                copy_into(view, param.patch(weight))
                 self.counters.patched += 1
         return views  # type: ignore[return-value]
 
@@ -227,12 +256,11 @@ class Caster:
             view.down.copy_(down)
             view.up.copy_(up)
         else:  # merged in floating point, rounded once
-            start = tensor if is_wrapper(tensor) else tensor.to(view.dtype, copy=self.backend.in_place)
-            view.quantise_(param.patch(start))
+            weight = tensor if is_wrapper(tensor) else tensor.to(view.dtype, copy=self.backend.in_place)
+            view.quantise_(param.patch(weight))
             self.counters.patched += 1
         self.counters.quantised += 1
 
-    def keep_resident(self, bundle: Bundle, loan: Loan, views: Sequence[torch.Tensor]) -> None:
-        """The bundle's slice now holds its finished form."""
-        bundle.signature = loan.signature
-        bundle.views = list(views)
+    def keep_resident(self, loan: Loan, views: Sequence[torch.Tensor]) -> None:
+        """The slice of the loan's bundle now holds the final form."""
+        loan.bundle.became_resident(loan.signature, views)

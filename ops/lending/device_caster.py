@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..device.backend import Backend
+from ..device.backend import Backend, Event
 from ..files.disk_map import SourceError
 from ..gather import copy_into, interpret_gathered_like
 from ..ledger import Ledger
@@ -19,7 +19,7 @@ from .ring import Ring
 
 
 class DeviceCaster(Caster):
-    """prefetch: bundles to begin ahead of their use. streams: offload streams to use, at most the device's."""
+    """prefetch: bundles to start ahead of their use. streams: offload streams to use, at most the device's."""
 
     def __init__(
         self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger, prefetch: int = 2, streams: int = 2
@@ -34,47 +34,48 @@ class DeviceCaster(Caster):
         self.ring = Ring(backend.empty, slots, self.counters)
         # Host buffers that unpinned bundles are gathered in.
         self.staging = Ring(backend.host_empty, slots, self.counters)
-        self.ahead: dict[Bundle, Loan] = {}
-        self.horizon: Bundle | None = None
-        self.write_backs: list[tuple[Any, torch.Tensor]] = []
+        self.prefetched: dict[Bundle, Loan] = {}
+        self.last_prefetched: Bundle | None = None
+        self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
 
     # -- a loan's way
 
-    def take(self, bundle: Bundle) -> Loan:
+    def request(self, bundle: Bundle) -> Loan:
         if self.write_backs:
             self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
-        loan = self.ahead.pop(bundle, None)
+        loan = self.prefetched.pop(bundle, None)
         if loan is not None:
             return loan
-        if self.ahead:
-            self.forget()  # the order is not what it was
-        self.horizon = None
-        return super().take(bundle)
+        if self.prefetched:
+            self.cancel_prefetch()  # the order is not what it was
+        self.last_prefetched = None
+        return super().request(bundle)
 
-    def begin(self, loan: Loan) -> None:
+    def start(self, loan: Loan) -> None:
         bundle = loan.bundle
         bundle.check_present()
         stream = self.streams[self.turn]
         self.turn = (self.turn + 1) % len(self.streams)
         pin = self.pins.get(bundle)
         current = pin is not None and pin.version == bundle.version
-        loan.finished = current or bundle.plain
-        nbytes = bundle.nbytes if loan.finished else bundle.store_bytes
-        to_vbar = loan.finished and loan.signature is not None
+        loan.brings_final = current or bundle.source_is_final
+        nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
+        to_vbar = loan.brings_final and loan.signature is not None
         loan.slot = None if to_vbar else self.ring.take(nbytes)
         if to_vbar:
-            loan.target = self.vbar.tensor(bundle.piece)[:nbytes]
+            loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
         elif loan.slot is None:  # nested modules hold every slot
             loan.target = self.backend.empty(nbytes)
         else:
             loan.target = loan.slot.buffer[:nbytes]
         if loan.slot is None or loan.slot.fresh:
-            # What lay there before may still be in use by work that was given to the main stream.
+            # Fresh memory may still be read by kernels queued on the main stream. Without this wait the copy would
+            # overwrite their input and the image would be wrong.
             self.backend.wait(self.backend.record(None), stream)
         if loan.slot is not None:
             loan.slot.fresh = False
         if not current and (pin is None or pin.version is not None):
-            pin = self.pins.take(bundle, bundle.store_bytes, None) if not self._worth_writing_back(bundle) else None
+            pin = self.pins.take(bundle, bundle.source_bytes, None) if not self._worth_writing_back(bundle) else None
             if pin is not None:
                 try:
                     self._gather(bundle, pin.buffer)
@@ -83,6 +84,7 @@ class DeviceCaster(Caster):
                     raise
         if pin is not None:
             if pin.ready is not None:
+                # Without this wait the copy would read a pin that a write-back is still filling.
                 self.backend.wait(pin.ready, stream)
             self.backend.copy(loan.target, pin.buffer[:nbytes], stream)
             loan.event = pin.busy = self.backend.record(stream)
@@ -94,50 +96,52 @@ class DeviceCaster(Caster):
             self.counters.bytes_loaded += nbytes
 
     def _gather(self, bundle: Bundle, buffer: torch.Tensor) -> None:
-        for view, tensor in zip(interpret_gathered_like(bundle.store, buffer), bundle.store, strict=True):
+        for view, tensor in zip(interpret_gathered_like(bundle.source, buffer), bundle.source, strict=True):
             assert view is not None
             copy_into(view, tensor)
         bundle.drop_pages()
 
     def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:
         assert loan.target is not None
-        staging = self.staging.take(bundle.store_bytes)
-        buffer = torch.empty(bundle.store_bytes, dtype=torch.uint8) if staging is None else staging.buffer
+        staging = self.staging.take(bundle.source_bytes)
+        buffer = torch.empty(bundle.source_bytes, dtype=torch.uint8) if staging is None else staging.buffer
         try:
             self._gather(bundle, buffer)
-            self.backend.copy(loan.target, buffer[: bundle.store_bytes], stream)
+            self.backend.copy(loan.target, buffer[: bundle.source_bytes], stream)
             loan.event = self.backend.record(stream)
         finally:
             if staging is None:
                 loan.keep = buffer
             else:
-                self.staging.give(staging, loan.event)  # type: ignore[arg-type]
+                self.staging.give(staging, loan.event)
 
-    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+    def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
         assert loan.target is not None
-        self.backend.wait(loan.event, None)  # type: ignore[arg-type]
-        if loan.finished:
-            views: list[torch.Tensor] = interpret_gathered_like(bundle.form, loan.target)  # type: ignore[assignment]
+        # Without this wait the main stream would compute with what lay in the target before the transfer.
+        self.backend.wait(loan.event, None)
+        if loan.brings_final:
+            views: list[torch.Tensor] = interpret_gathered_like(bundle.final, loan.target)  # type: ignore[assignment]
         else:
-            source: list[torch.Tensor] = interpret_gathered_like(bundle.store, loan.target)  # type: ignore[assignment]
+            source: list[torch.Tensor] = interpret_gathered_like(bundle.source, loan.target)  # type: ignore[assignment]
             resident = loan.signature is not None
-            memory = self.vbar.tensor(bundle.piece)[: bundle.nbytes] if resident else self.backend.empty(bundle.nbytes)
-            views = self.form(bundle, source, memory)
+            memory = self.vbar.tensor(bundle.vbar_slice) if resident else self.backend.empty(bundle.nbytes)
+            memory = memory[: bundle.nbytes]
+            views = self.make_final(bundle, source, memory)
             if not resident:
                 loan.keep = memory
                 self._write_back(bundle, memory)
             self._free_slot(loan)
         if loan.signature is not None:
-            self.keep_resident(bundle, loan, views)
+            self.keep_resident(loan, views)
         return views
 
     @staticmethod
     def _worth_writing_back(bundle: Bundle) -> bool:
-        """A finished form saves the arithmetic of patches or of quantisation, or bytes; a mere upcast is cheaper to
+        """A final form saves the arithmetic of patches or of quantisation, or bytes; a mere upcast is cheaper to
         repeat than to transfer.
         """
-        return bundle.made or bundle.nbytes < bundle.store_bytes
+        return bundle.worth_keeping or bundle.nbytes < bundle.source_bytes
 
     def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
         if not self._worth_writing_back(bundle):
@@ -147,14 +151,15 @@ class DeviceCaster(Caster):
             return
         stream = self.streams[self.turn]
         try:
-            self.backend.wait(self.backend.record(None), stream)  # the finished form is made on the main stream
+            # The main stream makes the final form. Without this wait the pin would get what lay there before.
+            self.backend.wait(self.backend.record(None), stream)
             self.backend.copy(pin.buffer, memory, stream)
             pin.ready = self.backend.record(stream)
         except BaseException:
             self.backend.synchronize()
-            self.pins.drop(bundle)  # it says that it holds the finished form
+            self.pins.drop(bundle)  # its version says that it holds the final form
             raise
-        # The allocator must not hand this memory out while the stream reads it.
+        # The allocator must not hand this memory out while the stream reads it: the pin would get another's numbers.
         self.write_backs.append((pin.ready, memory))
         self.counters.write_backs += 1
         self.counters.bytes_written_back += bundle.nbytes
@@ -168,39 +173,40 @@ class DeviceCaster(Caster):
             finally:
                 self.ring.give(slot, done)
 
-    def release(self, loan: Loan) -> None:
+    def end(self, loan: Loan) -> None:
         try:
             if loan.views is None and loan.event is not None:
-                loan.event.synchronize()  # type: ignore[attr-defined] # nobody waited: its target must not be reused yet
+                # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
+                loan.event.synchronize()
         finally:
             self._free_slot(loan)
-            super().release(loan)
+            super().end(loan)
 
     # -- ahead of the use
 
-    def look_ahead(self, bundle: Bundle) -> None:
+    def prefetch_after(self, bundle: Bundle) -> None:
         if not self.prefetch:
             return
-        last = self.horizon if self.horizon is not None else bundle
-        while len(self.ahead) < self.prefetch:
+        last = self.last_prefetched if self.last_prefetched is not None else bundle
+        while len(self.prefetched) < self.prefetch:
             following = last.successor
-            if following is None or following is bundle or following in self.ahead or following.loan is not None:
+            if following is None or following is bundle or following in self.prefetched or following.loan is not None:
                 break
             try:
-                loan = super().take(following)
+                loan = super().request(following)
             except (RuntimeError, MemoryError, SourceError):
                 break  # whoever asks for this bundle will be told
-            self.ahead[following] = loan
+            self.prefetched[following] = loan
             if loan.views is None:
                 self.counters.prefetched += 1
             last = following
-        self.horizon = last if self.ahead else None
+        self.last_prefetched = last if self.prefetched else None
 
-    def forget(self) -> None:
+    def cancel_prefetch(self) -> None:
         with self.lock:
-            while self.ahead:
-                self.release(self.ahead.popitem()[1])
-            self.horizon = None
+            while self.prefetched:
+                self.end(self.prefetched.popitem()[1])
+            self.last_prefetched = None
 
     def close(self) -> None:
         self.backend.synchronize()
@@ -210,5 +216,5 @@ class DeviceCaster(Caster):
         self.staging.clear()
 
 
-def _done(event: Any) -> bool:
+def _done(event: Event | None) -> bool:
     return event is None or event.query()

@@ -23,63 +23,63 @@ class HostCaster(Caster):
 
     advise = True
 
-    def begin(self, loan: Loan) -> None:
+    def start(self, loan: Loan) -> None:
         bundle = loan.bundle
         bundle.check_present()
         if bundle.in_place:
-            loan.views = bundle.store
+            loan.views = bundle.source
             if loan.signature is not None:
-                bundle.piece.memory = None  # of a patch that is gone: what stays now are the pages of the map
-                self.keep_resident(bundle, loan, bundle.store)
-                self.counters.bytes_loaded += bundle.store_bytes
+                self.vbar.drop_tensor(bundle.vbar_slice)  # of a patch that is gone; what stays now are the map's pages
+                self.keep_resident(loan, bundle.source)
+                self.counters.bytes_loaded += bundle.source_bytes
         elif loan.signature is None:
             pin = self._current_pin(bundle)
             if pin is not None:
-                loan.views = interpret_gathered_like(bundle.form, pin.buffer)  # type: ignore[assignment]
+                loan.views = interpret_gathered_like(bundle.final, pin.buffer)  # type: ignore[assignment]
         if loan.signature is None:
-            self.counters.bytes_streamed += bundle.store_bytes
+            self.counters.bytes_streamed += bundle.source_bytes
 
     def _current_pin(self, bundle: Bundle) -> Pin | None:
-        """The bundle's pin where that holds the finished form."""
+        """The bundle's pin where that holds the final form."""
         pin = self.pins.get(bundle)
         return pin if pin is not None and pin.version == bundle.version else None
 
-    def finish(self, loan: Loan) -> Sequence[torch.Tensor]:
+    def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
         if loan.signature is not None:
-            memory, pin = self.vbar.tensor(bundle.piece)[: bundle.nbytes], self._current_pin(bundle)
+            memory, pin = self.vbar.tensor(bundle.vbar_slice)[: bundle.nbytes], self._current_pin(bundle)
             if pin is None:
-                views = self.form(bundle, bundle.store, memory)
+                views = self.make_final(bundle, bundle.source, memory)
             else:
                 memory.copy_(pin.buffer)
-                views = interpret_gathered_like(bundle.form, memory)  # type: ignore[assignment]
-            self.keep_resident(bundle, loan, views)
+                views = interpret_gathered_like(bundle.final, memory)  # type: ignore[assignment]
+            self.keep_resident(loan, views)
             self.counters.bytes_loaded += bundle.nbytes
         else:
-            wanted = bundle.made or bundle.place in ("ram", "pin")
+            wanted = bundle.worth_keeping or bundle.offload_to in ("ram", "pin")
             pin = self.pins.take(bundle, bundle.nbytes, bundle.version) if wanted else None
             memory = pin.buffer if pin is not None else self.backend.empty(bundle.nbytes)
             try:
-                views = self.form(bundle, bundle.store, memory)
+                views = self.make_final(bundle, bundle.source, memory)
             except BaseException:
-                self.pins.drop(bundle)  # it says that it holds the finished form
+                self.pins.drop(bundle)  # its version says that it holds the final form
                 raise
             if pin is not None:
                 self.counters.write_backs += 1
                 self.counters.bytes_written_back += bundle.nbytes
-        bundle.drop_pages()  # the finished form lies elsewhere now
+        bundle.drop_pages()  # the final form lies elsewhere now
         return views
 
-    def form(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
-        with allocator.in_maps() if bundle.made else nullcontext():
-            return super().form(bundle, source, memory)
+    def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        with allocator.in_maps() if bundle.worth_keeping else nullcontext():
+            return super().make_final(bundle, source, memory)
 
-    def release(self, loan: Loan) -> None:
-        if loan.signature is None and loan.bundle.in_place and loan.bundle.place != "ram":
+    def end(self, loan: Loan) -> None:
+        if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to != "ram":
             loan.bundle.drop_pages()
-        super().release(loan)
+        super().end(loan)
 
-    def look_ahead(self, bundle: Bundle) -> None:
+    def prefetch_after(self, bundle: Bundle) -> None:
         following = bundle.successor
-        if self.advise and following is not None and not self.vbar.resident(following.piece):
+        if self.advise and following is not None and not self.vbar.resident(following.vbar_slice):
             following.read_ahead()

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..device.backend import Backend, Event
+from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
 
 
 @dataclass(eq=False)
 class Pin:
-    """A bundle in host memory. version: of the finished form that it holds; None for the bytes of the source."""
+    """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source."""
 
     extent: Extent
     version: int | None
@@ -37,7 +34,7 @@ class Pins:
         self.backend = backend
         self.budget = budget
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
-        self.changes = 0  # how often a finished form came or went: costs are not what they were
+        self.changes = 0  # how often a final form came or went: costs are not what they were
         self._blocks = PinBlocks(backend)
         self._bundles = list(bundles)
         self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
@@ -47,6 +44,11 @@ class Pins:
     def held(self) -> int:
         """Bytes of host memory that the pins cost."""
         return self._blocks.nbytes
+
+    def set_budget(self, nbytes: int) -> None:
+        """Change what the pins may hold; what is too much goes at once."""
+        self.budget = nbytes
+        self.free(self.held - nbytes)
 
     def get(self, bundle: Bundle) -> Pin | None:
         """The pin of a bundle, in whatever form it is."""
@@ -59,12 +61,12 @@ class Pins:
         """A new pin for a bundle, replacing its old one; None where the budget has no room for it.
 
         Access is cyclic, so evicting another bundle's pin would only move the miss: what is pinned stays pinned. But a
-        finished form (`version` is set) displaces bytes of the source.
+        final form (`version` is set) displaces bytes of the source.
         """
         self.drop(bundle)
-        if bundle.place == "disk":
+        if bundle.offload_to == "disk":
             return None
-        if bundle.place == "ram":  # as the policy says: not page-locked
+        if bundle.offload_to == "ram":  # as the policy says: not page-locked
             room = self.budget - self.held >= nbytes
             extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
         else:
@@ -75,16 +77,11 @@ class Pins:
             return None
         pin = self._pins[bundle] = Pin(extent, version)
         self.used += nbytes
-        self._note(bundle, version)
+        self.changes += bundle.pin_changed(version)
         return pin
 
-    def _note(self, bundle: Bundle, version: int | None) -> None:
-        if bundle.pinned_version != version:
-            bundle.pinned_version = version
-            self.changes += 1
-
     def _displace(self, nbytes: int) -> Extent | None:
-        """A finished form is worth more than bytes that can be read again: room in the place of some of those."""
+        """A final form is worth more than bytes that can be read again: room in the place of some of those."""
         for bundle in [bundle for bundle, pin in self._pins.items() if pin.version is None]:
             block = self._pins[bundle].extent.block
             self.drop(bundle)
@@ -97,9 +94,9 @@ class Pins:
         """Bytes of a block that ends where a bundle ends: for this one and those that will ask next."""
         total = nbytes
         for following in self._bundles[self._position.get(bundle, len(self._bundles)) + 1 :]:
-            if following.place in ("disk", "ram") or following in self._pins:
+            if following.offload_to in ("disk", "ram") or following in self._pins:
                 continue
-            more = following.nbytes if following.made else min(following.nbytes, following.store_bytes)
+            more = following.nbytes if following.worth_keeping else min(following.nbytes, following.source_bytes)
             if total + more > BLOCK_BYTES:
                 break
             total += more
@@ -112,11 +109,12 @@ class Pins:
             return 0
         nbytes = pin.buffer.numel()
         self.used -= nbytes
-        self._note(bundle, None)
+        self.changes += bundle.pin_changed(None)
         pin.extent.block.join(pin.extent)
         for event in (pin.ready, pin.busy):
             if event is not None:
-                event.synchronize()  # a transfer may still read it
+                # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
+                event.synchronize()
         return nbytes
 
     def free(self, nbytes: float) -> int:

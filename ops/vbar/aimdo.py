@@ -1,6 +1,6 @@
 """The VBAR of comfy-aimdo (0.4.5 and later): device pages mapped by its native library.
 
-Nothing here initialises devices that the host already initialised: a second initialisation tears live hooks down.
+Nothing here initialises devices that ComfyUI has initialised already: a second initialisation tears live hooks down.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AimdoSlice(NamedTuple):
 def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
     """Whether comfy-aimdo can hold weights for a device, and the reason in words.
 
-    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI the host decides that.
+    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI that is ComfyUI's to decide.
     """
     index = backend.aimdo_device
     if index is None:
@@ -59,14 +59,15 @@ class AimdoVBAR:
     """
 
     kind = "aimdo"
+    follows_free_memory = True  # comfy-aimdo hooks the driver's allocator
 
-    def __init__(self, backend: Backend, nbytes: int, ledger: Ledger) -> None:
+    def __init__(self, backend: Backend, nbytes: int, ledger: Ledger, headroom: int = 0) -> None:
         import comfy_aimdo.model_vbar as model_vbar
         import comfy_aimdo.torch as aimdo_torch
 
         self._api = model_vbar
         self._to_tensor = aimdo_torch.aimdo_to_tensor
-        self.backend, self.ledger = backend, ledger
+        self.backend, self.ledger, self.headroom = backend, ledger, headroom
         self.device = backend.device
         self.failure: str | None = None
         self.limit: int | None = None
@@ -79,28 +80,28 @@ class AimdoVBAR:
         self._free = weakref.finalize(self, _free, self._vbar)
         self._free.atexit = False
 
-    def alloc(self, nbytes: int, on_evict: object = None) -> AimdoSlice | None:
-        """None where the range is full: such a bundle is always streamed."""
+    def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> AimdoSlice | None:
+        """None where the range is full: such a bundle is always streamed. Nobody tells of evictions: signatures do."""
         if self._offset + nbytes > self.capacity:
             return None
         handle = self._vbar.alloc(nbytes)
-        piece = AimdoSlice(handle, handle[1] - self._vbar.base_addr, nbytes)
-        self._offset = piece.offset + nbytes
-        return piece
+        vbar_slice = AimdoSlice(handle, handle[1] - self._vbar.base_addr, nbytes)
+        self._offset = vbar_slice.offset + nbytes
+        return vbar_slice
 
-    def _is_above_limit(self, piece: AimdoSlice) -> bool:
-        return self.limit is not None and piece.offset + piece.nbytes > self.limit
+    def _is_above_limit(self, vbar_slice: AimdoSlice) -> bool:
+        return self.limit is not None and vbar_slice.offset + vbar_slice.nbytes > self.limit
 
-    def fault(self, piece: AimdoSlice | None) -> Any | None:
-        if piece is None or self.failure is not None or self._is_above_limit(piece):
+    def fault(self, vbar_slice: AimdoSlice | None) -> Any | None:
+        if vbar_slice is None or self.failure is not None or self._is_above_limit(vbar_slice):
             return None
         with lock:
-            return self._twice(self._api.vbar_fault, piece.handle)
+            return self._retry_once(self._api.vbar_fault, vbar_slice.handle)
 
-    def _twice(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
+    def _retry_once(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
         """The call's result; None where the driver fails at it twice."""
         try:
-            return self.backend.twice(call, *arguments)
+            return self.backend.retry_once(call, *arguments)
         except DeviceError:
             raise
         except RuntimeError as error:
@@ -118,17 +119,20 @@ class AimdoVBAR:
     def same(self, signature: Any, other: Any | None) -> bool:
         return other is not None and bool(self._api.vbar_signature_compare(signature, other))
 
-    def unpin(self, piece: AimdoSlice) -> None:
+    def unpin(self, vbar_slice: AimdoSlice) -> None:
         with lock:
             try:
-                self._api.vbar_unpin(piece.handle)
+                self._api.vbar_unpin(vbar_slice.handle)
             except RuntimeError as error:
                 self._fail(error)  # no second try: the pin is gone; what failed is evicting above the watermark
-            if self._is_above_limit(piece):  # which was lowered while the slice was lent
+            if self._is_above_limit(vbar_slice):  # which was lowered while the slice was lent
                 self._keep_limit()
 
-    def tensor(self, piece: AimdoSlice) -> torch.Tensor:
-        return self._to_tensor(piece.handle, self.device)
+    def tensor(self, vbar_slice: AimdoSlice) -> torch.Tensor:
+        return self._to_tensor(vbar_slice.handle, self.device)
+
+    def drop_tensor(self, vbar_slice: AimdoSlice) -> None:
+        pass  # its pages stay with the slice
 
     # Other models and other threads call these, at any time.
 
@@ -157,7 +161,7 @@ class AimdoVBAR:
         with lock:
             if self._vbar is None:
                 return 0
-            return int(self._twice(self._vbar.free_memory, int(nbytes)) or 0)
+            return int(self._retry_once(self._vbar.free_memory, int(nbytes)) or 0)
 
     def loaded_size(self) -> int:
         with lock:
@@ -165,15 +169,19 @@ class AimdoVBAR:
             self._peak = max(self._peak, now)
         return now
 
+    def within_reach(self) -> int:
+        free, _ = self.backend.memory()
+        return self.loaded_size() + free - self.headroom
+
     def peak_size(self) -> int:
         self.loaded_size()
         return self._peak
 
-    def resident(self, piece: AimdoSlice | None) -> bool:
-        if piece is None:
+    def resident(self, vbar_slice: AimdoSlice | None) -> bool:
+        if vbar_slice is None:
             return False
         pages = self._residency()
-        first, last = piece.offset // PAGE, (piece.offset + max(1, piece.nbytes) - 1) // PAGE
+        first, last = vbar_slice.offset // PAGE, (vbar_slice.offset + max(1, vbar_slice.nbytes) - 1) // PAGE
         return all(pages[page] & RESIDENT for page in range(first, last + 1))
 
     def _residency(self) -> list[int]:

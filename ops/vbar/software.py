@@ -21,7 +21,7 @@ POLL_SECONDS = 0.05
 LOOK_EVERY = 64
 
 
-class DeviceBooks:
+class DeviceMemory:
     """The VBARs of one device, and what is free there beside them."""
 
     def __init__(self, backend: Backend) -> None:
@@ -49,15 +49,15 @@ class DeviceBooks:
         self._free -= nbytes
 
 
-_books: dict[torch.device, DeviceBooks] = {}
+_devices: dict[torch.device, DeviceMemory] = {}
 
 
-def books_for(backend: Backend) -> DeviceBooks:
-    """The books of a backend's device; a simulated device has its own."""
-    books = _books.get(backend.device)
-    if books is None or type(books.backend.plain) is not type(backend.plain):
-        books = _books[backend.device] = DeviceBooks(backend)
-    return books
+def memory_of(backend: Backend) -> DeviceMemory:
+    """The memory of a backend's device; a simulated device has its own."""
+    memory = _devices.get(backend.device)
+    if memory is None or type(memory.backend.unwrapped) is not type(backend.unwrapped):
+        memory = _devices[backend.device] = DeviceMemory(backend)
+    return memory
 
 
 @dataclass(eq=False)
@@ -80,11 +80,12 @@ class SoftwareVBAR:
 
     kind = "software"
     failure: str | None = None  # what fails here is an allocation, which is raised
+    follows_free_memory = False
 
     def __init__(self, backend: Backend, headroom: int = 0) -> None:
         self.backend = backend
         self.headroom = headroom
-        self.books = books_for(backend)
+        self.device_memory = memory_of(backend)
         self.slices: list[SoftwareSlice] = []
         self.top = 0
         self.limit: int | None = None
@@ -94,56 +95,56 @@ class SoftwareVBAR:
         self._faults = 0
         self.rank = next(_ranks)  # of two VBARs the one of lower rank is evicted from first
         with lock:
-            self.books.open.add(self)
+            self.device_memory.open.add(self)
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> SoftwareSlice:
-        piece = SoftwareSlice(self.top, nbytes, on_evict)
-        self.slices.append(piece)
+        vbar_slice = SoftwareSlice(self.top, nbytes, on_evict)
+        self.slices.append(vbar_slice)
         self.top += nbytes
         self.watermark = self._ceiling()
-        return piece
+        return vbar_slice
 
     def _ceiling(self) -> int:
         # What lies above the limit would be brought only to be evicted by what lies below it.
         return self.top if self.limit is None else min(self.top, self.limit)
 
-    def fault(self, piece: SoftwareSlice | None) -> int | None:
-        if piece is None:
+    def fault(self, vbar_slice: SoftwareSlice | None) -> int | None:
+        if vbar_slice is None:
             return None
         with lock:
             self._faults += 1
             if self._faults % LOOK_EVERY == 0:
                 self._give_way()
-            if piece.serial:
-                piece.pins += 1
-                return piece.serial
-            if piece.offset + piece.nbytes > self.watermark or not self._make_room(piece):
+            if vbar_slice.serial:
+                vbar_slice.pins += 1
+                return vbar_slice.serial
+            if vbar_slice.offset + vbar_slice.nbytes > self.watermark or not self._make_room(vbar_slice):
                 return None
-            piece.serial = next(_serials)
-            piece.pins = 1
-            self.used += piece.nbytes
+            vbar_slice.serial = next(_serials)
+            vbar_slice.pins = 1
+            self.used += vbar_slice.nbytes
             self.peak = max(self.peak, self.used)
-            self.books.took(piece.nbytes)
-            return piece.serial
+            self.device_memory.took(vbar_slice.nbytes)
+            return vbar_slice.serial
 
     def _give_way(self) -> None:
         """Evict before an allocation of the computation would fail: it has eaten into the headroom."""
-        while self.books.free() < self.headroom and (self._evict_lower_priority() or self._evict_top()):
+        while self.device_memory.free() < self.headroom and (self._evict_lower_priority() or self._evict_top()):
             pass
 
-    def _make_room(self, piece: SoftwareSlice) -> bool:
-        while self.limit is not None and self.used + piece.nbytes > self.limit:
-            if not self._evict_top(above=piece.offset):
-                self.watermark = piece.offset
+    def _make_room(self, vbar_slice: SoftwareSlice) -> bool:
+        while self.limit is not None and self.used + vbar_slice.nbytes > self.limit:
+            if not self._evict_top(above=vbar_slice.offset):
+                self.watermark = vbar_slice.offset
                 return False
-        while self.books.free() < piece.nbytes + self.headroom:
-            if not self._evict_lower_priority() and not self._evict_top(above=piece.offset):
-                self.watermark = piece.offset
+        while self.device_memory.free() < vbar_slice.nbytes + self.headroom:
+            if not self._evict_lower_priority() and not self._evict_top(above=vbar_slice.offset):
+                self.watermark = vbar_slice.offset
                 return False
         return True
 
     def _evict_lower_priority(self) -> bool:
-        for vbar in self.books.vbars:
+        for vbar in self.device_memory.vbars:
             if vbar is self:
                 return False
             if vbar._evict_top():
@@ -151,35 +152,38 @@ class SoftwareVBAR:
         return False
 
     def _evict_top(self, above: int = -1) -> bool:
-        for piece in reversed(self.slices):
-            if piece.offset <= above:
+        for vbar_slice in reversed(self.slices):
+            if vbar_slice.offset <= above:
                 return False
-            if piece.serial and not piece.pins:
-                self._evict(piece)
-                self.watermark = min(self.watermark, piece.offset)
+            if vbar_slice.serial and not vbar_slice.pins:
+                self._evict(vbar_slice)
+                self.watermark = min(self.watermark, vbar_slice.offset)
                 return True
         return False
 
-    def _evict(self, piece: SoftwareSlice) -> None:
-        piece.serial = 0
-        piece.memory = None
-        self.used -= piece.nbytes
-        self.books.took(-piece.nbytes)
-        if piece.on_evict is not None:
-            piece.on_evict()
+    def _evict(self, vbar_slice: SoftwareSlice) -> None:
+        vbar_slice.serial = 0
+        vbar_slice.memory = None
+        self.used -= vbar_slice.nbytes
+        self.device_memory.took(-vbar_slice.nbytes)
+        if vbar_slice.on_evict is not None:
+            vbar_slice.on_evict()
 
     def same(self, signature: int, other: int | None) -> bool:
         return signature == other
 
-    def unpin(self, piece: SoftwareSlice) -> None:
+    def unpin(self, vbar_slice: SoftwareSlice) -> None:
         with lock:
-            piece.pins -= 1
+            vbar_slice.pins -= 1
             self._keep_limit()  # it may have been lowered while the slice was lent
 
-    def tensor(self, piece: SoftwareSlice) -> torch.Tensor:
-        if piece.memory is None:
-            piece.memory = self.backend.empty(piece.nbytes)
-        return piece.memory
+    def tensor(self, vbar_slice: SoftwareSlice) -> torch.Tensor:
+        if vbar_slice.memory is None:
+            vbar_slice.memory = self.backend.empty(vbar_slice.nbytes)
+        return vbar_slice.memory
+
+    def drop_tensor(self, vbar_slice: SoftwareSlice) -> None:
+        vbar_slice.memory = None
 
     def prioritize(self) -> None:
         with lock:
@@ -207,25 +211,26 @@ class SoftwareVBAR:
                 pass
             return before - self.used
 
-    def held_below(self) -> int:
-        """Bytes that the device's VBARs of lower priority hold."""
-        with lock:
-            return sum(vbar.used for vbar in self.books.vbars if vbar.rank < self.rank)
-
     def loaded_size(self) -> int:
         return self.used
+
+    def within_reach(self) -> int:
+        free, _ = self.backend.memory()
+        with lock:
+            below = sum(vbar.used for vbar in self.device_memory.vbars if vbar.rank < self.rank)
+        return self.used + free + below - self.headroom
 
     def peak_size(self) -> int:
         return self.peak
 
-    def resident(self, piece: SoftwareSlice | None) -> bool:
-        return piece is not None and bool(piece.serial)
+    def resident(self, vbar_slice: SoftwareSlice | None) -> bool:
+        return vbar_slice is not None and bool(vbar_slice.serial)
 
     def close(self) -> None:
         with lock:
-            for piece in self.slices:
-                if piece.serial:
-                    piece.pins = 0
-                    self._evict(piece)
+            for vbar_slice in self.slices:
+                if vbar_slice.serial:
+                    vbar_slice.pins = 0
+                    self._evict(vbar_slice)
             self.slices.clear()
-            self.books.open.discard(self)
+            self.device_memory.open.discard(self)

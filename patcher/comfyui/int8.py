@@ -15,7 +15,7 @@ from ...ops.gather import is_wrapper, tensor_bytes
 from ...ops.int8.linear import Kernel, register_kernel
 from ...ops.int8.measure import Timing, measure
 from ..int8_layers import Int8Layers
-from ..quantise_now import quantise_now
+from ..preload import quantise_now
 
 log = logging.getLogger("spillway")
 

@@ -16,13 +16,14 @@ from comfy.patcher_extension import CallbacksMP
 from ...ops.files.disk_map import SourceError
 from ...ops.gather import is_wrapper
 from ...ops.ledger import in_words
-from ...ops.lending.bundle import Bundle, Param
+from ...ops.lending.bundle import Bundle
+from ...ops.lending.param import Param
 from ...ops.overrides import MISSING, SavedAttributes
 from ..attach import Int8Choice
 from ..comfy_pins import PIN_SUBSETS, pin_state
-from ..comfy_ram import free_ram
-from ..dynamic_model import DynamicModel
+from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
+from ..ram_pressure import free_ram
 from .compile.blocks import block_names
 from .compile.dynamic_models import CompileRequest, SharedCompilers, refuse_compiled
 from .int8 import quantise_with_progress
@@ -166,7 +167,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def loaded_size(self) -> int:
         dynamic = self.state.dynamic
-        return dynamic.resident_bytes + dynamic.fixed_bytes if dynamic is not None else 0
+        return dynamic.resident_bytes + dynamic.permanent_bytes if dynamic is not None else 0
 
     def lowvram_patch_counter(self) -> int:
         return 0
@@ -176,12 +177,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def resident_ram_bytes(self) -> int:
         """RAM that resident weights take beside their file's pages; 0 on devices with memory of their own."""
-        dynamic = self.state.dynamic
-        if dynamic is None or dynamic.caster is None or not dynamic.backend.in_place:
-            return 0
-        vbar = dynamic.caster.vbar
-        made = (bundle for bundle in dynamic.bundles if not bundle.in_place and bundle.piece is not None)
-        return sum(bundle.nbytes for bundle in made if vbar.resident(bundle.piece))
+        return self.state.dynamic.resident_ram_bytes if self.state.dynamic is not None else 0
 
     def loaded_ram_size(self) -> int:
         return self.pinned_memory_size()
@@ -230,7 +226,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             if self.compile_request is not None and not self.state.lends_blocks:
                 self.state.close()
             dynamic = self.dynamic
-            free_ram(2 * self.model_size(), keep=dynamic)
+            free_ram([model for model in models if model is not dynamic], 2 * self.model_size())
             if dynamic.policy != self.policy:
                 self._apply_policy(dynamic)
                 dynamic = self.dynamic
@@ -310,7 +306,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                     self.model,
                     key,
                     param.original,
-                    param.form.dtype,
+                    param.final.dtype,
                     self.patches.get(key, []),
                     hooked.get(key, []),
                     rounded=not param.int8,
@@ -398,8 +394,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def cleanup(self) -> None:
         super().cleanup()
         dynamic = self.state.dynamic
-        if dynamic is not None and dynamic.caster is not None:
-            dynamic.note_peak()
+        if dynamic is not None and dynamic.residency is not None:
+            dynamic.residency.note_peak()
             dynamic.ledger.summarise(dynamic.resident_bytes, dynamic.total_bytes)
             if self.policy.keep == "free after use":
                 dynamic.release()

@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...ops.lending.layer import is_out_of_memory
+from ...ops.device.out_of_memory import is_out_of_memory
 from .. import dynamic_model as dynamic
 
 log = logging.getLogger("spillway")

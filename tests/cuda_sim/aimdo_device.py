@@ -95,7 +95,7 @@ class AimdoDevice(Backend):
         if aimdo is not None:
             self.aimdo_device = 0
             aimdo.on_tensor = self._use
-        software_vbar._books.pop(self.device, None)  # not the books of an earlier simulated device
+        software_vbar._devices.pop(self.device, None)  # not the memory of an earlier simulated device
         self.clock = self.host_saw = (
             0  # of the main stream: how much it has been given, and how much is known to be done
         )

@@ -55,11 +55,11 @@ def nbytes(text: str) -> int:
 
 def bar(model: DynamicModel) -> str:
     """What is resident, from the lowest address to the highest."""
-    total = sum(bundle.nbytes for bundle in model._addresses) or 1
+    total = sum(bundle.nbytes for bundle in model.residency.addresses) or 1
     cells, at = [], 0
-    for bundle in model._addresses:
+    for bundle in model.residency.addresses:
         at += bundle.nbytes
-        here = bundle.piece is not None and model.caster.vbar.resident(bundle.piece)
+        here = bundle.vbar_slice is not None and model.caster.vbar.resident(bundle.vbar_slice)
         cells += ["#" if here else "."] * (at * CELLS // total - len(cells))
     return "".join(cells)
 

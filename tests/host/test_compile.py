@@ -22,6 +22,7 @@ from pairs import SMALL, assert_same, run
 from test_ops import quantised
 
 from spillway.nodes.compile import INT8LazyTorchCompile
+from spillway.ops.compile import block_compiler
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
 from spillway.patcher.comfyui.loading.adopt import dynamic_model
@@ -56,7 +57,7 @@ FAILED = "INT8 Lazy Torch Compile: compile failed; running uncompiled."
 def nothing_compiled():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    engine._recent.clear()
+    block_compiler._recent.clear()
 
 
 def as_stored(model, **changes):

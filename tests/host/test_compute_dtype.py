@@ -24,10 +24,10 @@ def test_text_encoder(checkpoint):
     sampling.text_encode(clip, "a house")
     stem = "clip_l.transformer.text_model"
     linear = bundle_of(clip.patcher, f"{stem}.encoder.layers.3.mlp.fc1.weight")
-    assert {param.form.dtype for param in linear.params} == {torch.float16}
-    assert linear.offload_cost() == linear.store_bytes + 4 * numel(linear)
+    assert {param.final.dtype for param in linear.params} == {torch.float16}
+    assert linear.offload_cost() == linear.source_bytes + 4 * numel(linear)
     table = bundle_of(clip.patcher, f"{stem}.embeddings.token_embedding.weight")
-    assert table.offload_cost() == table.store_bytes
+    assert table.offload_cost() == table.source_bytes
     lora = {
         "lora_te_text_model_encoder_layers_3_mlp_fc1.lora_up.weight": torch.ones(3072, 4),
         "lora_te_text_model_encoder_layers_3_mlp_fc1.lora_down.weight": torch.ones(4, 768),
@@ -35,7 +35,7 @@ def test_text_encoder(checkpoint):
     patched = comfy.sd.load_lora_for_models(None, clip, lora, 0, 1.0)[1]
     sampling.text_encode(patched, "a house")
     weight, bias = linear.params
-    assert linear.offload_cost() == linear.store_bytes + 4 * (2 * weight.source.numel() + bias.source.numel())
+    assert linear.offload_cost() == linear.source_bytes + 4 * (2 * weight.source.numel() + bias.source.numel())
 
 
 def test_vae(checkpoint):
@@ -43,9 +43,9 @@ def test_vae(checkpoint):
     vae = comfy_load.load_vae(checkpoint("sd_vae"))
     sampling.vae_decode(vae, sampling.latent(4, 32, 32))
     for bundle in vae.patcher.dynamic.bundles:
-        assert {param.form.dtype for param in bundle.params} == {vae.vae_dtype}
+        assert {param.final.dtype for param in bundle.params} == {vae.vae_dtype}
         cast = any(param.cast for param in bundle.params)
-        assert bundle.offload_cost() == bundle.store_bytes + (vae.vae_dtype.itemsize * numel(bundle) if cast else 0)
+        assert bundle.offload_cost() == bundle.source_bytes + (vae.vae_dtype.itemsize * numel(bundle) if cast else 0)
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
@@ -53,8 +53,8 @@ def test_diffusion_model(weight_dtype, checkpoint):
     model = comfy_load.load_diffusion_model(checkpoint("flux", **SMALL), weight_dtype)
     run(model, steps=1)
     bundle = bundle_of(model, f"{LINEAR}.weight")
-    computes = model.model.manual_cast_dtype or bundle.params[0].form.dtype
+    computes = model.model.manual_cast_dtype or bundle.params[0].final.dtype
     assert computes.itemsize == 4
-    assert bundle.offload_cost() == bundle.store_bytes + 4 * numel(bundle)
+    assert bundle.offload_cost() == bundle.source_bytes + 4 * numel(bundle)
     run(with_lora(model, forms("diff")), steps=1)
-    assert bundle.offload_cost() == bundle.store_bytes + 8 * numel(bundle)
+    assert bundle.offload_cost() == bundle.source_bytes + 8 * numel(bundle)

@@ -121,7 +121,7 @@ def test_the_core_makes_room_for_what_is_left(flux):
     run(model, 1)
     weights = [p for b in model.dynamic.bundles for p in b.params if p.int8]
     bf16 = sum(2 * p.source.numel() for p in weights)
-    int8 = sum(p.form.qdata.nbytes + p.form.scale.nbytes for p in weights)
+    int8 = sum(p.final.qdata.nbytes + p.final.scale.nbytes for p in weights)
     assert model.model_size() == model.clone().model_size() == plain.model_size() - bf16 + int8
 
 
@@ -203,7 +203,7 @@ def test_lora(mode, fraction, flux, tmp_path):
     assert model.dynamic.ledger.counters.quantised == made
     said = [words for words in model.dynamic.ledger.decisions if words.startswith("LoRA on INT8")]
     assert len(said) == (mode != "merge")
-    ranks = {bundle.form[0].rank for bundle in model.dynamic.bundles if bundle.params[0].int8}
+    ranks = {bundle.final[0].rank for bundle in model.dynamic.bundles if bundle.params[0].int8}
     assert ranks == ({4} if mode == "side branch" else {0})
     assert_same(run(model, STEPS), without)
 
@@ -221,7 +221,7 @@ def test_auto_keeps_a_lora_beside_weights_that_it_would_spoil(flux):
     patched = with_lora(model, lora, 1.0)
     errors = {"auto": run(patched, STEPS) - wanted}
     assert any("side branch beside 1 weights" in words for words in model.dynamic.ledger.decisions)
-    assert model.dynamic.by_key[key].form[0].rank == 1
+    assert model.dynamic.by_key[key].final[0].rank == 1
     patched.set_policy(Policy(int8_lora="merge"))
     errors["merge"] = run(patched, STEPS) - wanted
     assert errors["auto"].norm() < errors["merge"].norm()

@@ -180,7 +180,7 @@ def traces(model):
         functions = [module.__dict__.get(attr, "class") for attr in ("weight_function", "bias_function")]
         cast = [module.__dict__.get(attr, "class") for attr in ("comfy_cast_weights", "comfy_force_cast_weights")]
         own = [attr for attr in module.__dict__ if attr in ("spillway_bundle", "spillway_caster", "forward")]
-        plain = getattr(type(module), "spillway_plain_class", type(module))  # ours are born dynamic
+        plain = getattr(type(module), "spillway_original_class", type(module))  # ours are born dynamic
         out[name] = plain, functions, cast, own, [id(p) for p in module._parameters.values()]
     return out
 

@@ -13,8 +13,8 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ....ops.compile.block_compiler import BlockCompiler
 from ....ops.compile.compiled_function import (
-    BlockCompiler,
     CompileSettings,
     compile_count,
     compiler_settings,
@@ -77,7 +77,7 @@ class SharedCompilers:
 
     def use(self, dynamic: Any, request: CompileRequest | None) -> None:
         """Compile the blocks of an engine as `request` says, or not at all. When a patcher is loaded."""
-        blocks = [bundle.block for bundle in dynamic.bundles if bundle.block is not None]
+        blocks = dynamic.blocks
         if request is None or request.cache_size_limit == 0:
             for block in blocks:
                 block.compute = None

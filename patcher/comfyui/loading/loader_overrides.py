@@ -15,10 +15,10 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES
 from ....ops.gather import inner_tensors
-from ....ops.lending.layer import is_out_of_memory
 from ....ops.overrides import SavedAttributes
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy

@@ -30,11 +30,11 @@ def place_fixed(dynamic: DynamicModel) -> int:
         for param in bundle.params:
             if hasattr(param.owner, "comfy_cast_weights") or param.source.is_meta:
                 continue
-            value = param.source.to(device=dynamic.device, dtype=param.form.dtype)
+            value = param.source.to(device=dynamic.device, dtype=param.final.dtype)
             param.idle = torch.nn.Parameter(value, requires_grad=False)
             placed += value.numel() * value.element_size()
         bundle.restore()
-    dynamic.fixed_bytes = placed
+    dynamic.permanent_bytes = placed
     return placed
 
 
@@ -55,9 +55,9 @@ def place_read_idle(dynamic: DynamicModel, changed: Iterable[str], backup: dict[
         param = next(param for param in bundle.params if param.key == key)
         if key in backup:
             param.idle = backup.pop(key).weight
-        resized = param.form.shape != param.source.shape
+        resized = param.final.shape != param.source.shape
         if param.patch is not None and (resized or key.split(".")[-2] in NEVER_CALLED):
             backup[key] = Backup(param.idle, False)
-            weight = param.source.to(param.form.dtype, copy=True)
+            weight = param.source.to(param.final.dtype, copy=True)
             param.idle = torch.nn.Parameter(param.patch(weight), requires_grad=False)
         bundle.restore()

@@ -17,7 +17,7 @@ import torch
 from ....ops.gather import is_wrapper
 from ....ops.int8.linear import dequantise_rows, quantise_rows
 from ....ops.ledger import Ledger
-from ....ops.lending.bundle import Param
+from ....ops.lending.param import Param
 from .weight_patch import HostPatch
 
 # Of a quantised weight, relative: with normal numbers rounding costs 0.8 %, and as much again for the input.
@@ -99,7 +99,7 @@ def place_loras(
     if mode == "auto":
         worst = (0.0, 0.0)
         with torch.no_grad():
-            for key in sorted(branches, key=lambda key: -params[key].form.numel())[:SAMPLED_WEIGHTS]:
+            for key in sorted(branches, key=lambda key: -params[key].final.numel())[:SAMPLED_WEIGHTS]:
                 worst = max(worst, merge_errors(branches[key], params[key].int8, device), key=_excess)
         reason = f"rounding changes the weights by {100 * worst[0]:.2f} %, with the LoRA by {100 * worst[1]:.2f} %"
         if _excess(worst) <= 0:

@@ -1,0 +1,91 @@
+"""One parameter of a bundle: where its numbers come from, and what they look like when an op gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..files.disk_map import locate
+from ..gather import inner_tensors, is_wrapper, like
+from ..int8.weight import Int8Weight
+
+Patch = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Param:
+    """Parameter `attr` of module `owner`, under its name `key` in the model.
+
+    idle: the tensor that stands in the module while nothing is lent; the source's own.
+    source: the same data, detached. final: template, without memory, of what stays in the VBAR: in the model's dtype.
+    compute_dtype: dtype that the op is given; None for the final form's. op_dtype: dtype that the op itself casts to,
+    which costs temporary memory. int8: scales per row of an INT8 weight; 0 for a weight that is not quantised here.
+    """
+
+    __slots__ = (
+        "attr",
+        "compute_dtype",
+        "final",
+        "idle",
+        "int8",
+        "key",
+        "op_dtype",
+        "original",
+        "owner",
+        "patch",
+        "source",
+        "where",
+    )
+
+    def __init__(
+        self,
+        owner: torch.nn.Module,
+        attr: str,
+        key: str,
+        idle: torch.nn.Parameter,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
+        int8: int = 0,
+    ) -> None:
+        self.owner, self.attr, self.key = owner, attr, key
+        self.idle = self.original = idle
+        self.source = idle.detach()
+        self.int8 = int8
+        self.final = self._template(self.source.shape, dtype)
+        wanted = compute_dtype if compute_dtype != self.final.dtype and not is_wrapper(self.final) else None
+        self.compute_dtype = wanted
+        self.op_dtype: torch.dtype | None = None
+        self.patch: Patch | None = None
+        # Parts that lie in a memory map: (map, offset, bytes).
+        self.where = [place for part in inner_tensors(self.source) if (place := locate(part)) is not None]
+
+    def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
+        if self.int8:
+            return Int8Weight.template(shape, dtype, self.int8, rank)
+        if shape == self.source.shape:
+            return like(self.source, dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def set_patch(self, patch: Patch | None) -> None:
+        """Attach a patch; one with a `shape` attribute may give the weight another shape.
+
+        A patch with a `rank` stays beside an INT8 weight, as its low-rank branch.
+        """
+        self.patch = patch
+        shape = torch.Size(getattr(patch, "shape", self.source.shape))
+        rank = getattr(patch, "rank", 0) if self.int8 else 0
+        if shape != self.final.shape or rank != getattr(self.final, "rank", 0):
+            self.final = self._template(shape, self.final.dtype, rank)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the final form has other numbers than the source even without a patch."""
+        return bool(self.int8) or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
+
+    def usable_in_place(self) -> bool:
+        """Whether a CPU op can read the source's own memory."""
+        if self.is_cast or self.patch is not None or self.compute_dtype is not None or self.source.is_meta:
+            return False
+        return all(
+            part.is_contiguous() and part.data_ptr() % part.element_size() == 0 for part in inner_tensors(self.source)
+        )

@@ -1,0 +1,322 @@
+"""Which bundles of one model stay on the device: the VBAR that they lie in, the plan, and how both follow what happens.
+
+A `Residency` exists only while its model is prepared, so everything in it is there. Pins, and what is `Remembered`,
+outlive it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..ops.device.backend import Backend
+from ..ops.ledger import Ledger, in_words
+from ..ops.lending.bundle import Bundle
+from ..ops.lending.caster import Caster
+from ..ops.lending.device_caster import DeviceCaster
+from ..ops.lending.host_caster import HostCaster
+from ..ops.lending.pins import Pins
+from ..ops.vbar.protocol import VBAR
+from .choose_vbar import choose_vbar
+from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
+from .policy import Policy
+
+GIB = 1 << 30
+
+
+def default_headroom(device: Backend) -> int:
+    """Bytes kept free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
+    _, total = device.memory()
+    return min(max(total // 20, GIB // 2), 2 * GIB)
+
+
+def headroom_bytes(policy: Policy, device: Backend) -> int:
+    """Bytes kept free on the device for the computation."""
+    return default_headroom(device) if policy.headroom_bytes is None else policy.headroom_bytes
+
+
+def use_cost(bundle: Bundle, device: Backend) -> int:
+    """Bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
+    if not device.in_place:
+        return bundle.offload_cost()
+    return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
+
+
+@dataclass
+class Remembered:
+    """What a model remembers from one residency to the next.
+
+    order: the bundles as they run; as registered until a step was traced. aimdo_failure: why this model has given
+    comfy-aimdo's VBAR up. plan: the last one that the ledger was told of.
+    """
+
+    order: Sequence[Bundle]
+    traced: bool = False
+    aimdo_failure: str | None = None
+    plan: LoadPlan | None = None
+
+
+class Residency:
+    """Lays the bundles out in a VBAR and plans against the policy's budget.
+
+    Raises RuntimeError where the policy forces a VBAR that cannot be had, DeviceError where the device fails.
+    """
+
+    def __init__(
+        self,
+        device: Backend,
+        bundles: Sequence[Bundle],
+        policy: Policy,
+        pins: Pins,
+        ledger: Ledger,
+        remembered: Remembered,
+        may_init: bool,
+    ) -> None:
+        self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
+        self.ledger, self.remembered, self.may_init = ledger, remembered, may_init
+        self.resized = False  # a bundle is not as large as the addresses that it was given
+        self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
+        self._peak = 0
+        vbar = self._choose_vbar()
+        if device.in_place:
+            self.caster: Caster = HostCaster(device, vbar, pins, ledger)
+        else:
+            self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
+        try:
+            self._lay_out()
+            self._apply(self._new_plan())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def vbar(self) -> VBAR:
+        return self.caster.vbar
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all bundles in their final form."""
+        return sum(bundle.nbytes for bundle in self.bundles)
+
+    @property
+    def headroom(self) -> int:
+        """Bytes kept free on the device for the computation."""
+        return headroom_bytes(self.policy, self.device)
+
+    def cost(self, bundle: Bundle) -> int:
+        """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
+        return use_cost(bundle, self.device)
+
+    # -- layout
+
+    def _choose_vbar(self) -> VBAR:
+        # 512 bytes of alignment for each bundle.
+        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)
+        return choose_vbar(
+            self.device,
+            self.policy,
+            self.headroom,
+            nbytes,
+            self.ledger,
+            self.may_init,
+            self.remembered.aimdo_failure,
+        )
+
+    def _lay_out(self) -> None:
+        """Allocate every bundle's addresses, the lowest for those that should stay."""
+        self.resized = False
+        vbar = self.vbar
+        self.addresses = interleave([b for b in self.remembered.order if self._may_reside(b)], self.cost)
+        for bundle in self.bundles:
+            bundle.move_to(None)
+        for bundle in self.addresses:
+            bundle.move_to(vbar.alloc(bundle.nbytes, Evicted(bundle, self.ledger)))
+
+    def _may_reside(self, bundle: Bundle) -> bool:
+        rule = self.policy.rule_for(bundle.name)
+        return rule is None or rule.resident
+
+    def _rebuild(self) -> None:
+        """Give the VBAR back and lay out a new one. No bundle may be lent."""
+        caster = self.caster
+        with caster.lock:
+            caster.cancel_prefetch()
+            self.note_peak()
+            vbar = self._choose_vbar()  # first: it may be refused
+            self._give_vbar_back()
+            caster.vbar = vbar
+            self._lay_out()
+            self._apply(self._new_plan())
+
+    def rebuild_if_resized(self) -> None:
+        """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
+        if self.resized and not any(bundle.loan for bundle in self.bundles):
+            self._rebuild()
+
+    def _give_vbar_back(self) -> None:
+        self.vbar.close()
+        for bundle in self.bundles:
+            bundle.move_to(None)
+
+    # -- budget
+
+    def budget(self) -> int | None:
+        """Bytes that the weights may hold on the device now; None where only what is free limits them."""
+        return self.policy.vram_bytes
+
+    def _new_plan(self) -> LoadPlan:
+        """What fits now. Changes of the pins up to here are taken note of."""
+        self._planned_for = self.pins.changes
+        budget = self.budget()
+        available = max(0, self.vbar.within_reach()) if budget is None else budget
+        return plan_load(self.addresses, available, min(self.policy.streams, self.device.streams), self.cost)
+
+    def _apply(self, plan: LoadPlan) -> None:
+        vbar, budget = self.vbar, self.budget()
+        self.plan = plan
+        if budget is None:
+            free, _ = self.device.memory()
+            vbar.set_limit(None if vbar.follows_free_memory else plan.limit)
+            reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
+        else:
+            vbar.set_limit(plan.limit)
+            reason = f"budget {in_words(budget)} set by the policy"
+        if plan != self.remembered.plan:
+            self.ledger.decide(plan.in_words(self.total_bytes, reason))
+        self.remembered.plan = plan
+        largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
+        if budget is not None and largest > budget:
+            self.ledger.decide_once(
+                f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle "
+                "needs while it is used: nothing stays resident, and the peak is that bundle.",
+                level=logging.INFO,
+            )
+
+    def _raise_limit(self) -> None:
+        """Use what was set aside for computing patches that are now computed and pinned.
+
+        The limit never shrinks here: patches that change at every step would evict what they do not touch.
+        """
+        plan = self._new_plan()
+        if plan.limit > self.plan.limit:
+            self._apply(plan)
+
+    def _follow_free_memory(self) -> None:
+        """Without a budget: shrink at once when the headroom is gone, grow when clearly more is free."""
+        allowed = self.vbar.within_reach()
+        grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
+        if allowed < min(self.plan.limit, self.total_bytes) or grown:
+            self._apply(self._new_plan())
+
+    def set_policy(self, policy: Policy) -> None:
+        """Follow another policy at once. RuntimeError where it forces a kind of VBAR that cannot be had."""
+        before, self.policy = self.policy, policy
+        self.caster.cancel_prefetch()  # what was started ahead could not be evicted
+        if policy.vbar != before.vbar:
+            try:
+                self._rebuild()
+            except RuntimeError:
+                self.policy = before
+                raise
+
+    def follow_policy(self) -> None:
+        """Keep the policy's headroom and budget from now on."""
+        self.vbar.headroom = self.headroom
+        self._apply(self._new_plan())
+
+    # -- steps
+
+    def begin_step(self) -> None:
+        """Take note of the step before: a VBAR that failed, bundles of another size, the order in which they ran."""
+        self.note_peak()
+        failure = self.vbar.failure
+        if failure is not None and not any(bundle.loan for bundle in self.bundles):
+            self.remembered.aimdo_failure = failure
+            self._rebuild()
+        self.rebuild_if_resized()
+        if not self.remembered.traced and self.ledger.counters.steps > 1:
+            self._follow_trace()
+
+    def follow_budget(self) -> None:
+        """Use a budget that has grown; give way where free memory has shrunk and the VBAR does not see it."""
+        if self.pins.changes != self._planned_for:
+            self._raise_limit()
+        elif self.budget() is None and not self.vbar.follows_free_memory:
+            self._follow_free_memory()
+
+    def _follow_trace(self) -> None:
+        """Lay the bundles out again where the first step ran them in another order than they are registered in."""
+        guessed, self.remembered.order = list(self.remembered.order), self.execution_order()
+        self.remembered.traced = True
+        self._advise_reading_ahead()
+        if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL:
+            self.ledger.decide(
+                "the first step ran the bundles in another order than they are registered: laid out anew"
+            )
+            self._rebuild()
+
+    def _advise_reading_ahead(self) -> None:
+        """A file that fits into the free memory is in the page cache after one step: no call is worth its time."""
+        if isinstance(self.caster, HostCaster):
+            maps = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
+            self.caster.advise = sum(m.file_bytes for m in maps) > self.device.memory()[0] // 2
+
+    def execution_order(self) -> list[Bundle]:
+        """The bundles in the order of the last step; those that did not run come last."""
+        order: dict[Bundle, None] = {}
+        bundle = self.caster.first
+        while bundle is not None and bundle not in order:
+            order[bundle] = None
+            bundle = bundle.successor
+        return list(order) + [bundle for bundle in self.bundles if bundle not in order]
+
+    # -- memory
+
+    def note_peak(self) -> None:
+        """Remember the most that was resident, before its VBAR goes or shrinks."""
+        self._peak = max(self._peak, self.vbar.peak_size())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were mapped since this began."""
+        self.note_peak()
+        return self._peak
+
+    def is_resident(self, bundle: Bundle) -> bool:
+        """Whether the bundle's slice has memory now."""
+        return bundle.vbar_slice is not None and self.vbar.resident(bundle.vbar_slice)
+
+    def free(self, nbytes: int | None = None) -> int:
+        """Evict until `nbytes` are free (None: all). Returns the bytes freed. For any thread; what is lent stays."""
+        with self.caster.lock:
+            self.note_peak()
+            if nbytes is None:
+                return self.caster.free()
+            resident = [bundle for bundle in self.addresses if self.is_resident(bundle)]
+            wanted = plan_unload(resident, nbytes, self.plan.reserve, self.device.streams, self.cost)
+            return self.vbar.free_memory(wanted)
+
+    def close(self) -> None:
+        """Give all memory of the device back. Raises DeviceError where it does not answer; all else is given back."""
+        with self.caster.lock:
+            self.note_peak()
+            try:
+                self.caster.close()
+            finally:
+                self._give_vbar_back()
+                for bundle in self.bundles:
+                    bundle.drop_pages()
+
+
+class Evicted:
+    """For the VBAR to call when it takes the memory of a bundle back."""
+
+    __slots__ = ("bundle", "ledger")
+
+    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
+        self.bundle, self.ledger = bundle, ledger
+
+    def __call__(self) -> None:
+        self.ledger.counters.evictions += 1
+        self.bundle.evicted()
