@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..ops.ledger import in_words
 from .gigabytes import AUTO, gigabytes_input, given
 from .inputs import CATEGORY
@@ -52,7 +52,7 @@ class SpillwayCachePolicy(io.ComfyNode):
     def execute(cls, value: Any, headroom_gb: float, never_evict: bool, disk_gb: float = AUTO) -> io.NodeOutput:
         headroom = given("Cache Policy (Spillway)", "headroom_gb", headroom_gb)
         disk = given("Cache Policy (Spillway)", "disk_gb", disk_gb)
-        cache = comfy_cache.current()
+        cache = current_cache()
         if cache is None:
             log.warning("[Spillway] cache policy: it has no effect, as ComfyUI's own output cache is in use.")
             return io.NodeOutput(value)

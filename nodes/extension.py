@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep_noted
 from ..patcher.comfyui.saving.target import journal
 from . import routes
@@ -32,7 +32,7 @@ class SpillwayExtension(ComfyExtension):
 
         And what an earlier run was killed while it saved is removed.
         """
-        comfy_cache.install()
+        output_cache.install()
         routes.install()
         for path in sweep_noted(journal()):
             log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import comfy.model_management
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..cache.comfyui.models import model_bytes
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
@@ -19,7 +19,7 @@ DECISIONS = 5
 def memory_report() -> dict[str, Any]:
     """Plain data, all sizes in bytes: memory, models (Spillway's and the core's), cache."""
     models = model_records()
-    cache = comfy_cache.current()
+    cache = current_cache()
     figures = cache.engine.as_dict() if cache is not None else None
     taken = take_snapshot()
     return {"memory": taken.as_dict(), "words": taken.in_words(), "models": models, "cache": figures}
@@ -27,7 +27,7 @@ def memory_report() -> dict[str, Any]:
 
 def take_snapshot() -> MemorySnapshot:
     """All memory figures of this moment."""
-    cache = comfy_cache.current()
+    cache = current_cache()
     models = list(dynamic.models)
     return MemorySnapshot.take(
         pinned=sum(model.pinned_bytes for model in models),

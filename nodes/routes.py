@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 from aiohttp import web
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..patcher import dynamic_model as dynamic
 from .memory_report import memory_report, take_snapshot
 
@@ -111,7 +111,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 for model in list(dynamic.models):
                     model.free_pins()
         freed = 0
-        cache = comfy_cache.current()
+        cache = current_cache()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
             freed = cache.engine.evict(short, current=not running, reason="asked for by /spillway/free").freed

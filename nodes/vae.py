@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..patcher.comfyui import vae as tiled_last
 from .inputs import CATEGORY
 
@@ -29,7 +29,7 @@ def _how_output() -> io.Output:
 
 
 def _evict() -> None:
-    cache = comfy_cache.current()
+    cache = current_cache()
     if cache is not None:
         cache.engine.evict(1 << 62, cache.needed(), reason="a VAE ran out of memory")
 

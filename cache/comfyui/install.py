@@ -1,0 +1,121 @@
+"""The output cache put in the place of ComfyUI's own, where no flag or setting says no."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from typing import Any
+
+import execution
+from comfy.cli_args import args
+from comfy_execution import caching
+
+from ...ops.ledger import Ledger, in_words
+from ...ops.ram.allocator import what_was_done
+from ...ops.ram.available import available_ram
+from ..output_cache import OutputCache
+from . import settings
+from .cache import SpillwayCache
+from .models import model_getter
+
+log = logging.getLogger("spillway")
+
+GIB = 1 << 30
+
+_current: weakref.ref[SpillwayCache] | None = None
+
+
+def current_cache() -> SpillwayCache | None:
+    """The cache of the executor that was built last; None where the host's own is in use."""
+    return _current() if _current is not None else None
+
+
+def unrecognised() -> str | None:
+    """Why the executor is none that this cache fits; None where it fits."""
+    cache_set = getattr(execution, "CacheSet", None)
+    for name in ("init_ram_cache", "init_classic_cache"):
+        if not callable(getattr(cache_set, name, None)):
+            return f"execution.CacheSet has no {name}"
+    if list(inspect.signature(cache_set.init_ram_cache).parameters) != ["self", "min_headroom"]:
+        return "init_ram_cache takes other arguments"
+    if getattr(execution.CacheEntry, "_fields", None) != ("ui", "outputs"):
+        return "a cache entry has other fields"
+    methods = ("set_prompt", "all_node_ids", "clean_unused", "get_local", "set_local")
+    missing = [name for name in (*methods, "_get_immediate", "_set_immediate") if not hasattr(caching.BasicCache, name)]
+    missing += [name for name in ("HierarchicalCache", "CacheKeySetInputSignature") if not hasattr(caching, name)]
+    if missing:
+        return f"its caches have no {', '.join(missing)}"
+    theirs = {name for name in dir(caching.RAMPressureCache) if not name.startswith("_")}
+    ours = {name for name in dir(SpillwayCache) if not name.startswith("_")}
+    if theirs - ours:
+        return f"it asks for {', '.join(sorted(theirs - ours))}"
+    release = list(inspect.signature(caching.RAMPressureCache.ram_release).parameters)
+    if not {"self", "target"} <= set(release) <= {"self", "target", "free_active", "min_entry_size"}:
+        return "ram_release takes other arguments"
+    return None
+
+
+def given_headrooms() -> list[float]:
+    """What the user gave with --cache-ram, in GB; older versions take one number, -1 meaning none."""
+    given = getattr(args, "cache_ram", None)
+    if isinstance(given, list):
+        return given
+    return [given] if given is not None and given > 0 else []
+
+
+def default_headroom() -> int:
+    """Bytes: a tenth of the RAM that this process may have, between 1 and 10 GiB."""
+    return min(max(available_ram().total // 10, GIB), 10 * GIB)
+
+
+def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
+    """The cache for one executor, which means to keep that many GB free. `current_cache` finds it from then on."""
+    global _current
+    given = given_headrooms()
+    headroom = int(given[0] * GIB) if given else default_headroom()
+    engine = OutputCache(headroom, getters=[model_getter], ledger=Ledger("output cache"))
+    inactive = int(given[1] * GIB) if len(given) > 1 else None
+    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(host_headroom * GIB), inactive)
+    _current = weakref.ref(cache)
+    state = available_ram()
+    engine.ledger.decide(
+        f"in use: keeps {in_words(headroom)} of RAM free; {in_words(state.available)} of {in_words(state.total)} are "
+        f"available by {state.reason}"
+    )
+    engine.ledger.decide(f"allocator: {what_was_done()}")
+    return cache
+
+
+def install() -> bool:
+    """Have executors built from now on use this cache where no flag chose another; whether it was put in place.
+
+    Called once, when the pack is loaded. Whether it is turned on is asked each time that an executor is built.
+    """
+    reason = unrecognised()
+    if reason is not None:
+        log.warning("[Spillway] output cache: ComfyUI's own is left in place, as its executor is not known: %s", reason)
+        return False
+    own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
+
+    def use(caches: Any, host_headroom: float = 0.0) -> bool:
+        off = settings.cache_turned_off()
+        if off is not None:
+            log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
+            return False
+        caches.outputs = make_cache(host_headroom)
+        caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)
+        return True
+
+    def init_ram_cache(caches: Any, min_headroom: float) -> None:
+        if not use(caches, min_headroom):
+            own_ram(caches, min_headroom)
+
+    def init_classic_cache(caches: Any) -> None:
+        # The default of older versions; newer ones come here only by a flag.
+        if getattr(args, "cache_classic", False) or not use(caches):
+            own_classic(caches)
+
+    execution.CacheSet.init_ram_cache = init_ram_cache
+    execution.CacheSet.init_classic_cache = init_classic_cache
+    return True
