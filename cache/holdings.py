@@ -1,9 +1,9 @@
-"""Who holds which memory, and what was made from what: the books of the output cache."""
+"""Who holds which memory, and what was made from what: the holdings of the output cache."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Entry:
     share: float = 0.0  # bytes of RAM that it holds, models aside; what others hold too is divided among them
     added: int = 0  # bytes of RAM that no other entry held when it was made
     hits: int = 0
-    once: bool = False  # its key is unlike itself: only the prompt that made it can find it
+    unfindable: bool = False  # its key is unlike itself: only the prompt that made it can find it
     lost: set[int] = field(default_factory=set)  # parents that have been evicted
 
     @property
@@ -48,7 +48,7 @@ class Ghost(NamedTuple):
     ram: int
 
 
-class Books:
+class Holdings:
     """Blocks and their holders, parents and children, and the ghosts of what was evicted."""
 
     def __init__(self) -> None:
@@ -160,8 +160,28 @@ class Books:
         """Bytes of RAM that only this entry holds."""
         return sum(self.blocks[key].ram for key in entry.blocks if len(self.holders[key]) == 1)
 
+    def largest(self, count: int, prompt: int, protected: Set[Hashable]) -> list[dict[str, Any]]:
+        """The entries that hold the most RAM, as plain data. Shared blocks count for each entry that holds them.
 
-def is_unlike_itself(key: Any) -> bool:
+        prompt: the number of the running prompt, which ages are counted from. protected: blocks that never go.
+        """
+        sizes = [(sum(self.blocks[key].ram for key in entry.blocks), entry) for entry in self.entries.values()]
+        sizes.sort(key=lambda pair: -pair[0])
+        return [
+            {
+                "node": entry.kind,
+                "id": entry.label,
+                "ram_bytes": size,
+                "seconds": round(entry.seconds, 3),
+                "age_prompts": prompt - entry.used,
+                "shared": any(len(self.holders[key]) > 1 for key in entry.blocks),
+                "never_evict": not protected.isdisjoint(entry.blocks),
+            }
+            for size, entry in sizes[:count]
+        ]
+
+
+def never_equal(key: Any) -> bool:
     """Whether a key holds a NaN or another value that differs from itself, so that an equal key cannot be made."""
     pending = [key]
     while pending:

@@ -13,7 +13,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.ram import allocator
 from ..ops.ram.available import Available, available_ram
 from .choose import Candidates, choose
-from .holdings import Books, Entry, is_unlike_itself
+from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
 
 # Python objects of an entry, its key above all, that no measurement finds.
@@ -74,14 +74,14 @@ class OutputCache:
         self.evicted = 0
         self.freed_bytes = 0
         self.values: dict[Hashable, Any] = {}
-        self.books = Books()
+        self.holdings = Holdings()
         self.kinds: defaultdict[str, Kind] = defaultdict(Kind)
         self.protected: set[Hashable] = set()
 
     @property
     def entries(self) -> dict[Hashable, Entry]:
         """What is known about each value."""
-        return self.books.entries
+        return self.holdings.entries
 
     # -- what the host tells
 
@@ -94,7 +94,7 @@ class OutputCache:
             self.prompt += 1
             for key in keys:
                 self.touch(key)
-            for entry in [entry for entry in self.entries.values() if entry.once and entry.used < self.prompt]:
+            for entry in [entry for entry in self.entries.values() if entry.unfindable and entry.used < self.prompt]:
                 self._remove(entry)
 
     def touch(self, key: Hashable) -> None:
@@ -125,12 +125,12 @@ class OutputCache:
                 self._remove(old)
             ids = tuple(dict.fromkeys(hash(parent) for parent in parents))
             entry = Entry(key, kind, label, seconds, ids, tuple(found), self.prompt, self.prompt)
-            entry.once = is_unlike_itself(key)
+            entry.unfindable = never_equal(key)
             if old is not None:
                 entry.hits = old.hits
             else:
                 self.kinds[kind].made += 1
-            self.books.add(entry, found)
+            self.holdings.add(entry, found)
             self.kinds[kind].ram = entry.added
             self.values[key] = value
             return entry
@@ -140,12 +140,12 @@ class OutputCache:
         entry = self.entries.get(key)
         if entry is not None:
             return entry.seconds
-        ghost = self.books.ghosts.get(hash(key))
+        ghost = self.holdings.ghosts.get(hash(key))
         return ghost.seconds if ghost is not None else 0.0
 
     def expected_bytes(self, key: Hashable, kind: str) -> int:
         """Bytes of RAM that making a key's value will likely take: what it, or else the last of its kind, took."""
-        ghost = self.books.ghosts.get(hash(key))
+        ghost = self.holdings.ghosts.get(hash(key))
         return ghost.ram if ghost is not None else self.kinds[kind].ram if kind in self.kinds else 0
 
     def forget(self, key: Hashable) -> None:
@@ -177,32 +177,17 @@ class OutputCache:
     def ram_bytes(self) -> int:
         """Bytes of RAM that the entries hold, each block once."""
         with self.lock:
-            return sum(block.ram for block in self.books.blocks.values()) + self.entry_bytes * len(self.entries)
+            return sum(block.ram for block in self.holdings.blocks.values()) + self.entry_bytes * len(self.entries)
 
     def vram_bytes(self) -> int:
         """Bytes of device memory that the entries hold, each block once."""
         with self.lock:
-            return sum(block.vram for block in self.books.blocks.values())
+            return sum(block.vram for block in self.holdings.blocks.values())
 
     def largest(self, count: int) -> list[dict[str, Any]]:
         """The entries that hold the most RAM, as plain data. Shared blocks count for each that holds them."""
         with self.lock:
-            sizes = [
-                (sum(self.books.blocks[key].ram for key in entry.blocks), entry) for entry in self.entries.values()
-            ]
-            sizes.sort(key=lambda pair: -pair[0])
-            return [
-                {
-                    "node": entry.kind,
-                    "id": entry.label,
-                    "ram_bytes": size,
-                    "seconds": round(entry.seconds, 3),
-                    "age_prompts": self.prompt - entry.used,
-                    "shared": any(len(self.books.holders[key]) > 1 for key in entry.blocks),
-                    "never_evict": not self.protected.isdisjoint(entry.blocks),
-                }
-                for size, entry in sizes[:count]
-            ]
+            return self.holdings.largest(count, self.prompt, self.protected)
 
     def as_dict(self, largest: int = 10) -> dict[str, Any]:
         """Figures, the largest entries and the last decisions as plain data, for JSON."""
@@ -248,7 +233,7 @@ class OutputCache:
             candidates = self.candidates(set(needed), current=current)
             chosen = choose(candidates, short)
             going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
-            models = any(self.books.blocks[key].is_model for entry in going for key in entry.blocks)
+            models = any(self.holdings.blocks[key].is_model for entry in going for key in entry.blocks)
             before = self.ram_bytes()
             for entry in going:
                 self._evict(entry)
@@ -265,7 +250,7 @@ class OutputCache:
         """What could be evicted. Entries that share a model are one candidate, as neither frees it alone."""
         self._measure_models()
         protected = self._protected_entries()
-        groups = self.books.groups()
+        groups = self.holdings.groups()
         apart = {id(entry) for group in groups for entry in group} | protected
         # Column by column: there may be ten thousand.
         single = [entry for entry in self.entries.values() if id(entry) not in apart]
@@ -289,7 +274,7 @@ class OutputCache:
     ) -> None:
         latest = max(entry.used for entry in group)
         if (current or latest < self.prompt) and not any(id(entry) in protected for entry in group):
-            freed = self.books.ram_of_group(group) + self.entry_bytes * len(group)
+            freed = self.holdings.ram_of_group(group) + self.entry_bytes * len(group)
             # What an earlier prompt made of the model would not be made again with it.
             seconds = sum(self._seconds(entry) for entry in group if entry.used == latest)
             wanted = any(entry.key in needed for entry in group)
@@ -297,17 +282,17 @@ class OutputCache:
         for entry in group:
             # An old LoRA's patches can go while the model that it was made for stays.
             if entry.used < latest and id(entry) not in protected:
-                freed = self.books.ram_alone(entry) + self.entry_bytes
+                freed = self.holdings.ram_alone(entry) + self.entry_bytes
                 found.add((entry,), freed, entry.seconds, self.prompt - entry.used)
 
     def _seconds(self, entry: Entry) -> float:
-        return entry.seconds + (self.books.lost_seconds(entry) if entry.lost else 0.0)
+        return entry.seconds + (self.holdings.lost_seconds(entry) if entry.lost else 0.0)
 
     def _protected_entries(self) -> set[int]:
-        return {id(entry) for key in self.protected for entry in self.books.holders.get(key, ())}
+        return {id(entry) for key in self.protected for entry in self.holdings.holders.get(key, ())}
 
     def _measure_models(self) -> None:
-        for block in self.books.blocks.values():
+        for block in self.holdings.blocks.values():
             if block.gauge is not None:
                 try:
                     block.ram, block.vram = block.gauge()
@@ -323,11 +308,11 @@ class OutputCache:
             except Exception as error:  # what is lost is an optimisation, and memory is short
                 self.ledger.decide_once(f"an evicted output was not kept: {error}")
         self._remove(entry)
-        self.books.bury(entry)
+        self.holdings.bury(entry)
 
     def _remove(self, entry: Entry) -> None:
         self.values.pop(entry.key, None)
-        self.protected.difference_update(self.books.remove(entry))
+        self.protected.difference_update(self.holdings.remove(entry))
 
     def _words(self, going: Sequence[Entry], freed: int, short: int, reason: str) -> str:
         if not going:

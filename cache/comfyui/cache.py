@@ -123,7 +123,7 @@ class SpillwayCache(caching.BasicCache):
 
     def _write(self, entry: Entry, value: Any) -> None:
         """Of an evicted entry. What a node showed lies in files that may be gone by then."""
-        if self.disk is None or entry.once or value.ui or entry.seconds < self.disk.least_seconds:
+        if self.disk is None or entry.unfindable or value.ui or entry.seconds < self.disk.least_seconds:
             return
         name = file_name(entry.key)
         if name is not None:
