@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfyui_version
@@ -25,6 +26,20 @@ POLICY_NODE = "SpillwayCachePolicy"
 ASK_EVERY_SECONDS = 0.05
 # Outputs smaller than this fit into the headroom.
 WORTH_ROOM = 64 << 20
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What the executor has told about the nodes of the running prompt. The next prompt begins with a new one.
+
+    started: the time of the last lookup that found nothing. done: nodes that ran or were found. asked: nodes that the
+    executor asked for, as it does for all that it is going to run. expanded: the nodes that a node expanded into.
+    """
+
+    started: dict[str, float] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    expanded: dict[str, list[str]] = field(default_factory=dict)
 
 
 class SpillwayCache(caching.BasicCache):
@@ -48,10 +63,7 @@ class SpillwayCache(caching.BasicCache):
         self.full_evictions = False
         self.disk: DiskTier | None = None
         engine.on_evict = self._write
-        self._started: dict[str, float] = {}
-        self._done: set[str] = set()
-        self._asked: set[str] = set()
-        self._expanded: dict[str, list[str]] = {}
+        self._prompt = Prompt()
         self._last_asked = 0.0
 
     # -- a prompt
@@ -59,8 +71,7 @@ class SpillwayCache(caching.BasicCache):
     async def set_prompt(self, dynprompt: Any, node_ids: Iterable[str], is_changed_cache: Any) -> None:
         await super().set_prompt(dynprompt, node_ids, is_changed_cache)
         self.active_evictions = self.full_evictions = False
-        for books in (self._started, self._done, self._asked, self._expanded):
-            books.clear()
+        self._prompt = Prompt()
         if HISTORY_NEEDS_A_CLIENT:
             self._forget_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
@@ -73,7 +84,7 @@ class SpillwayCache(caching.BasicCache):
         """Nodes that a node expanded into live in the same cache."""
         children = list(children_ids)
         await self.cache_key_set.add_keys(children)
-        self._expanded[node_id] = children
+        self._prompt.expanded[node_id] = children
         for child in children:
             self.engine.touch(self._key(child))
         return self
@@ -150,20 +161,20 @@ class SpillwayCache(caching.BasicCache):
         value = self.cache.get(key)
         if value is None:
             # The executor asks for all nodes as a prompt begins, and for each again right before it runs it.
-            if node_id in self._started:
+            if node_id in self._prompt.started:
                 self._make_room(node_id, key)
-            self._started[node_id] = time.perf_counter()
+            self._prompt.started[node_id] = time.perf_counter()
             value = await self._get_immediate(node_id)
             if value is None:
                 return None
             self._adopt(node_id, key, value, 0.0)
-        self._done.add(node_id)
+        self._prompt.done.add(node_id)
         return value
 
     def get_local(self, node_id: str) -> Any:
         if not self.initialized:
             return None
-        self._asked.add(node_id)
+        self._prompt.asked.add(node_id)
         key = self.cache_key_set.get_data_key(node_id)
         value = self.cache.get(key)
         # Asked for from the outputs upwards, so nothing is read that nothing needs.
@@ -171,11 +182,11 @@ class SpillwayCache(caching.BasicCache):
 
     async def set(self, node_id: str, value: Any) -> None:
         now = time.perf_counter()
-        seconds = now - self._started.pop(node_id, now)
-        for child in self._expanded.get(node_id, ()):
+        seconds = now - self._prompt.started.pop(node_id, now)
+        for child in self._prompt.expanded.get(node_id, ()):
             entry = self.engine.entries.get(self._key(child))
             seconds += entry.seconds if entry is not None else 0.0
-        self._done.add(node_id)
+        self._prompt.done.add(node_id)
         await self._set_immediate(node_id, value)
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
@@ -249,7 +260,7 @@ class SpillwayCache(caching.BasicCache):
         }
 
     def _will_run(self, node_id: str) -> bool:
-        if node_id in self._done:
+        if node_id in self._prompt.done:
             return False
         # The executor asks for all that it is going to run, save for where it starts from.
-        return node_id in self._asked or self._is_output(node_id)
+        return node_id in self._prompt.asked or self._is_output(node_id)
