@@ -10,17 +10,20 @@ from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep_noted
 from ..patcher.comfyui.saving.target import journal
 from . import routes
-from .cache_policy import SpillwayCachePolicy
 from .compile import INT8LazyTorchCompile
-from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
+from .load import (
+    SpillwayLoadCheckpoint,
+    SpillwayLoadCLIP,
+    SpillwayLoadDiffusionModel,
+    SpillwayLoadVAE,
+    SpillwayMakeDynamic,
+)
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
-from .make_dynamic import SpillwayMakeDynamic
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
-from .policy import SpillwayPolicy
+from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
-from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
-from .save_lora import SpillwaySaveLora
+from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")

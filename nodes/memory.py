@@ -10,8 +10,7 @@ from ..cache.comfyui.models import model_bytes, patcher_of
 from ..ops.ledger import in_words
 from ..patcher.comfyui import device as devices
 from .inputs import CATEGORY
-from .memory_report import in_lines, memory_report
-from .residency_picture import residency_picture
+from .memory_report import in_lines, memory_report, residency_picture
 
 LOAD, UNLOAD, DROP, MOVE = "load now", "unload to RAM", "drop RAM and pins too", "move to device"
 KEEP_DEVICE = "as it is"

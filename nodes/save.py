@@ -9,8 +9,9 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..patcher.comfyui.saving.save import AS_LOADED, SAVE_DTYPES, Saved, save_model
-from ..patcher.comfyui.saving.target import checkpoint_target, journal
+from ..patcher.comfyui.saving.extract_lora import save_lora
+from ..patcher.comfyui.saving.save import AS_LOADED, DTYPES, SAVE_DTYPES, Saved, save_model
+from ..patcher.comfyui.saving.target import checkpoint_target, journal, next_name, workflow_metadata
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -135,3 +136,54 @@ def _save(node: Any, prefix: str, dtype: str, model: Any, *others: Any) -> io.No
             journal=journal(),
         )
     )
+
+
+class SpillwaySaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwaySaveLora",
+            display_name="Extract and Save LoRA (Spillway)",
+            category=CATEGORY,
+            description="Saves the difference of two models as a LoRA of a rank that you choose. It works weight by "
+            "weight and holds neither model in memory.",
+            search_aliases=["extract lora", "save lora", "export lora", "model difference", "lora from model", "svd"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that the LoRA is to lead to, with whatever patches it has."),
+                io.Model.Input("base", tooltip="The MODEL that the LoRA will be used with."),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=4096,
+                    tooltip="How much of the difference the LoRA can hold. A higher rank is nearer, and a larger file.",
+                ),
+                prefix_input("loras/Spillway"),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    tooltip="The number format of the file. Most LoRAs are in fp16 or bf16.",
+                ),
+            ],
+            outputs=[path_output()],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, base: Any, rank: int, filename_prefix: str, dtype: str = "fp16") -> io.NodeOutput:
+        hidden = cls.hidden
+        metadata = workflow_metadata(getattr(hidden, "prompt", None), getattr(hidden, "extra_pnginfo", None))
+        return report(
+            save_lora(
+                next_name(filename_prefix),
+                model,
+                base,
+                rank,
+                dtype=dtype,
+                metadata=metadata,
+                progress=Progress(),
+                journal=journal(),
+            )
+        )

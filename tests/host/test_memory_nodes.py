@@ -12,9 +12,9 @@ import torch
 
 from spillway.cache.comfyui import install as cache_install
 from spillway.cache.comfyui.models import model_bytes
-from spillway.nodes.cache_policy import SpillwayCachePolicy
 from spillway.nodes.load import SpillwayLoadCheckpoint
 from spillway.nodes.memory import DROP, LOAD, MOVE, UNLOAD, SpillwayDeviceControl, SpillwayMemoryReport
+from spillway.nodes.policy import SpillwayCachePolicy
 from spillway.nodes.vae import SpillwayVAEDecode, SpillwayVAEEncode
 from spillway.patcher.comfyui import device as comfy_device
 from spillway.patcher.comfyui import vae as comfy_vae
