@@ -69,9 +69,9 @@ def test_shared_memory_counts_once_and_is_freed_with_the_last():
     put(cache, "load", image)
     put(cache, "reroute", image)
     assert cache.ram_bytes() == 10 * MIB + 2 * 1024
-    cache.forget("load")
+    cache.drop("load")
     assert cache.ram_bytes() == 10 * MIB + 1024
-    cache.forget("reroute")
+    cache.drop("reroute")
     assert cache.ram_bytes() == 0
 
 
@@ -81,7 +81,7 @@ def test_shares_always_add_up():
     for step in range(60):
         put(cache, step % 13, *(images[i] for i in range(5) if (step >> i) & 1 or i == step % 5))
         if step % 7 == 3:
-            cache.forget((step * 5) % 13)
+            cache.drop((step * 5) % 13)
         held = cache.ram_bytes() - len(cache.values) * 1024
         assert sum(entry.share for entry in cache.entries.values()) == pytest.approx(held)
 

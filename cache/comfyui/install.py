@@ -1,4 +1,4 @@
-"""The output cache put in the place of ComfyUI's own, where no flag or setting says no."""
+"""Puts the output cache in the place of ComfyUI's own, where no flag or setting says no."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _current: weakref.ref[SpillwayCache] | None = None
 
 
 def current_cache() -> SpillwayCache | None:
-    """The cache of the executor that was built last; None where the host's own is in use."""
+    """Return the cache of the executor that was built last. None where ComfyUI's own is in use."""
     return _current() if _current is not None else None
 
 
 def unrecognised() -> str | None:
-    """Why the executor is none that this cache fits; None where it fits."""
+    """Say why this cache does not fit ComfyUI's executor. None where it fits."""
     cache_set = getattr(execution, "CacheSet", None)
     for name in ("init_ram_cache", "init_classic_cache"):
         if not callable(getattr(cache_set, name, None)):
@@ -57,7 +57,7 @@ def unrecognised() -> str | None:
 
 
 def given_headrooms() -> list[float]:
-    """What the user gave with --cache-ram, in GB; older versions take one number, -1 meaning none."""
+    """Return the numbers given with --cache-ram, in GB. Older versions take one number, where -1 stands for none."""
     given = getattr(args, "cache_ram", None)
     if isinstance(given, list):
         return given
@@ -65,18 +65,18 @@ def given_headrooms() -> list[float]:
 
 
 def default_headroom() -> int:
-    """Bytes: a tenth of the RAM that this process may have, between 1 and 10 GiB."""
+    """Return a tenth of the RAM that this process may have, but 1 to 10 GiB, in bytes."""
     return min(max(available_ram().total // 10, GIB), 10 * GIB)
 
 
-def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
-    """The cache for one executor, which means to keep that many GB free. `current_cache` finds it from then on."""
+def make_cache(executor_headroom: float = 0.0) -> SpillwayCache:
+    """Make the cache of an executor, which itself keeps that many GB free. `current_cache` returns it from then on."""
     global _current
     given = given_headrooms()
     headroom = int(given[0] * GIB) if given else default_headroom()
     engine = OutputCache(headroom, getters=[model_getter], ledger=Ledger("output cache"))
     inactive = int(given[1] * GIB) if len(given) > 1 else None
-    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(host_headroom * GIB), inactive)
+    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(executor_headroom * GIB), inactive)
     _current = weakref.ref(cache)
     state = available_ram()
     engine.ledger.decide(
@@ -88,9 +88,10 @@ def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
 
 
 def install() -> bool:
-    """Have executors built from now on use this cache where no flag chose another; whether it was put in place.
+    """Have executors that are built from now on use this cache, where no flag chose another.
 
-    Called once, when the pack is loaded. Whether it is turned on is asked each time that an executor is built.
+    It is called once, when the pack is loaded. The setting is read each time that an executor is built. Returns whether
+    the cache fits this ComfyUI.
     """
     reason = unrecognised()
     if reason is not None:
@@ -98,12 +99,12 @@ def install() -> bool:
         return False
     own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
 
-    def use(caches: Any, host_headroom: float = 0.0) -> bool:
+    def use(caches: Any, executor_headroom: float = 0.0) -> bool:
         off = settings.cache_turned_off()
         if off is not None:
             log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
             return False
-        caches.outputs = make_cache(host_headroom)
+        caches.outputs = make_cache(executor_headroom)
         caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)
         return True
 
@@ -112,7 +113,7 @@ def install() -> bool:
             own_ram(caches, min_headroom)
 
     def init_classic_cache(caches: Any) -> None:
-        # The default of older versions; newer ones come here only by a flag.
+        # Older versions come here by default, newer ones only by a flag.
         if getattr(args, "cache_classic", False) or not use(caches):
             own_classic(caches)
 

@@ -260,7 +260,7 @@ def test_room_is_made_before_a_node_runs(executor):
     executor.run(prompt())
     for seed in range(2, 8):
         executor.run(prompt(seed))
-    engine.forget(next(key for key, entry in engine.entries.items() if entry.kind == "Decode" and entry.used < 7))
+    engine.drop(next(key for key, entry in engine.entries.items() if entry.kind == "Decode" and entry.used < 7))
     least = []
     real = engine.put
     engine.put = lambda *a, **k: (least.append(engine.available().available), real(*a, **k))[1]
