@@ -1,4 +1,4 @@
-"""The list of the pack's nodes, as ComfyUI's V3 API asks for it."""
+"""Lists the pack's nodes for ComfyUI's V3 API, and sets the pack up when it is loaded."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ log = logging.getLogger("spillway")
 
 class SpillwayExtension(ComfyExtension):
     async def on_load(self) -> None:
-        """Before the executor is built: its output cache is ours from then on, unless a flag or a setting says no.
+        """Put the output cache and the routes in place, and remove files that a killed run left unfinished.
 
-        And what an earlier run was killed while it saved is removed.
+        ComfyUI calls this before it builds the executor, which gets the cache unless a flag or a setting says no.
         """
         output_cache.install()
         routes.install()

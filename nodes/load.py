@@ -1,4 +1,4 @@
-"""Loader nodes: models whose weights stay in their file until they are used, and those of other loaders taken over."""
+"""Loads models whose weights stay in their file until they are used, and takes over those of other loaders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NONE = "none"
 
 
 def model_path(folder: str, name: str) -> str:
-    """The path of a file in one of the host's folders. Raises FileNotFoundError with the places that were looked in."""
+    """Return the path of a file in one of ComfyUI's folders. Raises FileNotFoundError with all places looked in."""
     try:
         return folder_paths.get_full_path_or_raise(folder, name)
     except FileNotFoundError:
@@ -60,8 +60,8 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
         model = load_diffusion_model(path, weight_dtype, policy)
-        words = "\n".join(words for words, _ in model.state.notes)
-        return io.NodeOutput(model, ui=ui.PreviewText(words) if words else None)
+        notes = "\n".join(words for words, _ in model.state.notes)
+        return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
 
 
 class SpillwayLoadCheckpoint(io.ComfyNode):

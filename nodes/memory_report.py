@@ -1,4 +1,4 @@
-"""The memory report: models, output cache and decisions, as data, as text and as a picture."""
+"""Reports memory, models, output cache and decisions as data, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
 
 
 def memory_report() -> dict[str, Any]:
-    """Plain data, all sizes in bytes: memory, models (Spillway's and the core's), cache."""
+    """Return memory, models (Spillway's and ComfyUI's) and cache, ready for JSON, with all sizes in bytes."""
     models = model_records()
     cache = current_cache()
     figures = cache.engine.as_dict() if cache is not None else None
-    taken = take_snapshot()
-    return {"memory": taken.as_dict(), "words": taken.in_words(), "models": models, "cache": figures}
+    snapshot = take_snapshot()
+    return {"memory": snapshot.as_dict(), "words": snapshot.in_words(), "models": models, "cache": figures}
 
 
 def take_snapshot() -> MemorySnapshot:
-    """All memory figures of this moment."""
+    """Take all memory figures of this moment."""
     cache = current_cache()
     models = list(dynamic.models)
     return MemorySnapshot.take(
@@ -43,12 +43,12 @@ def take_snapshot() -> MemorySnapshot:
 
 
 def model_records() -> list[dict[str, Any]]:
-    """One record for each dynamic model that is alive, and for each of the core's that is loaded."""
-    found = [_ours(model) for model in list(dynamic.models)]
+    """Make a record for each dynamic model that is alive, and for each of ComfyUI's that is loaded."""
+    records = [_ours(model) for model in list(dynamic.models)]
     for loaded in list(comfy.model_management.current_loaded_models):
         patcher = loaded.model
         if patcher is not None and not is_ours(patcher):
-            found.append(
+            records.append(
                 {
                     "name": type(patcher.model).__name__,
                     "by": "ComfyUI",
@@ -59,7 +59,7 @@ def model_records() -> list[dict[str, Any]]:
                     "residency": [],
                 }
             )
-    return sorted(found, key=lambda record: -record["total"])
+    return sorted(records, key=lambda record: -record["total"])
 
 
 def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
         "by": "Spillway",
         "device": str(model.device),
         "total": model.total_bytes,
-        # On a CPU what is resident are pages of RAM.
+        # On a CPU, resident weights are pages of RAM.
         "bytes": {
             "vram": 0 if in_place else on_device,
             "pins": model.pinned_bytes,
@@ -85,7 +85,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
 
 
 def in_lines(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Word the report for people."""
     memory = report["memory"]
     lines = [
         f"Memory: {report['words']}",
@@ -111,7 +111,7 @@ def in_lines(report: dict[str, Any]) -> str:
 
 
 def residency_picture(models: list[dict[str, Any]]) -> torch.Tensor:
-    """[1, height, 1024, 3], from 0 to 1: a bar for each model, its layers as wide as they are large."""
+    """Draw a bar for each model, with layers as wide as they are large. [1, height, 1024, 3], from 0 to 1."""
     rows = [model for model in models if model["residency"]]
     image = Image.new("RGB", (WIDTH, MARGIN * 2 + ROW * max(1, len(rows))), BACKGROUND)
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""The nodes that say how much memory a model may take, and how much the output cache leaves free."""
+"""Sets how much memory a model may take, and how much the output cache leaves free."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ class SpillwayPolicy(io.ComfyNode):
             search_aliases=["vram budget", "reserve vram", "headroom", "low vram", "unload model", "keep loaded"],
             inputs=[
                 io.Model.Input("model", optional=True, tooltip="A MODEL from a Spillway node. It gets this policy."),
-                _gigabytes("vram_gb", "The most device memory that the weights may hold; 0 keeps none there."),
+                _gigabytes("vram_gb", "The most device memory that the weights may hold. 0 keeps none there."),
                 _gigabytes("headroom_gb", "Device memory to keep free for the computation and other programs."),
                 _gigabytes(
-                    "pinned_gb", "Page-locked RAM for weights that are not on the device; makes their transfers faster."
+                    "pinned_gb",
+                    "Page-locked RAM for weights that are not on the device. It makes their transfers faster.",
                 ),
                 io.Combo.Input(
                     "keep",
@@ -116,7 +117,7 @@ class SpillwayCachePolicy(io.ComfyNode):
                 io.AnyType.Input("value", tooltip="Anything. It is passed on."),
                 gigabytes_input(
                     "headroom_gb",
-                    "RAM to keep free while this workflow runs: outputs are evicted when less is available. In "
+                    "RAM to keep free while this workflow runs. Outputs are evicted when less is available. In "
                     "GB; -1 leaves it to Spillway. Of several such nodes the largest holds.",
                 ),
                 io.Boolean.Input(

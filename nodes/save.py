@@ -1,4 +1,4 @@
-"""Save nodes: models as they are used, LoRAs and all, written tensor by tensor."""
+"""Saves models as they are used, LoRAs and all, and the difference of two models, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Progress:
 
 
 def report(saved: Saved) -> io.NodeOutput:
-    """The path, and for the log and the node what was written."""
+    """Return the path. The node and the log say what was written."""
     log.info("[Spillway] saved %s", saved.words)
     return io.NodeOutput(str(saved.path), ui=ui.PreviewText(saved.words))
 
 
 def prefix_input(default: str) -> io.Input:
-    """The name under which to save."""
+    """Make the input for the name to save under."""
     return io.String.Input(
         "filename_prefix",
         default=default,
@@ -46,7 +46,7 @@ def prefix_input(default: str) -> io.Input:
 
 
 def dtype_input() -> io.Input:
-    """The number format to save in."""
+    """Make the input for the number format to save in."""
     return io.Combo.Input(
         "dtype",
         options=SAVE_DTYPES,
@@ -57,6 +57,7 @@ def dtype_input() -> io.Input:
 
 
 def path_output() -> io.Output:
+    """Make the output for the path of the file."""
     return io.String.Output("path", tooltip="The path of the file that was written.")
 
 

@@ -1,4 +1,4 @@
-"""VAE nodes that free memory before they cut the picture into tiles."""
+"""Decodes and encodes with a VAE, and frees memory before cutting the picture into tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _tile_input() -> io.Input:
         min=64,
         max=4096,
         step=64,
-        tooltip="Edge of a tile in pixels, for the last resort alone. Small tiles take less memory, but show seams.",
+        tooltip="Edge of a tile in pixels, for tiling alone. Small tiles take less memory, but show seams.",
     )
 
 
