@@ -1,4 +1,4 @@
-"""Spillway: runs models larger than the memory they are given. What ComfyUI imports; nothing else happens here."""
+"""Spillway: runs models larger than the memory they are given. ComfyUI imports this file. It does nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> Any:
-    """ComfyUI's V3 entry point: the pack's nodes."""
+    """Return the pack's nodes. ComfyUI's V3 API calls this by its name."""
     from .nodes.extension import SpillwayExtension
 
     return SpillwayExtension()

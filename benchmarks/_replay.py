@@ -208,9 +208,10 @@ def use_ours(machine: Machine, cache_args: dict[str, float]) -> None:
     """Our cache in the executor's place, on the simulated clock and memory."""
     from spillway.cache import output_cache
     from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.cache.comfyui import install
     from spillway.ops.ram.available import Available
 
-    comfy_cache.available_ram = lambda: Available(machine.available, machine.ram, "the trace")
-    comfy_cache.given_headrooms = lambda: [cache_args["ram"]]
+    install.available_ram = lambda: Available(machine.available, machine.ram, "the trace")
+    install.given_headrooms = lambda: [cache_args["ram"]]
     comfy_cache.time = types.SimpleNamespace(perf_counter=lambda: machine.now, monotonic=lambda: machine.now)
     output_cache.allocator.trim = lambda: False

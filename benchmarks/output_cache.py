@@ -46,7 +46,7 @@ def measure(paths: list[Path]) -> dict[str, Any]:
     import _replay
     import execution
 
-    from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.cache.comfyui import install
 
     found = {}
     for path in paths:
@@ -60,7 +60,7 @@ def measure(paths: list[Path]) -> dict[str, Any]:
             LRU: best_lru(_replay, trace, ram - room),
         }
         own = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
-        assert comfy_cache.install()
+        assert install.install()
         rows[OURS] = _replay.replay(trace, "ours", "RAM_PRESSURE", core)
         execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache = own
         found[path.stem] = {"ram_gb": ram, "prompts": len(trace["prompts"]), "rows": rows}
@@ -89,7 +89,7 @@ def speed() -> dict[str, float]:
     from comfy_execution import caching
 
     from spillway.cache.choose import choose
-    from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.cache.comfyui import install
 
     class Keys:
         """Key sets are the core's work, and the same for all caches."""
@@ -99,7 +99,7 @@ def speed() -> dict[str, float]:
 
     keys = {str(i): frozenset([(0, frozenset([(0, "Node"), (1, i)]))]) for i in range(10_000)}
     rng = random.Random(1)
-    ours = comfy_cache.make_cache()
+    ours = install.make_cache()
     core = caching.LRUCache(caching.CacheKeySetInputSignature, max_size=20_000)
     for cache in (ours, core):
         cache.cache_key_set, cache.initialized = Keys(keys), True

@@ -57,10 +57,10 @@ class Server:
 def executor(contestant: str) -> Any:
     import execution
 
-    from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.cache.comfyui import install
 
     if contestant == OURS:
-        assert comfy_cache.install()
+        assert install.install()
     total = psutil.virtual_memory().total / GIB
     cache_args = {"lru": 0, "ram": min(10.0, max(2.0, total / 10)), "ram_inactive": min(128.0, total)}
     return execution.PromptExecutor(Server(), execution.CacheType.RAM_PRESSURE, cache_args)

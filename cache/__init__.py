@@ -1,1 +1,1 @@
-"""Who remembers: node outputs under RAM pressure, and memory accounting. Imports ops alone."""
+"""Keeps node outputs for as long as RAM allows, and accounts for memory. Imports ops alone."""

@@ -1,6 +1,7 @@
-"""Evicted outputs on disk: plain tensors in containers, as safetensors beside JSON, found again after a restart.
+"""Keeps evicted outputs on disk: ordinary tensors in containers, as safetensors beside JSON.
 
-Never pickle. An entry is a pair of files; it exists when its JSON does, and counts only when its hash is right.
+Nothing is pickled. An entry is a pair of files, which a later process finds again by name. It exists when its JSON
+exists, and counts only when its hashes are right.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from ..ops.ledger import Ledger, in_words
 
 FORMAT = 1
 MAX_JSON_BYTES = 16 << 20
-# Left free on the disk for others.
+# Bytes that stay free on the disk for other programs.
 KEEP_FREE = 1 << 30
-# After as many failures in a row it stops writing until the next start.
+# Failures in a row after which nothing is written any more until the next start.
 PATIENCE = 3
 LITERALS = (type(None), bool, int, float, str)
 
 
-class NotPlain(TypeError):
-    """An output that holds something other than tensors, containers and literals."""
+class NotStorable(TypeError):
+    """Raised for an output that holds something other than ordinary tensors, containers and literals."""
 
 
 class DiskTier:
-    """A folder of evicted outputs under a cap in bytes. Whatever goes wrong with it is said once and never raised.
+    """A folder of evicted outputs under a cap in bytes. A failure is logged once and never raised.
 
-    least_seconds: what took less to make is not worth a file. room: bytes of RAM that writing may take.
+    least_seconds: outputs that took less to make are not worth a file. room: tells how much RAM writing may take.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DiskTier:
     # -- writing
 
     def store(self, name: str, outputs: Any, *, seconds: float, kind: str) -> bool:
-        """Write outputs under a name; whether they are there now."""
+        """Write outputs under a name. Returns whether they are there now."""
         if self._failures >= PATIENCE or seconds < self.least_seconds:
             return False
         if self._paths(name)[1].is_file():
@@ -64,7 +65,7 @@ class DiskTier:
         try:
             tensors: dict[str, torch.Tensor] = {}
             tree = _describe(outputs, tensors, {}, set())
-        except (NotPlain, RecursionError):
+        except (NotStorable, RecursionError):
             return False
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         try:
@@ -99,7 +100,7 @@ class DiskTier:
         return True
 
     def _make_room(self, nbytes: int) -> None:
-        """Delete what was not used for longest until `nbytes` more stay under the cap."""
+        """Delete the entries that were not used for longest, until `nbytes` more stay under the cap."""
         entries = sorted(self._entries(), key=lambda entry: entry[1])
         held = sum(size for _, _, size in entries)
         for name, _, size in entries:
@@ -109,19 +110,19 @@ class DiskTier:
             held -= size
 
     def _entries(self) -> list[tuple[str, float, int]]:
-        """(name, last use, bytes) of all that is there, halves of entries and leftovers too."""
-        found: dict[str, list[float]] = {}
+        """List (name, last use, bytes) of all entries in the folder, with halves of entries and leftovers."""
+        states: dict[str, list[float]] = {}
         for path in self.folder.glob("*"):
             if path.suffix in (".safetensors", ".json", ".part"):
                 state = path.stat()
-                seen = found.setdefault(path.stem, [0.0, 0])
-                seen[0], seen[1] = max(seen[0], state.st_mtime), seen[1] + state.st_size
-        return [(name, used, int(size)) for name, (used, size) in found.items()]
+                entry = states.setdefault(path.stem, [0.0, 0])
+                entry[0], entry[1] = max(entry[0], state.st_mtime), entry[1] + state.st_size
+        return [(name, used, int(size)) for name, (used, size) in states.items()]
 
     # -- reading
 
     def load(self, name: str) -> tuple[Any, float] | None:
-        """(outputs, seconds they took to make), or None where there are none or they are damaged; those are deleted."""
+        """Read (outputs, seconds they took to make). Returns None where there are none. Damaged ones are deleted."""
         data, about = self._paths(name)
         if not about.is_file():
             return None
@@ -133,22 +134,22 @@ class DiskTier:
                 raise ValueError("its JSON was changed")
             if _hash_file(data) != record["data"]:
                 raise ValueError("its tensors were changed")
-            found = _rebuild(record["tree"], load_file(data)), float(record["seconds"])
-        except Exception as error:  # damaged in whatever way: it is made again
+            entry = _rebuild(record["tree"], load_file(data)), float(record["seconds"])
+        except Exception as error:  # however it is damaged, the node makes it again
             self.ledger.decide(f"disk tier: {about.name} is damaged ({error}): ignored")
             self._discard(name)
             return None
         for path in (data, about):
             try:
                 os.utime(path)
-            except OSError:  # a read-only folder can still be read
+            except OSError:  # a read-only folder keeps no time of use, and can still be read
                 break
-        return found
+        return entry
 
     def _discard(self, name: str) -> None:
         data, about = self._paths(name)
         for path in (about, data, data.with_suffix(".part")):
-            with contextlib.suppress(OSError):  # a read-only folder: it stays, and stays ignored
+            with contextlib.suppress(OSError):  # in a read-only folder it stays, and is ignored again
                 path.unlink(missing_ok=True)
 
     def _paths(self, name: str) -> tuple[Path, Path]:
@@ -156,9 +157,9 @@ class DiskTier:
 
 
 def name_of(key: Hashable, salt: Any) -> str | None:
-    """A file name for a key that is the same in every process; None for keys that cannot be told again.
+    """Return a file name for a key, the same in every process. None for keys that another process cannot make.
 
-    salt: plain data that must be the same too (versions, stamps of files).
+    salt: JSON data that must be the same too, such as versions and stamps of files.
     """
     try:
         text = json.dumps([_canonical(key), salt], sort_keys=True, allow_nan=False)
@@ -178,7 +179,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _describe(value: Any, tensors: dict[str, torch.Tensor], names: dict[int, str], storages: set[int]) -> Any:
-    """Plain data that stands for the outputs; their tensors go into `tensors`."""
+    """Return JSON data that stands for the outputs. Their tensors go into `tensors`."""
     if type(value) is torch.Tensor:
         if id(value) not in names:
             names[id(value)] = name = str(len(tensors))
@@ -190,18 +191,18 @@ def _describe(value: Any, tensors: dict[str, torch.Tensor], names: dict[int, str
         return {"dict": [[key, _describe(item, tensors, names, storages)] for key, item in value.items()]}
     if type(value) in LITERALS:
         return {"literal": value}
-    raise NotPlain
+    raise NotStorable
 
 
 def _writable(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """The tensor as a file takes it: contiguous, and sharing its memory with no other of the same file."""
+    """Make a tensor ready for a file: contiguous, and sharing its memory with no other tensor of that file."""
     if value.layout is not torch.strided or value.is_meta or value.requires_grad or value.is_quantized:
-        raise NotPlain
-    plain = value.detach().cpu().contiguous()
-    if plain.untyped_storage().data_ptr() in storages:
-        plain = plain.clone()
-    storages.add(plain.untyped_storage().data_ptr())
-    return plain
+        raise NotStorable
+    tensor = value.detach().cpu().contiguous()
+    if tensor.untyped_storage().data_ptr() in storages:
+        tensor = tensor.clone()
+    storages.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def _rebuild(node: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:

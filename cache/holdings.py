@@ -1,23 +1,24 @@
-"""Who holds which memory, and what was made from what: the books of the output cache."""
+"""Records which entries of the output cache hold which memory, and which outputs each was made from."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .measure import Block
 
-# How many evicted entries are remembered, for what making their children again would cost.
+# Evicted entries that are remembered. Making their children again would cost their seconds too.
 MAX_GHOSTS = 4096
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """What is known about one output. kind: the class of node that made it. seconds: it took to make.
+    """All that is known about one output.
 
-    parents: the ids of the entries that it was made from. made, used: number of the prompt.
+    kind: the class of node that made it. label: that node's id. seconds: the time that the node took. parents: numbers
+    of the entries that it was made from. blocks: keys of the memory that it holds. made, used: numbers of prompts.
     """
 
     key: Hashable
@@ -28,28 +29,28 @@ class Entry:
     blocks: tuple[Hashable, ...]
     made: int
     used: int
-    share: float = 0.0  # bytes of RAM that it holds, models aside; what others hold too is divided among them
+    share: float = 0.0  # bytes of RAM that it holds, without models; a block of several holders is divided among them
     added: int = 0  # bytes of RAM that no other entry held when it was made
-    hits: int = 0
-    once: bool = False  # its key is unlike itself: only the prompt that made it can find it
-    lost: set[int] = field(default_factory=set)  # parents that have been evicted
+    hits: int = 0  # later prompts that used it
+    unfindable: bool = False  # its key never equals another, so only the prompt that made it can find it
+    lost: set[int] = field(default_factory=set)  # numbers of parents that have been evicted
 
     @property
     def number(self) -> int:
-        """Its id for others: keys are large, and must not be kept by those that only refer to them."""
+        """Names the entry to others. A key is large, and a reference to it would keep it after the entry is gone."""
         return hash(self.key)
 
 
 class Ghost(NamedTuple):
-    """What is remembered of an evicted entry. ram: bytes that it added when it was made."""
+    """An evicted entry, as far as it is remembered. ram: bytes that it added when it was made."""
 
     seconds: float
     parents: tuple[int, ...]
     ram: int
 
 
-class Books:
-    """Blocks and their holders, parents and children, and the ghosts of what was evicted."""
+class Holdings:
+    """Blocks with their holders, entries with their children, and ghosts of evicted entries."""
 
     def __init__(self) -> None:
         self.entries: dict[Hashable, Entry] = {}
@@ -59,10 +60,10 @@ class Books:
         self._children: defaultdict[int, set[Hashable]] = defaultdict(set)
         self._present: dict[int, Entry] = {}
 
-    def add(self, entry: Entry, found: dict[Hashable, Block]) -> None:
-        """Enter an entry and the blocks that it holds; sets its `added` and `lost`."""
-        entry.added = sum(block.ram for key, block in found.items() if key not in self.blocks)
-        for key, block in found.items():
+    def add(self, entry: Entry, held: dict[Hashable, Block]) -> None:
+        """Enter an entry and the blocks that it holds. Sets its `added`, `share` and `lost`."""
+        entry.added = sum(block.ram for key, block in held.items() if key not in self.blocks)
+        for key, block in held.items():
             block = self.blocks.setdefault(key, block)
             holders = self.holders.setdefault(key, [])
             self._divide(block, holders, len(holders) + 1)
@@ -81,7 +82,7 @@ class Books:
                 entry.lost.add(parent)
 
     def remove(self, entry: Entry) -> list[Hashable]:
-        """Strike an entry out; returns the blocks that nobody holds any more."""
+        """Strike an entry out. Returns the keys of blocks that no entry holds any more."""
         self.entries.pop(entry.key, None)
         if self._present.get(entry.number) is entry:
             del self._present[entry.number]
@@ -102,14 +103,14 @@ class Books:
         return released
 
     def _divide(self, block: Block, holders: list[Entry], among: int, before: int | None = None) -> None:
-        """Change the holders' shares of a block from a part of `before` (as many as they are) to a part of `among`."""
+        """Change each holder's share of a block from 1 / `before` (by default their number) to 1 / `among`."""
         if holders and not block.is_model:
             change = block.ram / among - block.ram / (before or len(holders))
             for holder in holders:
                 holder.share += change
 
     def bury(self, entry: Entry) -> None:
-        """Remember an entry that was evicted: its children are dearer from now on."""
+        """Remember an evicted entry. Making one of its children again now costs its seconds too."""
         number = entry.number
         self.ghosts[number] = Ghost(entry.seconds, entry.parents, entry.added)
         while len(self.ghosts) > MAX_GHOSTS:
@@ -118,7 +119,7 @@ class Books:
             self.entries[child].lost.add(number)
 
     def lost_seconds(self, entry: Entry) -> float:
-        """Seconds for the evicted ancestors that would have to be made again first."""
+        """Add up the seconds of evicted ancestors, which would have to be made again first."""
         seen: set[int] = set()
         pending, total = list(entry.lost), 0.0
         while pending:
@@ -132,23 +133,23 @@ class Books:
         return total
 
     def groups(self) -> list[list[Entry]]:
-        """Entries that share models, directly or through others."""
-        found: list[dict[int, Entry]] = []
+        """Group the entries that share models, directly or through other entries."""
+        groups: list[dict[int, Entry]] = []
         for key, block in self.blocks.items():
             if not block.is_model:
                 continue
             group = {id(entry): entry for entry in self.holders[key]}
             apart = []
-            for other in found:
+            for other in groups:
                 if group.keys() & other.keys():
                     group = {**other, **group}
                 else:
                     apart.append(other)
-            found = [*apart, group]
-        return [list(group.values()) for group in found]
+            groups = [*apart, group]
+        return [list(group.values()) for group in groups]
 
     def ram_of_group(self, group: list[Entry]) -> float:
-        """Bytes of RAM that go with all entries of a group."""
+        """Add up the RAM that would go with all entries of a group, in bytes."""
         members = {id(entry) for entry in group}
         total = 0.0
         for key in dict.fromkeys(key for entry in group for key in entry.blocks):
@@ -157,12 +158,32 @@ class Books:
         return total
 
     def ram_alone(self, entry: Entry) -> int:
-        """Bytes of RAM that only this entry holds."""
+        """Add up the RAM that only this entry holds, in bytes."""
         return sum(self.blocks[key].ram for key in entry.blocks if len(self.holders[key]) == 1)
 
+    def largest(self, count: int, prompt: int, protected: Set[Hashable]) -> list[dict[str, Any]]:
+        """List the entries that hold the most RAM, ready for JSON. A shared block counts for each entry that holds it.
 
-def is_unlike_itself(key: Any) -> bool:
-    """Whether a key holds a NaN or another value that differs from itself, so that an equal key cannot be made."""
+        prompt: the number of the running prompt. protected: keys of blocks that are never evicted.
+        """
+        sizes = [(sum(self.blocks[key].ram for key in entry.blocks), entry) for entry in self.entries.values()]
+        sizes.sort(key=lambda pair: -pair[0])
+        return [
+            {
+                "node": entry.kind,
+                "id": entry.label,
+                "ram_bytes": size,
+                "seconds": round(entry.seconds, 3),
+                "age_prompts": prompt - entry.used,
+                "shared": any(len(self.holders[key]) > 1 for key in entry.blocks),
+                "never_evict": not protected.isdisjoint(entry.blocks),
+            }
+            for size, entry in sizes[:count]
+        ]
+
+
+def never_equal(key: Any) -> bool:
+    """Say whether a key holds a NaN or another value that differs from itself. No later key can equal such a key."""
     pending = [key]
     while pending:
         value = pending.pop()
@@ -171,7 +192,7 @@ def is_unlike_itself(key: Any) -> bool:
         elif isinstance(value, float):
             if value != value:
                 return True
-        # The host stands a NaN in an object for what it cannot hash.
+        # ComfyUI puts an object with a NaN in the place of each value that it cannot hash.
         elif not isinstance(value, str | int | bytes | type(None)) and isinstance(getattr(value, "value", 0), float):
             pending.append(value.value)
     return False

@@ -1,4 +1,4 @@
-"""What a node's outputs hold in memory: blocks, each counted once however many outputs hold it."""
+"""Measures the memory that a node's outputs hold, as blocks. A block counts once, however many outputs hold it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..ops.gather import inner_tensors, is_wrapper
 
 log = logging.getLogger("spillway")
 
-# Outputs are trees of a few hundred objects at most. What is larger than this is measured in part.
+# Outputs are trees of a few hundred objects at most. A larger tree than this is measured in part.
 MAX_OBJECTS = 50_000
 MAX_DEPTH = 12
-PLAIN = (type(None), bool, int, float, complex, str, type, types.ModuleType, types.FunctionType, types.MethodType)
+WEIGHTLESS = (type(None), bool, int, float, complex, str, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
 @dataclass(eq=False)
 class Block:
-    """A storage, or a model. ram, vram: bytes when it was last measured. gauge: measures a model anew."""
+    """A storage or a model. ram, vram: bytes when it was last measured. gauge: measures a model anew."""
 
     key: Hashable
     ram: int = 0
@@ -36,15 +36,15 @@ class Block:
 
     @property
     def is_model(self) -> bool:
-        """Models change their size while they are held, and outputs that share one stand and fall together."""
+        """A model changes its size while it is held. Evicting one of the outputs that share it frees nothing of it."""
         return self.gauge is not None
 
 
 class Model(NamedTuple):
-    """What a getter answers for an object that stands for a model.
+    """A getter's answer for an object that stands for a model.
 
-    module: what its clones share. gauge: its bytes of RAM and of device memory now; it must not keep the model alive.
-    also: further objects that this one holds (patches, attached models).
+    module: the module that all clones share. gauge: tells its bytes of RAM and of device memory now, and must not keep
+    the model alive. also: further objects that this one holds, such as patches and attached models.
     """
 
     module: object
@@ -52,37 +52,38 @@ class Model(NamedTuple):
     also: Iterable[Any] = ()
 
 
-# Asked for every object that is no tensor and no container: a Model, or None where the object is none of its kind.
+# Is asked for every object that is no tensor and no container. Answers None for an object that is no model of its kind.
 Getter = Callable[[Any], "Model | None"]
 
 
 class Measurer:
-    """Finds the blocks of node outputs. What raises while it is looked at counts nothing and is logged once a type."""
+    """Finds the blocks of node outputs. An object that raises counts nothing, and its type is logged once."""
 
     def __init__(self, getters: Iterable[Getter] = ()) -> None:
         self.getters = list(getters)
         self._failed: set[str] = set()
 
     def blocks(self, outputs: Any) -> dict[Hashable, Block]:
-        """The blocks of outputs of any kind: tensors in containers, models, arrays, buffers, objects that hold them."""
-        found: dict[Hashable, Block] = {}
+        """Find tensors in containers, models, arrays, buffers and objects that hold such things."""
+        blocks: dict[Hashable, Block] = {}
         seen: set[int] = set()
-        # Holds what was visited: an object made on the way must not give its id to another.
         pending: list[tuple[Any, int]] = [(outputs, 0)]
+        # Keeps every visited object alive. Without it an object made on the way could be freed and its id given to the
+        # next object, which would pass for seen and not be counted.
         kept: list[Any] = []
         while pending and len(seen) < MAX_OBJECTS:
             value, depth = pending.pop()
-            if isinstance(value, PLAIN) or id(value) in seen:
+            if isinstance(value, WEIGHTLESS) or id(value) in seen:
                 continue
             seen.add(id(value))
             kept.append(value)
             try:
-                inner = self._look(value, found)
+                inner = self._look(value, blocks)
                 if depth < MAX_DEPTH:
                     pending.extend((item, depth + 1) for item in inner)
             except Exception as error:
                 self._report(value, error)
-        return found
+        return blocks
 
     def _report(self, value: Any, error: Exception) -> None:
         name = type(value).__qualname__
@@ -96,11 +97,12 @@ class Measurer:
                 error,
             )
 
-    def _look(self, value: Any, found: dict[Hashable, Block]) -> Iterable[Any]:
+    def _look(self, value: Any, blocks: dict[Hashable, Block]) -> Iterable[Any]:
+        """Add the object's own block and return the objects inside it."""
         if isinstance(value, torch.Tensor):
-            return _tensor(value, found)
+            return _add_tensor(value, blocks)
         if isinstance(value, bytes | bytearray):
-            _add(found, ("object", id(value)), len(value))
+            _add(blocks, ("object", id(value)), len(value))
             return ()
         if isinstance(value, Mapping):
             return list(value.values())
@@ -108,52 +110,52 @@ class Measurer:
             return list(value)
         if isinstance(value, numpy.ndarray):
             base = value if value.base is None or not isinstance(value.base, numpy.ndarray) else value.base
-            _add(found, ("object", id(base)), base.nbytes)
+            _add(blocks, ("object", id(base)), base.nbytes)
             return list(value.flat) if value.dtype == object else ()
         if isinstance(value, io.BytesIO):
-            _add(found, ("object", id(value)), value.getbuffer().nbytes)
+            _add(blocks, ("object", id(value)), value.getbuffer().nbytes)
             return ()
         for getter in self.getters:
             model = getter(value)
             if model is not None:
-                _add_model(found, model.module, model.gauge)
+                _add_model(blocks, model.module, model.gauge)
                 return list(model.also)
         if isinstance(value, torch.nn.Module):
-            _add_model(found, value, module_gauge(value))
+            _add_model(blocks, value, module_gauge(value))
             return ()
         # Wrappers such as videos, guiders and model descriptors hold what they wrap in attributes.
         return list(getattr(value, "__dict__", {}).values())
 
 
-def _add(found: dict[Hashable, Block], key: Hashable, ram: int, vram: int = 0) -> None:
-    if key not in found:
-        found[key] = Block(key, ram, vram)
+def _add(blocks: dict[Hashable, Block], key: Hashable, ram: int, vram: int = 0) -> None:
+    if key not in blocks:
+        blocks[key] = Block(key, ram, vram)
 
 
-def _add_model(found: dict[Hashable, Block], module: object, gauge: Callable[[], tuple[int, int]]) -> None:
+def _add_model(blocks: dict[Hashable, Block], module: object, gauge: Callable[[], tuple[int, int]]) -> None:
     key = ("model", id(module))
-    if key not in found:
+    if key not in blocks:
         ram, vram = gauge()
-        found[key] = Block(key, ram, vram, gauge, type(module).__name__)
+        blocks[key] = Block(key, ram, vram, gauge, type(module).__name__)
 
 
-def _tensor(tensor: torch.Tensor, found: dict[Hashable, Block]) -> Iterable[Any]:
+def _add_tensor(tensor: torch.Tensor, blocks: dict[Hashable, Block]) -> Iterable[Any]:
     if is_wrapper(tensor):
         return inner_tensors(tensor)
     if tensor.layout is not torch.strided:
-        _add(found, ("object", id(tensor)), tensor.numel() * tensor.element_size())
+        _add(blocks, ("object", id(tensor)), tensor.numel() * tensor.element_size())
         return ()
     key, ram, vram = storage(tensor)
     if key is not None:
-        _add(found, key, ram, vram)
+        _add(blocks, key, ram, vram)
     return ()
 
 
 def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
-    """(identity, bytes of RAM, bytes of device memory) of a tensor's storage; views of one storage share all three.
+    """Return (identity, bytes of RAM, bytes of device memory) of a tensor's storage. Its views share all three.
 
-    The identity is None for what takes no memory. Memory that is a file's page cache counts no RAM: the system takes
-    it back by itself.
+    The identity of a storage without memory is None. A file's page cache counts no RAM, as the system takes it back by
+    itself.
     """
     data = tensor.untyped_storage()
     nbytes = data.nbytes()
@@ -174,7 +176,7 @@ class Sizes(NamedTuple):
 
 
 def module_sizes(module: torch.nn.Module) -> Sizes:
-    """Where a module's parameters and buffers lie, each storage counted once."""
+    """Say where a module's parameters and buffers lie. Each storage counts once."""
     sizes: dict[Hashable, Sizes] = {}
     for owner in module.modules():
         for tensor in (*owner._parameters.values(), *owner._buffers.values()):
@@ -189,12 +191,12 @@ def module_sizes(module: torch.nn.Module) -> Sizes:
 
 
 def module_bytes(module: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of RAM and of device memory of a module's parameters and buffers."""
+    """Return the bytes of RAM and of device memory of a module's parameters and buffers."""
     return module_sizes(module)[:2]
 
 
 def module_gauge(module: torch.nn.Module) -> Callable[[], tuple[int, int]]:
-    """A gauge that does not keep the module alive."""
+    """Return a gauge that does not keep the module alive."""
     weak = weakref.ref(module)
 
     def gauge() -> tuple[int, int]:

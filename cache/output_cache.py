@@ -1,4 +1,4 @@
-"""Node outputs, what they cost to make and what they hold, and which of them go when RAM is short."""
+"""Keeps node outputs with the seconds that they cost and the bytes that they hold, and evicts when RAM is short."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.ram import allocator
 from ..ops.ram.available import Available, available_ram
 from .choose import Candidates, choose
-from .holdings import Books, Entry, is_unlike_itself
+from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
 
-# Python objects of an entry, its key above all, that no measurement finds.
+# Bytes that an entry's Python objects take, above all its key. No measurement finds them.
 ENTRY_BYTES = 16 << 10
 MAX_ENTRIES = 10_000
-# Freed memory shows in the system's figures at once. Where it does not, somebody else took it: no more goes.
+# Freed memory shows in the system's figures at once. Where it does not, another process took it. Without this limit the
+# whole cache would go for that process.
 ROUNDS = 3
 
 
 @dataclass(slots=True)
 class Kind:
-    """How often outputs of one class of node were made, and how many of them were used by a later prompt."""
+    """Counts how many outputs a class of node made, and how many of them a later prompt used."""
 
     made: int = 0
     reused: int = 0
-    ram: int = 0  # bytes that the last one added to what was held
+    ram: int = 0  # bytes that its last output added to all that was held
 
     @property
     def chance(self) -> float:
+        """Estimate how likely one of its outputs is to be used again."""
         return (self.reused + 1) / (self.made + 1) if self.made > self.reused else 1.0
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What one call did. short: bytes wanted, freed: bytes that the entries held alone. words: for people."""
+    """The result of one call. short: bytes wanted. freed: bytes that no other entry held. words: a line for the log."""
 
     short: int
     freed: int
@@ -47,10 +49,10 @@ class Eviction:
 
 
 class OutputCache:
-    """The engine of the output cache. Keys are hashable; values are whatever the host stores under them.
+    """The engine of the output cache. Keys are hashable, values are of any kind. A lookup is `values.get(key)`.
 
-    headroom: bytes of RAM to keep available. available: tells what there is. on_evict: called with (entry, value)
-    before a value goes. A lookup is `values.get(key)`.
+    headroom: bytes of RAM to keep available. available: tells how many there are. on_evict: is called with
+    (entry, value) before a value goes.
     """
 
     def __init__(
@@ -74,31 +76,31 @@ class OutputCache:
         self.evicted = 0
         self.freed_bytes = 0
         self.values: dict[Hashable, Any] = {}
-        self.books = Books()
+        self.holdings = Holdings()
         self.kinds: defaultdict[str, Kind] = defaultdict(Kind)
         self.protected: set[Hashable] = set()
 
     @property
     def entries(self) -> dict[Hashable, Entry]:
-        """What is known about each value."""
-        return self.books.entries
+        """The record of each value, by key."""
+        return self.holdings.entries
 
-    # -- what the host tells
+    # -- told by the executor
 
     def begin_prompt(self, keys: Collection[Hashable]) -> None:
-        """A prompt begins that consists of these keys: its entries are used by it, and a prompt older are the rest.
+        """Begin a prompt that consists of these keys. It uses their entries; all others become one prompt older.
 
-        Entries that nothing can ever find again, since their key is unlike itself, go at once.
+        Unfindable entries of earlier prompts go at once.
         """
         with self.lock:
             self.prompt += 1
             for key in keys:
                 self.touch(key)
-            for entry in [entry for entry in self.entries.values() if entry.once and entry.used < self.prompt]:
+            for entry in [entry for entry in self.entries.values() if entry.unfindable and entry.used < self.prompt]:
                 self._remove(entry)
 
     def touch(self, key: Hashable) -> None:
-        """The running prompt uses this key."""
+        """Note that the running prompt uses this key."""
         entry = self.entries.get(key)
         if entry is not None and entry.used < self.prompt:
             entry.used = self.prompt
@@ -117,46 +119,46 @@ class OutputCache:
         label: str = "",
         parents: Iterable[Hashable] = (),
     ) -> Entry:
-        """Store a value. outputs: the part of it that holds memory. seconds: it took to make, without its parents."""
-        found = self.measurer.blocks(outputs)
+        """Store a value. outputs: its part that holds memory. seconds: the time to make it, without its parents."""
+        blocks = self.measurer.blocks(outputs)
         with self.lock:
             old = self.entries.get(key)
             if old is not None:
                 self._remove(old)
             ids = tuple(dict.fromkeys(hash(parent) for parent in parents))
-            entry = Entry(key, kind, label, seconds, ids, tuple(found), self.prompt, self.prompt)
-            entry.once = is_unlike_itself(key)
+            entry = Entry(key, kind, label, seconds, ids, tuple(blocks), self.prompt, self.prompt)
+            entry.unfindable = never_equal(key)
             if old is not None:
                 entry.hits = old.hits
             else:
                 self.kinds[kind].made += 1
-            self.books.add(entry, found)
+            self.holdings.add(entry, blocks)
             self.kinds[kind].ram = entry.added
             self.values[key] = value
             return entry
 
     def seconds_of(self, key: Hashable) -> float:
-        """Seconds that a key's value took to make, also after it was evicted; 0 where that is not known."""
+        """Return the seconds that making a key's value took, also after it was evicted. 0 where that is not known."""
         entry = self.entries.get(key)
         if entry is not None:
             return entry.seconds
-        ghost = self.books.ghosts.get(hash(key))
+        ghost = self.holdings.ghosts.get(hash(key))
         return ghost.seconds if ghost is not None else 0.0
 
     def expected_bytes(self, key: Hashable, kind: str) -> int:
-        """Bytes of RAM that making a key's value will likely take: what it, or else the last of its kind, took."""
-        ghost = self.books.ghosts.get(hash(key))
+        """Estimate the RAM that making a key's value will take: as much as before, or as the last of its kind."""
+        ghost = self.holdings.ghosts.get(hash(key))
         return ghost.ram if ghost is not None else self.kinds[kind].ram if kind in self.kinds else 0
 
-    def forget(self, key: Hashable) -> None:
-        """Drop an entry without a word."""
+    def drop(self, key: Hashable) -> None:
+        """Remove an entry. Nothing is told, written to disk or remembered of it."""
         with self.lock:
             entry = self.entries.get(key)
             if entry is not None:
                 self._remove(entry)
 
     def clear(self) -> int:
-        """Drop everything; returns the bytes that were held."""
+        """Remove all entries. Returns the bytes that they held."""
         with self.lock:
             held = self.ram_bytes()
             for entry in list(self.entries.values()):
@@ -166,46 +168,34 @@ class OutputCache:
         return held
 
     def protect(self, outputs: Any, keep: bool = True) -> int:
-        """Never evict what holds any of these outputs' memory (or do so again); returns the bytes concerned."""
-        found = self.measurer.blocks(outputs)
+        """Never evict entries that hold any of these outputs' memory; with keep=False, allow it again.
+
+        Returns the bytes of RAM that the outputs hold.
+        """
+        blocks = self.measurer.blocks(outputs)
         with self.lock:
-            (self.protected.update if keep else self.protected.difference_update)(found)
-        return sum(block.ram for block in found.values())
+            (self.protected.update if keep else self.protected.difference_update)(blocks)
+        return sum(block.ram for block in blocks.values())
 
     # -- figures
 
     def ram_bytes(self) -> int:
-        """Bytes of RAM that the entries hold, each block once."""
+        """Add up the RAM that the entries hold, in bytes. Each block counts once."""
         with self.lock:
-            return sum(block.ram for block in self.books.blocks.values()) + self.entry_bytes * len(self.entries)
+            return sum(block.ram for block in self.holdings.blocks.values()) + self.entry_bytes * len(self.entries)
 
     def vram_bytes(self) -> int:
-        """Bytes of device memory that the entries hold, each block once."""
+        """Add up the device memory that the entries hold, in bytes. Each block counts once."""
         with self.lock:
-            return sum(block.vram for block in self.books.blocks.values())
+            return sum(block.vram for block in self.holdings.blocks.values())
 
     def largest(self, count: int) -> list[dict[str, Any]]:
-        """The entries that hold the most RAM, as plain data. Shared blocks count for each that holds them."""
+        """List the entries that hold the most RAM, ready for JSON. Shared blocks count for each of their holders."""
         with self.lock:
-            sizes = [
-                (sum(self.books.blocks[key].ram for key in entry.blocks), entry) for entry in self.entries.values()
-            ]
-            sizes.sort(key=lambda pair: -pair[0])
-            return [
-                {
-                    "node": entry.kind,
-                    "id": entry.label,
-                    "ram_bytes": size,
-                    "seconds": round(entry.seconds, 3),
-                    "age_prompts": self.prompt - entry.used,
-                    "shared": any(len(self.books.holders[key]) > 1 for key in entry.blocks),
-                    "never_evict": not self.protected.isdisjoint(entry.blocks),
-                }
-                for size, entry in sizes[:count]
-            ]
+            return self.holdings.largest(count, self.prompt, self.protected)
 
     def as_dict(self, largest: int = 10) -> dict[str, Any]:
-        """Figures, the largest entries and the last decisions as plain data, for JSON."""
+        """Return figures, the largest entries and the last decisions, ready for JSON."""
         return {
             "entries": len(self.entries),
             "ram_bytes": self.ram_bytes(),
@@ -220,9 +210,9 @@ class OutputCache:
     # -- eviction
 
     def relieve(self, target: int, needed: Callable[[], Collection[Hashable]] = tuple, *, current: bool = True) -> int:
-        """Evict until `target` bytes of RAM are available; returns the bytes that the evicted entries held alone.
+        """Evict until `target` bytes of RAM are available. Returns the bytes that this freed.
 
-        needed: tells which keys the running prompt still reads. current: False spares all entries of this prompt.
+        needed: tells which keys the running prompt will still read. current: False spares all entries of this prompt.
         """
         freed = 0
         with self.lock:
@@ -234,45 +224,45 @@ class OutputCache:
                     break
                 if short <= 0:
                     short = surplus * self.entry_bytes
-                done = self.evict(short, needed(), current=current, reason=state.reason)
-                freed += done.freed
-                if not done.entries:
+                eviction = self.evict(short, needed(), current=current, reason=state.reason)
+                freed += eviction.freed
+                if not eviction.entries:
                     break
         return freed
 
     def evict(
         self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
     ) -> Eviction:
-        """Evict so that `short` bytes are freed, and give the memory back to the system."""
+        """Evict entries until `short` bytes are freed, and give the memory back to the system."""
         with self.lock:
             candidates = self.candidates(set(needed), current=current)
             chosen = choose(candidates, short)
             going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
-            models = any(self.books.blocks[key].is_model for entry in going for key in entry.blocks)
+            models = any(self.holdings.blocks[key].is_model for entry in going for key in entry.blocks)
             before = self.ram_bytes()
             for entry in going:
                 self._evict(entry)
             freed = before - self.ram_bytes()
             self.evicted += len(going)
             self.freed_bytes += freed
-        words = self._words(going, freed, short, reason)
+        words = self._in_words(going, freed, short, reason)
         if going:
             self._give_back(models)
             self.ledger.decide(words)
         return Eviction(short, freed, len(going), words)
 
     def candidates(self, needed: Collection[Hashable] = (), *, current: bool = True) -> Candidates:
-        """What could be evicted. Entries that share a model are one candidate, as neither frees it alone."""
+        """List what could be evicted. Entries that share a model are one candidate, as none of them frees it alone."""
         self._measure_models()
         protected = self._protected_entries()
-        groups = self.books.groups()
+        groups = self.holdings.groups()
         apart = {id(entry) for group in groups for entry in group} | protected
-        # Column by column: there may be ten thousand.
+        # Columns are filled one by one, as there may be ten thousand entries.
         single = [entry for entry in self.entries.values() if id(entry) not in apart]
         if not current:
             single = [entry for entry in single if entry.used < self.prompt]
         chances = {kind: record.chance for kind, record in self.kinds.items()}
-        found = Candidates(
+        candidates = Candidates(
             [(entry,) for entry in single],
             [entry.share + self.entry_bytes for entry in single],
             [entry.seconds if not entry.lost else self._seconds(entry) for entry in single],
@@ -281,33 +271,38 @@ class OutputCache:
             [entry.key in needed for entry in single] if needed else [False] * len(single),
         )
         for group in groups:
-            self._add_group(found, group, protected, needed, current)
-        return found
+            self._add_group(candidates, group, protected, needed, current)
+        return candidates
 
     def _add_group(
-        self, found: Candidates, group: list[Entry], protected: set[int], needed: Collection[Hashable], current: bool
+        self,
+        candidates: Candidates,
+        group: list[Entry],
+        protected: set[int],
+        needed: Collection[Hashable],
+        current: bool,
     ) -> None:
         latest = max(entry.used for entry in group)
         if (current or latest < self.prompt) and not any(id(entry) in protected for entry in group):
-            freed = self.books.ram_of_group(group) + self.entry_bytes * len(group)
-            # What an earlier prompt made of the model would not be made again with it.
+            freed = self.holdings.ram_of_group(group) + self.entry_bytes * len(group)
+            # Outputs that only earlier prompts made with the model would not be made again. Their seconds are no loss.
             seconds = sum(self._seconds(entry) for entry in group if entry.used == latest)
             wanted = any(entry.key in needed for entry in group)
-            found.add(group, freed, seconds, self.prompt - latest, needed=wanted)
+            candidates.add(group, freed, seconds, self.prompt - latest, needed=wanted)
         for entry in group:
-            # An old LoRA's patches can go while the model that it was made for stays.
+            # The patches of a LoRA that is no longer used can go while the model that carries them stays.
             if entry.used < latest and id(entry) not in protected:
-                freed = self.books.ram_alone(entry) + self.entry_bytes
-                found.add((entry,), freed, entry.seconds, self.prompt - entry.used)
+                freed = self.holdings.ram_alone(entry) + self.entry_bytes
+                candidates.add((entry,), freed, entry.seconds, self.prompt - entry.used)
 
     def _seconds(self, entry: Entry) -> float:
-        return entry.seconds + (self.books.lost_seconds(entry) if entry.lost else 0.0)
+        return entry.seconds + (self.holdings.lost_seconds(entry) if entry.lost else 0.0)
 
     def _protected_entries(self) -> set[int]:
-        return {id(entry) for key in self.protected for entry in self.books.holders.get(key, ())}
+        return {id(entry) for key in self.protected for entry in self.holdings.holders.get(key, ())}
 
     def _measure_models(self) -> None:
-        for block in self.books.blocks.values():
+        for block in self.holdings.blocks.values():
             if block.gauge is not None:
                 try:
                     block.ram, block.vram = block.gauge()
@@ -320,16 +315,16 @@ class OutputCache:
         if self.on_evict is not None:
             try:
                 self.on_evict(entry, self.values[entry.key])
-            except Exception as error:  # what is lost is an optimisation, and memory is short
+            except Exception as error:  # memory is short, and only a copy on disk is lost
                 self.ledger.decide_once(f"an evicted output was not kept: {error}")
         self._remove(entry)
-        self.books.bury(entry)
+        self.holdings.bury(entry)
 
     def _remove(self, entry: Entry) -> None:
         self.values.pop(entry.key, None)
-        self.protected.difference_update(self.books.remove(entry))
+        self.protected.difference_update(self.holdings.remove(entry))
 
-    def _words(self, going: Sequence[Entry], freed: int, short: int, reason: str) -> str:
+    def _in_words(self, going: Sequence[Entry], freed: int, short: int, reason: str) -> str:
         if not going:
             return f"nothing to evict: {in_words(short)} short ({reason})"
         names: dict[str, int] = {}
@@ -340,6 +335,6 @@ class OutputCache:
         return f"evicted {len(going)} outputs ({listed}{more}), {in_words(freed)}: {in_words(short)} short ({reason})"
 
     def _give_back(self, models: bool) -> None:
-        if models:  # a model's modules refer to each other in cycles
+        if models:  # its modules refer to each other in cycles, which only the collector frees
             gc.collect()
         allocator.trim()

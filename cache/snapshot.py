@@ -1,4 +1,4 @@
-"""What memory is used for at one moment, and the difference of two moments in words."""
+"""Takes all memory figures of one moment, and words the difference of two moments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ops.ledger import in_words
 from ..ops.ram import allocator
 from ..ops.ram.available import available_ram, process_bytes
 
-# Fields whose change is worth a word, and what they are called.
+# Fields that reports mention, and their names there.
 NAMES = {
     "rss": "process",
     "anonymous": "of it private",
@@ -35,12 +35,12 @@ WORTH_A_WORD = 1 << 20
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """All sizes in bytes. Figures that the system does not give are 0.
+    """All memory figures of one moment, in bytes. Figures that the system does not give are 0.
 
-    rss, anonymous: of this process, all of it and what no file backs. page_cache: pages of the open model files that
-    are in RAM, whoever read them. pinned, resident: pins and device memory of dynamic models. vram_*: torch's
-    allocator, all devices. aimdo: what comfy-aimdo has mapped. cached: RAM held by the output cache. arena_free: what
-    the C library holds free. reason: what limits `available`.
+    rss: all memory of this process. anonymous: its part that no file backs. page_cache: pages of the open model files
+    that are in RAM, whichever process read them. pinned, resident: pins and device memory of dynamic models. vram_*:
+    torch's allocator on all devices. aimdo: device memory that comfy-aimdo has mapped. cached: RAM that the output
+    cache holds. arena_free: free memory that the C library has not given back. reason: names the limit of `available`.
     """
 
     rss: int = 0
@@ -60,7 +60,7 @@ class MemorySnapshot:
 
     @classmethod
     def take(cls, *, pinned: int = 0, resident: int = 0, cached: int = 0) -> MemorySnapshot:
-        """Now. The caller knows the models and the cache."""
+        """Take the figures of now. The caller gives those of the models and of the cache."""
         state, devices = available_ram(), torch_memory()
         return cls(
             rss=psutil.Process().memory_info().rss,
@@ -80,16 +80,16 @@ class MemorySnapshot:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return all fields, ready for JSON."""
         return asdict(self)
 
     def in_words(self) -> str:
-        """One line; what is not there is left out."""
+        """Word the figures in one line, without those that are 0."""
         parts = [f"{name} {in_words(value)}" for key, name in NAMES.items() if (value := getattr(self, key))]
         return ", ".join(parts)
 
     def difference(self, later: MemorySnapshot) -> str:
-        """What changed until `later`, in words; changes under 1 MiB are not worth one."""
+        """Word the changes until `later`, without those under 1 MiB."""
         parts = []
         for key, name in NAMES.items():
             change = getattr(later, key) - getattr(self, key)
@@ -99,15 +99,15 @@ class MemorySnapshot:
 
 
 def torch_memory() -> dict[str, dict[str, int]]:
-    """Bytes by device: allocated and reserved by torch, free and total. Devices that were not used yet are left out."""
-    found = {}
+    """Return bytes by device: allocated and reserved by torch, free, total. Devices not used yet are left out."""
+    devices = {}
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind, None)
         if module is None or not module.is_available() or not module.is_initialized():
             continue
         for index in range(module.device_count()):
             free, total = module.mem_get_info(index)
-            found[f"{kind}:{index}"] = {
+            devices[f"{kind}:{index}"] = {
                 "allocated": module.memory_allocated(index),
                 "reserved": module.memory_reserved(index),
                 "free": free,
@@ -117,17 +117,17 @@ def torch_memory() -> dict[str, dict[str, int]]:
     if mps is not None and torch.backends.mps.is_available():
         total = mps.recommended_max_memory()
         reserved = mps.driver_allocated_memory()
-        found["mps"] = {
+        devices["mps"] = {
             "allocated": mps.current_allocated_memory(),
             "reserved": reserved,
             "free": total - reserved,
             "total": total,
         }
-    return found
+    return devices
 
 
 def aimdo_bytes() -> int:
-    """Device memory that comfy-aimdo has mapped; 0 where it is not in use."""
+    """Return the bytes of device memory that comfy-aimdo has mapped. 0 where it is not in use."""
     control = sys.modules.get("comfy_aimdo.control")
     if control is None or getattr(control, "lib", None) is None or not getattr(control, "devctxs", None):
         return 0
@@ -135,7 +135,7 @@ def aimdo_bytes() -> int:
 
 
 def cached_bytes(disk_map: DiskMap) -> int:
-    """Bytes of a mapped file that are in the page cache; 0 on systems without mincore."""
+    """Count the bytes of a mapped file that are in the page cache. 0 on systems without mincore."""
     if sys.platform == "win32" or not disk_map.file_bytes:
         return 0
     libc = ctypes.CDLL(None)

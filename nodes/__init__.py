@@ -1,1 +1,1 @@
-"""The graph's door to the pack: one file per group of nodes. They parse, call and report; the work is elsewhere."""
+"""The pack's nodes, one file per group. A node parses its inputs, calls the engine and reports."""

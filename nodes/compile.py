@@ -1,4 +1,4 @@
-"""The node that compiles a model's transformer blocks when it first samples."""
+"""Compiles a model's transformer blocks when it first samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DYNAMIC = {"auto": None, "true": True, "false": False}
 class INT8LazyTorchCompile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        # Workflow files keep values by position: the order of the inputs never changes.
+        # Workflow files keep values by position. Another order of inputs would give each of them the value of another.
         return io.Schema(
             node_id="INT8LazyTorchCompile",
             display_name=f"{WHO} (Spillway)",
@@ -34,8 +34,8 @@ class INT8LazyTorchCompile(io.ComfyNode):
                     "backend",
                     options=["inductor", "cudagraphs"],
                     default="inductor",
-                    tooltip="inductor writes fast kernels. cudagraphs replays the model's own; Spillway's models use "
-                    "inductor for both.",
+                    tooltip="inductor writes fast kernels. cudagraphs replays the model's own kernels. Models of "
+                    "Spillway's use inductor for both.",
                 ),
                 io.Boolean.Input(
                     "fullgraph",

@@ -1,4 +1,4 @@
-"""The list of the pack's nodes, as ComfyUI's V3 API asks for it."""
+"""Lists the pack's nodes for ComfyUI's V3 API, and sets the pack up when it is loaded."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep_noted
 from ..patcher.comfyui.saving.target import journal
 from . import routes
-from .cache_policy import SpillwayCachePolicy
 from .compile import INT8LazyTorchCompile
-from .load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
+from .load import (
+    SpillwayLoadCheckpoint,
+    SpillwayLoadCLIP,
+    SpillwayLoadDiffusionModel,
+    SpillwayLoadVAE,
+    SpillwayMakeDynamic,
+)
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
-from .make_dynamic import SpillwayMakeDynamic
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
-from .policy import SpillwayPolicy
+from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
-from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
-from .save_lora import SpillwaySaveLora
+from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")
@@ -28,11 +31,11 @@ log = logging.getLogger("spillway")
 
 class SpillwayExtension(ComfyExtension):
     async def on_load(self) -> None:
-        """Before the executor is built: its output cache is ours from then on, unless a flag or a setting says no.
+        """Put the output cache and the routes in place, and remove files that a killed run left unfinished.
 
-        And what an earlier run was killed while it saved is removed.
+        ComfyUI calls this before it builds the executor, which gets the cache unless a flag or a setting says no.
         """
-        comfy_cache.install()
+        output_cache.install()
         routes.install()
         for path in sweep_noted(journal()):
             log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

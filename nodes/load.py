@@ -1,4 +1,4 @@
-"""Loader nodes: models whose weights stay in their file until they are used."""
+"""Loads models whose weights stay in their file until they are used, and takes over those of other loaders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .inputs import CATEGORY, policy_input
 
@@ -15,7 +16,7 @@ NONE = "none"
 
 
 def model_path(folder: str, name: str) -> str:
-    """The path of a file in one of the host's folders. Raises FileNotFoundError with the places that were looked in."""
+    """Return the path of a file in one of ComfyUI's folders. Raises FileNotFoundError with all places looked in."""
     try:
         return folder_paths.get_full_path_or_raise(folder, name)
     except FileNotFoundError:
@@ -59,8 +60,8 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
         model = load_diffusion_model(path, weight_dtype, policy)
-        words = "\n".join(words for words, _ in model.state.notes)
-        return io.NodeOutput(model, ui=ui.PreviewText(words) if words else None)
+        notes = "\n".join(words for words, _ in model.state.notes)
+        return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
 
 
 class SpillwayLoadCheckpoint(io.ComfyNode):
@@ -165,3 +166,35 @@ class SpillwayLoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name: str, policy: Any = None) -> io.NodeOutput:
         return io.NodeOutput(load_vae(model_path("vae", vae_name), policy))
+
+
+class SpillwayMakeDynamic(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayMakeDynamic",
+            display_name="Make Dynamic (Spillway)",
+            category=CATEGORY,
+            description="Hands a MODEL from any other loader to Spillway, with the LoRAs and patches it carries; a "
+            "CLIP and a VAE too. The models that come in are not changed.",
+            search_aliases=["convert model", "low vram", "offload", "dynamic vram", "block swap"],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from any loader, with or without LoRAs."),
+                io.Clip.Input("clip", optional=True, tooltip="A CLIP that Spillway is to manage too."),
+                io.Vae.Input("vae", optional=True, tooltip="A VAE that Spillway is to manage too."),
+                policy_input(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The same model and patches, managed by Spillway."),
+                io.Clip.Output(tooltip="The same CLIP, managed by Spillway. Empty if none was connected."),
+                io.Vae.Output(tooltip="The same VAE, managed by Spillway. Empty if none was connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any = None, vae: Any = None, policy: Any = None) -> io.NodeOutput:
+        return io.NodeOutput(
+            dynamic_model(model, policy),
+            None if clip is None else dynamic_clip(clip, policy),
+            None if vae is None else dynamic_vae(vae, policy),
+        )

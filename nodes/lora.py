@@ -1,4 +1,4 @@
-"""LoRA nodes. What they add to the core's: a LoRA that does not fit is an error, and one that fits in part says so."""
+"""Puts LoRAs on models. Unlike ComfyUI's nodes, refuses a LoRA that does not fit and warns of one that fits in part."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import logging
 import os
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.patches.lora import apply_lora
 from .inputs import CATEGORY
 from .load import NONE, model_path
+from .save import Progress
 
 log = logging.getLogger("spillway")
 
@@ -27,31 +27,31 @@ def _lora_choice() -> io.Input:
     )
 
 
-def _strength(name: str, what: str) -> io.Input:
+def _strength(name: str, part: str) -> io.Input:
     return io.Float.Input(
         name,
         default=1.0,
         min=-100.0,
         max=100.0,
         step=0.01,
-        tooltip=f"How strongly the LoRA changes the {what}. It may be negative; 0 leaves the {what} as it is.",
+        tooltip=f"How strongly the LoRA changes the {part}. It may be negative. 0 leaves the {part} as it is.",
     )
 
 
 def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tuple[Any, Any, Any]:
-    """(model, clip, what the node shows): each (name, strength for the model, strength for the CLIP) in turn."""
-    # Files are found before any is read: a missing one should not cost the time of the others.
+    """Apply each (name, strength for the model, strength for the CLIP). Returns (model, clip, warnings to show)."""
+    # Look for all files before reading one. A missing last file would else cost the time of all the others.
     chosen = [(model_path("loras", name), *strengths) for name, *strengths in loras]
-    progress = comfy.utils.ProgressBar(len(chosen)) if len(chosen) > 1 else None
+    progress = Progress()
     warnings = []
-    for path, strength_model, strength_clip in chosen:
+    for done, (path, strength_model, strength_clip) in enumerate(chosen, 1):
         model, clip, fit = apply_lora(model, clip, path, strength_model, strength_clip)
         warning = fit.in_words(os.path.basename(path)) if fit is not None else ""
         if warning:
             log.warning("[Spillway] %s", warning)
             warnings.append(warning)
-        if progress is not None:
-            progress.update(1)
+        if len(chosen) > 1:
+            progress(done, len(chosen))
     return model, clip, ui.PreviewText("\n".join(warnings)) if warnings else None
 
 
@@ -115,21 +115,21 @@ class SpillwayLoraStack(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         files = [NONE, *folder_paths.get_filename_list("loras")]
         slots = []
-        for place in range(1, SLOTS + 1):
+        for number in range(1, SLOTS + 1):
             slots += [
                 io.Combo.Input(
-                    f"lora_{place}",
+                    f"lora_{number}",
                     options=files,
                     default=NONE,
-                    tooltip=f"LoRA number {place}: a file in models/loras, or 'none'.",
+                    tooltip=f"LoRA number {number}: a file in models/loras, or 'none'.",
                 ),
                 io.Float.Input(
-                    f"strength_{place}",
+                    f"strength_{number}",
                     default=1.0,
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip=f"How strongly number {place} changes the model and the text encoder; 0 leaves it out.",
+                    tooltip=f"How strongly LoRA {number} changes the model and the text encoder. 0 leaves it out.",
                 ),
             ]
         return io.Schema(
@@ -152,11 +152,8 @@ class SpillwayLoraStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any = None, **slots: Any) -> io.NodeOutput:
-        chosen = [(slots.get(f"lora_{place}", NONE), slots.get(f"strength_{place}", 1.0)) for place in _places()]
+        numbers = range(1, SLOTS + 1)
+        chosen = [(slots.get(f"lora_{number}", NONE), slots.get(f"strength_{number}", 1.0)) for number in numbers]
         loras = [(name, strength, strength) for name, strength in chosen if name != NONE and strength != 0]
         model, clip, shown = _applied(model, clip, loras)
         return io.NodeOutput(model, clip, ui=shown)
-
-
-def _places() -> range:
-    return range(1, SLOTS + 1)

@@ -1,4 +1,4 @@
-"""Nodes that say what memory is used for, and move models by hand."""
+"""Moves models by hand, and reports what memory is used for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from ..cache.comfyui.models import model_bytes, patcher_of
 from ..ops.ledger import in_words
 from ..patcher.comfyui import device as devices
 from .inputs import CATEGORY
-from .memory_report import in_lines, memory_report
-from .residency_picture import residency_picture
+from .memory_report import in_lines, memory_report, residency_picture
 
 LOAD, UNLOAD, DROP, MOVE = "load now", "unload to RAM", "drop RAM and pins too", "move to device"
 KEEP_DEVICE = "as it is"
@@ -32,9 +31,9 @@ class SpillwayDeviceControl(io.ComfyNode):
                     "action",
                     options=[LOAD, UNLOAD, DROP, MOVE],
                     default=UNLOAD,
-                    tooltip="load now: onto its device, before it is used. unload to RAM: off the device. drop RAM and "
-                    "pins too: a Spillway model is read from its file again when it is next used. move to device: it "
-                    "runs on the device chosen below from here on.",
+                    tooltip="load now: brings a model onto its device before it is used. unload to RAM: takes it off "
+                    "the device. drop RAM and pins too: a Spillway model is read from its file when it is next used. "
+                    "move to device: from here on it runs on the device chosen below.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -46,7 +45,7 @@ class SpillwayDeviceControl(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="A CLIP from any loader."),
                 io.Vae.Input("vae", optional=True, tooltip="A VAE from any loader."),
                 io.AnyType.Input(
-                    "after", optional=True, tooltip="Anything: the models are handled once this has been made."
+                    "after", optional=True, tooltip="Anything. The models are handled once this is there."
                 ),
             ],
             outputs=[
@@ -66,7 +65,7 @@ class SpillwayDeviceControl(io.ComfyNode):
             raise ValueError("Device Control (Spillway): connect a MODEL, CLIP or VAE; there is nothing to handle.")
         if action == MOVE and device == KEEP_DEVICE:
             raise ValueError("Device Control (Spillway): choose the device that the models are to move to.")
-        lines, made = [], []
+        lines, handled = [], []
         for value, move in (
             (model, devices.moved),
             (clip, devices.moved_clip),
@@ -74,7 +73,7 @@ class SpillwayDeviceControl(io.ComfyNode):
         ):
             patcher = patcher_of(value)
             if value is None or patcher is None:
-                made.append(value)
+                handled.append(value)
                 continue
             before, note = model_bytes(patcher), None
             if action == MOVE:
@@ -86,9 +85,9 @@ class SpillwayDeviceControl(io.ComfyNode):
                 devices.unload(patcher)
             else:
                 note = devices.drop(patcher)
-            made.append(value)
+            handled.append(value)
             lines.append(_line(patcher, action, before, note))
-        return io.NodeOutput(*made, after, "\n".join(lines))
+        return io.NodeOutput(*handled, after, "\n".join(lines))
 
 
 def _line(patcher: Any, action: str, before: dict[str, int], note: str | None) -> str:
@@ -110,7 +109,7 @@ class SpillwayMemoryReport(io.ComfyNode):
             search_aliases=["vram usage", "ram usage", "memory usage", "show memory", "debug memory", "residency"],
             is_output_node=True,
             inputs=[
-                io.AnyType.Input("value", tooltip="Anything. The report is made when it has been made."),
+                io.AnyType.Input("value", tooltip="Anything. The report is made once this is there."),
             ],
             outputs=[
                 io.AnyType.Output("value_out", display_name="value", tooltip="What came in."),

@@ -1,12 +1,15 @@
-"""The memory report: models, output cache and decisions, for the node and for /spillway/memory."""
+"""Reports memory, models, output cache and decisions as data, as text and as a picture."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import comfy.model_management
+import numpy
+import torch
+from PIL import Image, ImageDraw
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..cache.comfyui.models import model_bytes
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
@@ -14,20 +17,23 @@ from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.loading.load import is_ours
 
 DECISIONS = 5
+WIDTH, ROW, BAR, MARGIN = 1024, 52, 24, 12
+BACKGROUND, TEXT = (24, 26, 32), (220, 222, 228)
+RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
 
 
 def memory_report() -> dict[str, Any]:
-    """Plain data, all sizes in bytes: memory, models (Spillway's and the core's), cache."""
+    """Return memory, models (Spillway's and ComfyUI's) and cache, ready for JSON, with all sizes in bytes."""
     models = model_records()
-    cache = comfy_cache.current()
+    cache = current_cache()
     figures = cache.engine.as_dict() if cache is not None else None
-    taken = take_snapshot()
-    return {"memory": taken.as_dict(), "words": taken.in_words(), "models": models, "cache": figures}
+    snapshot = take_snapshot()
+    return {"memory": snapshot.as_dict(), "words": snapshot.in_words(), "models": models, "cache": figures}
 
 
 def take_snapshot() -> MemorySnapshot:
-    """All memory figures of this moment."""
-    cache = comfy_cache.current()
+    """Take all memory figures of this moment."""
+    cache = current_cache()
     models = list(dynamic.models)
     return MemorySnapshot.take(
         pinned=sum(model.pinned_bytes for model in models),
@@ -37,12 +43,12 @@ def take_snapshot() -> MemorySnapshot:
 
 
 def model_records() -> list[dict[str, Any]]:
-    """One record for each dynamic model that is alive, and for each of the core's that is loaded."""
-    found = [_ours(model) for model in list(dynamic.models)]
+    """Make a record for each dynamic model that is alive, and for each of ComfyUI's that is loaded."""
+    records = [_ours(model) for model in list(dynamic.models)]
     for loaded in list(comfy.model_management.current_loaded_models):
         patcher = loaded.model
         if patcher is not None and not is_ours(patcher):
-            found.append(
+            records.append(
                 {
                     "name": type(patcher.model).__name__,
                     "by": "ComfyUI",
@@ -53,7 +59,7 @@ def model_records() -> list[dict[str, Any]]:
                     "residency": [],
                 }
             )
-    return sorted(found, key=lambda record: -record["total"])
+    return sorted(records, key=lambda record: -record["total"])
 
 
 def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
         "by": "Spillway",
         "device": str(model.device),
         "total": model.total_bytes,
-        # On a CPU what is resident are pages of RAM.
+        # On a CPU, resident weights are pages of RAM.
         "bytes": {
             "vram": 0 if in_place else on_device,
             "pins": model.pinned_bytes,
@@ -79,7 +85,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
 
 
 def in_lines(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Word the report for people."""
     memory = report["memory"]
     lines = [
         f"Memory: {report['words']}",
@@ -102,3 +108,30 @@ def in_lines(report: dict[str, Any]) -> str:
         lines.append(f"  {entry['node']} ({entry['id']}): {in_words(entry['ram_bytes'])}, {', '.join(notes)}")
     lines += [f"    {decision}" for decision in cache["decisions"][-DECISIONS:]]
     return "\n".join(lines)
+
+
+def residency_picture(models: list[dict[str, Any]]) -> torch.Tensor:
+    """Draw a bar for each model, with layers as wide as they are large. [1, height, 1024, 3], from 0 to 1."""
+    rows = [model for model in models if model["residency"]]
+    image = Image.new("RGB", (WIDTH, MARGIN * 2 + ROW * max(1, len(rows))), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    if not rows:
+        draw.text((MARGIN, MARGIN), "no Spillway model is loaded", fill=TEXT)
+    for number, model in enumerate(rows):
+        top = MARGIN + number * ROW
+        resident = sum(size for _, size, here in model["residency"] if here)
+        total = sum(size for _, size, _ in model["residency"]) or 1
+        words = f"{model['name']} on {model['device']}: {in_words(resident)} of {in_words(total)} resident"
+        draw.text((MARGIN, top), words, fill=TEXT)
+        _bar(draw, top + 18, model["residency"], total)
+    array = numpy.asarray(image, dtype=numpy.float32) / 255
+    return torch.from_numpy(array.copy())[None]
+
+
+def _bar(draw: Any, top: int, layers: list[Any], total: int) -> None:
+    before, width = 0, WIDTH - 2 * MARGIN
+    for _, size, resident in layers:
+        left, right = before * width // total, (before + size) * width // total
+        before += size
+        box = (MARGIN + left, top, MARGIN + max(left, right - 2), top + BAR)
+        draw.rectangle(box, fill=RESIDENT if resident else AWAY)

@@ -1,4 +1,4 @@
-"""The node that merges models without holding them."""
+"""Merges models without holding them in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SpillwayMergeModels(io.ComfyNode):
                 _ratio(
                     "ratio",
                     0.5,
-                    "The share of model2: 0 gives model1, 1 gives model2. The factor, with add difference.",
+                    "The share of model2. 0 gives model1, 1 gives model2. With add difference, the factor.",
                 ),
                 io.Model.Input("model3", optional=True, tooltip="A third MODEL. Needed for add difference."),
                 _ratio(

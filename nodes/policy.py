@@ -1,16 +1,20 @@
-"""The node that says how much memory a model may take."""
+"""Sets how much memory a model may take, and how much the output cache leaves free."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..cache.comfyui.install import current_cache
+from ..ops.ledger import in_words
 from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy
-from .gigabytes import gigabytes_input, given
-from .inputs import CATEGORY, PolicyType
+from .inputs import AUTO, CATEGORY, PolicyType, gigabytes_input, given
+
+log = logging.getLogger("spillway")
 
 GIB = 1 << 30
 
@@ -36,10 +40,11 @@ class SpillwayPolicy(io.ComfyNode):
             search_aliases=["vram budget", "reserve vram", "headroom", "low vram", "unload model", "keep loaded"],
             inputs=[
                 io.Model.Input("model", optional=True, tooltip="A MODEL from a Spillway node. It gets this policy."),
-                _gigabytes("vram_gb", "The most device memory that the weights may hold; 0 keeps none there."),
+                _gigabytes("vram_gb", "The most device memory that the weights may hold. 0 keeps none there."),
                 _gigabytes("headroom_gb", "Device memory to keep free for the computation and other programs."),
                 _gigabytes(
-                    "pinned_gb", "Page-locked RAM for weights that are not on the device; makes their transfers faster."
+                    "pinned_gb",
+                    "Page-locked RAM for weights that are not on the device. It makes their transfers faster.",
                 ),
                 io.Combo.Input(
                     "keep",
@@ -96,3 +101,54 @@ class SpillwayPolicy(io.ComfyNode):
         model = model.clone()
         model.set_policy(policy)
         return io.NodeOutput(model, policy)
+
+
+class SpillwayCachePolicy(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwayCachePolicy",
+            display_name="Cache Policy (Spillway)",
+            category=CATEGORY,
+            description="Says how much RAM the output cache leaves free while this workflow runs, and whether what "
+            "comes in may be evicted at all.",
+            search_aliases=["cache", "never evict", "keep in ram", "ram headroom", "pin output"],
+            inputs=[
+                io.AnyType.Input("value", tooltip="Anything. It is passed on."),
+                gigabytes_input(
+                    "headroom_gb",
+                    "RAM to keep free while this workflow runs. Outputs are evicted when less is available. In "
+                    "GB; -1 leaves it to Spillway. Of several such nodes the largest holds.",
+                ),
+                io.Boolean.Input(
+                    "never_evict",
+                    default=False,
+                    tooltip="Keep what comes in, whatever happens, also while other workflows run. Switch it off and "
+                    "run again to let it go, or free ComfyUI's memory.",
+                ),
+                gigabytes_input(
+                    "disk_gb",
+                    "Disk space for evicted outputs that took long to make, so that they need not be made "
+                    "again. In GB; 0 writes none, -1 leaves it to the settings, where it is off.",
+                    step=1.0,
+                ),
+            ],
+            outputs=[io.AnyType.Output("value_out", display_name="value", tooltip="What came in.")],
+        )
+
+    @classmethod
+    def execute(cls, value: Any, headroom_gb: float, never_evict: bool, disk_gb: float = AUTO) -> io.NodeOutput:
+        headroom = given("Cache Policy (Spillway)", "headroom_gb", headroom_gb)
+        disk = given("Cache Policy (Spillway)", "disk_gb", disk_gb)
+        cache = current_cache()
+        if cache is None:
+            log.warning("[Spillway] cache policy: it has no effect, as ComfyUI's own output cache is in use.")
+            return io.NodeOutput(value)
+        if headroom is not None:
+            cache.set_headroom(headroom)
+        if disk is not None:
+            cache.set_disk(disk)
+        concerned = cache.engine.protect(value, never_evict)
+        if never_evict:
+            cache.engine.ledger.decide(f"never evicts {in_words(concerned)}: asked for by a Cache Policy node")
+        return io.NodeOutput(value)

@@ -1,4 +1,4 @@
-"""The node that says what is in a model file."""
+"""Says what is in a model file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SpillwayProbeModel(io.ComfyNode):
                     tooltip="A safetensors file in ComfyUI's models folder, and the folder that it lies in.",
                 )
             ],
-            outputs=[io.String.Output("report", tooltip="What was found, a fact a line; for Preview as Text.")],
+            outputs=[io.String.Output("report", tooltip="One fact a line, for Preview as Text.")],
             is_output_node=True,
         )
 
@@ -51,7 +51,7 @@ class SpillwayProbeModel(io.ComfyNode):
         folder, _, name = file.partition("/")
         if folder not in FOLDERS:
             raise ValueError(f"Probe Model: '{file}' is in none of the folders {', '.join(FOLDERS)}.")
-        found, host_name = probe_file(model_path(folder, name))
-        words = found.words + (f"\nComfyUI loads it as: {host_name}" if host_name else "")
+        contents, comfyui_name = probe_file(model_path(folder, name))
+        words = contents.words + (f"\nComfyUI loads it as: {comfyui_name}" if comfyui_name else "")
         log.info("[Spillway] %s", words)
         return io.NodeOutput(words, ui=ui.PreviewText(words))

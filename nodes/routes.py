@@ -1,4 +1,4 @@
-"""GET /spillway/memory and POST /spillway/free, behind the host's own middleware; none where there is no server."""
+"""Serves GET /spillway/memory and POST /spillway/free, behind ComfyUI's own middleware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 from aiohttp import web
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..patcher import dynamic_model as dynamic
 from .memory_report import memory_report, take_snapshot
 
@@ -24,12 +24,12 @@ USAGE = (
 
 
 class BadRequest(ValueError):
-    """What the caller did wrong, in words."""
+    """Says what the caller did wrong."""
 
 
 def install() -> bool:
-    """Add the routes to the running server; False where there is none (in tests and scripts)."""
-    server = sys.modules.get("server")  # importing it here would start to make one
+    """Add the routes to the running server. Returns False where there is none, as in tests and scripts."""
+    server = sys.modules.get("server")  # importing it here would begin to make a server
     running = getattr(getattr(server, "PromptServer", None), "instance", None)
     if running is None:
         return False
@@ -54,7 +54,7 @@ def install() -> bool:
 
 
 def is_same_origin(request: web.Request) -> bool:
-    """Browsers say where a request comes from; programs, which say nothing, may."""
+    """Refuse pages of other sites, which browsers name in each request. Programs name none, and may."""
     if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = request.headers.get("Origin")
@@ -62,7 +62,7 @@ def is_same_origin(request: web.Request) -> bool:
 
 
 def parse(content_type: str, body: bytes) -> dict[str, Any]:
-    """What to free. Raises BadRequest."""
+    """Read what to free from a request. Raises BadRequest."""
     if content_type != "application/json":
         raise BadRequest(f"the content type is {content_type!r}, not application/json.")
     if len(body) > MAX_BODY_BYTES:
@@ -88,11 +88,12 @@ def parse(content_type: str, body: bytes) -> dict[str, Any]:
 
 
 def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Free now what nobody uses; while a prompt runs, the rest when it ends.
+    """Free all that is not in use. While a prompt runs, its models are freed when it ends.
 
-    Returns bytes freed from the cache, what was put off, and the difference in words.
+    Returns the bytes freed from the cache, the parts that were put off, and the difference in words.
     """
-    with queue.mutex:  # no prompt begins meanwhile
+    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it.
+    with queue.mutex:
         running = bool(queue.currently_running)
         before = take_snapshot()
         put_off = []
@@ -111,7 +112,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 for model in list(dynamic.models):
                     model.free_pins()
         freed = 0
-        cache = comfy_cache.current()
+        cache = current_cache()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
             freed = cache.engine.evict(short, current=not running, reason="asked for by /spillway/free").freed

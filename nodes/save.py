@@ -1,4 +1,4 @@
-"""Save nodes: models as they are used, LoRAs and all, written tensor by tensor."""
+"""Saves models as they are used, LoRAs and all, and the difference of two models, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..patcher.comfyui.saving.save import AS_LOADED, SAVE_DTYPES, Saved, save_model
-from ..patcher.comfyui.saving.target import checkpoint_target, journal
+from ..patcher.comfyui.saving.extract_lora import save_lora
+from ..patcher.comfyui.saving.save import AS_LOADED, DTYPES, SAVE_DTYPES, Saved, save_model
+from ..patcher.comfyui.saving.target import checkpoint_target, journal, next_name, workflow_metadata
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -30,13 +31,13 @@ class Progress:
 
 
 def report(saved: Saved) -> io.NodeOutput:
-    """The path, and for the log and the node what was written."""
+    """Return the path. The node and the log say what was written."""
     log.info("[Spillway] saved %s", saved.words)
     return io.NodeOutput(str(saved.path), ui=ui.PreviewText(saved.words))
 
 
 def prefix_input(default: str) -> io.Input:
-    """The name under which to save."""
+    """Make the input for the name to save under."""
     return io.String.Input(
         "filename_prefix",
         default=default,
@@ -45,7 +46,7 @@ def prefix_input(default: str) -> io.Input:
 
 
 def dtype_input() -> io.Input:
-    """The number format to save in."""
+    """Make the input for the number format to save in."""
     return io.Combo.Input(
         "dtype",
         options=SAVE_DTYPES,
@@ -56,6 +57,7 @@ def dtype_input() -> io.Input:
 
 
 def path_output() -> io.Output:
+    """Make the output for the path of the file."""
     return io.String.Output("path", tooltip="The path of the file that was written.")
 
 
@@ -135,3 +137,54 @@ def _save(node: Any, prefix: str, dtype: str, model: Any, *others: Any) -> io.No
             journal=journal(),
         )
     )
+
+
+class SpillwaySaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpillwaySaveLora",
+            display_name="Extract and Save LoRA (Spillway)",
+            category=CATEGORY,
+            description="Saves the difference of two models as a LoRA of a rank that you choose. It works weight by "
+            "weight and holds neither model in memory.",
+            search_aliases=["extract lora", "save lora", "export lora", "model difference", "lora from model", "svd"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that the LoRA is to lead to, with whatever patches it has."),
+                io.Model.Input("base", tooltip="The MODEL that the LoRA will be used with."),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=4096,
+                    tooltip="How much of the difference the LoRA can hold. A higher rank is nearer, and a larger file.",
+                ),
+                prefix_input("loras/Spillway"),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    tooltip="The number format of the file. Most LoRAs are in fp16 or bf16.",
+                ),
+            ],
+            outputs=[path_output()],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, base: Any, rank: int, filename_prefix: str, dtype: str = "fp16") -> io.NodeOutput:
+        hidden = cls.hidden
+        metadata = workflow_metadata(getattr(hidden, "prompt", None), getattr(hidden, "extra_pnginfo", None))
+        return report(
+            save_lora(
+                next_name(filename_prefix),
+                model,
+                base,
+                rank,
+                dtype=dtype,
+                metadata=metadata,
+                progress=Progress(),
+                journal=journal(),
+            )
+        )

@@ -1,4 +1,4 @@
-"""VAE nodes that free memory before they cut the picture into tiles."""
+"""Decodes and encodes with a VAE, and frees memory before cutting the picture into tiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache.comfyui import cache as comfy_cache
+from ..cache.comfyui.install import current_cache
 from ..patcher.comfyui import vae as tiled_last
 from .inputs import CATEGORY
 
@@ -18,7 +18,7 @@ def _tile_input() -> io.Input:
         min=64,
         max=4096,
         step=64,
-        tooltip="Edge of a tile in pixels, for the last resort alone. Small tiles take less memory, but show seams.",
+        tooltip="Edge of a tile in pixels, for tiling alone. Small tiles take less memory, but show seams.",
     )
 
 
@@ -29,7 +29,7 @@ def _how_output() -> io.Output:
 
 
 def _evict() -> None:
-    cache = comfy_cache.current()
+    cache = current_cache()
     if cache is not None:
         cache.engine.evict(1 << 62, cache.needed(), reason="a VAE ran out of memory")
 

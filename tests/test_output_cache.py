@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from spillway.cache.holdings import is_unlike_itself
+from spillway.cache.holdings import never_equal
 from spillway.cache.measure import Model, module_bytes
 from spillway.cache.output_cache import OutputCache
 from spillway.ops.ram.available import Available
@@ -69,9 +69,9 @@ def test_shared_memory_counts_once_and_is_freed_with_the_last():
     put(cache, "load", image)
     put(cache, "reroute", image)
     assert cache.ram_bytes() == 10 * MIB + 2 * 1024
-    cache.forget("load")
+    cache.drop("load")
     assert cache.ram_bytes() == 10 * MIB + 1024
-    cache.forget("reroute")
+    cache.drop("reroute")
     assert cache.ram_bytes() == 0
 
 
@@ -81,7 +81,7 @@ def test_shares_always_add_up():
     for step in range(60):
         put(cache, step % 13, *(images[i] for i in range(5) if (step >> i) & 1 or i == step % 5))
         if step % 7 == 3:
-            cache.forget((step * 5) % 13)
+            cache.drop((step * 5) % 13)
         held = cache.ram_bytes() - len(cache.values) * 1024
         assert sum(entry.share for entry in cache.entries.values()) == pytest.approx(held)
 
@@ -180,7 +180,7 @@ def test_expected_bytes_are_those_of_the_key_else_of_the_kind():
 
 def test_keys_unlike_themselves_go_with_their_prompt():
     nan = frozenset([(0, float("nan")), (1, "Random")])
-    assert is_unlike_itself(nan) and is_unlike_itself((1, [nan])) and not is_unlike_itself(frozenset([(0, 1.5)]))
+    assert never_equal(nan) and never_equal((1, [nan])) and not never_equal(frozenset([(0, 1.5)]))
     cache = Machine(1000).cache
     cache.begin_prompt([nan])
     put(cache, nan, tensor(1))
@@ -250,4 +250,4 @@ def test_many_threads():
         thread.join()
     assert not errors
     machine.cache.clear()
-    assert machine.cache.ram_bytes() == 0 and not machine.cache.books.holders and not machine.cache.values
+    assert machine.cache.ram_bytes() == 0 and not machine.cache.holdings.holders and not machine.cache.values

@@ -1,1 +1,1 @@
-"""The output cache in the place of ComfyUI's own."""
+"""Puts the output cache in the place of ComfyUI's own."""

@@ -1,75 +1,71 @@
-"""The output cache in the place of the host's own, for the executors of ComfyUI 0.22 to 0.33."""
+"""The output cache as the executors of ComfyUI 0.22 to 0.33 use it."""
 
 from __future__ import annotations
 
-import inspect
-import logging
 import time
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfyui_version
 import execution
 import nodes
-from comfy.cli_args import args
 from comfy_execution import caching
 from comfy_execution.graph_utils import is_link
 
-from ...ops.ledger import Ledger, in_words
-from ...ops.ram.allocator import what_was_done
-from ...ops.ram.available import available_ram
 from ..disk_tier import DiskTier
 from ..holdings import Entry
 from ..output_cache import OutputCache
-from . import settings
 from .disk import file_name, make_tier
-from .models import model_getter
-
-log = logging.getLogger("spillway")
 
 GIB = 1 << 30
 HISTORY_NEEDS_A_CLIENT = [int(part) for part in comfyui_version.__version__.split(".")[:2]] < [0, 28]
 POLICY_NODE = "SpillwayCachePolicy"
-# The system is asked this often at most by callers that ask for every weight they pin.
+# ComfyUI asks for room before each weight that it pins. Free RAM is looked up again after this time only.
 ASK_EVERY_SECONDS = 0.05
-# Outputs smaller than this fit into the headroom.
+# The headroom has room for outputs smaller than this.
 WORTH_ROOM = 64 << 20
 
-_current: weakref.ref[SpillwayCache] | None = None
 
+@dataclass(slots=True)
+class Prompt:
+    """All that the executor told about the nodes of one prompt. The next prompt begins with a new object.
 
-def current() -> SpillwayCache | None:
-    """The cache of the executor that was built last; None where the host's own is in use."""
-    return _current() if _current is not None else None
+    started: the times of lookups that found nothing. done: nodes that ran or were found. asked: nodes that the executor
+    asked for, as it does for all nodes that it will run. expanded: the nodes that a node expanded into.
+    """
+
+    started: dict[str, float] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    expanded: dict[str, list[str]] = field(default_factory=dict)
 
 
 class SpillwayCache(caching.BasicCache):
-    """What the executor asks of an output cache. Entries are the executor's own named tuples of UI and outputs."""
+    """Answers the executor's calls to an output cache. Its values are ComfyUI's named tuples of UI and outputs."""
 
     def __init__(
-        self, key_class: Any, engine: OutputCache, host_headroom: int = 0, inactive_headroom: int | None = None
+        self, key_class: Any, engine: OutputCache, executor_headroom: int = 0, inactive_headroom: int | None = None
     ) -> None:
-        """host_headroom: bytes that the executor means to keep free; asking for more says how much is needed above.
+        """Use `engine` to keep outputs.
 
-        inactive_headroom: below it, what the running prompt does not use goes; None where the user gave none.
+        executor_headroom: bytes that the executor itself keeps free. When it asks for more, the rest is what a node
+        needs. inactive_headroom: when less is available, outputs that the running prompt does not use go. None where
+        the user gave none.
         """
         super().__init__(key_class, enable_providers=True)
         self.engine = engine
         self.cache = engine.values
         self.base_headroom = engine.headroom
-        self.host_headroom = host_headroom
+        self.executor_headroom = executor_headroom
         self.inactive_headroom = inactive_headroom
-        # Newer executors report these.
+        # Newer executors read these for their log.
         self.active_evictions = False
         self.full_evictions = False
         self.disk: DiskTier | None = None
         engine.on_evict = self._write
-        self._started: dict[str, float] = {}
-        self._done: set[str] = set()
-        self._asked: set[str] = set()
-        self._expanded: dict[str, list[str]] = {}
+        self._prompt = Prompt()
         self._last_asked = 0.0
 
     # -- a prompt
@@ -77,21 +73,20 @@ class SpillwayCache(caching.BasicCache):
     async def set_prompt(self, dynprompt: Any, node_ids: Iterable[str], is_changed_cache: Any) -> None:
         await super().set_prompt(dynprompt, node_ids, is_changed_cache)
         self.active_evictions = self.full_evictions = False
-        for books in (self._started, self._done, self._asked, self._expanded):
-            books.clear()
+        self._prompt = Prompt()
         if HISTORY_NEEDS_A_CLIENT:
-            self._forget_old_outputs(node_ids)
+            self._drop_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
         self._apply_policies(node_ids)
 
     def clean_unused(self) -> None:
-        """Nothing goes for being unused: RAM decides."""
+        """Keep outputs that this prompt does not use. RAM decides."""
 
     async def ensure_subcache_for(self, node_id: str, children_ids: Iterable[str]) -> SpillwayCache:
-        """Nodes that a node expanded into live in the same cache."""
+        """Keep the outputs of the nodes that a node expanded into in this cache too."""
         children = list(children_ids)
         await self.cache_key_set.add_keys(children)
-        self._expanded[node_id] = children
+        self._prompt.expanded[node_id] = children
         for child in children:
             self.engine.touch(self._key(child))
         return self
@@ -99,24 +94,25 @@ class SpillwayCache(caching.BasicCache):
     def _key(self, node_id: str) -> Any:
         return self.cache_key_set.get_data_key(node_id)
 
-    def _forget_old_outputs(self, node_ids: Iterable[str]) -> None:
-        """Save and preview nodes run again unless the last prompt had them, as with those executors' own cache.
+    def _drop_old_outputs(self, node_ids: Iterable[str]) -> None:
+        """Have save and preview nodes run again unless the last prompt had them, as ComfyUI's own cache does.
 
-        Their history has no outputs of cached nodes when nobody is connected, so programs would miss them.
+        The history of these executors lacks the outputs of cached nodes when no browser is connected. Without this,
+        programs would miss them.
         """
         for node_id in node_ids:
             entry = self.engine.entries.get(self._key(node_id))
             if entry is not None and entry.used < self.engine.prompt and self._is_output(node_id):
-                self.engine.forget(entry.key)
+                self.engine.drop(entry.key)
 
     def _is_output(self, node_id: str) -> bool:
-        kind = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
-        return bool(getattr(kind, "OUTPUT_NODE", False))
+        node_class = nodes.NODE_CLASS_MAPPINGS.get(self._node(node_id).get("class_type"))
+        return bool(getattr(node_class, "OUTPUT_NODE", False))
 
     # -- policy
 
     def _apply_policies(self, node_ids: Iterable[str]) -> None:
-        """What the prompt's policy nodes say holds for it, also where their outputs are still cached."""
+        """Apply the prompt's policy nodes. Those whose outputs are still cached do not run, and count all the same."""
         self.engine.headroom = self.base_headroom
         self.disk = make_tier(self.engine.ledger)
         for node_id in node_ids:
@@ -129,19 +125,19 @@ class SpillwayCache(caching.BasicCache):
                     self.set_disk(disk)
 
     def set_headroom(self, gigabytes: float) -> None:
-        """For the running prompt; of several policies the largest holds."""
+        """Set the headroom of the running prompt. Of several policies the largest holds."""
         wanted, before = int(gigabytes * GIB), self.engine.headroom
         self.engine.headroom = wanted if before == self.base_headroom else max(before, wanted)
 
     def set_disk(self, gigabytes: float) -> None:
-        """For the running prompt: the disk tier's cap; 0 turns it off."""
+        """Set the cap of the disk tier for the running prompt. 0 turns it off."""
         self.disk = make_tier(self.engine.ledger, gigabytes)
 
     # -- disk
 
     def _write(self, entry: Entry, value: Any) -> None:
-        """Of an evicted entry. What a node showed lies in files that may be gone by then."""
-        if self.disk is None or entry.once or value.ui or entry.seconds < self.disk.least_seconds:
+        """Write an evicted entry. Entries with UI stay out: it names files that may be gone when the entry is read."""
+        if self.disk is None or entry.unfindable or value.ui or entry.seconds < self.disk.least_seconds:
             return
         name = file_name(entry.key)
         if name is not None:
@@ -151,10 +147,10 @@ class SpillwayCache(caching.BasicCache):
         if self.disk is None or key is None or not self.disk.folder.is_dir():
             return None
         name = file_name(key)
-        found = self.disk.load(name) if name is not None else None
-        if found is None:
+        stored = self.disk.load(name) if name is not None else None
+        if stored is None:
             return None
-        outputs, seconds = found
+        outputs, seconds = stored
         value = execution.CacheEntry(ui=None, outputs=outputs)
         self._adopt(node_id, key, value, seconds)
         return value
@@ -167,39 +163,39 @@ class SpillwayCache(caching.BasicCache):
         key = self.cache_key_set.get_data_key(node_id)
         value = self.cache.get(key)
         if value is None:
-            # The executor asks for all nodes as a prompt begins, and for each again right before it runs it.
-            if node_id in self._started:
+            # The executor asks for all nodes when a prompt begins, and for each node again right before running it.
+            if node_id in self._prompt.started:
                 self._make_room(node_id, key)
-            self._started[node_id] = time.perf_counter()
+            self._prompt.started[node_id] = time.perf_counter()
             value = await self._get_immediate(node_id)
             if value is None:
                 return None
             self._adopt(node_id, key, value, 0.0)
-        self._done.add(node_id)
+        self._prompt.done.add(node_id)
         return value
 
     def get_local(self, node_id: str) -> Any:
         if not self.initialized:
             return None
-        self._asked.add(node_id)
+        self._prompt.asked.add(node_id)
         key = self.cache_key_set.get_data_key(node_id)
         value = self.cache.get(key)
-        # Asked for from the outputs upwards, so nothing is read that nothing needs.
+        # The executor asks from the outputs upwards, so only outputs that are needed are read from disk.
         return value if value is not None or self.disk is None else self._read(node_id, key)
 
     async def set(self, node_id: str, value: Any) -> None:
         now = time.perf_counter()
-        seconds = now - self._started.pop(node_id, now)
-        for child in self._expanded.get(node_id, ()):
+        seconds = now - self._prompt.started.pop(node_id, now)
+        for child in self._prompt.expanded.get(node_id, ()):
             entry = self.engine.entries.get(self._key(child))
             seconds += entry.seconds if entry is not None else 0.0
-        self._done.add(node_id)
+        self._prompt.done.add(node_id)
         await self._set_immediate(node_id, value)
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
 
     def set_local(self, node_id: str, value: Any) -> None:
-        """A node that ran puts back what it read; it may have been evicted since."""
+        """Store a value that the executor read before. It may have been evicted since."""
         key = self._key(node_id)
         if self.cache.get(key) is value:
             return
@@ -224,26 +220,26 @@ class SpillwayCache(caching.BasicCache):
     # -- eviction
 
     def relieve(self) -> int:
-        """Evict where less than the headroom is available; returns the bytes freed."""
+        """Evict where less than the headroom is available. Returns the bytes freed."""
         self._last_asked = time.monotonic()
         freed = self.engine.relieve(self.engine.headroom, self.needed)
         self.active_evictions = self.active_evictions or bool(freed)
         return freed
 
     def _make_room(self, node_id: str, key: Any) -> None:
-        """Before a node runs: free what it is likely to take, as far as it would cut into the headroom."""
+        """Free the RAM that a node will likely take, before it runs, as far as that would cut into the headroom."""
         expected = self.engine.expected_bytes(key, self._node(node_id).get("class_type", ""))
         if expected >= WORTH_ROOM:
             self.engine.relieve(self.engine.headroom + expected, self.needed)
 
     def ram_release(self, target: int, free_active: bool = False, min_entry_size: int = 0) -> int:
-        """What the executor and its pins ask for; returns the bytes freed.
+        """Free RAM for the executor and its pins. Returns the bytes freed.
 
-        The headroom decides, not `target`: unless told by a flag, newer executors ask for all of the RAM, to drop
-        whatever the last prompt did not use. min_entry_size spares what is small; the score does that.
+        The headroom decides, not `target`. Without a flag, newer executors ask for all of the RAM, to drop all that the
+        last prompt did not use. min_entry_size would spare small outputs. The score does that.
         """
         if free_active:
-            above = max(0, int(target) - self.host_headroom)
+            above = max(0, int(target) - self.executor_headroom)
             freed = self.engine.relieve(self.engine.headroom + above, self.needed)
             self.active_evictions = self.active_evictions or bool(freed)
             return freed
@@ -254,7 +250,7 @@ class SpillwayCache(caching.BasicCache):
         return self.relieve()
 
     def needed(self) -> set[Any]:
-        """Keys of what nodes that have yet to run will read."""
+        """Return the keys of the outputs that nodes yet to run will read."""
         if not self.initialized:
             return set()
         readers = defaultdict(list)
@@ -267,100 +263,7 @@ class SpillwayCache(caching.BasicCache):
         }
 
     def _will_run(self, node_id: str) -> bool:
-        if node_id in self._done:
+        if node_id in self._prompt.done:
             return False
-        # The executor asks for all that it is going to run, save for where it starts from.
-        return node_id in self._asked or self._is_output(node_id)
-
-
-# -- in the host's place
-
-
-def unrecognised() -> str | None:
-    """Why the executor is none that this cache fits; None where it fits."""
-    cache_set = getattr(execution, "CacheSet", None)
-    for name in ("init_ram_cache", "init_classic_cache"):
-        if not callable(getattr(cache_set, name, None)):
-            return f"execution.CacheSet has no {name}"
-    if list(inspect.signature(cache_set.init_ram_cache).parameters) != ["self", "min_headroom"]:
-        return "init_ram_cache takes other arguments"
-    if getattr(execution.CacheEntry, "_fields", None) != ("ui", "outputs"):
-        return "a cache entry has other fields"
-    methods = ("set_prompt", "all_node_ids", "clean_unused", "get_local", "set_local")
-    missing = [name for name in (*methods, "_get_immediate", "_set_immediate") if not hasattr(caching.BasicCache, name)]
-    missing += [name for name in ("HierarchicalCache", "CacheKeySetInputSignature") if not hasattr(caching, name)]
-    if missing:
-        return f"its caches have no {', '.join(missing)}"
-    theirs = {name for name in dir(caching.RAMPressureCache) if not name.startswith("_")}
-    ours = {name for name in dir(SpillwayCache) if not name.startswith("_")}
-    if theirs - ours:
-        return f"it asks for {', '.join(sorted(theirs - ours))}"
-    release = list(inspect.signature(caching.RAMPressureCache.ram_release).parameters)
-    if not {"self", "target"} <= set(release) <= {"self", "target", "free_active", "min_entry_size"}:
-        return "ram_release takes other arguments"
-    return None
-
-
-def given_headrooms() -> list[float]:
-    """What the user gave with --cache-ram, in GB; older versions take one number, -1 meaning none."""
-    given = getattr(args, "cache_ram", None)
-    if isinstance(given, list):
-        return given
-    return [given] if given is not None and given > 0 else []
-
-
-def default_headroom() -> int:
-    """Bytes: a tenth of the RAM that this process may have, between 1 and 10 GiB."""
-    return min(max(available_ram().total // 10, GIB), 10 * GIB)
-
-
-def make_cache(host_headroom: float = 0.0) -> SpillwayCache:
-    """The cache for one executor, which means to keep that many GB free; nodes and report find it by `current`."""
-    global _current
-    given = given_headrooms()
-    headroom = int(given[0] * GIB) if given else default_headroom()
-    engine = OutputCache(headroom, getters=[model_getter], ledger=Ledger("output cache"))
-    inactive = int(given[1] * GIB) if len(given) > 1 else None
-    cache = SpillwayCache(caching.CacheKeySetInputSignature, engine, int(host_headroom * GIB), inactive)
-    _current = weakref.ref(cache)
-    state = available_ram()
-    engine.ledger.decide(
-        f"in use: keeps {in_words(headroom)} of RAM free; {in_words(state.available)} of {in_words(state.total)} are "
-        f"available by {state.reason}"
-    )
-    engine.ledger.decide(f"allocator: {what_was_done()}")
-    return cache
-
-
-def install() -> bool:
-    """Have executors built from now on use this cache where no flag chose another; whether it was put in place.
-
-    Called once, when the pack is loaded. Whether it is turned on is asked each time that an executor is built.
-    """
-    reason = unrecognised()
-    if reason is not None:
-        log.warning("[Spillway] output cache: ComfyUI's own is left in place, as its executor is not known: %s", reason)
-        return False
-    own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
-
-    def use(caches: Any, host_headroom: float = 0.0) -> bool:
-        off = settings.cache_turned_off()
-        if off is not None:
-            log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
-            return False
-        caches.outputs = make_cache(host_headroom)
-        caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)
-        return True
-
-    def init_ram_cache(caches: Any, min_headroom: float) -> None:
-        if not use(caches, min_headroom):
-            own_ram(caches, min_headroom)
-
-    def init_classic_cache(caches: Any) -> None:
-        # The default of older versions; newer ones come here only by a flag.
-        if getattr(args, "cache_classic", False) or not use(caches):
-            own_classic(caches)
-
-    execution.CacheSet.init_ram_cache = init_ram_cache
-    execution.CacheSet.init_classic_cache = init_classic_cache
-    return True
+        # The executor asks for all nodes that it will run, except for the output nodes that it starts from.
+        return node_id in self._prompt.asked or self._is_output(node_id)

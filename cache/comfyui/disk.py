@@ -1,4 +1,4 @@
-"""The disk tier in ComfyUI: where it lies, how large it may be, and what must be the same for an output to count."""
+"""The disk tier in ComfyUI: its folder, its cap, and names that only outputs of unchanged files and nodes have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", "
 
 
 def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
-    """The tier with a cap in GB (None: as the settings say), or None where it is off, as it is by default."""
+    """Make the tier with a cap in GB, by default that of the settings. Returns None where it is off."""
     cap = settings.setting(settings.DISK_GB_SETTING, 0.0) if gigabytes is None else gigabytes
     if not 0 < cap < 1e6:
         return None
@@ -32,15 +32,15 @@ def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
 
 
 def folder() -> Path:
-    """A folder of the server's own among those of its users; two underscores keep it from being served."""
+    """Return a folder beside those of ComfyUI's users. ComfyUI serves none whose name begins with two underscores."""
     return Path(folder_paths.get_user_directory()) / "__spillway" / "outputs"
 
 
 def file_name(key: Hashable) -> str | None:
-    """The name of an entry; None for keys that another process could not tell.
+    """Return the name of an entry. None for keys that another process cannot make.
 
-    A key names model files and node classes only. What they are now is part of the name, so that an output of another
-    file under the same name, of another version of a node or of another ComfyUI is never found.
+    A key only names model files and node classes. The stamps of those files and of the classes' source are part of the
+    name. Without them an output of another file of that name, or of another version of a node, would be found.
     """
     strings = sorted(set(_strings(key)))
     salt = {
@@ -54,14 +54,14 @@ def file_name(key: Hashable) -> str | None:
 
 
 def _strings(key: Any) -> list[str]:
-    found, pending = [], [key]
+    strings, pending = [], [key]
     while pending:
         value = pending.pop()
         if isinstance(value, str):
-            found.append(value)
+            strings.append(value)
         elif isinstance(value, tuple | list | frozenset):
             pending.extend(value)
-    return found
+    return strings
 
 
 def _files(name: str) -> list[Any]:
@@ -72,7 +72,7 @@ def _files(name: str) -> list[Any]:
 def _source(name: str) -> list[Any]:
     try:
         path = inspect.getsourcefile(nodes.NODE_CLASS_MAPPINGS[name])
-    except TypeError:  # made by something that is no file
+    except TypeError:  # its class was not made by a file
         path = None
     return [name, _stamp(path) if path is not None else None]
 

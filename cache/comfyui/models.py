@@ -1,4 +1,4 @@
-"""The host's models as the measurer asks for them: model patchers, and what wraps one (CLIP, VAE, CLIP vision)."""
+"""Measures ComfyUI's models: model patchers and the objects that wrap one (CLIP, VAE, CLIP vision)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..measure import Model, module_bytes, module_sizes
 
 
 def patcher_of(value: Any) -> Any:
-    """The model patcher that an output is or wraps; None for other outputs."""
+    """Return the model patcher that an output is or wraps. None for other outputs."""
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         return value
     inner = getattr(value, "patcher", None)
@@ -20,7 +20,7 @@ def patcher_of(value: Any) -> Any:
 
 
 def model_getter(value: Any) -> Model | None:
-    """A getter for `Measurer`. Clones share their module; each has patches and attached models of its own."""
+    """Describe a model to `Measurer`. Clones share their module, and have patches and attached models of their own."""
     patcher = patcher_of(value)
     if patcher is None:
         return None
@@ -43,17 +43,17 @@ def _gauge(patcher: Any) -> Callable[[], tuple[int, int]]:
             return 0, 0
         if owner is None:
             return module_bytes(model)
-        where = model_bytes(owner)
-        return where["ram"] + where["pins"], where["vram"]
+        sizes = model_bytes(owner)
+        return sizes["ram"] + sizes["pins"], sizes["vram"]
 
     return gauge
 
 
 def model_bytes(patcher: Any) -> dict[str, int]:
-    """Bytes of a patcher's model by place: vram (of a device that is not the CPU), pins, ram, disk (only mapped)."""
+    """Return the bytes of a model: vram (of a device other than the CPU), pins, ram, disk (only mapped)."""
     ram, vram, mapped = module_sizes(patcher.model)
     pins = 0
-    if patcher.is_dynamic():  # its weights lie in a file's map, in pins, and in a VBAR
+    if patcher.is_dynamic():  # its weights lie in a mapped file, in pins and in a VBAR, which no module shows
         pins = patcher.pinned_memory_size()
         resident = getattr(patcher, "resident_ram_bytes", None)
         ram += resident() if resident is not None else 0

@@ -9,7 +9,7 @@ from pairs import SMALL, assert_same, core_vae, run
 from test_hooks import hook_lora, hooked
 from test_lora import forms, numbers, with_lora
 
-from spillway.nodes.make_dynamic import SpillwayMakeDynamic
+from spillway.nodes.load import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy

@@ -10,11 +10,11 @@ import pytest
 import sampling
 import torch
 
-from spillway.cache.comfyui import cache as comfy_cache
+from spillway.cache.comfyui import install as cache_install
 from spillway.cache.comfyui.models import model_bytes
-from spillway.nodes.cache_policy import SpillwayCachePolicy
 from spillway.nodes.load import SpillwayLoadCheckpoint
 from spillway.nodes.memory import DROP, LOAD, MOVE, UNLOAD, SpillwayDeviceControl, SpillwayMemoryReport
+from spillway.nodes.policy import SpillwayCachePolicy
 from spillway.nodes.vae import SpillwayVAEDecode, SpillwayVAEEncode
 from spillway.patcher.comfyui import device as comfy_device
 from spillway.patcher.comfyui import vae as comfy_vae
@@ -175,11 +175,11 @@ class Server:
 def cache(monkeypatch):
     for name in ("init_ram_cache", "init_classic_cache"):
         monkeypatch.setattr(execution.CacheSet, name, getattr(execution.CacheSet, name))
-    assert comfy_cache.install()
+    assert cache_install.install()
     cache_args = {"lru": 0, "ram": 2.0, "ram_inactive": 64.0}
     executor = execution.PromptExecutor(Server(), execution.CacheType.RAM_PRESSURE, cache_args)
     yield executor
-    monkeypatch.setattr(comfy_cache, "_current", None)
+    monkeypatch.setattr(cache_install, "_current", None)
 
 
 def test_policy(cache, monkeypatch):
@@ -211,7 +211,7 @@ def test_policy_with_a_bad_headroom_or_the_hosts_cache(monkeypatch, caplog):
         SpillwayCachePolicy.execute("x", -0.5, False)
     with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -1.0, False, float("nan"))
-    monkeypatch.setattr(comfy_cache, "_current", None)
+    monkeypatch.setattr(cache_install, "_current", None)
     assert SpillwayCachePolicy.execute("x", 2.0, True).result == ("x",)
     assert "no effect" in caplog.text
 

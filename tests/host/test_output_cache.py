@@ -16,6 +16,7 @@ from comfy.cli_args import args
 from comfy_execution import caching
 
 from spillway.cache.comfyui import cache as comfy_cache
+from spillway.cache.comfyui import install as cache_install
 from spillway.ops.ram.available import Available
 
 MIB = 1 << 20
@@ -134,7 +135,7 @@ def installed(monkeypatch):
     for name in ("init_ram_cache", "init_classic_cache"):
         monkeypatch.setattr(execution.CacheSet, name, getattr(execution.CacheSet, name))
     monkeypatch.setattr(comfy_cache, "WORTH_ROOM", MIB)
-    assert comfy_cache.install()
+    assert cache_install.install()
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_the_variable_and_the_setting_turn_it_off(installed, monkeypatch, tmp_pa
 def test_an_unknown_executor_is_left_alone(monkeypatch, caplog, where, name, value, reason):
     monkeypatch.setattr(where, name, value, raising=False)
     before = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
-    assert not comfy_cache.install()
+    assert not cache_install.install()
     assert (execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache) == before
     assert len(caplog.records) == 1 and reason in caplog.text
 
@@ -197,7 +198,7 @@ def test_headroom_is_the_flags_else_a_tenth(installed, monkeypatch):
     cache = Executor().cache
     assert cache.engine.headroom == 3 << 30 and cache.inactive_headroom == 5 << 30
     monkeypatch.setattr(args, "cache_ram", [])
-    monkeypatch.setattr(comfy_cache, "available_ram", lambda: Available(2 << 30, 40 << 30, "test"))
+    monkeypatch.setattr(cache_install, "available_ram", lambda: Available(2 << 30, 40 << 30, "test"))
     cache = Executor().cache
     assert cache.engine.headroom == 4 << 30 and cache.inactive_headroom is None
     monkeypatch.setattr(args, "cache_ram", 6.0)  # versions before 0.25
@@ -259,7 +260,7 @@ def test_room_is_made_before_a_node_runs(executor):
     executor.run(prompt())
     for seed in range(2, 8):
         executor.run(prompt(seed))
-    engine.forget(next(key for key, entry in engine.entries.items() if entry.kind == "Decode" and entry.used < 7))
+    engine.drop(next(key for key, entry in engine.entries.items() if entry.kind == "Decode" and entry.used < 7))
     least = []
     real = engine.put
     engine.put = lambda *a, **k: (least.append(engine.available().available), real(*a, **k))[1]
@@ -346,7 +347,7 @@ def test_external_providers_go_on_working(executor):
 def test_freed_caches_are_gone(executor):
     executor.run(prompt())
     executor.real.reset()
-    assert comfy_cache.current() is executor.real.caches.outputs
+    assert cache_install.current_cache() is executor.real.caches.outputs
     assert executor.real.caches.outputs is not executor.cache
 
 

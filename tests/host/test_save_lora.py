@@ -11,8 +11,7 @@ import torch
 from pairs import SMALL, assert_same, budget, run
 from test_lora import LINEAR, MLP, QKV, forms, numbers, with_lora
 
-from spillway.nodes.save import SpillwaySaveDiffusionModel
-from spillway.nodes.save_lora import SpillwaySaveLora
+from spillway.nodes.save import SpillwaySaveDiffusionModel, SpillwaySaveLora
 from spillway.ops.files import deferred
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.saving.target import journal
