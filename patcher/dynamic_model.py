@@ -83,7 +83,7 @@ class DynamicModel:
         self.last_used = 0.0  # time.monotonic() of the last step
         self.plan: LoadPlan | None = None
         self._peak = 0
-        self.fixed_bytes = 0  # placed on the device for good by the host, beside the VBAR
+        self.permanent_bytes = 0  # placed on the device for good by the host, beside the VBAR
         self._order: list[Bundle] = self.bundles
         self._addresses: list[Bundle] = []
         self._planned_for = 0  # changes of the pins that the plan knows of

@@ -25,7 +25,7 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KITCHEN_BACKENDS = ("cuda", "triton", "hip")
 
 
-class HostInt8Layers(Int8Layers):
+class ComfyInt8Layers(Int8Layers):
     """The same for the host's modules: what is quantised already to INT8 or to less stays, but INT8 is taken over."""
 
     def __call__(self, module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
@@ -69,7 +69,7 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     """
     model, device = patcher.model, patcher.load_device
     root = model.diffusion_model
-    layers = HostInt8Layers(type(root).__name__, device.type, "diffusion_model.")
+    layers = ComfyInt8Layers(type(root).__name__, device.type, "diffusion_model.")
     shapes: Counter[tuple[int, int]] = Counter()
     quantised = saved = 0
     for name, module in root.named_modules():

@@ -26,29 +26,29 @@ from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import CompileRequest, SharedCompilers, refuse_compiled
 from .int8 import quantise_with_progress
-from .patches.idle_reads import place_fixed, place_read_idle
+from .patches.idle_reads import place_permanently, patch_idle_reads
 from .patches.int8_lora import place_loras
-from .patches.weight_patch import HostPatch, idle_function, rounded
+from .patches.weight_patch import WeightPatch, idle_function, rounded
 
 log = logging.getLogger("spillway")
 
 
-class HostState:
+class ModelState:
     """What all patchers of one model share: the engine, and what was set on the host's modules for it."""
 
     def __init__(self) -> None:
         self.dynamic: DynamicModel | None = None
         self.attributes = SavedAttributes()
         self.patchers: set[int] = set()
-        self.patches: dict[str, HostPatch] = {}
+        self.patches: dict[str, WeightPatch] = {}
         self.int8: Int8Choice | None = None
         self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
         # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
         self.lends_blocks = False
         self.compilers = SharedCompilers()
 
-    def __deepcopy__(self, memo: dict) -> HostState:
-        copied = HostState()
+    def __deepcopy__(self, memo: dict) -> ModelState:
+        copied = ModelState()
         copied.int8, copied.notes = self.int8, list(self.notes)
         return copied
 
@@ -89,7 +89,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self.policy = Policy()
         state = getattr(model, "spillway_state", MISSING)
         if state is MISSING:
-            model.spillway_state = HostState()
+            model.spillway_state = ModelState()
             for module in model.modules():
                 for attr, parameter in module._parameters.items():
                     if parameter is not None and getattr(module, f"{attr}_comfy_model_dtype", None) is None:
@@ -109,7 +109,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             state.close()
 
     @property
-    def state(self) -> HostState:
+    def state(self) -> ModelState:
         """Shared by all clones."""
         return self.model.spillway_state  # type: ignore[no-any-return]
 
@@ -134,7 +134,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             )
             for words, level in state.notes:
                 state.dynamic.ledger.decide(words, level=level)
-            place_fixed(state.dynamic)
+            place_permanently(state.dynamic)
         return state.dynamic
 
     def add_object_patch(self, name: str, obj: Any) -> None:
@@ -166,7 +166,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def loaded_size(self) -> int:
         dynamic = self.state.dynamic
-        return dynamic.resident_bytes + dynamic.fixed_bytes if dynamic is not None else 0
+        return dynamic.resident_bytes + dynamic.permanent_bytes if dynamic is not None else 0
 
     def lowvram_patch_counter(self) -> int:
         return 0
@@ -306,7 +306,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 param = next(param for param in bundle.params if param.key == key)
                 if param.int8:
                     quantised[key] = param
-                patches[key] = HostPatch(
+                patches[key] = WeightPatch(
                     self.model,
                     key,
                     param.original,
@@ -332,11 +332,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                     dynamic.ledger.decide_once(f"hooks change {len(hooked)} weights while sampling", level=logging.INFO)
             else:
                 dynamic.ledger.decide(f"{len(kept)} weights patched, {touched} bundles touched by the change")
-            place_read_idle(dynamic, changed, self.backup)
+            patch_idle_reads(dynamic, changed, self.backup)
         state.patches = kept
         self._functions(dynamic, kept)
 
-    def _functions(self, dynamic: DynamicModel, patches: dict[str, HostPatch]) -> None:
+    def _functions(self, dynamic: DynamicModel, patches: dict[str, WeightPatch]) -> None:
         """Weight functions: a lent weight is finished, so it meets only wrappers; an idle one must still be patched."""
         for bundle in dynamic.bundles:
             bundle.lent_attributes = []

@@ -18,8 +18,8 @@ from ...dynamic_model import DynamicModel
 Backup = namedtuple("Backup", ["weight", "inplace_update"])
 
 
-def place_fixed(dynamic: DynamicModel) -> int:
-    """Place the parameters of modules that are no op classes; returns their bytes, which `fixed_bytes` then counts.
+def place_permanently(dynamic: DynamicModel) -> int:
+    """Place the parameters of modules that are no op classes; returns their bytes, which `permanent_bytes` then counts.
 
     Inside a forward they are lent like all others, so patches on them work.
     """
@@ -34,7 +34,7 @@ def place_fixed(dynamic: DynamicModel) -> int:
             param.idle = torch.nn.Parameter(value, requires_grad=False)
             placed += value.numel() * value.element_size()
         bundle.restore()
-    dynamic.fixed_bytes = placed
+    dynamic.permanent_bytes = placed
     return placed
 
 
@@ -42,7 +42,7 @@ def place_fixed(dynamic: DynamicModel) -> int:
 NEVER_CALLED = ("position_embedding", "position_embeddings", "token_type_embeddings", "embed_positions")
 
 
-def place_read_idle(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
+def patch_idle_reads(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
     """Patched weights that the host reads while they are idle are patched at once, and stand in the module.
 
     Those are weights that a patch gives another shape (Flux takes its number of channels from its first layer), and

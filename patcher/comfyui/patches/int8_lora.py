@@ -18,7 +18,7 @@ from ....ops.gather import is_wrapper
 from ....ops.int8.linear import dequantise_rows, quantise_rows
 from ....ops.ledger import Ledger
 from ....ops.lending.bundle import Param
-from .weight_patch import HostPatch
+from .weight_patch import WeightPatch
 
 # Of a quantised weight, relative: with normal numbers rounding costs 0.8 %, and as much again for the input.
 ERROR_BOUND = 0.009
@@ -28,10 +28,10 @@ NO_WORSE = 1.05
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
 
 
-class BranchPatch(HostPatch):
+class BranchPatch(WeightPatch):
     """Patches that are all low-rank, as one branch beside the weight. rank: of all of them together."""
 
-    def __init__(self, patch: HostPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
+    def __init__(self, patch: WeightPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
         self.__dict__.update(patch.__dict__)
         self.factors = factors
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
@@ -53,7 +53,7 @@ class BranchPatch(HostPatch):
         return torch.cat(downs), torch.cat(ups, 1)
 
 
-def branch_of(patch: HostPatch) -> BranchPatch | None:
+def branch_of(patch: WeightPatch) -> BranchPatch | None:
     """The patch as a branch; None where it is more than a sum of low-rank products."""
     if patch.hooked or tuple(patch.shape) != tuple(patch.weight.shape):
         return None
@@ -85,8 +85,8 @@ def _error(rows: torch.Tensor, groups: int) -> float:
 
 
 def place_loras(
-    patches: dict[str, HostPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
-) -> dict[str, HostPatch]:
+    patches: dict[str, WeightPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
+) -> dict[str, WeightPatch]:
     """The patches, with branches in the place of those that are to stay beside their INT8 weights.
 
     mode: 'merge', 'side branch', or 'auto': merged where rounding the sum is no worse than rounding normal numbers, or

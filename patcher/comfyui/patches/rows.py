@@ -13,13 +13,13 @@ import comfy.weight_adapter
 import torch
 
 from ....ops.gather import is_wrapper
-from .weight_patch import HostPatch
+from .weight_patch import WeightPatch
 
 # Rounded with random numbers that are drawn for the whole weight at once.
 ROUNDED_AT_RANDOM = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def rows_of(patch: HostPatch, weight: torch.Tensor, start: int, stop: int) -> HostPatch | None:
+def rows_of(patch: WeightPatch, weight: torch.Tensor, start: int, stop: int) -> WeightPatch | None:
     """The patch for `weight[start:stop]`, for a weight in the model's dtype; None where it needs the whole weight."""
     if is_wrapper(weight) or weight.dtype in ROUNDED_AT_RANDOM or patch.hooked or patch.shape != weight.shape:
         return None

@@ -18,7 +18,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from ....ops.gather import is_wrapper
 
 
-class HostPatch:
+class WeightPatch:
     """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the
     key.
 

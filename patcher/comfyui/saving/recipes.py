@@ -14,7 +14,7 @@ from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
-from ..patches.weight_patch import HostPatch
+from ..patches.weight_patch import WeightPatch
 
 
 class FinishedWeight:
@@ -25,7 +25,7 @@ class FinishedWeight:
     """
 
     def __init__(
-        self, key: str, source: torch.Tensor, form: torch.dtype, patch: HostPatch | None, device: torch.device
+        self, key: str, source: torch.Tensor, form: torch.dtype, patch: WeightPatch | None, device: torch.device
     ) -> None:
         self.key, self.source, self.form, self.patch, self.device = key, source.detach(), form, patch, device
         self.shape = tuple(patch.shape if patch is not None else source.shape)

@@ -18,7 +18,7 @@ from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
 from ....ops.gather import is_wrapper
 from ..patcher import DynamicModelPatcher, model_dtype
-from ..patches.weight_patch import HostPatch
+from ..patches.weight_patch import WeightPatch
 from .recipes import FinishedWeight, Plain, Quantised, Requantised
 
 AS_LOADED = "as loaded"
@@ -159,7 +159,7 @@ def _finished(patcher: Any, module: Any, attr: str, key: str, parameter: torch.T
         raise SaveError(f"'{key}' has no data: the file that the model was loaded from lacks it. Get a complete file.")
     form = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
     patches = patcher.patches.get(key, [])
-    patch = HostPatch(patcher.model, key, source, form, patches, []) if patches else None
+    patch = WeightPatch(patcher.model, key, source, form, patches, []) if patches else None
     return FinishedWeight(key, source, form, patch, patcher.load_device)
 
 
