@@ -26,7 +26,7 @@ from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import CompileRequest, SharedCompilers, refuse_compiled
 from .int8 import quantise_with_progress
-from .patches.idle_reads import place_permanently, patch_idle_reads
+from .patches.idle_reads import patch_idle_reads, place_permanently
 from .patches.int8_lora import place_loras
 from .patches.weight_patch import WeightPatch, idle_function, rounded
 

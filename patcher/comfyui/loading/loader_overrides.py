@@ -6,7 +6,6 @@ ours, for this thread and the length of one load. Everything is put back afterwa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES
 from ....ops.gather import inner_tensors
 from ....ops.lending.layer import is_out_of_memory
-from ....ops.overrides import SavedAttributes
+from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
 from ..patcher import DynamicModelPatcher
@@ -28,8 +27,6 @@ from ..patcher import DynamicModelPatcher
 KEEP_BELOW = 64 << 10
 # Text encoder files may lack what is computed but not used; the core leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
-
-_lock = threading.RLock()
 
 
 class Opened:
@@ -79,51 +76,45 @@ def building(policy: Policy | None) -> Iterator[Opened]:
 
     Afterwards, parameters that the files lack are on the meta device.
     """
-    with _lock, skip_model_initialization(KEEP_BELOW):
-        opened = Opened()
-        saved = SavedAttributes()
-        thread = threading.get_ident()
-        core_patcher = comfy.model_patcher.CoreModelPatcher
-        core_load = comfy.utils.load_torch_file
-        load_state_dict: Callable[..., Any] = torch.nn.Module.load_state_dict
+    opened = Opened()
 
-        def make_patcher(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return core_patcher(model, *args, **kwargs)
-            patcher = DynamicModelPatcher(model, *args, **kwargs)
-            patcher.policy = policy or Policy()
-            model.spillway_maps = opened.maps
-            model.spillway_path = opened.paths
-            return patcher
+    def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = DynamicModelPatcher(model, *args, **kwargs)
+        patcher.policy = policy or Policy()
+        model.spillway_maps = opened.maps
+        model.spillway_path = opened.paths
+        return patcher
 
-        def load_file(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or str(path).lower().endswith(PICKLES):
-                return core_load(path, *args, **kwargs)
-            disk_map = DiskMap(path)
-            opened.maps.append(disk_map)
-            tensors = disk_map.state_dict()
-            with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
-            return (tensors, disk_map.metadata) if with_metadata else tensors
+    def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).lower().endswith(PICKLES):
+            return load(path, *args, **kwargs)
+        disk_map = DiskMap(path)
+        opened.maps.append(disk_map)
+        tensors = disk_map.state_dict()
+        with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
+        return (tensors, disk_map.metadata) if with_metadata else tensors
 
-        def load(module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False) -> Any:
-            if threading.get_ident() == thread and not assign:
-                # What is copied needs memory: small parts, and models that the core never offloads.
-                for part in module.modules():
-                    for attr, parameter in part._parameters.items():
-                        if parameter is not None and parameter.is_meta:
-                            part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
-            result = load_state_dict(module, tensors, strict, assign)
-            if threading.get_ident() == thread and assign:
-                opened.note(module, result.missing_keys)
-            return result
+    def load_tensors(
+        load: Callable[..., Any], module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False
+    ) -> Any:
+        if not assign:
+            # What is copied needs memory: small parts, and models that the core never offloads.
+            for part in module.modules():
+                for attr, parameter in part._parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
+        result = load(module, tensors, strict, assign)
+        if assign:
+            opened.note(module, result.missing_keys)
+        return result
 
-        saved.set(comfy.model_patcher, "CoreModelPatcher", make_patcher)
-        saved.set(comfy.utils, "load_torch_file", load_file)
-        saved.set(torch.nn.Module, "load_state_dict", load)
-        try:
-            yield opened
-        finally:
-            saved.restore()
+    with (
+        skip_model_initialization(KEEP_BELOW),
+        overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
+        overridden(comfy.utils, "load_torch_file", by=load_file),
+        overridden(torch.nn.Module, "load_state_dict", by=load_tensors),
+    ):
+        yield opened
 
 
 def refuse_pickle(path: str) -> None:

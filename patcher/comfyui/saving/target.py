@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ....ops.overrides import SavedAttributes
-
-_lock = threading.Lock()
+from ....ops.overrides import overridden
 
 
 @dataclass(frozen=True)
@@ -79,26 +76,17 @@ def checkpoint_target(
     Raises ValueError for a prefix outside the output folder.
     """
     check_prefix(prefix)
-    thread, found = threading.get_ident(), []
+    targets: list[Target] = []
 
-    def note(path: str, *positional: Any, metadata: Any = None, extra_keys: Any = None, **named: Any) -> None:
-        if threading.get_ident() != thread:
-            original(path, *positional, metadata=metadata, extra_keys=extra_keys or {}, **named)
-            return
-        found.append(Target(path, dict(metadata or {}), dict(extra_keys or {})))
+    def note(_: Any, path: str, *unused: Any, metadata: Any = None, extra_keys: Any = None, **unknown: Any) -> None:
+        targets.append(Target(path, dict(metadata or {}), dict(extra_keys or {})))
 
-    with _lock:
-        original = comfy.sd.save_checkpoint
-        saved = SavedAttributes()
-        saved.set(comfy.sd, "save_checkpoint", note)
-        try:
-            comfy_extras.nodes_model_merging.save_checkpoint(
-                model,
-                filename_prefix=prefix,
-                output_dir=folder_paths.get_output_directory(),
-                prompt=prompt,
-                extra_pnginfo=extra_pnginfo,
-            )
-        finally:
-            saved.restore()
-    return found[0]
+    with overridden(comfy.sd, "save_checkpoint", by=note):
+        comfy_extras.nodes_model_merging.save_checkpoint(
+            model,
+            filename_prefix=prefix,
+            output_dir=folder_paths.get_output_directory(),
+            prompt=prompt,
+            extra_pnginfo=extra_pnginfo,
+        )
+    return targets[0]
