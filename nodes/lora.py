@@ -6,11 +6,11 @@ import logging
 import os
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.patches.lora import apply_lora
+from ..patcher.comfyui.progress import Progress
 from .inputs import CATEGORY
 from .load import NONE, model_path
 
@@ -42,16 +42,16 @@ def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tu
     """(model, clip, what the node shows): each (name, strength for the model, strength for the CLIP) in turn."""
     # Files are found before any is read: a missing one should not cost the time of the others.
     chosen = [(model_path("loras", name), *strengths) for name, *strengths in loras]
-    progress = comfy.utils.ProgressBar(len(chosen)) if len(chosen) > 1 else None
+    progress = Progress()
     warnings = []
-    for path, strength_model, strength_clip in chosen:
+    for number, (path, strength_model, strength_clip) in enumerate(chosen, 1):
         model, clip, fit = apply_lora(model, clip, path, strength_model, strength_clip)
         warning = fit.in_words(os.path.basename(path)) if fit is not None else ""
         if warning:
             log.warning("[Spillway] %s", warning)
             warnings.append(warning)
-        if progress is not None:
-            progress.update(1)
+        if len(chosen) > 1:
+            progress(number, len(chosen))
     return model, clip, ui.PreviewText("\n".join(warnings)) if warnings else None
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.extract_lora import save_lora
 from ..patcher.comfyui.saving.save import DTYPES
 from ..patcher.comfyui.saving.target import journal, next_name, workflow_metadata
 from .inputs import CATEGORY
-from .save import Progress, path_output, prefix_input, report
+from .save import path_output, prefix_input, report
 
 
 class SpillwaySaveLora(io.ComfyNode):

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ..preload import load_now as engine_load_now
 from .loading.load import is_ours
+from .progress import Progress
 
 
 class DeviceIgnored(ValueError):
@@ -33,8 +33,7 @@ def load_now(patcher: Any) -> None:
     """Bring a model onto its device, as far as there is room."""
     comfy.model_management.load_models_gpu([patcher])
     if is_ours(patcher):
-        bar = comfy.utils.ProgressBar(len(patcher.dynamic.bundles))
-        engine_load_now(patcher.dynamic, bar.update_absolute)
+        engine_load_now(patcher.dynamic, Progress())
 
 
 def unload(patcher: Any) -> None:

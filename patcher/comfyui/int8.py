@@ -6,8 +6,6 @@ import logging
 from collections import Counter
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
@@ -15,7 +13,6 @@ from ...ops.gather import is_wrapper, tensor_bytes
 from ...ops.int8.linear import Kernel, register_kernel
 from ...ops.int8.measure import Timing, measure
 from ..int8_layers import Int8Layers
-from ..quantise_now import quantise_now
 
 log = logging.getLogger("spillway")
 
@@ -109,17 +106,3 @@ def choose_int8(patcher: Any, wanted: str) -> str:
 def _noted(patcher: Any, words: str, level: int = logging.INFO) -> str:
     patcher.state.notes.append((words, level))
     return words
-
-
-def quantise_with_progress(patcher: Any) -> None:
-    """Quantise what is not yet, with a progress bar; an interrupt of the host ends it."""
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if bar is None:
-            bar = comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    quantise_now(patcher.dynamic, progress)

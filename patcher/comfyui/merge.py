@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...ops.gather import is_wrapper
-from .saving.save import source_of
+from .model_state import source_of
 
 log = logging.getLogger("spillway")
 

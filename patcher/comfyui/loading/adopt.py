@@ -47,7 +47,7 @@ def _loaded_again(patcher: Any, policy: Policy | None) -> DynamicModelPatcher | 
     factory = getattr(patcher, "cached_patcher_init", None)
     if not factory:
         return None
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         try:
             made = factory[0](*factory[1])
         except SourceError:  # a pickle, say: there is still the model in memory

@@ -17,7 +17,7 @@ from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
 from .check_quantised import check_quantised
-from .loader_overrides import building, detected, refuse_pickle
+from .loader_overrides import building, check_complete, detected, refuse_pickle
 from .op_classes import operations
 
 log = logging.getLogger("spillway")
@@ -75,9 +75,9 @@ def load_diffusion_model(
         )
     refuse_pickle(path)
     options = _options(path, weight_dtype)
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
-    patcher._check_complete()
+    check_complete(patcher.model)
     if weight_dtype in (INT8, INT8_AUTO):
         choose_int8(patcher, weight_dtype)
     patcher.cached_patcher_init = (load_diffusion_model, (path, weight_dtype, policy))
@@ -99,10 +99,10 @@ def load_checkpoint(
             path, output_clipvision=True, embedding_directory=embedding_directory, model_options=options
         )
 
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         model, clip, vae, clip_vision = detected(load, path)
     if model is not None:
-        model._check_complete()
+        check_complete(model.model)
     if getattr(vae, "first_stage_model", None) is None:
         vae = None
     return model, clip, vae, clip_vision
@@ -125,7 +125,7 @@ def load_clip(
     def load() -> Any:
         return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=kind)
 
-    with building(policy) as opened:
+    with building(DynamicModelPatcher, policy) as opened:
         clip = detected(load, ", ".join(paths))
     # The core takes whatever it does not know for a CLIP of which everything is missing.
     unused = opened.unused(clip.cond_stage_model) if clip.patcher.is_dynamic() else []
@@ -144,7 +144,7 @@ def load_vae(path: str, policy: Policy | None = None) -> Any:
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
         return comfy.sd.VAE(sd=tensors, metadata=metadata)
 
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         vae = detected(load, path)
     if getattr(vae, "first_stage_model", None) is None:
         raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.")

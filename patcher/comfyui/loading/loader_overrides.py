@@ -21,7 +21,6 @@ from ....ops.lending.layer import is_out_of_memory
 from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
-from ..patcher import DynamicModelPatcher
 
 # Small parameters keep the values that the model's code gives them: files may lack them.
 KEEP_BELOW = 64 << 10
@@ -71,7 +70,7 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 
 
 @contextmanager
-def building(policy: Policy | None) -> Iterator[Opened]:
+def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iterator[Opened]:
     """Inside, the core's loaders make DynamicModelPatchers on memory maps, with parameters that take no memory.
 
     Afterwards, parameters that the files lack are on the meta device.
@@ -79,7 +78,7 @@ def building(policy: Policy | None) -> Iterator[Opened]:
     opened = Opened()
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        patcher = DynamicModelPatcher(model, *args, **kwargs)
+        patcher = dynamic_patcher(model, *args, **kwargs)
         patcher.policy = policy or Policy()
         model.spillway_maps = opened.maps
         model.spillway_path = opened.paths
@@ -115,6 +114,20 @@ def building(policy: Policy | None) -> Iterator[Opened]:
         overridden(torch.nn.Module, "load_state_dict", by=load_tensors),
     ):
         yield opened
+
+
+def check_complete(model: torch.nn.Module) -> None:
+    """Raises SourceError for a diffusion model with parameters that its file lacked: nothing could be read for them."""
+    root = getattr(model, "diffusion_model", None)
+    if root is None:
+        return
+    missing = [name for name, parameter in root.named_parameters() if parameter.is_meta]
+    if missing:
+        path = getattr(model, "spillway_path", "the file")
+        raise SourceError(
+            f"{path}: {len(missing)} tensors that {type(root).__name__} needs are missing, such as "
+            f"{', '.join(missing[:3])}. The file is incomplete or of another architecture: get a complete one."
+        )
 
 
 def refuse_pickle(path: str) -> None:

@@ -17,7 +17,7 @@ from ....ops.files.deferred import Assembling, Deferred
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
 from ....ops.gather import is_wrapper
-from ..patcher import DynamicModelPatcher, model_dtype
+from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
 from .recipes import FinishedWeight, Plain, Quantised, Requantised
 
@@ -161,18 +161,6 @@ def _finished(patcher: Any, module: Any, attr: str, key: str, parameter: torch.T
     patches = patcher.patches.get(key, [])
     patch = WeightPatch(patcher.model, key, source, form, patches, []) if patches else None
     return FinishedWeight(key, source, form, patch, patcher.load_device)
-
-
-def source_of(patcher: Any, key: str, parameter: torch.Tensor) -> torch.Tensor:
-    """A weight without patches, wherever its patcher has put it."""
-    dynamic = patcher.state.dynamic if isinstance(patcher, DynamicModelPatcher) else None
-    if dynamic is not None and key in dynamic.by_key:
-        return next(param.original for param in dynamic.by_key[key].params if param.key == key).detach()
-    if key in patcher.backup:
-        return patcher.backup[key].weight.detach()
-    if key in patcher.hook_backup:
-        return patcher.hook_backup[key][0].detach()
-    return parameter.detach()
 
 
 def _as_loaded(weight: FinishedWeight) -> torch.dtype:
