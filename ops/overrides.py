@@ -1,4 +1,4 @@
-"""Attributes of other people's objects: set and put back as they were, or replaced for one thread for a while."""
+"""Sets attributes on other people's objects and puts them back. Replaces functions for one thread for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT8 for the host's diffusion models: which layers, with which kernels, and whether it pays."""
+"""Decides which layers of ComfyUI's diffusion models are kept in INT8, with which kernels, and whether that pays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KITCHEN_BACKENDS = ("cuda", "triton", "hip")
 
 
 class ComfyInt8Layers(Int8Layers):
-    """The same for the host's modules: what is quantised already to INT8 or to less stays, but INT8 is taken over."""
+    """Chooses among ComfyUI's modules. Weights in fewer bits than INT8 stay; those in INT8 are taken over."""
 
     def __call__(self, module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
         if is_wrapper(weight):
@@ -31,7 +31,7 @@ class ComfyInt8Layers(Int8Layers):
             if "INT8" in layout:
                 parameters: Any = weight._params  # type: ignore[attr-defined]
                 rotated = getattr(parameters, "convrot", False) or getattr(parameters, "transposed", False)
-                # On a CPU comfy-kitchen copies the weight at every use; elsewhere its own way is the best.
+                # On a CPU comfy-kitchen copies the weight at every use. Elsewhere its own kernels are the best.
                 return int(self.device_type == "cpu" and not rotated and weight.dim() == 2)
             if "FP8" not in layout:
                 return 0
@@ -46,8 +46,9 @@ def register_kitchen() -> None:
 
     backends = comfy_kitchen.list_backends()
     for name in _KITCHEN_BACKENDS:
-        found = backends.get(name, {})
-        if found.get("available") and not found.get("disabled") and "int8_linear" in found.get("capabilities", ()):
+        backend = backends.get(name, {})
+        usable = backend.get("available") and not backend.get("disabled")
+        if usable and "int8_linear" in backend.get("capabilities", ()):
             register_kernel("cuda", _kitchen_linear)
 
 
@@ -60,7 +61,7 @@ def _kitchen_linear(
 
 
 def choose_int8(patcher: Any, wanted: str) -> str:
-    """Have a freshly loaded patcher quantise its layers as they are loaded; returns what was found, in words.
+    """Have a freshly loaded patcher quantise its layers as they are loaded. Returns what was decided, in words.
 
     wanted: 'int8' does it always, 'int8_auto' where it is faster on the patcher's device.
     """
@@ -92,7 +93,7 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     if not timing.wins and wanted == INT8_AUTO:
         return _noted(patcher, f"{count} keep their dtype: {timing.in_words()}")
     patcher.state.int8 = layers
-    patcher.size = patcher.model_size() - saved  # what the core makes room for
+    patcher.size = patcher.model_size() - saved  # the size that ComfyUI makes room for
     if timing.wins:
         return _noted(patcher, f"{count} are quantised to INT8 as they are loaded: {timing.in_words()}")
     return _noted(

@@ -1,4 +1,4 @@
-"""The host's ModelPatcher on top of the engine's dynamic model."""
+"""Puts ComfyUI's ModelPatcher on top of the engine's dynamic model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .progress import Progress
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
-    """A model whose weights are managed by Spillway. `policy` is this patcher's own; clones inherit it.
+    """Patches a model whose weights Spillway manages. `policy` is this patcher's own, and clones inherit it.
 
     One engine serves all clones of a model. Loading attaches patches and moves nothing.
     """
 
     # A twin's classic patcher: see dynamic_twin.
     origin: weakref.ref[comfy.model_patcher.ModelPatcher] | None = None
-    # Set: transformer blocks are lent as a whole, and compiled as it says.
+    # Set by the node that compiles: transformer blocks are lent as a whole, and compiled as the request says.
     compile_request: CompileRequest | None = None
 
     def __init__(
@@ -57,7 +57,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     @property
     def state(self) -> ModelState:
-        """Shared by all clones."""
+        """What all clones share."""
         return self.model.spillway_state  # type: ignore[no-any-return]
 
     @property
@@ -66,25 +66,25 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.state.engine(self.model, self.load_device, self.policy, blocks=self.compile_request is not None)
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        """Refused for a module of ours that another node has compiled: see `refuse_compiled`."""
+        """Put an object into the model, unless another node has compiled it: see refuse_compiled."""
         if not refuse_compiled(self.model, name, obj):
             super().add_object_patch(name, obj)
 
     def set_policy(self, policy: Policy) -> None:
-        """The policy of this patcher; it takes effect when the model is next loaded."""
+        """Set the policy of this patcher. It takes effect when the model is next loaded."""
         self.policy = policy
 
-    # -- what the core asks
+    # -- what ComfyUI asks
 
     def is_dynamic(self) -> bool:
         return True
 
     def register_load_device(self, device: torch.device) -> None:
-        """Core's device selectors call this after changing `load_device`."""
+        """Note a device. ComfyUI's device selectors call this after they have changed `load_device`."""
         register_pins(self.model, device)
 
     def clone(self, disable_dynamic: bool = False, *args: Any, **kwargs: Any) -> Any:
-        # A CLIP's module stays beside the clone, so a classic patcher of another module would patch in vain. The core
+        # A CLIP keeps its module beside the clone, so a classic patcher of another module would patch in vain. ComfyUI
         # asks a CLIP for one only because of hooks, which this patcher serves itself.
         cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
@@ -103,7 +103,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.state.dynamic.pinned_bytes if self.state.dynamic is not None else 0
 
     def resident_ram_bytes(self) -> int:
-        """RAM that resident weights take beside their file's pages; 0 on devices with memory of their own."""
+        """Count the RAM that resident weights take beside their file's pages. 0 on devices with memory of their own."""
         dynamic = self.state.dynamic
         if dynamic is None or dynamic.caster is None or not dynamic.backend.in_place:
             return 0
@@ -187,7 +187,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         attach_patches(self, self.state, self.dynamic, hooked, had_hooks=self._hooked, int8_lora=self.policy.int8_lora)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[tuple]]:
-        """For merges into other models: weights that the file has in another dtype count as what they are in ours."""
+        """Give the weights for merges into other models, each as it is in the model's dtype, whatever the file has."""
         patches: dict[str, list[tuple]] = super().get_key_patches(filter_prefix)
         for key, entries in patches.items():
             owner, _, attr = key.rpartition(".")
@@ -198,13 +198,13 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return patches
 
     def patch_weight_to_device(self, key: str, *args: Any, return_weight: bool = False, **kwargs: Any) -> Any:
-        """For saving; a resized weight is patched already."""
+        """Patch a weight for saving. A resized weight stands in the model patched already."""
         if return_weight and key in self.backup:
             return comfy.utils.get_attr(self.model, key)
         return super().patch_weight_to_device(key, *args, return_weight=return_weight, **kwargs)
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Hooks are patches on top of the LoRAs: one copy of the weights, and only touched bundles are made again."""
+        """Attach hooks as patches on top of the LoRAs. Only bundles that they touch are made again."""
         with self.use_ejected():
             combined = self.get_combined_hook_patches(hooks) if hooks is not None else {}
             if self.state.dynamic is not None and (combined or self._hooked):
@@ -220,7 +220,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self.current_hooks = None
 
     def get_non_dynamic_delegate(self) -> Any:
-        """The core asks for a classic patcher where conditions carry hooks; this one serves them itself."""
+        """Give this patcher where ComfyUI asks for a classic one to serve hooks of conditions."""
         return self
 
     # -- after sampling
@@ -243,8 +243,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if dynamic is None:
             return 0
         if self.policy.keep == "always":
-            # Less than asked would make the core unload the model as a whole. It measures what is really free
-            # afterwards.
+            # ComfyUI would unload the model as a whole if it were told of less than it asked for. It measures what is
+            # really free afterwards.
             return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 
@@ -258,7 +258,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.partially_unload_ram(ram_to_unload, subsets)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
-        # The base class restores object patches; weights have nothing to be restored from.
+        # The base class restores object patches. Weights have nothing to be restored from.
         super().unpatch_model(device_to=None, unpatch_weights=False)
         if unpatch_weights:
             dynamic = self.state.dynamic
@@ -273,22 +273,22 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return model
 
     def restore_loaded_backups(self) -> int:
-        """Nothing of a dynamic model is kept in backups."""
+        """Restore nothing: a dynamic model keeps nothing in backups."""
         return 0
 
     def pin_weight_to_device(self, key: str) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     def unpin_weight(self, key: str) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     def unpin_all_weights(self) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     # -- model patches
 
     def model_patches_models(self) -> list[Any]:
-        """Models attached to this one (ControlNet-like model patches): managed dynamically too."""
+        """List the models attached to this one (model patches like ControlNets), as dynamic ones."""
         return [dynamic_twin(patcher, self.policy) for patcher in super().model_patches_models()]
 
     def __repr__(self) -> str:
@@ -296,9 +296,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def dynamic_twin(patcher: Any, policy: Policy) -> Any:
-    """A dynamic patcher of a classic one's model, for models that only ours run; itself where it is dynamic already.
+    """Give the dynamic patcher of a classic patcher's model, or the patcher itself where it is dynamic already.
 
-    Models of the core's may use the classic one in between: each takes the model over when it is loaded.
+    Models of other loaders may use the classic patcher in between. Each of the two takes the model over when it is
+    loaded.
     """
     if not isinstance(patcher, comfy.model_patcher.ModelPatcher) or patcher.is_dynamic():
         return patcher

@@ -1,4 +1,4 @@
-"""torch.compile for models of other loaders: their modules as they are."""
+"""Compiles models of other loaders with torch.compile, module by module as they are."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ log = logging.getLogger("spillway")
 
 
 def _ignore_options(entries: Any) -> list[bool]:
-    """Guards to keep: transformer options change at every step."""
+    """Say which guards to keep. Guards on transformer options would compile again at every step."""
     return ["transformer_options" not in entry.name for entry in entries]
 
 
 def compile_arguments(request: CompileRequest) -> dict[str, Any]:
-    """Keywords of torch.compile. It takes a mode or options: with a filter, the mode is given as its options."""
+    """Translate a request for torch.compile.
+
+    torch.compile takes a mode or options, never both. With a filter, the mode is given as options.
+    """
     arguments: dict[str, Any] = {
         "backend": request.backend,
         "fullgraph": request.fullgraph,
@@ -39,33 +42,33 @@ def compile_arguments(request: CompileRequest) -> dict[str, Any]:
 
 
 def with_traceable_attention(value: Any) -> Any:
-    """Transformer options with an attention that a graph can hold; anything else as it is."""
+    """Give transformer options an attention that a graph can hold. Anything else stays as it is."""
     if not isinstance(value, dict) or not {"sigmas", "cond_or_uncond"} & set(value):
         return value
     return {"optimized_attention_override": traceable_attention, **value}
 
 
 class CompiledModel:
-    """A wrapper around `apply_model` that compiles at the first call; clones of its model share it.
+    """Wraps `apply_model` and compiles at the first call. Clones of its model share it.
 
-    Modules are swapped for the length of a call, as the core's own node does, so that patches and their names are not
-    disturbed.
+    Compiled modules stand in the model only during a call, as with ComfyUI's own node: patches find the names that they
+    know.
     """
 
     def __init__(self, request: CompileRequest) -> None:
         self.request = request
         self.failed = False
-        # By name: what was compiled, and its compiled form. An object patch puts another module in that place.
-        self._made: dict[str, tuple[torch.nn.Module, Any]] = {}
+        # Name -> the module, and its compiled form. An object patch may put another module in that place.
+        self._by_name: dict[str, tuple[torch.nn.Module, Any]] = {}
 
     def _compiled(self, model: torch.nn.Module) -> dict[str, Any]:
         names = block_names(model) if self.request.blocks_only else ["diffusion_model"]
         for name in names or ["diffusion_model"]:
             module = comfy.utils.get_attr(model, name)
-            known = self._made.get(name)
+            known = self._by_name.get(name)
             if known is None or known[0] is not module:
-                self._made[name] = module, torch.compile(module, **compile_arguments(self.request))
-        return {name: compiled for name, (_, compiled) in self._made.items()}
+                self._by_name[name] = module, torch.compile(module, **compile_arguments(self.request))
+        return {name: compiled for name, (_, compiled) in self._by_name.items()}
 
     def __call__(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.failed:
@@ -80,9 +83,9 @@ class CompiledModel:
                 raise
             reason = reason_of(error)
         finally:
-            made = compile_count() - before
-            if made and self.request.log_compile:
-                log.info("[Spillway] %s: %d graphs compiled for %s", WHO, made, type(model).__name__)
+            graphs = compile_count() - before
+            if graphs and self.request.log_compile:
+                log.info("[Spillway] %s: %d graphs compiled for %s", WHO, graphs, type(model).__name__)
         # Where the model itself is at fault, this raises the same again.
         result = executor(*kept, **kwargs)
         self.failed = True
@@ -105,9 +108,9 @@ class CompiledModel:
 
 
 def compile_other(model: Any, request: CompileRequest, disable_dynamic_vram: bool) -> Any:
-    """A clone of a patcher that is not ours, compiled when it first samples.
+    """Clone a patcher that is not ours. The clone is compiled when it first samples.
 
-    Raises RuntimeError where the core cannot clone it without its dynamic VRAM.
+    Raises RuntimeError where ComfyUI cannot clone it without its dynamic VRAM.
     """
     clone = model.clone()
     if disable_dynamic_vram and _is_dynamic(model):

@@ -1,4 +1,4 @@
-"""torch.compile for Spillway's models: transformer blocks, with their weights lifted out."""
+"""Compiles the transformer blocks of Spillway's models with torch.compile. Their weights stay outside the graph."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .blocks import prepare
 log = logging.getLogger("spillway")
 
 WHO = "INT8 Lazy Torch Compile"
-# The core's own node removes wrappers of this key before it sets its own, so the last node of a chain compiles.
+# ComfyUI's own node removes wrappers of this key before it sets its own, so the last node of a chain compiles.
 WRAPPER_KEY = "torch.compile"
 INTERRUPT = (comfy.model_management.InterruptProcessingException,)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileRequest:
-    """What the node was told. dynamic None: 'auto'."""
+    """The inputs of the node. dynamic None: 'auto'."""
 
     backend: str = "inductor"
     fullgraph: bool = False
@@ -38,12 +38,12 @@ class CompileRequest:
     log_compile: bool = True
 
 
-# Without CUDA graphs: those replay fixed addresses, and weights that come and go have none.
+# The modes without CUDA graphs. A CUDA graph replays fixed addresses, and would read memory that holds other weights.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def lifted_settings(request: CompileRequest) -> tuple[CompileSettings, list[str]]:
-    """Settings for blocks whose weights are lent, and what is done otherwise than asked, in words."""
+    """Translate a request for blocks whose weights are lent. Says in words what is done otherwise than asked."""
     words = []
     backend, mode = request.backend, WITHOUT_GRAPHS.get(request.mode, request.mode)
     if backend == "cudagraphs":
@@ -61,13 +61,13 @@ def lifted_settings(request: CompileRequest) -> tuple[CompileSettings, list[str]
 
 
 class SharedCompilers:
-    """The compilers of one model, by request: its clones share what is compiled."""
+    """Keeps the compilers of one model, by request, so that its clones share what is compiled."""
 
     def __init__(self) -> None:
-        self._made: dict[CompileRequest, BlockCompiler] = {}
+        self._compilers: dict[CompileRequest, BlockCompiler] = {}
 
     def use(self, dynamic: Any, request: CompileRequest | None) -> None:
-        """Compile the blocks of an engine as `request` says, or not at all. When a patcher is loaded."""
+        """Have the blocks of an engine compiled as `request` says, or not at all. Called when a patcher is loaded."""
         blocks = [bundle.block for bundle in dynamic.bundles if bundle.block is not None]
         if request is None or request.cache_size_limit == 0:
             for block in blocks:
@@ -75,14 +75,14 @@ class SharedCompilers:
             if request is not None:
                 dynamic.ledger.decide_once(f"{WHO}: dynamo_cache_size_limit is 0, so nothing is compiled.")
             return
-        compiler = self._made.get(request)
+        compiler = self._compilers.get(request)
         if compiler is None or compiler.ledger is not dynamic.ledger:
             settings, words = lifted_settings(request)
             for text in words:
                 dynamic.ledger.decide(f"{WHO}: {text}.")
             if not blocks:
                 dynamic.ledger.decide(f"{WHO}: this model has no transformer blocks; running uncompiled.")
-            compiler = self._made[request] = BlockCompiler(
+            compiler = self._compilers[request] = BlockCompiler(
                 settings,
                 dynamic.ledger,
                 who=WHO,
@@ -95,9 +95,9 @@ class SharedCompilers:
 
 
 def refuse_compiled(model: torch.nn.Module, name: str, patch: Any) -> bool:
-    """Whether an object patch puts a compiled module in the place of a part of ours, which then stays uncompiled.
+    """Whether an object patch puts a compiled module in the place of a part of ours. If so, warns and stays without it.
 
-    In that place it would give the weights inside of it other names, and LoRAs that go by name would miss them.
+    The compiled module would give the weights inside of it other names, and LoRAs that go by name would miss them.
     """
     if not hasattr(patch, "_orig_mod"):  # torch's OptimizedModule, without importing the compiler
         return False

@@ -1,7 +1,6 @@
-"""The one place where the host's loaders are told to build dynamic models.
+"""Has ComfyUI's loaders build dynamic models, for this thread and the length of one load.
 
-The core decides dtypes, architectures and conversions; only what it makes of a patcher and how it opens a file are
-ours, for this thread and the length of one load. Everything is put back afterwards.
+ComfyUI decides dtypes, architectures and conversions. Which patcher it makes and how it opens a file are ours.
 """
 
 from __future__ import annotations
@@ -22,21 +21,24 @@ from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
 
-# Small parameters keep the values that the model's code gives them: files may lack them.
+# Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
-# Text encoder files may lack what is computed but not used; the core leaves there whatever was in the memory.
+# Text encoder files may lack weights whose products nobody uses. ComfyUI leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
 
 
 class Opened:
-    """What one load opened and found missing. The maps are kept as long as the models whose weights lie in them."""
+    """Notes what one load opened and found missing. The maps live as long as the models whose weights lie in them."""
 
     def __init__(self) -> None:
         self.maps: list[DiskMap] = []
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
-        """After a state dict: weights of the core's layers that it lacks stand for nothing; using one is an error."""
+        """Record what a state dict lacked.
+
+        Missing weights of ComfyUI's layers go to the meta device, so using one raises.
+        """
         lacking = set(missing)
         for name, module in root.named_modules():
             for attr, parameter in module._parameters.items():
@@ -49,29 +51,29 @@ class Opened:
                     module._parameters[attr] = parameter_of(make(parameter, device="cpu" if unused else "meta"))
 
     def unused(self, model: torch.nn.Module) -> list[str]:
-        """Paths of the files that gave the model nothing."""
+        """List the files that gave the model nothing."""
         used = {
-            found[0]
+            place[0]
             for parameter in model.parameters()
             for part in inner_tensors(parameter.detach())
-            if (found := locate(part)) is not None
+            if (place := locate(part)) is not None
         }
         return [str(disk_map.path) for disk_map in self.maps if disk_map not in used]
 
     @property
     def paths(self) -> str:
-        """For messages."""
+        """Name the files, for messages."""
         return ", ".join(str(disk_map.path) for disk_map in self.maps) or "the file"
 
 
 def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter that keeps its memory, also while others are made without."""
+    """Make a parameter that keeps its memory, also while others are made without."""
     return torch.Tensor._make_subclass(torch.nn.Parameter, data, False)  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager
 def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iterator[Opened]:
-    """Inside, the core's loaders make DynamicModelPatchers on memory maps, with parameters that take no memory.
+    """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
     Afterwards, parameters that the files lack are on the meta device.
     """
@@ -97,7 +99,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         load: Callable[..., Any], module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False
     ) -> Any:
         if not assign:
-            # What is copied needs memory: small parts, and models that the core never offloads.
+            # Copying needs memory to copy into. ComfyUI copies small parts, and models that it never offloads.
             for part in module.modules():
                 for attr, parameter in part._parameters.items():
                     if parameter is not None and parameter.is_meta:
@@ -137,7 +139,7 @@ def refuse_pickle(path: str) -> None:
 
 
 def detected(make: Callable[[], Any], path: str) -> Any:
-    """Run a loader of the core; its word for a file that it cannot use becomes an error that names the file."""
+    """Run a loader of ComfyUI's. Its complaint about a file that it cannot use becomes an error that names the file."""
     try:
         result = make()
     except SourceError:
