@@ -13,6 +13,7 @@ from ...ops.gather import is_wrapper, tensor_bytes
 from ...ops.int8.linear import Kernel, register_kernel
 from ...ops.int8.measure import Timing, measure
 from ..int8_layers import Int8Layers
+from .patcher import DynamicModelPatcher
 
 log = logging.getLogger("spillway")
 
@@ -60,7 +61,7 @@ def _kitchen_linear(
     return linear(x.contiguous(), qdata, scale, bias, _CODES[x.dtype], False, 256)  # type: ignore[call-arg]
 
 
-def choose_int8(patcher: Any, wanted: str) -> str:
+def choose_int8(patcher: DynamicModelPatcher, wanted: str) -> str:
     """Have a freshly loaded patcher quantise its layers as they are loaded. Returns what was decided, in words.
 
     wanted: 'int8' does it always, 'int8_auto' where it is faster on the patcher's device.
@@ -104,6 +105,6 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     )
 
 
-def _noted(patcher: Any, words: str, level: int = logging.INFO) -> str:
+def _noted(patcher: DynamicModelPatcher, words: str, level: int = logging.INFO) -> str:
     patcher.state.notes.append((words, level))
     return words

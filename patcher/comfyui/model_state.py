@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...ops.overrides import SavedAttributes
 from ..attach import Int8Choice
@@ -37,11 +38,11 @@ class ModelState:
         copied.int8, copied.notes = self.int8, list(self.notes)
         return copied
 
-    def join(self, patcher: Any) -> None:
+    def join(self, patcher: object) -> None:
         """Count a patcher of the model."""
         self.patchers.add(id(patcher))
 
-    def leave(self, patcher: Any) -> None:
+    def leave(self, patcher: object) -> None:
         """Count a patcher out. The last one closes the engine."""
         self.patchers.discard(id(patcher))
         if not self.patchers:
@@ -119,7 +120,7 @@ def model_dtype(module: torch.nn.Module, attr: str, parameter: torch.Tensor) -> 
     return getattr(module, f"{attr}_comfy_model_dtype", None) or parameter.dtype
 
 
-def source_of(patcher: Any, key: str, parameter: torch.Tensor) -> torch.Tensor:
+def source_of(patcher: ModelPatcher, key: str, parameter: torch.Tensor) -> torch.Tensor:
     """A weight without patches, wherever its patcher has put it."""
     state = state_of(patcher.model)
     dynamic = state.dynamic if state is not None else None

@@ -14,6 +14,7 @@ from ....ops.compile.compiled_function import (
     BlockCompiler,
     CompileSettings,
 )
+from ...dynamic_model import DynamicModel
 from .blocks import prepare
 
 log = logging.getLogger("spillway")
@@ -66,7 +67,7 @@ class SharedCompilers:
     def __init__(self) -> None:
         self._compilers: dict[CompileRequest, BlockCompiler] = {}
 
-    def use(self, dynamic: Any, request: CompileRequest | None) -> None:
+    def use(self, dynamic: DynamicModel, request: CompileRequest | None) -> None:
         """Have the blocks of an engine compiled as `request` says, or not at all. Called when a patcher is loaded."""
         blocks = [bundle.block for bundle in dynamic.bundles if bundle.block is not None]
         if request is None or request.cache_size_limit == 0:

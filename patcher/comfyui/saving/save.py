@@ -128,7 +128,7 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
             pieces = weight.source.state_dict(key)  # type: ignore[operator]
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
-                tensors[key] = _deferred(Cast(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
+                tensors[key] = Deferred.of(Cast(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
                 written |= beside
             elif weight.patch is not None:
                 recipe = Requantised(weight)
@@ -143,15 +143,11 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
             tensors.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
         else:
             wanted = DTYPES.get(dtype) or _as_loaded(weight)
-            tensors[key] = _deferred(Cast(weight, wanted), weight.shape, wanted)
+            tensors[key] = Deferred.of(Cast(weight, wanted), weight.shape, wanted)
         written.add(key)
     # The others are no parameters: buffers, and what quantised layers keep beside their weights.
     tensors.update({key: value for key, value in kept.items() if key not in written})
     return tensors
-
-
-def _deferred(recipe: Any, shape: tuple[int, ...], dtype: torch.dtype, part: str = "") -> Deferred:
-    return Deferred.of(recipe, shape, dtype, part)
 
 
 def _final(patcher: Any, module: Any, attr: str, key: str, parameter: torch.Tensor) -> FinalWeight:
@@ -186,7 +182,7 @@ def _quantised(name: str, key: str, weight: FinalWeight, algorithm: str) -> dict
     recipe = Quantised(weight, known["comfy_tensor_layout"])
     conf = json.dumps({"format": algorithm}).encode()
     return {
-        key: _deferred(recipe, weight.shape, known["storage_t"]),
-        f"{key}_scale": _deferred(recipe, (), torch.float32, "_scale"),
+        key: Deferred.of(recipe, weight.shape, known["storage_t"]),
+        f"{key}_scale": Deferred.of(recipe, (), torch.float32, "_scale"),
         f"{name}.comfy_quant": torch.tensor(list(conf), dtype=torch.uint8),
     }
