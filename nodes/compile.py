@@ -8,7 +8,8 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..patcher.comfyui.compile.dynamic_models import WHO, WRAPPER_KEY, CompileRequest, compile_other
+from ..patcher.comfyui.compile.classic_models import compile_other
+from ..patcher.comfyui.compile.dynamic_models import WHO, WRAPPER_KEY, CompileRequest
 from ..patcher.comfyui.loading.load import is_ours
 from .inputs import CATEGORY
 

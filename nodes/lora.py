@@ -10,9 +10,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.patches.lora import apply_lora
+from ..patcher.comfyui.progress import Progress
 from .inputs import CATEGORY
 from .load import NONE, model_path
-from .save import Progress
 
 log = logging.getLogger("spillway")
 

@@ -5,29 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.extract_lora import save_lora
 from ..patcher.comfyui.saving.save import AS_LOADED, DTYPES, SAVE_DTYPES, Saved, save_model
 from ..patcher.comfyui.saving.target import checkpoint_target, journal, next_name, workflow_metadata
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
-
-
-class Progress:
-    """ComfyUI's progress bar in bytes, and its stop button."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
-        self._bar.update_absolute(done, total)
 
 
 def report(saved: Saved) -> io.NodeOutput:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_lock = threading.RLock()
+from .overrides import overridden
 
 
 @contextmanager
@@ -21,36 +20,25 @@ def skip_model_initialization(keep_below: int = 0) -> Iterator[None]:
     affected, and `load_state_dict` works inside as outside. A `torch.empty` that is turned into a parameter reserves
     addresses for a moment but touches no page.
     """
-    with _lock:
-        make: Callable[..., Any] = torch.nn.Parameter.__new__
-        load: Callable[..., Any] = torch.nn.Module.load_state_dict
-        thread = threading.get_ident()
-        loading = 0
+    loading = 0
 
-        def make_on_meta(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
-            plain = type(data) is torch.Tensor and not data.is_meta
-            if (
-                plain
-                and not loading
-                and threading.get_ident() == thread
-                and data.numel() * data.element_size() >= keep_below
-            ):
-                data = torch.empty_like(data, device="meta")
-            return make(cls, data, requires_grad)
+    def make_on_meta(make: Callable[..., Any], cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+        real = type(data) is torch.Tensor and not data.is_meta
+        if real and not loading and data.numel() * data.element_size() >= keep_below:
+            data = torch.empty_like(data, device="meta")
+        return make(cls, data, requires_grad)
 
-        def load_as_given(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Loading by assignment makes parameters too, of data that is meant to stay.
-            nonlocal loading
-            loading += threading.get_ident() == thread
-            try:
-                return load(self, *args, **kwargs)
-            finally:
-                loading -= threading.get_ident() == thread
-
-        torch.nn.Parameter.__new__ = make_on_meta  # type: ignore[method-assign, assignment]
-        torch.nn.Module.load_state_dict = load_as_given  # type: ignore[method-assign, assignment]
+    def load_as_given(load: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Loading by assignment makes parameters too, of data that is meant to stay.
+        nonlocal loading
+        loading += 1
         try:
-            yield
+            return load(module, *args, **kwargs)
         finally:
-            torch.nn.Parameter.__new__ = make  # type: ignore[method-assign]
-            torch.nn.Module.load_state_dict = load  # type: ignore[method-assign]
+            loading -= 1
+
+    with (
+        overridden(torch.nn.Parameter, "__new__", by=make_on_meta),
+        overridden(torch.nn.Module, "load_state_dict", by=load_as_given),
+    ):
+        yield

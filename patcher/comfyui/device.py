@@ -1,4 +1,4 @@
-"""Moving one model by hand: onto its device, off it, out of RAM, to another device."""
+"""Moves one model by hand: onto its device, off it, out of RAM, to another device."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import copy
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ..preload import load_now as engine_load_now
 from .loading.load import is_ours
+from .progress import Progress
 
 
 class DeviceIgnored(ValueError):
-    """A device that is not there, or that the model would not really run on."""
+    """Says that a device is not there, or that the model would not really run on it."""
 
 
 def device_names() -> list[str]:
-    """The devices of this machine that models can be moved to, by torch's names."""
+    """List the devices of this machine that models can be moved to, by torch's names."""
     names = ["cpu"]
-    for kind in ("cuda", "xpu", "npu", "mlu"):
-        module = getattr(torch, kind, None)
+    for device_type in ("cuda", "xpu", "npu", "mlu"):
+        module = getattr(torch, device_type, None)
         if module is not None and module.is_available():
-            names += [f"{kind}:{index}" for index in range(module.device_count())]
+            names += [f"{device_type}:{index}" for index in range(module.device_count())]
     if torch.backends.mps.is_available():
         names.append("mps")
     return names
@@ -33,8 +33,7 @@ def load_now(patcher: Any) -> None:
     """Bring a model onto its device, as far as there is room."""
     comfy.model_management.load_models_gpu([patcher])
     if is_ours(patcher):
-        bar = comfy.utils.ProgressBar(len(patcher.dynamic.bundles))
-        engine_load_now(patcher.dynamic, bar.update_absolute)
+        engine_load_now(patcher.dynamic, Progress())
 
 
 def unload(patcher: Any) -> None:
@@ -50,7 +49,7 @@ def unload(patcher: Any) -> None:
 
 
 def drop(patcher: Any) -> str | None:
-    """Give back device memory, pins and cached pages; says why some RAM stays, where it does.
+    """Give back device memory, pins and cached pages. Says why some RAM stays, where it does.
 
     A dynamic model comes again from its file when it is next used. A classic one has its only copy in RAM.
     """
@@ -69,7 +68,7 @@ def drop(patcher: Any) -> str | None:
 
 
 def moved(patcher: Any, name: str) -> Any:
-    """A patcher of the same model that runs on the named device.
+    """Clone a patcher to run on the named device. Returns the patcher itself where it does already.
 
     Raises DeviceIgnored for a device that this machine lacks, and where the move would have no effect.
     """
@@ -84,26 +83,26 @@ def moved(patcher: Any, name: str) -> Any:
     if patcher.load_device == device:
         return patcher
     unload(patcher)
-    made = patcher.clone()
-    made.load_device = device
-    if is_ours(made):
-        made.register_load_device(device)
-    return made
+    copied = patcher.clone()
+    copied.load_device = device
+    if is_ours(copied):
+        copied.register_load_device(device)
+    return copied
 
 
 def moved_clip(clip: Any, name: str) -> Any:
-    """The same CLIP on the named device. Raises DeviceIgnored."""
-    made = clip.clone()
-    made.patcher = moved(clip.patcher, name)
-    return made
+    """Copy a CLIP onto the named device. Raises DeviceIgnored."""
+    copied = clip.clone()
+    copied.patcher = moved(clip.patcher, name)
+    return copied
 
 
 def moved_vae(vae: Any, name: str) -> Any:
-    """The same VAE on the named device. Raises DeviceIgnored."""
-    made = copy.copy(vae)
-    made.patcher = moved(vae.patcher, name)
-    made.device = torch.device(name)
-    return made
+    """Copy a VAE onto the named device. Raises DeviceIgnored."""
+    copied = copy.copy(vae)
+    copied.patcher = moved(vae.patcher, name)
+    copied.device = torch.device(name)
+    return copied
 
 
 def _is_of(loaded: Any, patcher: Any) -> bool:

@@ -1,4 +1,4 @@
-"""INT8 for the host's diffusion models: which layers, with which kernels, and whether it pays."""
+"""Decides which layers of ComfyUI's diffusion models are kept in INT8, with which kernels, and whether that pays."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 from collections import Counter
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
@@ -15,7 +13,7 @@ from ...ops.gather import is_wrapper, tensor_bytes
 from ...ops.int8.linear import Kernel, register_kernel
 from ...ops.int8.measure import Timing, measure
 from ..int8_layers import Int8Layers
-from ..preload import quantise_now
+from .patcher import DynamicModelPatcher
 
 log = logging.getLogger("spillway")
 
@@ -25,8 +23,8 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KITCHEN_BACKENDS = ("cuda", "triton", "hip")
 
 
-class HostInt8Layers(Int8Layers):
-    """The same for the host's modules: what is quantised already to INT8 or to less stays, but INT8 is taken over."""
+class ComfyInt8Layers(Int8Layers):
+    """Chooses among ComfyUI's modules. Weights in fewer bits than INT8 stay; those in INT8 are taken over."""
 
     def __call__(self, module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
         if is_wrapper(weight):
@@ -34,7 +32,7 @@ class HostInt8Layers(Int8Layers):
             if "INT8" in layout:
                 parameters: Any = weight._params  # type: ignore[attr-defined]
                 rotated = getattr(parameters, "convrot", False) or getattr(parameters, "transposed", False)
-                # On a CPU comfy-kitchen copies the weight at every use; elsewhere its own way is the best.
+                # On a CPU comfy-kitchen copies the weight at every use. Elsewhere its own kernels are the best.
                 return int(self.device_type == "cpu" and not rotated and weight.dim() == 2)
             if "FP8" not in layout:
                 return 0
@@ -49,8 +47,9 @@ def register_kitchen() -> None:
 
     backends = comfy_kitchen.list_backends()
     for name in _KITCHEN_BACKENDS:
-        found = backends.get(name, {})
-        if found.get("available") and not found.get("disabled") and "int8_linear" in found.get("capabilities", ()):
+        backend = backends.get(name, {})
+        usable = backend.get("available") and not backend.get("disabled")
+        if usable and "int8_linear" in backend.get("capabilities", ()):
             register_kernel("cuda", _kitchen_linear)
 
 
@@ -62,14 +61,14 @@ def _kitchen_linear(
     return linear(x.contiguous(), qdata, scale, bias, _CODES[x.dtype], False, 256)  # type: ignore[call-arg]
 
 
-def choose_int8(patcher: Any, wanted: str) -> str:
-    """Have a freshly loaded patcher quantise its layers as they are loaded; returns what was found, in words.
+def choose_int8(patcher: DynamicModelPatcher, wanted: str) -> str:
+    """Have a freshly loaded patcher quantise its layers as they are loaded. Returns what was decided, in words.
 
     wanted: 'int8' does it always, 'int8_auto' where it is faster on the patcher's device.
     """
     model, device = patcher.model, patcher.load_device
     root = model.diffusion_model
-    layers = HostInt8Layers(type(root).__name__, device.type, "diffusion_model.")
+    layers = ComfyInt8Layers(type(root).__name__, device.type, "diffusion_model.")
     shapes: Counter[tuple[int, int]] = Counter()
     quantised = saved = 0
     for name, module in root.named_modules():
@@ -95,7 +94,7 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     if not timing.wins and wanted == INT8_AUTO:
         return _noted(patcher, f"{count} keep their dtype: {timing.in_words()}")
     patcher.state.int8 = layers
-    patcher.size = patcher.model_size() - saved  # what the core makes room for
+    patcher.size = patcher.model_size() - saved  # the size that ComfyUI makes room for
     if timing.wins:
         return _noted(patcher, f"{count} are quantised to INT8 as they are loaded: {timing.in_words()}")
     return _noted(
@@ -106,20 +105,6 @@ def choose_int8(patcher: Any, wanted: str) -> str:
     )
 
 
-def _noted(patcher: Any, words: str, level: int = logging.INFO) -> str:
+def _noted(patcher: DynamicModelPatcher, words: str, level: int = logging.INFO) -> str:
     patcher.state.notes.append((words, level))
     return words
-
-
-def quantise_with_progress(patcher: Any) -> None:
-    """Quantise what is not yet, with a progress bar; an interrupt of the host ends it."""
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if bar is None:
-            bar = comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    quantise_now(patcher.dynamic, progress)

@@ -1,4 +1,4 @@
-"""Merging models as patches: the weights of the others are read where they lie when a merged one is made."""
+"""Merges models as patches. The weights of the others are read where they lie, when a merged weight is made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...ops.gather import is_wrapper
-from .saving.save import source_of
+from .model_state import source_of
 
 log = logging.getLogger("spillway")
 
@@ -20,7 +20,7 @@ NAMED_GROUPS = {"input_blocks": "early", "middle_block": "middle", "output_block
 
 
 def group_of_keys(root: torch.nn.Module) -> Callable[[str], str]:
-    """Key of a weight in a diffusion model -> its group, one of GROUPS.
+    """Make a function from the key of a weight in a diffusion model to its group, one of GROUPS.
 
     A U-Net has input, middle and output blocks. Of other models the repeated blocks are divided into thirds, in their
     order. Everything else is 'other'.
@@ -33,29 +33,29 @@ def group_of_keys(root: torch.nn.Module) -> Callable[[str], str]:
         names = [f"{name}.{index}." for name, part in lists for index in range(len(part))]
         blocks = {name: GROUPS[place * 3 // len(names)] for place, name in enumerate(names)}
 
-    def group(key: str) -> str:
-        return next((found for begin, found in blocks.items() if key.startswith(begin)), "other")
+    def group_of(key: str) -> str:
+        return next((group for begin, group in blocks.items() if key.startswith(begin)), "other")
 
-    return group
+    return group_of
 
 
-def _plain(weight: torch.Tensor, **_: Any) -> torch.Tensor:
-    """What the host's merging calls to have a weight without quantisation."""
+def _unwrapped(weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Give a weight without its quantisation. ComfyUI's merging calls this."""
     return weight.dequantize() if is_wrapper(weight) else weight  # type: ignore[operator]
 
 
 def key_patches(patcher: Any) -> dict[str, list[Any]]:
-    """A model's floating-point weights as patches for another: [(weight, how to make it plain), its own patches...]."""
-    found = {}
+    """Make a model's floating-point weights patches for another: [(weight, its conversion), own patches...]."""
+    patches = {}
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         key = f"{ROOT}{name}"
         if parameter.dtype.is_floating_point and not name.endswith("_scale"):
-            found[key] = [(source_of(patcher, key, parameter), _plain), *patcher.patches.get(key, [])]
-    return found
+            patches[key] = [(source_of(patcher, key, parameter), _unwrapped), *patcher.patches.get(key, [])]
+    return patches
 
 
 def _common(model: Any, other: Any) -> dict[str, list[Any]]:
-    """The weights of `other` that `model` has too. Raises ValueError for models of two architectures."""
+    """Find the weights of `other` that `model` has too. Raises ValueError for models of two architectures."""
     shapes = {f"{ROOT}{name}": tuple(p.shape) for name, p in model.model.diffusion_model.named_parameters()}
     theirs = key_patches(other)
     names = f"{type(model.model).__name__} and {type(other.model).__name__}"
@@ -75,7 +75,7 @@ def _common(model: Any, other: Any) -> dict[str, list[Any]]:
 
 
 def merge(models: list[Any], shares: Mapping[str, float], share3: float = 0.0, *, add_difference: bool = False) -> Any:
-    """A clone of the first MODEL that is the merge of two or three. Nothing is computed until a weight is needed.
+    """Clone the first MODEL and merge one or two others into the clone. Nothing is computed until a weight is needed.
 
     shares: the second model's share of each of GROUPS. A weighted sum is (1 - share - share3) of the first, share of
     the second and share3 of the third; with add_difference it is the first and share times what the second has over
@@ -87,7 +87,8 @@ def merge(models: list[Any], shares: Mapping[str, float], share3: float = 0.0, *
     group = group_of_keys(first.model.diffusion_model)
     patches2 = _common(first, second)
     patches3 = _common(first, rest[0]) if rest else {}
-    # (strength of the patch, strength of what stands there) -> patches; the host lists all weights at each call.
+    # (strength of the patch, strength of what stands there) -> patches. They go in together by strength, as ComfyUI
+    # lists all weights at each call of add_patches.
     steps: dict[tuple[float, float], dict[str, list[Any]]] = {}
     for key, patches in patches2.items():
         share = shares[group(key.removeprefix(ROOT))]
@@ -102,8 +103,8 @@ def merge(models: list[Any], shares: Mapping[str, float], share3: float = 0.0, *
         if third:
             steps.setdefault((third, 1.0), {})[key] = patches3[key]
     merged = first.clone()
-    for (strength, strength_model), found in sorted(steps.items(), key=lambda step: step[0][1]):
-        merged.add_patches(found, strength, strength_model)
+    for (strength, strength_model), patches in sorted(steps.items(), key=lambda step: step[0][1]):
+        merged.add_patches(patches, strength, strength_model)
     # Their files stay mapped, and known as maps, as long as the merge is used.
     merged.set_attachments("spillway_merged", [*(merged.get_attachment("spillway_merged") or []), second, *rest])
     return merged

@@ -1,8 +1,7 @@
-"""The host's ModelPatcher on top of the engine's dynamic model."""
+"""Puts ComfyUI's ModelPatcher on top of the engine's dynamic model."""
 
 from __future__ import annotations
 
-import logging
 import uuid
 import weakref
 from typing import Any
@@ -13,69 +12,29 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ...ops.files.disk_map import SourceError
 from ...ops.gather import is_wrapper
 from ...ops.ledger import in_words
-from ...ops.lending.bundle import Bundle
-from ...ops.lending.param import Param
-from ...ops.overrides import MISSING, SavedAttributes
-from ..attach import Int8Choice
-from ..comfy_pins import PIN_SUBSETS, pin_state
 from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
+from ..preload import quantise_now
 from ..ram_pressure import free_ram
-from .compile.blocks import block_names
-from .compile.dynamic_models import CompileRequest, SharedCompilers, refuse_compiled
-from .int8 import quantise_with_progress
-from .patches.idle_reads import place_fixed, place_read_idle
-from .patches.int8_lora import place_loras
-from .patches.weight_patch import HostPatch, idle_function, rounded
-
-log = logging.getLogger("spillway")
-
-
-class HostState:
-    """What all patchers of one model share: the engine, and what was set on the host's modules for it."""
-
-    def __init__(self) -> None:
-        self.dynamic: DynamicModel | None = None
-        self.attributes = SavedAttributes()
-        self.patchers: set[int] = set()
-        self.patches: dict[str, HostPatch] = {}
-        self.int8: Int8Choice | None = None
-        self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
-        # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
-        self.lends_blocks = False
-        self.compilers = SharedCompilers()
-
-    def __deepcopy__(self, memo: dict) -> HostState:
-        copied = HostState()
-        copied.int8, copied.notes = self.int8, list(self.notes)
-        return copied
-
-    def close(self) -> None:
-        """Give all memory back; the modules are the host's again."""
-        dynamic, self.dynamic, self.lends_blocks = self.dynamic, None, False
-        if dynamic is not None:
-            dynamic.close()
-        self.patches = {}
-        self.attributes.restore()
-
-
-def model_dtype(module: torch.nn.Module, attr: str, parameter: torch.Tensor) -> torch.dtype:
-    """The dtype that the host built a parameter in; a file loaded by assignment may have another."""
-    return getattr(module, f"{attr}_comfy_model_dtype", None) or parameter.dtype
+from .attach_patches import HookPatches, attach_patches, cast_in_ops
+from .compile.dynamic_models import CompileRequest, refuse_compiled
+from .loading.loader_overrides import check_complete
+from .model_state import PIN_SUBSETS, ModelState, model_dtype, register_pins, shared_state, state_of
+from .patches.weight_patch import rounded
+from .progress import Progress
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
-    """A model whose weights are managed by Spillway. `policy` is this patcher's own; clones inherit it.
+    """Patches a model whose weights Spillway manages. `policy` is this patcher's own, and clones inherit it.
 
     One engine serves all clones of a model. Loading attaches patches and moves nothing.
     """
 
-    # A twin's classic patcher (a weak reference): see dynamic_twin.
-    origin: Any = None
-    # Set: transformer blocks are lent as a whole, and compiled as it says.
+    # A twin's classic patcher: see dynamic_twin.
+    origin: weakref.ref[comfy.model_patcher.ModelPatcher] | None = None
+    # Set by the node that compiles: transformer blocks are lent as a whole, and compiled as the request says.
     compile_request: CompileRequest | None = None
 
     def __init__(
@@ -88,76 +47,44 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.policy = Policy()
-        state = getattr(model, "spillway_state", MISSING)
-        if state is MISSING:
-            model.spillway_state = HostState()
-            for module in model.modules():
-                for attr, parameter in module._parameters.items():
-                    if parameter is not None and getattr(module, f"{attr}_comfy_model_dtype", None) is None:
-                        setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
-        self.state.patchers.add(id(self))
-        # Newer cores read these from every dynamic model.
-        if getattr(model, "dynamic_pins", None) is None:
-            model.dynamic_pins = {}
-        model.dynamic_pins.setdefault(load_device, pin_state())
+        shared_state(model).join(self)
+        register_pins(model, load_device)
 
     def __del__(self) -> None:
-        state = getattr(getattr(self, "model", None), "spillway_state", None)
-        if state is None:
-            return
-        state.patchers.discard(id(self))
-        if not state.patchers:
-            state.close()
+        state = state_of(getattr(self, "model", None))
+        if state is not None:
+            state.leave(self)
 
     @property
-    def state(self) -> HostState:
-        """Shared by all clones."""
+    def state(self) -> ModelState:
+        """What all clones share."""
         return self.model.spillway_state  # type: ignore[no-any-return]
 
     @property
     def dynamic(self) -> DynamicModel:
-        """The engine; made by the first use. Raises Unsupported or SourceError where the model cannot be dynamic."""
-        state = self.state
-        if state.dynamic is not None and state.dynamic.device != _engine_device(self.load_device):
-            state.close()
-        if state.dynamic is None:
-            state.lends_blocks = self.compile_request is not None
-            state.dynamic = DynamicModel(
-                self.model,
-                None,
-                _engine_device(self.load_device),
-                self.policy,
-                name=type(self.model).__name__,
-                model_dtype=model_dtype,
-                int8=state.int8,
-                may_init=False,
-                blocks=block_names(self.model) if state.lends_blocks else (),
-            )
-            for words, level in state.notes:
-                state.dynamic.ledger.decide(words, level=level)
-            place_fixed(state.dynamic)
-        return state.dynamic
+        """The engine. The first use makes it, or raises Unsupported or SourceError."""
+        return self.state.engine(self.model, self.load_device, self.policy, blocks=self.compile_request is not None)
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        """Refused for a module of ours that another node has compiled: see `refuse_compiled`."""
+        """Put an object into the model, unless another node has compiled it: see refuse_compiled."""
         if not refuse_compiled(self.model, name, obj):
             super().add_object_patch(name, obj)
 
     def set_policy(self, policy: Policy) -> None:
-        """The policy of this patcher; it takes effect when the model is next loaded."""
+        """Set the policy of this patcher. It takes effect when the model is next loaded."""
         self.policy = policy
 
-    # -- what the core asks
+    # -- what ComfyUI asks
 
     def is_dynamic(self) -> bool:
         return True
 
     def register_load_device(self, device: torch.device) -> None:
-        """Core's device selectors call this after changing `load_device`."""
-        self.model.dynamic_pins.setdefault(device, pin_state())
+        """Note a device. ComfyUI's device selectors call this after they have changed `load_device`."""
+        register_pins(self.model, device)
 
     def clone(self, disable_dynamic: bool = False, *args: Any, **kwargs: Any) -> Any:
-        # A CLIP's module stays beside the clone, so a classic patcher of another module would patch in vain. The core
+        # A CLIP keeps its module beside the clone, so a classic patcher of another module would patch in vain. ComfyUI
         # asks a CLIP for one only because of hooks, which this patcher serves itself.
         cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
@@ -176,7 +103,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.state.dynamic.pinned_bytes if self.state.dynamic is not None else 0
 
     def resident_ram_bytes(self) -> int:
-        """RAM that resident weights take beside their file's pages; 0 on devices with memory of their own."""
+        """Count the RAM that resident weights take beside their file's pages. 0 on devices with memory of their own."""
         return self.state.dynamic.resident_ram_bytes if self.state.dynamic is not None else 0
 
     def loaded_ram_size(self) -> int:
@@ -220,17 +147,16 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """Attach patches and policy. Weights come when the first forward uses them."""
         with self.use_ejected():
             device_to = self.load_device if device_to is None else device_to
-            if self.origin is not None and self.state.dynamic is None:
+            if self.state.dynamic is None:
                 self._take_over()
-            self._check_complete()
-            if self.compile_request is not None and not self.state.lends_blocks:
-                self.state.close()
+                check_complete(self.model)
+            if self.compile_request is not None:
+                self.state.lend_blocks()
+            others = [model for model in models if model is not self.dynamic]
+            free_ram(others, 2 * self.model_size())
+            self.state.follow(self.policy)
             dynamic = self.dynamic
-            free_ram([model for model in models if model is not dynamic], 2 * self.model_size())
-            if dynamic.policy != self.policy:
-                self._apply_policy(dynamic)
-                dynamic = self.dynamic
-            self._cast_in_ops(dynamic)
+            cast_in_ops(self, self.state, dynamic)
             hooked = self.get_combined_hook_patches(self.forced_hooks)
             self._attach_patches(hooked)
             self._hooked = bool(hooked)
@@ -242,118 +168,22 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
             if self.state.int8 is not None:
-                quantise_with_progress(self)
+                quantise_now(dynamic, Progress())
 
     def _take_over(self) -> None:
-        """A twin needs the weights as the classic patcher got them."""
-        origin = self.origin()
+        """Get a twin's weights back as they were loaded, and the patches that its classic patcher has by now."""
+        origin = self.origin() if self.origin is not None else None
         if origin is not None:
             origin.unpatch_model(origin.offload_device)
             self.patches = origin.patches
 
-    def _check_complete(self) -> None:
-        """Core leaves what a file lacks as it is; a dynamic model would have nothing to read."""
-        root = getattr(self.model, "diffusion_model", None)
-        if root is None or self.state.dynamic is not None:
-            return
-        missing = [name for name, parameter in root.named_parameters() if parameter.is_meta]
-        if missing:
-            path = getattr(self.model, "spillway_path", "the file")
-            raise SourceError(
-                f"{path}: {len(missing)} tensors that {type(root).__name__} needs are missing, such as "
-                f"{', '.join(missing[:3])}. The file is incomplete or of another architecture: get a complete one."
-            )
-
-    def _apply_policy(self, dynamic: DynamicModel) -> None:
-        if dynamic.policy.rules == self.policy.rules:
-            dynamic.set_policy(self.policy)
-        else:  # rules are read when bundles are made
-            self.state.close()
-
-    def _cast_in_ops(self, dynamic: DynamicModel) -> None:
-        """The core's ops cast what they are lent to the input's dtype, as they do for its own dynamic models.
-
-        What that costs is counted: diffusion models say which dtype they compute in, text encoders by an object patch.
-        An embedding looks up rows first.
-        """
-        attributes = self.state.attributes
-        computes = self.object_patches.get("manual_cast_dtype", getattr(self.model, "manual_cast_dtype", None))
-        for bundle in dynamic.bundles:
-            for param in bundle.params:
-                casts = hasattr(param.owner, "comfy_cast_weights") and not isinstance(param.owner, torch.nn.Embedding)
-                param.op_dtype = computes if casts else None
-        for module in self.model.modules():
-            if hasattr(module, "comfy_cast_weights"):
-                if not module.comfy_cast_weights:
-                    attributes.set(module, "comfy_cast_weights", True)
-                if getattr(module, "comfy_force_cast_weights", False) != self.force_cast_weights:
-                    attributes.set(module, "comfy_force_cast_weights", self.force_cast_weights)
-
     # -- patches
 
-    def _attach_patches(self, hook_patches: dict[str, list[tuple]] | None = None) -> None:
-        dynamic, state = self.dynamic, self.state
-        hooked = hook_patches or {}
-        patches = {}
-        quantised: dict[str, Param] = {}
-        for key in {*self.patches, *hooked}:
-            bundle = dynamic.by_key.get(key)
-            if bundle is not None:
-                param = next(param for param in bundle.params if param.key == key)
-                if param.int8:
-                    quantised[key] = param
-                patches[key] = HostPatch(
-                    self.model,
-                    key,
-                    param.original,
-                    param.final.dtype,
-                    self.patches.get(key, []),
-                    hooked.get(key, []),
-                    rounded=not param.int8,
-                )
-        if quantised and not hooked:
-            chosen = {key: patches[key] for key in quantised}
-            patches.update(place_loras(chosen, quantised, self.policy.int8_lora, dynamic.device, dynamic.ledger))
-        changed = [
-            key
-            for key in {*patches, *state.patches}
-            if key not in patches or not patches[key].same_as(state.patches.get(key))
-        ]
-        kept = {key: patch if key in changed else state.patches[key] for key, patch in patches.items()}
-        if changed:
-            touched = dynamic.set_patches(kept, changed)
-            dynamic.ledger.counters.patch_changes += 1
-            if hooked or self._hooked:  # between two conditions: at every step
-                if hooked:
-                    dynamic.ledger.decide_once(f"hooks change {len(hooked)} weights while sampling", level=logging.INFO)
-            else:
-                dynamic.ledger.decide(f"{len(kept)} weights patched, {touched} bundles touched by the change")
-            place_read_idle(dynamic, changed, self.backup)
-        state.patches = kept
-        self._functions(dynamic, kept)
-
-    def _functions(self, dynamic: DynamicModel, patches: dict[str, HostPatch]) -> None:
-        """Weight functions: a lent weight is finished, so it meets only wrappers; an idle one must still be patched."""
-        for bundle in dynamic.bundles:
-            bundle.lent_attributes = []
-        for bundle in dynamic.bundles:
-            for param in bundle.params:
-                module, name = param.owner, f"{param.attr}_function"
-                if param.int8 and getattr(module, "layout_type", None) is not None:
-                    # Else the core's op would quantise the input, for a weight in the file's format.
-                    bundle.lent_attributes.append((module, "layout_type", module.layout_type, None))
-                if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
-                    continue
-                wrappers = list(self.weight_wrapper_patches.get(param.key, []))
-                if param.key in patches and param.key not in self.backup:
-                    idle = [idle_function(param.key, {param.key: patches[param.key].all_patches}), *wrappers]
-                    bundle.lent_attributes.append((module, name, idle, wrappers))
-                    self.state.attributes.set(module, name, idle)
-                elif getattr(module, name) != wrappers:
-                    self.state.attributes.set(module, name, wrappers)
+    def _attach_patches(self, hooked: HookPatches) -> None:
+        attach_patches(self, self.state, self.dynamic, hooked, had_hooks=self._hooked, int8_lora=self.policy.int8_lora)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[tuple]]:
-        """For merges into other models: weights that the file has in another dtype count as what they are in ours."""
+        """Give the weights for merges into other models, each as it is in the model's dtype, whatever the file has."""
         patches: dict[str, list[tuple]] = super().get_key_patches(filter_prefix)
         for key, entries in patches.items():
             owner, _, attr = key.rpartition(".")
@@ -364,13 +194,13 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return patches
 
     def patch_weight_to_device(self, key: str, *args: Any, return_weight: bool = False, **kwargs: Any) -> Any:
-        """For saving; a resized weight is patched already."""
+        """Patch a weight for saving. A resized weight stands in the model patched already."""
         if return_weight and key in self.backup:
             return comfy.utils.get_attr(self.model, key)
         return super().patch_weight_to_device(key, *args, return_weight=return_weight, **kwargs)
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Hooks are patches on top of the LoRAs: one copy of the weights, and only touched bundles are made again."""
+        """Attach hooks as patches on top of the LoRAs. Only bundles that they touch are made again."""
         with self.use_ejected():
             combined = self.get_combined_hook_patches(hooks) if hooks is not None else {}
             if self.state.dynamic is not None and (combined or self._hooked):
@@ -386,7 +216,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self.current_hooks = None
 
     def get_non_dynamic_delegate(self) -> Any:
-        """The core asks for a classic patcher where conditions carry hooks; this one serves them itself."""
+        """Give this patcher where ComfyUI asks for a classic one to serve hooks of conditions."""
         return self
 
     # -- after sampling
@@ -409,8 +239,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if dynamic is None:
             return 0
         if self.policy.keep == "always":
-            # Less than asked would make the core unload the model as a whole. It measures what is really free
-            # afterwards.
+            # ComfyUI would unload the model as a whole if it were told of less than it asked for. It measures what is
+            # really free afterwards.
             return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 
@@ -424,7 +254,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.partially_unload_ram(ram_to_unload, subsets)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
-        # The base class restores object patches; weights have nothing to be restored from.
+        # The base class restores object patches. Weights have nothing to be restored from.
         super().unpatch_model(device_to=None, unpatch_weights=False)
         if unpatch_weights:
             dynamic = self.state.dynamic
@@ -439,38 +269,33 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return model
 
     def restore_loaded_backups(self) -> int:
-        """Nothing of a dynamic model is kept in backups."""
+        """Restore nothing: a dynamic model keeps nothing in backups."""
         return 0
 
     def pin_weight_to_device(self, key: str) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     def unpin_weight(self, key: str) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     def unpin_all_weights(self) -> None:
-        """Pins are the engine's."""
+        """Do nothing: pins are the engine's."""
 
     # -- model patches
 
     def model_patches_models(self) -> list[Any]:
-        """Models attached to this one (ControlNet-like model patches): managed dynamically too."""
+        """List the models attached to this one (model patches like ControlNets), as dynamic ones."""
         return [dynamic_twin(patcher, self.policy) for patcher in super().model_patches_models()]
 
     def __repr__(self) -> str:
         return f"<DynamicModelPatcher {type(self.model).__name__} {in_words(self.model_size())} on {self.load_device}>"
 
 
-def _engine_device(device: torch.device) -> torch.device:
-    if device.type in ("cuda", "xpu") and device.index is None:
-        return torch.device(device.type, torch.get_device_module(device).current_device())
-    return device
-
-
 def dynamic_twin(patcher: Any, policy: Policy) -> Any:
-    """A dynamic patcher of a classic one's model, for models that only ours run; itself where it is dynamic already.
+    """Give the dynamic patcher of a classic patcher's model, or the patcher itself where it is dynamic already.
 
-    Models of the core's may use the classic one in between: each takes the model over when it is loaded.
+    Models of other loaders may use the classic patcher in between. Each of the two takes the model over when it is
+    loaded.
     """
     if not isinstance(patcher, comfy.model_patcher.ModelPatcher) or patcher.is_dynamic():
         return patcher
@@ -482,8 +307,3 @@ def dynamic_twin(patcher: Any, policy: Policy) -> Any:
         twin.origin = weakref.ref(patcher)
         patcher.spillway_twin = twin
     return twin
-
-
-def bundles_of(patcher: DynamicModelPatcher) -> list[Bundle]:
-    """The bundles of a patcher's engine, for reports."""
-    return patcher.state.dynamic.bundles if patcher.state.dynamic is not None else []

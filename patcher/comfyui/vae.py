@@ -1,4 +1,4 @@
-"""VAE work that makes room first, tries again after a full eviction, and tiles last."""
+"""Runs VAEs: makes room first, tries again after a full eviction, and tiles last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import dynamic_model as dynamic
 
 log = logging.getLogger("spillway")
 
-# The core goes over to these by itself when the plain way fails.
+# ComfyUI goes over to these by itself when memory runs out without tiles.
 TILED_WAYS = (
     *("decode_tiled_", "decode_tiled_1d", "decode_tiled_3d", "_decode_tiled_owned"),
     *("encode_tiled_", "encode_tiled_1d", "encode_tiled_3d", "_encode_tiled_owned"),
@@ -27,11 +27,11 @@ FRAMES_A_TILE, FRAMES_OVERLAP = 64, 8
 
 
 class _OutOfRoom(Exception):
-    """Stands for the out-of-memory error that the core has caught and answers by tiling."""
+    """Stands for the out-of-memory error that ComfyUI has caught and answers by tiling."""
 
 
 def decode(vae: Any, latent: torch.Tensor, tile_size: int, evict: Callable[[], Any]) -> tuple[torch.Tensor, str]:
-    """(images [N, height, width, channels], how) of latents. tile_size: pixels, for the last resort.
+    """Decode latents -> (images [N, height, width, channels], how). tile_size: in pixels, for the last resort.
 
     evict: frees what else can be freed (the output cache). Raises what the VAE raises, save for lack of memory before
     the last resort.
@@ -47,7 +47,7 @@ def decode(vae: Any, latent: torch.Tensor, tile_size: int, evict: Callable[[], A
 
 
 def encode(vae: Any, pixels: torch.Tensor, tile_size: int, evict: Callable[[], Any]) -> tuple[torch.Tensor, str]:
-    """(latent, how) of images [N, height, width, channels]; as `decode`."""
+    """Encode images [N, height, width, channels] -> (latent, how), as `decode` does."""
 
     def tiled() -> torch.Tensor:
         return vae.encode_tiled(pixels, **_tiles(vae, tile_size, 1))  # type: ignore[no-any-return]
@@ -60,15 +60,15 @@ def _in_turn(
     vae: Any,
     estimate: Callable[[Any, Any], float],
     work: torch.Tensor,
-    plain: Callable[[Any], torch.Tensor],
+    untiled: Callable[[Any], torch.Tensor],
     tiled: Callable[[], torch.Tensor],
     tile_size: int,
     evict: Callable[[], Any],
 ) -> tuple[torch.Tensor, str]:
     comfy.model_management.free_memory(_estimated(vae, estimate, work), vae.device)
-    only_plain = _without_tiling(vae)
+    refusing = _without_tiling(vae)
     for how in (PLAIN, AFTER_EVICTION):
-        result = _attempt(lambda: plain(only_plain))
+        result = _attempt(lambda: untiled(refusing))
         if result is not None:
             return result, how
         log.warning("[Spillway] VAE: out of memory (%s); freeing everything else", how)
@@ -77,7 +77,10 @@ def _in_turn(
 
 
 def _attempt(work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """The result, or None where memory ran out. The error must be gone before memory is freed: it holds tensors."""
+    """Give the result, or None where memory ran out.
+
+    The error is gone when this returns. It holds tensors, which could not be freed while it lives.
+    """
     try:
         return work()
     except _OutOfRoom:
@@ -89,38 +92,38 @@ def _attempt(work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
 
 
 def _without_tiling(vae: Any) -> Any:
-    """A VAE of the same parts that says when it runs out of memory, where the core's would tile at once."""
+    """Copy a VAE. The copy raises _OutOfRoom where ComfyUI's would tile at once."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise _OutOfRoom
 
-    made = copy.copy(vae)
+    refusing = copy.copy(vae)
     for name in TILED_WAYS:
         if hasattr(vae, name):
-            setattr(made, name, refuse)
-    return made
+            setattr(refusing, name, refuse)
+    return refusing
 
 
 def _estimated(vae: Any, estimate: Callable[[Any, Any], float], work: torch.Tensor) -> float:
     try:
         return estimate(work.shape, vae.vae_dtype)
-    except Exception:  # the estimate of another kind of VAE wants another shape; the core's own call makes room too
+    except Exception:  # some VAEs' estimates want another shape. ComfyUI makes room too.
         return 0.0
 
 
 def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
     temporal = vae.temporal_compression_decode()
     tile, overlap = tile_size // compression, tile_size // 8 // compression
-    found = {"tile_x": tile, "tile_y": tile, "overlap": overlap, "tile_t": None, "overlap_t": None}
+    tiles = {"tile_x": tile, "tile_y": tile, "overlap": overlap, "tile_t": None, "overlap_t": None}
     if temporal is not None:
         frames = max(2, FRAMES_A_TILE // temporal) if compression != 1 else FRAMES_A_TILE
         overlap_t = max(1, FRAMES_OVERLAP // temporal) if compression != 1 else FRAMES_OVERLAP
-        found.update(tile_t=frames, overlap_t=overlap_t)
-    return found
+        tiles.update(tile_t=frames, overlap_t=overlap_t)
+    return tiles
 
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
-    """All models off all devices, their pins, and, where the VAE computes in RAM, what `evict` frees."""
+    """Take all models off all devices and free their pins. Call `evict` too where the VAE computes in RAM."""
     comfy.model_management.unload_all_models()
     for model in list(dynamic.models):
         model.free()

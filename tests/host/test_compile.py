@@ -24,7 +24,8 @@ from test_ops import quantised
 from spillway.nodes.compile import INT8LazyTorchCompile
 from spillway.ops.compile import block_compiler
 from spillway.ops.compile import compiled_function as engine
-from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
+from spillway.patcher.comfyui.compile.classic_models import CompiledModel, compile_other
+from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.adopt import dynamic_model
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_diffusion_model
 from spillway.patcher.policy import Policy

@@ -1,7 +1,8 @@
-"""The core's attention inside compiled blocks.
+"""Lets compiled blocks call ComfyUI's attention.
 
-On devices without a fused attention the core divides the work by how much memory is free at the moment. A trace can
-neither follow that nor may it freeze it, so there the core's function is called from the graph as one opaque op.
+On devices without a fused attention, ComfyUI divides the work by how much memory is free at the moment. A trace cannot
+follow that, and a graph that froze it would run out of memory later. There the graph calls ComfyUI's function as one
+opaque op.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Optional
 
-import comfy.ldm.modules.attention as core
+import comfy.ldm.modules.attention as comfy_attention
 import torch
 
-# Those of the core's functions that look at free memory, and what they read beside their tensors.
+# ComfyUI's functions that look at free memory, and what they read beside their tensors.
 BY_FREE_MEMORY = frozenset(("attention_split", "attention_sub_quad"))
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 READ = frozenset((*PARAMETERS, "enable_gqa", "scale"))
@@ -35,7 +36,7 @@ def _opaque(
     more: dict[str, Any] = {} if scale is None else {"scale": scale}
     if enable_gqa:
         more["enable_gqa"] = True
-    out = getattr(core, name)(
+    out = getattr(comfy_attention, name)(
         q,
         k,
         v,
@@ -69,7 +70,7 @@ def _shape_of_result(
     return q.new_empty((batch, tokens, heads * width))
 
 
-# torch reads the annotations when it is given the function, so they must be objects.
+# torch reads the annotations of the function that it is given. Here they are strings, and it needs objects.
 _opaque.__annotations__ = {
     "name": str,
     "q": torch.Tensor,
@@ -89,7 +90,10 @@ _op.register_fake(_shape_of_result)
 
 
 def traceable_attention(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The core's own attention, as it chose it; for `optimized_attention_override` while a block is compiled."""
+    """Call the attention that ComfyUI chose, in a way that a graph can hold.
+
+    Given to ComfyUI as `optimized_attention_override` while a block is compiled.
+    """
     given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
     name = getattr(attention, "__name__", "")
     if name not in BY_FREE_MEMORY or len(args) > len(PARAMETERS) or set(given) - READ - IGNORED or "heads" not in given:

@@ -1,39 +1,33 @@
-"""torch.compile for ComfyUI models: blocks of ours with their weights lifted out, whole modules of others."""
+"""Compiles the transformer blocks of Spillway's models with torch.compile. Their weights stay outside the graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ....ops.compile.block_compiler import BlockCompiler
 from ....ops.compile.compiled_function import (
     CompileSettings,
-    compile_count,
-    compiler_settings,
-    reason_of,
 )
-from .attention import traceable_attention
-from .blocks import block_names, prepare
+from ...dynamic_model import DynamicModel
+from .blocks import prepare
 
 log = logging.getLogger("spillway")
 
 WHO = "INT8 Lazy Torch Compile"
-# The core's own node removes wrappers of this key before it sets its own, so the last node of a chain compiles.
+# ComfyUI's own node removes wrappers of this key before it sets its own, so the last node of a chain compiles.
 WRAPPER_KEY = "torch.compile"
 INTERRUPT = (comfy.model_management.InterruptProcessingException,)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileRequest:
-    """What the node was told. dynamic None: 'auto'."""
+    """The inputs of the node. dynamic None: 'auto'."""
 
     backend: str = "inductor"
     fullgraph: bool = False
@@ -45,14 +39,12 @@ class CompileRequest:
     log_compile: bool = True
 
 
-# -- our models
-
-# Without CUDA graphs: those replay fixed addresses, and weights that come and go have none.
+# The modes without CUDA graphs. A CUDA graph replays fixed addresses, and would read memory that holds other weights.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def lifted_settings(request: CompileRequest) -> tuple[CompileSettings, list[str]]:
-    """Settings for blocks whose weights are lent, and what is done otherwise than asked, in words."""
+    """Translate a request for blocks whose weights are lent. Says in words what is done otherwise than asked."""
     words = []
     backend, mode = request.backend, WITHOUT_GRAPHS.get(request.mode, request.mode)
     if backend == "cudagraphs":
@@ -70,13 +62,13 @@ def lifted_settings(request: CompileRequest) -> tuple[CompileSettings, list[str]
 
 
 class SharedCompilers:
-    """The compilers of one model, by request: its clones share what is compiled."""
+    """Keeps the compilers of one model, by request, so that its clones share what is compiled."""
 
     def __init__(self) -> None:
-        self._made: dict[CompileRequest, BlockCompiler] = {}
+        self._compilers: dict[CompileRequest, BlockCompiler] = {}
 
-    def use(self, dynamic: Any, request: CompileRequest | None) -> None:
-        """Compile the blocks of an engine as `request` says, or not at all. When a patcher is loaded."""
+    def use(self, dynamic: DynamicModel, request: CompileRequest | None) -> None:
+        """Have the blocks of an engine compiled as `request` says, or not at all. Called when a patcher is loaded."""
         blocks = dynamic.blocks
         if request is None or request.cache_size_limit == 0:
             for block in blocks:
@@ -84,14 +76,14 @@ class SharedCompilers:
             if request is not None:
                 dynamic.ledger.decide_once(f"{WHO}: dynamo_cache_size_limit is 0, so nothing is compiled.")
             return
-        compiler = self._made.get(request)
+        compiler = self._compilers.get(request)
         if compiler is None or compiler.ledger is not dynamic.ledger:
             settings, words = lifted_settings(request)
             for text in words:
                 dynamic.ledger.decide(f"{WHO}: {text}.")
             if not blocks:
                 dynamic.ledger.decide(f"{WHO}: this model has no transformer blocks; running uncompiled.")
-            compiler = self._made[request] = BlockCompiler(
+            compiler = self._compilers[request] = BlockCompiler(
                 settings,
                 dynamic.ledger,
                 who=WHO,
@@ -104,9 +96,9 @@ class SharedCompilers:
 
 
 def refuse_compiled(model: torch.nn.Module, name: str, patch: Any) -> bool:
-    """Whether an object patch puts a compiled module in the place of a part of ours, which then stays uncompiled.
+    """Whether an object patch puts a compiled module in the place of a part of ours. If so, warns and stays without it.
 
-    In that place it would give the weights inside of it other names, and LoRAs that go by name would miss them.
+    The compiled module would give the weights inside of it other names, and LoRAs that go by name would miss them.
     """
     if not hasattr(patch, "_orig_mod"):  # torch's OptimizedModule, without importing the compiler
         return False
@@ -118,120 +110,3 @@ def refuse_compiled(model: torch.nn.Module, name: str, patch: Any) -> bool:
         WHO,
     )
     return True
-
-
-# -- other models
-
-
-def _ignore_options(entries: Any) -> list[bool]:
-    """Guards to keep: transformer options change at every step."""
-    return ["transformer_options" not in entry.name for entry in entries]
-
-
-def compile_arguments(request: CompileRequest) -> dict[str, Any]:
-    """Keywords of torch.compile. It takes a mode or options: with a filter, the mode is given as its options."""
-    arguments: dict[str, Any] = {
-        "backend": request.backend,
-        "fullgraph": request.fullgraph,
-        "dynamic": request.dynamic,
-    }
-    mode = request.mode if request.backend == "inductor" and request.mode != "default" else None
-    if not request.use_guard_filter:
-        return {**arguments, "mode": mode}
-    options = dict(torch._inductor.list_mode_options(mode)) if mode is not None else {}
-    return {**arguments, "options": {**options, "guard_filter_fn": _ignore_options}}
-
-
-def with_traceable_attention(value: Any) -> Any:
-    """Transformer options with an attention that a graph can hold; anything else as it is."""
-    if not isinstance(value, dict) or not {"sigmas", "cond_or_uncond"} & set(value):
-        return value
-    return {"optimized_attention_override": traceable_attention, **value}
-
-
-class CompiledModel:
-    """A wrapper around `apply_model` that compiles at the first call; clones of its model share it.
-
-    Modules are swapped for the length of a call, as the core's own node does, so that patches and their names are not
-    disturbed.
-    """
-
-    def __init__(self, request: CompileRequest) -> None:
-        self.request = request
-        self.failed = False
-        # By name: what was compiled, and its compiled form. An object patch puts another module in that place.
-        self._made: dict[str, tuple[torch.nn.Module, Any]] = {}
-
-    def _compiled(self, model: torch.nn.Module) -> dict[str, Any]:
-        names = block_names(model) if self.request.blocks_only else ["diffusion_model"]
-        for name in names or ["diffusion_model"]:
-            module = comfy.utils.get_attr(model, name)
-            known = self._made.get(name)
-            if known is None or known[0] is not module:
-                self._made[name] = module, torch.compile(module, **compile_arguments(self.request))
-        return {name: compiled for name, (_, compiled) in self._made.items()}
-
-    def __call__(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.failed:
-            return executor(*args, **kwargs)
-        model = executor.class_obj  # type: ignore[attr-defined]
-        kept = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in args]
-        before = compile_count()
-        try:
-            return self._run(executor, model, args, kwargs)
-        except Exception as error:
-            if isinstance(error, INTERRUPT) or comfy.model_management.is_oom(error):
-                raise
-            reason = reason_of(error)
-        finally:
-            made = compile_count() - before
-            if made and self.request.log_compile:
-                log.info("[Spillway] %s: %d graphs compiled for %s", WHO, made, type(model).__name__)
-        # Where the model itself is at fault, this raises the same again.
-        result = executor(*kept, **kwargs)
-        self.failed = True
-        log.warning("[Spillway] %s: compile failed; running uncompiled. %s", WHO, reason)
-        return result
-
-    def _run(self, executor: Callable[..., Any], model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        originals: dict[str, Any] = {}
-        args = tuple(with_traceable_attention(value) for value in args)
-        kwargs = {name: with_traceable_attention(value) for name, value in kwargs.items()}
-        try:
-            with compiler_settings(self.request.cache_size_limit):
-                for name, compiled in self._compiled(model).items():
-                    originals[name] = comfy.utils.get_attr(model, name)
-                    comfy.utils.set_attr(model, name, compiled)
-                return executor(*args, **kwargs)
-        finally:
-            for name, module in originals.items():
-                comfy.utils.set_attr(model, name, module)
-
-
-def compile_other(model: Any, request: CompileRequest, disable_dynamic_vram: bool) -> Any:
-    """A clone of a patcher that is not ours, compiled when it first samples.
-
-    Raises RuntimeError where the core cannot clone it without its dynamic VRAM.
-    """
-    clone = model.clone()
-    if disable_dynamic_vram and _is_dynamic(model):
-        try:
-            clone = model.clone(disable_dynamic=True)
-        except TypeError as error:
-            raise RuntimeError(
-                f"{WHO}: this ComfyUI version does not support disable_dynamic clone. Update ComfyUI, start it with "
-                "--disable-dynamic-vram, or turn disable_dynamic_vram off in this node."
-            ) from error
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{WHO}: this MODEL cannot be cloned with its dynamic VRAM off ({error}). Load it with a loader of "
-                "ComfyUI's or Spillway's, or turn disable_dynamic_vram off in this node."
-            ) from error
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, CompiledModel(request))
-    return clone
-
-
-def _is_dynamic(model: Any) -> bool:
-    ask = getattr(model, "is_dynamic", None)
-    return ask is not None and bool(ask())

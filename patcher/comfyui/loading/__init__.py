@@ -1,1 +1,1 @@
-"""ComfyUI's loaders, building dynamic models."""
+"""Has ComfyUI's loaders build dynamic models."""

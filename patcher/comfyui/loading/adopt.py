@@ -1,4 +1,4 @@
-"""Models of other loaders as dynamic ones. What comes in stays usable as it is."""
+"""Makes dynamic models of those that other loaders made. What comes in stays usable as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..compile.dynamic_models import refuse_compiled
 from ..patcher import DynamicModelPatcher
 from .loader_overrides import building
 
-# What a patcher carries beside its model and its devices.
+# Attributes that a patcher carries beside its model and its devices.
 CARRIED = (
     "patches",
     "patches_uuid",
@@ -35,29 +35,29 @@ CARRIED = (
     "hook_mode",
     "cached_patcher_init",
 )
-# What a model's copy has of its own; configurations and the like are the same objects.
+# Classes of which a model's copy has objects of its own. Configurations and the like are shared.
 COPIED = (torch.nn.Module, torch.Tensor, dict, list, tuple, set, types.MethodType, functools.partial)
-# What patchers keep on a model, and none of it concerns its copy.
+# Attributes that patchers keep on a model. None of them concerns its copy.
 OWN = ("spillway_state", "spillway_maps", "spillway_path", "dynamic_pins", "dynamic_vbars", "dynamic_patchers")
 ADVICE = "Load it with one of the Spillway loaders instead, or leave it to its own loader."
 
 
 def _loaded_again(patcher: Any, policy: Policy | None) -> DynamicModelPatcher | None:
-    """The same model through its own loader, from its file; None where it has no way back to one."""
+    """Load the model again through its own loader, from its file. None where it has no way back to one."""
     factory = getattr(patcher, "cached_patcher_init", None)
     if not factory:
         return None
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         try:
-            made = factory[0](*factory[1])
-        except SourceError:  # a pickle, say: there is still the model in memory
+            loaded = factory[0](*factory[1])
+        except SourceError:  # a pickle, say. The model in memory is still there to be copied.
             return None
-    made = made[factory[2]] if len(factory) > 2 else made
-    return made if isinstance(made, DynamicModelPatcher) else None
+    loaded = loaded[factory[2]] if len(factory) > 2 else loaded
+    return loaded if isinstance(loaded, DynamicModelPatcher) else None
 
 
 def _copied(patcher: Any) -> DynamicModelPatcher:
-    """A copy of the model's structure that shares its tensors: no memory, and no module in common."""
+    """Copy the model's structure. The copy shares its tensors, so it takes no memory, and has no module in common."""
     if patcher.is_dynamic():
         raise Unsupported(
             f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
@@ -66,9 +66,9 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
     memo: dict[int, Any] = {}
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
         original = patcher.backup[name].weight if name in patcher.backup else tensor
-        plain = original.detach().to("cpu")
+        shared = original.detach().to("cpu")
         is_parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(plain, requires_grad=False) if is_parameter else plain
+        memo[id(tensor)] = torch.nn.Parameter(shared, requires_grad=False) if is_parameter else shared
     for module in patcher.model.modules():
         for value in vars(module).values():
             if not isinstance(value, COPIED) and not hasattr(type(value), "__deepcopy__"):
@@ -83,44 +83,44 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
 
 
 def dynamic_model(patcher: Any, policy: Policy | None = None) -> Any:
-    """A patcher of the same model, patches and options, managed by Spillway.
+    """Make a patcher that Spillway manages, of the same model, patches and options.
 
-    Raises Unsupported, with the reason, where it cannot be (a tensor class that cannot be laid out, a mapped model
-    without a file).
+    Raises Unsupported, with the reason, where that cannot be: a tensor class that cannot be laid out, or a mapped model
+    without a file.
     """
     if isinstance(patcher, DynamicModelPatcher):
-        made = patcher.clone()
+        clone = patcher.clone()
         if policy is not None:
-            made.set_policy(policy)
-        return made
+            clone.set_policy(policy)
+        return clone
     if not hasattr(patcher, "model") or not hasattr(patcher, "object_patches"):
         raise Unsupported(f"a {type(patcher).__name__} is no model patcher that Spillway knows. {ADVICE}")
-    made = _loaded_again(patcher, policy) or _copied(patcher)
-    made.policy = policy or Policy()
+    ours = _loaded_again(patcher, policy) or _copied(patcher)
+    ours.policy = policy or Policy()
     carrier = patcher.clone()
     for name in CARRIED:
         if hasattr(carrier, name):
-            setattr(made, name, getattr(carrier, name))
-    # A part that was compiled is of the model that came in, and has that one's weights.
-    patches = made.object_patches.items()
-    made.object_patches = {name: patch for name, patch in patches if not refuse_compiled(made.model, name, patch)}
-    _ = made.dynamic  # what cannot be dynamic is said here, not in the middle of a run
-    return made
+            setattr(ours, name, getattr(carrier, name))
+    # A compiled part belongs to the model that came in, and would compute with that model's weights.
+    patches = ours.object_patches.items()
+    ours.object_patches = {name: patch for name, patch in patches if not refuse_compiled(ours.model, name, patch)}
+    _ = ours.dynamic  # makes the engine: a model that cannot be dynamic is refused here, not in the middle of a run
+    return ours
 
 
 def dynamic_clip(clip: Any, policy: Policy | None = None) -> Any:
-    """The same CLIP with a dynamic patcher."""
-    made = clip.clone()
-    made.patcher = dynamic_model(clip.patcher, policy)
-    made.cond_stage_model = made.patcher.model
-    return made
+    """Copy a CLIP and give the copy a dynamic patcher."""
+    copied = clip.clone()
+    copied.patcher = dynamic_model(clip.patcher, policy)
+    copied.cond_stage_model = copied.patcher.model
+    return copied
 
 
 def dynamic_vae(vae: Any, policy: Policy | None = None) -> Any:
-    """The same VAE with a dynamic patcher. Raises Unsupported for one that the core never offloads."""
+    """Copy a VAE and give the copy a dynamic patcher. Raises Unsupported for a VAE that ComfyUI never offloads."""
     if getattr(vae, "disable_offload", False):
         raise Unsupported("this VAE is one that ComfyUI never offloads; connect it directly.")
-    made = copy.copy(vae)
-    made.patcher = dynamic_model(vae.patcher, policy)
-    made.first_stage_model = made.patcher.model
-    return made
+    copied = copy.copy(vae)
+    copied.patcher = dynamic_model(vae.patcher, policy)
+    copied.first_stage_model = copied.patcher.model
+    return copied

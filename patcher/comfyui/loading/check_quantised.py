@@ -1,4 +1,4 @@
-"""Quantised files whose scales or formats the host would fail on later, or not at all: told at load, by name."""
+"""Refuses quantised files with scales or formats that ComfyUI would fail on later, or compute wrong images with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from ....ops.files.disk_map import DiskMap, SourceError
 
 CONF = ".comfy_quant"
-# Scales that a format must have; of int8_tensorwise one number, or one for each row.
+# The scales that a format must have. That of int8_tensorwise is one number, or one for each row.
 NEEDED = {
     "int8_tensorwise": ("weight_scale",),
     "convrot_w4a4": ("weight_scale",),
@@ -20,7 +20,7 @@ NEEDED = {
 
 
 def check_quantised(source: DiskMap) -> None:
-    """Raises SourceError for a layer whose format this host does not know, or whose scales are missing or misshapen."""
+    """Raises SourceError for a layer whose format ComfyUI does not know, or whose scales are missing or misshapen."""
     for key in list(source.keys()):
         if key.endswith(CONF):
             _check_layer(source, key.removesuffix(CONF), _conf(source, key))

@@ -1,4 +1,4 @@
-"""Loading models for ComfyUI: the core's loaders, dynamic patchers, nothing read until it is used."""
+"""Loads models through ComfyUI's loaders, with dynamic patchers. Nothing is read until it is used."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
 from .check_quantised import check_quantised
-from .loader_overrides import building, detected, refuse_pickle
+from .loader_overrides import building, check_complete, detected, refuse_pickle
 from .op_classes import operations
 
 log = logging.getLogger("spillway")
 
-# As in the core's own loader node.
+# As in ComfyUI's own loader node.
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
-    # Loaded as the file has it; quantised as it is brought.
+    # Loaded as the file has them. Each weight is quantised when it is brought.
     INT8: {},
     INT8_AUTO: {},
 }
@@ -36,7 +36,7 @@ QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 
 def is_quantised(source: DiskMap) -> bool:
-    """Whether a file has weights that the core's mixed-precision ops must read."""
+    """Whether a file has weights that ComfyUI's mixed-precision ops must read."""
     keys = source.keys()
     return "_quantization_metadata" in source.metadata or any(key.endswith(QUANTISED) for key in keys)
 
@@ -59,9 +59,9 @@ def _options(path: str, weight_dtype: str) -> dict[str, Any]:
 def load_diffusion_model(
     path: str, weight_dtype: str = "default", policy: Policy | None = None, disable_dynamic: bool = False
 ) -> Any:
-    """A diffusion model file -> DynamicModelPatcher. Raises SourceError for a file that is none, or is incomplete.
+    """Load a diffusion model file -> DynamicModelPatcher. Raises SourceError for a file that is none, or is incomplete.
 
-    disable_dynamic: the core's classic patcher, for nodes that ask for one.
+    disable_dynamic: give ComfyUI's classic patcher instead, for nodes that ask for one.
     """
     if disable_dynamic:
         if weight_dtype in (INT8, INT8_AUTO):
@@ -75,9 +75,9 @@ def load_diffusion_model(
         )
     refuse_pickle(path)
     options = _options(path, weight_dtype)
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
-    patcher._check_complete()
+    check_complete(patcher.model)
     if weight_dtype in (INT8, INT8_AUTO):
         choose_int8(patcher, weight_dtype)
     patcher.cached_patcher_init = (load_diffusion_model, (path, weight_dtype, policy))
@@ -87,7 +87,7 @@ def load_diffusion_model(
 def load_checkpoint(
     path: str, policy: Policy | None = None, embedding_directory: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """A checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION); None for what the file does not have.
+    """Load a checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION), with None for what the file does not have.
 
     Raises SourceError for a file that holds no model.
     """
@@ -99,10 +99,10 @@ def load_checkpoint(
             path, output_clipvision=True, embedding_directory=embedding_directory, model_options=options
         )
 
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         model, clip, vae, clip_vision = detected(load, path)
     if model is not None:
-        model._check_complete()
+        check_complete(model.model)
     if getattr(vae, "first_stage_model", None) is None:
         vae = None
     return model, clip, vae, clip_vision
@@ -114,20 +114,23 @@ def load_clip(
     policy: Policy | None = None,
     embedding_directory: Any = None,
 ) -> Any:
-    """One to three text encoder files -> CLIP with a dynamic patcher. Raises SourceError; ValueError for the type."""
-    kind = getattr(comfy.sd.CLIPType, clip_type.upper(), None)
-    if kind is None:
+    """Load one to three text encoder files -> CLIP with a dynamic patcher.
+
+    Raises SourceError for files that are none, ValueError for an unknown type.
+    """
+    known_type = getattr(comfy.sd.CLIPType, clip_type.upper(), None)
+    if known_type is None:
         known = ", ".join(entry.name.lower() for entry in comfy.sd.CLIPType)
         raise ValueError(f"text encoder type '{clip_type}' is unknown to this ComfyUI. Known: {known}.")
     for path in paths:
         refuse_pickle(path)
 
     def load() -> Any:
-        return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=kind)
+        return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=known_type)
 
-    with building(policy) as opened:
+    with building(DynamicModelPatcher, policy) as opened:
         clip = detected(load, ", ".join(paths))
-    # The core takes whatever it does not know for a CLIP of which everything is missing.
+    # ComfyUI takes a file that it does not know for a CLIP of which everything is missing.
     unused = opened.unused(clip.cond_stage_model) if clip.patcher.is_dynamic() else []
     if unused:
         raise SourceError(
@@ -137,14 +140,14 @@ def load_clip(
 
 
 def load_vae(path: str, policy: Policy | None = None) -> Any:
-    """A VAE file -> VAE with a dynamic patcher. Raises SourceError for a file that is none."""
+    """Load a VAE file -> VAE with a dynamic patcher. Raises SourceError for a file that is none."""
     refuse_pickle(path)
 
     def load() -> Any:
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
         return comfy.sd.VAE(sd=tensors, metadata=metadata)
 
-    with building(policy):
+    with building(DynamicModelPatcher, policy):
         vae = detected(load, path)
     if getattr(vae, "first_stage_model", None) is None:
         raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.")

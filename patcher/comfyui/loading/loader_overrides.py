@@ -1,12 +1,10 @@
-"""The one place where the host's loaders are told to build dynamic models.
+"""Has ComfyUI's loaders build dynamic models, for this thread and the length of one load.
 
-The core decides dtypes, architectures and conversions; only what it makes of a patcher and how it opens a file are
-ours, for this thread and the length of one load. Everything is put back afterwards.
+ComfyUI decides dtypes, architectures and conversions. Which patcher it makes and how it opens a file are ours.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,28 +17,28 @@ from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES
 from ....ops.gather import inner_tensors
-from ....ops.overrides import SavedAttributes
+from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
-from ..patcher import DynamicModelPatcher
 
-# Small parameters keep the values that the model's code gives them: files may lack them.
+# Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
-# Text encoder files may lack what is computed but not used; the core leaves there whatever was in the memory.
+# Text encoder files may lack weights whose products nobody uses. ComfyUI leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
-
-_lock = threading.RLock()
 
 
 class Opened:
-    """What one load opened and found missing. The maps are kept as long as the models whose weights lie in them."""
+    """Notes what one load opened and found missing. The maps live as long as the models whose weights lie in them."""
 
     def __init__(self) -> None:
         self.maps: list[DiskMap] = []
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
-        """After a state dict: weights of the core's layers that it lacks stand for nothing; using one is an error."""
+        """Record what a state dict lacked.
+
+        Missing weights of ComfyUI's layers go to the meta device, so using one raises.
+        """
         lacking = set(missing)
         for name, module in root.named_modules():
             for attr, parameter in module._parameters.items():
@@ -53,77 +51,85 @@ class Opened:
                     module._parameters[attr] = parameter_of(make(parameter, device="cpu" if unused else "meta"))
 
     def unused(self, model: torch.nn.Module) -> list[str]:
-        """Paths of the files that gave the model nothing."""
+        """List the files that gave the model nothing."""
         used = {
-            found[0]
+            place[0]
             for parameter in model.parameters()
             for part in inner_tensors(parameter.detach())
-            if (found := locate(part)) is not None
+            if (place := locate(part)) is not None
         }
         return [str(disk_map.path) for disk_map in self.maps if disk_map not in used]
 
     @property
     def paths(self) -> str:
-        """For messages."""
+        """Name the files, for messages."""
         return ", ".join(str(disk_map.path) for disk_map in self.maps) or "the file"
 
 
 def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter that keeps its memory, also while others are made without."""
+    """Make a parameter that keeps its memory, also while others are made without."""
     return torch.Tensor._make_subclass(torch.nn.Parameter, data, False)  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager
-def building(policy: Policy | None) -> Iterator[Opened]:
-    """Inside, the core's loaders make DynamicModelPatchers on memory maps, with parameters that take no memory.
+def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iterator[Opened]:
+    """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
     Afterwards, parameters that the files lack are on the meta device.
     """
-    with _lock, skip_model_initialization(KEEP_BELOW):
-        opened = Opened()
-        saved = SavedAttributes()
-        thread = threading.get_ident()
-        core_patcher = comfy.model_patcher.CoreModelPatcher
-        core_load = comfy.utils.load_torch_file
-        load_state_dict: Callable[..., Any] = torch.nn.Module.load_state_dict
+    opened = Opened()
 
-        def make_patcher(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return core_patcher(model, *args, **kwargs)
-            patcher = DynamicModelPatcher(model, *args, **kwargs)
-            patcher.policy = policy or Policy()
-            model.spillway_maps = opened.maps
-            model.spillway_path = opened.paths
-            return patcher
+    def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = dynamic_patcher(model, *args, **kwargs)
+        patcher.policy = policy or Policy()
+        model.spillway_maps = opened.maps
+        model.spillway_path = opened.paths
+        return patcher
 
-        def load_file(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or str(path).lower().endswith(PICKLES):
-                return core_load(path, *args, **kwargs)
-            disk_map = DiskMap(path)
-            opened.maps.append(disk_map)
-            tensors = disk_map.state_dict()
-            with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
-            return (tensors, disk_map.metadata) if with_metadata else tensors
+    def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).lower().endswith(PICKLES):
+            return load(path, *args, **kwargs)
+        disk_map = DiskMap(path)
+        opened.maps.append(disk_map)
+        tensors = disk_map.state_dict()
+        with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
+        return (tensors, disk_map.metadata) if with_metadata else tensors
 
-        def load(module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False) -> Any:
-            if threading.get_ident() == thread and not assign:
-                # What is copied needs memory: small parts, and models that the core never offloads.
-                for part in module.modules():
-                    for attr, parameter in part._parameters.items():
-                        if parameter is not None and parameter.is_meta:
-                            part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
-            result = load_state_dict(module, tensors, strict, assign)
-            if threading.get_ident() == thread and assign:
-                opened.note(module, result.missing_keys)
-            return result
+    def load_tensors(
+        load: Callable[..., Any], module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False
+    ) -> Any:
+        if not assign:
+            # Copying needs memory to copy into. ComfyUI copies small parts, and models that it never offloads.
+            for part in module.modules():
+                for attr, parameter in part._parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
+        result = load(module, tensors, strict, assign)
+        if assign:
+            opened.note(module, result.missing_keys)
+        return result
 
-        saved.set(comfy.model_patcher, "CoreModelPatcher", make_patcher)
-        saved.set(comfy.utils, "load_torch_file", load_file)
-        saved.set(torch.nn.Module, "load_state_dict", load)
-        try:
-            yield opened
-        finally:
-            saved.restore()
+    with (
+        skip_model_initialization(KEEP_BELOW),
+        overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
+        overridden(comfy.utils, "load_torch_file", by=load_file),
+        overridden(torch.nn.Module, "load_state_dict", by=load_tensors),
+    ):
+        yield opened
+
+
+def check_complete(model: torch.nn.Module) -> None:
+    """Raises SourceError for a diffusion model with parameters that its file lacked: nothing could be read for them."""
+    root = getattr(model, "diffusion_model", None)
+    if root is None:
+        return
+    missing = [name for name, parameter in root.named_parameters() if parameter.is_meta]
+    if missing:
+        path = getattr(model, "spillway_path", "the file")
+        raise SourceError(
+            f"{path}: {len(missing)} tensors that {type(root).__name__} needs are missing, such as "
+            f"{', '.join(missing[:3])}. The file is incomplete or of another architecture: get a complete one."
+        )
 
 
 def refuse_pickle(path: str) -> None:
@@ -133,7 +139,7 @@ def refuse_pickle(path: str) -> None:
 
 
 def detected(make: Callable[[], Any], path: str) -> Any:
-    """Run a loader of the core; its word for a file that it cannot use becomes an error that names the file."""
+    """Run a loader of ComfyUI's. Its complaint about a file that it cannot use becomes an error that names the file."""
     try:
         result = make()
     except SourceError:

@@ -1,6 +1,7 @@
-"""Op classes for the host's `model_options["custom_operations"]`: every layer kind that the core casts, born dynamic.
+"""Makes op classes for ComfyUI's `model_options["custom_operations"]`: all that ComfyUI casts, with dynamic classes.
 
-Without a bundle they are the core's own classes, so a model made with them is a plain one until a patcher attaches.
+Without a bundle they do what ComfyUI's own classes do, so a model made with them is an ordinary one until a patcher
+attaches.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ _namespaces: dict[type, type] = {}
 
 
 def operations(base: type = comfy.ops.manual_cast) -> type:
-    """A namespace like `base` (Linear, Conv1d to 3d, ConvTranspose, norms, Embedding, ...) with dynamic classes."""
-    made = _namespaces.get(base)
-    if made is None:
+    """Make a namespace like `base` (Linear, Conv1d to 3d, ConvTranspose, norms, Embedding, ...) of dynamic classes."""
+    namespace = _namespaces.get(base)
+    if namespace is None:
         layers: dict[str, Any] = {}
         for name in dir(base):
             layer = getattr(base, name)
             if isinstance(layer, type) and issubclass(layer, torch.nn.Module):
                 layers[name] = dynamic_class(layer)
-        made = _namespaces[base] = type(f"Spillway{base.__name__}", (base,), layers)
-    return made
+        namespace = _namespaces[base] = type(f"Spillway{base.__name__}", (base,), layers)
+    return namespace

@@ -1,4 +1,4 @@
-"""What the host would make of a file: its own detection, on views of the file."""
+"""Asks ComfyUI's own detection what it would make of a file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ....ops.files.probe import Probe, probe
 
 
 def probe_file(path: str) -> tuple[Probe, str]:
-    """(what the file is, the host's name for its diffusion model or ''). Raises SourceError for a malformed file.
+    """Probe a file -> (what it is, ComfyUI's name for its diffusion model or ''). Raises SourceError if malformed.
 
-    Of the tensors the host reads a few numbers at most.
+    The detection reads a few numbers of the tensors at most.
     """
-    found = probe(path)
-    return found, host_name(path) if found.kind in ("diffusion model", "checkpoint") or "unknown" in found.kind else ""
+    result = probe(path)
+    may_hold_model = result.kind in ("diffusion model", "checkpoint") or "unknown" in result.kind
+    return result, comfyui_name(path) if may_hold_model else ""
 
 
-def host_name(path: str) -> str:
-    """The host's name for the diffusion model in a file; '' where it knows none."""
+def comfyui_name(path: str) -> str:
+    """Find ComfyUI's name for the diffusion model in a file, or '' where it knows none."""
     tensors: dict[str, Any] = DiskMap(path).state_dict()
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     for begin in (prefix, ""):

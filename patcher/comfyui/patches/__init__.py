@@ -1,1 +1,1 @@
-"""LoRAs and other patches of ComfyUI as functions of one weight."""
+"""Makes functions of one weight of LoRAs and ComfyUI's other patches."""

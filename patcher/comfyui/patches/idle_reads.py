@@ -1,7 +1,8 @@
-"""Parameters that the host's code reads outside of any forward: they are placed on the device once.
+"""Places parameters for ComfyUI's code that reads them outside of any forward, while they are idle.
 
-The core's op classes are called for every use of their weights. Other modules own a few small parameters (tokens,
-gates) that any method may read. On a CPU these are read where they lie; on another device they must be there.
+ComfyUI's op classes are called for every use of their weights. Other modules own a few small parameters (tokens, gates)
+that any method may read. A CPU reads them where they lie. On another device they must be there, or an op would be given
+tensors of two devices.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 
 from ...dynamic_model import DynamicModel
 
-# As the host's patchers keep them.
+# In the shape that ComfyUI's patchers keep.
 Backup = namedtuple("Backup", ["weight", "inplace_update"])
 
 
-def place_fixed(dynamic: DynamicModel) -> int:
-    """Place the parameters of modules that are no op classes; returns their bytes, which `fixed_bytes` then counts.
+def place_permanently(dynamic: DynamicModel) -> int:
+    """Place the parameters of modules that are no op classes on the device; returns their bytes.
 
-    Inside a forward they are lent like all others, so patches on them work.
+    `permanent_bytes` counts them. Inside a forward they are lent like all others, so patches on them work.
     """
     if dynamic.backend.in_place:
         return 0
@@ -38,15 +39,15 @@ def place_fixed(dynamic: DynamicModel) -> int:
     return placed
 
 
-# Modules of text and vision encoders whose weight is added without calling them.
+# Modules of text and vision encoders that are never called: their weight is added as it is.
 NEVER_CALLED = ("position_embedding", "position_embeddings", "token_type_embeddings", "embed_positions")
 
 
-def place_read_idle(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
-    """Patched weights that the host reads while they are idle are patched at once, and stand in the module.
+def patch_idle_reads(dynamic: DynamicModel, changed: Iterable[str], backup: dict[str, Any]) -> None:
+    """Patch weights that ComfyUI reads while they are idle, and leave them in their modules. `backup` gets the others.
 
-    Those are weights that a patch gives another shape (Flux takes its number of channels from its first layer), and
-    those of modules that are never called. `backup` gets what stood there.
+    ComfyUI reads weights of modules that are never called, and the shape of weights that a patch resizes (Flux takes
+    its number of channels from its first layer).
     """
     for key in changed:
         bundle = dynamic.by_key.get(key)

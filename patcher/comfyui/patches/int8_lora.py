@@ -1,7 +1,7 @@
-"""LoRAs on INT8 weights: merged and quantised once more, or beside them as a low-rank branch.
+"""Decides whether LoRAs on INT8 weights are merged and quantised once more, or stay beside as a low-rank branch.
 
-Merged costs nothing at any step, and rounds the LoRA as it rounds the weight. A branch is exact and costs its
-arithmetic at every step.
+A merged LoRA costs nothing at any step, and is rounded with the weight. A branch is exact, and costs its arithmetic at
+every step.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from ....ops.gather import is_wrapper
 from ....ops.int8.linear import dequantise_rows, quantise_rows
 from ....ops.ledger import Ledger
 from ....ops.lending.param import Param
-from .weight_patch import HostPatch
+from .weight_patch import WeightPatch
 
-# Of a quantised weight, relative: with normal numbers rounding costs 0.8 %, and as much again for the input.
+# The relative error of a quantised weight. Rounding normal numbers costs 0.8 %, and as much again for the input.
 ERROR_BOUND = 0.009
-# A LoRA that makes a weight's own rounding no worse than this has not made it worse.
+# Rounding with the LoRA counts as no worse while its error grows by no more than this factor.
 NO_WORSE = 1.05
-# Weights, the largest first, and rows of each, that are looked at.
+# How many weights are looked at, the largest first, and how many rows of each.
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
 
 
-class BranchPatch(HostPatch):
-    """Patches that are all low-rank, as one branch beside the weight. rank: of all of them together."""
+class BranchPatch(WeightPatch):
+    """Holds patches that are all low-rank as one branch beside the weight. rank: of all of them together."""
 
-    def __init__(self, patch: HostPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
+    def __init__(self, patch: WeightPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
         self.__dict__.update(patch.__dict__)
         self.factors = factors
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
 
     def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rank, columns) and (rows, rank) in fp32, strengths included."""
+        """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included."""
         ups, downs = [], []
         for up, down, strength, offset in self.factors:
             wide_up, wide_down = (part.to(device, torch.float32).flatten(start_dim=1) for part in (up, down))
@@ -53,8 +53,8 @@ class BranchPatch(HostPatch):
         return torch.cat(downs), torch.cat(ups, 1)
 
 
-def branch_of(patch: HostPatch) -> BranchPatch | None:
-    """The patch as a branch; None where it is more than a sum of low-rank products."""
+def branch_of(patch: WeightPatch) -> BranchPatch | None:
+    """Turn a patch into a branch. None where it is more than a sum of low-rank products."""
     if patch.hooked or tuple(patch.shape) != tuple(patch.weight.shape):
         return None
     factors = []
@@ -70,7 +70,7 @@ def branch_of(patch: HostPatch) -> BranchPatch | None:
 
 
 def merge_errors(patch: BranchPatch, groups: int, device: torch.device) -> tuple[float, float]:
-    """(without, with the LoRA): by how much rounding changes some rows of a weight, relative."""
+    """Measure by how much rounding changes some rows of a weight, relative: (without, with the LoRA)."""
     step = max(1, patch.shape[0] // SAMPLED_ROWS)
     weight = patch.weight
     weight = weight.dequantize()[::step] if is_wrapper(weight) else weight[::step]  # type: ignore[operator]
@@ -85,12 +85,12 @@ def _error(rows: torch.Tensor, groups: int) -> float:
 
 
 def place_loras(
-    patches: dict[str, HostPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
-) -> dict[str, HostPatch]:
-    """The patches, with branches in the place of those that are to stay beside their INT8 weights.
+    patches: dict[str, WeightPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
+) -> dict[str, WeightPatch]:
+    """Put branches in the place of patches that are to stay beside their INT8 weights.
 
-    mode: 'merge', 'side branch', or 'auto': merged where rounding the sum is no worse than rounding normal numbers, or
-    no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
+    mode: 'merge', 'side branch' or 'auto'. 'auto' merges where rounding the sum is no worse than rounding normal
+    numbers, or no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
     """
     branches = {key: branch for key, patch in patches.items() if (branch := branch_of(patch)) is not None}
     if not branches or mode == "merge":

@@ -1,4 +1,4 @@
-"""LoRA files: read once, matched to a model and a text encoder, with a word on what did not fit."""
+"""Reads LoRA files, matches them to a model and a text encoder, and says what did not fit."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ....ops.files.disk_map import SourceError
 
 Tensors = dict[str, torch.Tensor]
 
-# How the files of all trainers begin the names of what belongs to a text encoder.
+# Beginnings of a text encoder's keys in the files of all trainers.
 TEXT_ENCODER = ("lora_te", "lora_prior_te", "text_encoder", "text_model", "te1", "te2", "te3", "clip_", "cond_stage")
-# As many files stay open as a usual graph has; their pages are the system's to drop.
+# This many files stay open, as many as a usual graph has. Their pages are the system's to drop.
 FILES = 8
 
 
 class NoFit(ValueError):
-    """A LoRA of which nothing belongs to the models that it is given."""
+    """Says that nothing of a LoRA belongs to the models that it is given."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How many of a file's tensors a model and a text encoder take. misfits: names of the others."""
+    """Counts the tensors of a file that a model and a text encoder take. misfits: names of the others."""
 
     used: int
     misfits: tuple[str, ...]
-    # Left over because there is no text encoder to take it.
+    # Tensors left over because there is no text encoder to take them.
     for_clip: int = 0
 
     @property
@@ -42,7 +42,7 @@ class Fit:
         return self.used + len(self.misfits) + self.for_clip
 
     def in_words(self, name: str) -> str:
-        """A warning; empty where everything fits that could."""
+        """Word a warning. Empty where everything fits that could."""
         if not self.misfits:
             return ""
         return (
@@ -52,7 +52,7 @@ class Fit:
 
 
 def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
-    """The tensors and the metadata of a LoRA file. The same objects again while the file is unchanged.
+    """Read the tensors and the metadata of a LoRA file. Gives the same objects again while the file is unchanged.
 
     Raises SourceError for a file that cannot be read.
     """
@@ -78,9 +78,9 @@ def _read(path: str, _changed: int, _size: int) -> tuple[Tensors, dict[str, str]
 def apply_lora(
     model: Any, clip: Any, path: str, strength_model: float = 1.0, strength_clip: float = 1.0
 ) -> tuple[Any, Any, Fit | None]:
-    """Clones of MODEL and CLIP (either may be None) that carry the LoRA, of any loader.
+    """Clone MODEL and CLIP, of any loader, and put the LoRA on the clones. Either may be None.
 
-    A side whose strength is 0 comes back as it is; where both are, the file is not read and there is no Fit. Raises
+    A side whose strength is 0 comes back as it is. Where both are 0, the file is not read and there is no Fit. Raises
     NoFit, with names from both sides, where nothing fits; SourceError for a file that cannot be read.
     """
     if (model is None or strength_model == 0) and (clip is None or strength_clip == 0):
@@ -103,7 +103,7 @@ def apply_lora(
         model = model.clone()
         model.add_patches(patches, strength_model)
         if metadata:
-            model.set_attachments("lora_metadata", metadata)  # where the core's loader keeps it
+            model.set_attachments("lora_metadata", metadata)  # where ComfyUI's loader keeps it
     if clip is not None and strength_clip != 0:
         clip = clip.clone()
         clip.add_patches(patches, strength_clip)
@@ -123,9 +123,9 @@ def _tensors_of(patch: Any) -> Iterable[torch.Tensor]:
 
 
 def _fit(tensors: Tensors, patches: dict[Any, Any], has_clip: bool) -> Fit:
-    """Found by the tensors themselves: the core tells only its log which keys it did not know."""
+    """Count by the tensors themselves, as ComfyUI tells only its log which keys it did not know."""
     used = {id(tensor) for patch in patches.values() for tensor in _tensors_of(patch)}
-    # Single numbers (alpha) and shapes belong to a weight that is counted; in its patch they are no tensors any more.
+    # Single numbers (alpha) and shapes belong to a weight that is counted. In its patch they are no tensors any more.
     counted = [key for key, tensor in tensors.items() if tensor.numel() > 1 and not key.endswith("reshape_weight")]
     rest = [key for key in counted if id(tensors[key]) not in used]
     for_clip = [key for key in rest if not has_clip and key.startswith(TEXT_ENCODER)]
@@ -144,13 +144,13 @@ def _no_fit(path: str, tensors: Tensors, sides: list[Any], has_clip: bool) -> st
 
 
 def _matrices(model: torch.nn.Module) -> list[str]:
-    """What LoRAs are for."""
-    found = [key for key, tensor in model.state_dict().items() if tensor.dim() > 1]
-    return found or list(model.state_dict())
+    """List the weights that LoRAs are for, or all where a model has none of them."""
+    matrices = [key for key, tensor in model.state_dict().items() if tensor.dim() > 1]
+    return matrices or list(model.state_dict())
 
 
 def _some(keys: list[str]) -> str:
-    """The first, the one in the middle and the last."""
+    """Name the first key, the one in the middle and the last."""
     if len(keys) <= 3:
         return ", ".join(keys)
     return f"{keys[0]}, {keys[len(keys) // 2]}, {keys[-1]} and {len(keys) - 3} more"

@@ -1,7 +1,7 @@
-"""Patches of some rows of a weight, so that a large one can be patched part by part.
+"""Takes patches apart into patches of some rows, so that a large weight can be patched part by part.
 
-The host's arithmetic stays the host's: it is called with rows of the weight and rows of what the patch adds. Only
-patches of which every row depends on that row alone can be taken apart.
+The arithmetic stays ComfyUI's: it is called with rows of the weight and rows of what the patch adds. A patch can be
+taken apart only if every row of its result depends on that row alone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import comfy.weight_adapter
 import torch
 
 from ....ops.gather import is_wrapper
-from .weight_patch import HostPatch
+from .weight_patch import WeightPatch
 
-# Rounded with random numbers that are drawn for the whole weight at once.
+# ComfyUI rounds to these with random numbers that it draws for the whole weight at once.
 ROUNDED_AT_RANDOM = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def rows_of(patch: HostPatch, weight: torch.Tensor, start: int, stop: int) -> HostPatch | None:
-    """The patch for `weight[start:stop]`, for a weight in the model's dtype; None where it needs the whole weight."""
+def rows_of(patch: WeightPatch, weight: torch.Tensor, start: int, stop: int) -> WeightPatch | None:
+    """Make the patch for rows of a weight in the model's dtype. None where it needs the whole weight."""
     if is_wrapper(weight) or weight.dtype in ROUNDED_AT_RANDOM or patch.hooked or patch.shape != weight.shape:
         return None
     patches = _rows(patch.patches, tuple(weight.shape), start, stop)
@@ -32,19 +32,19 @@ def rows_of(patch: HostPatch, weight: torch.Tensor, start: int, stop: int) -> Ho
 
 
 def tensors_read(patches: list[tuple]) -> list[torch.Tensor]:
-    """The weights of other models that patches read."""
-    found = []
+    """List the weights of other models that patches read."""
+    tensors = []
     for _, value, *_ in patches:
         if isinstance(value, list):
             (weight, _), *nested = value
-            found += [weight, *tensors_read(nested)]
+            tensors += [weight, *tensors_read(nested)]
         elif isinstance(value, tuple) and value[0] == "model_as_lora":
-            found.append(value[1][0])
-    return found
+            tensors.append(value[1][0])
+    return tensors
 
 
 def _rows(patches: list[tuple], shape: tuple[int, ...], start: int, stop: int) -> list[tuple] | None:
-    found = []
+    parts = []
     for strength, value, strength_model, offset, function in patches:
         if function is not None:
             return None
@@ -62,12 +62,12 @@ def _rows(patches: list[tuple], shape: tuple[int, ...], start: int, stop: int) -
         part = _value_rows(value, size, first, last)
         if part is None:
             return None
-        found.append((strength, part, strength_model, place, None))
-    return found
+        parts.append((strength, part, strength_model, place, None))
+    return parts
 
 
 def _value_rows(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
-    """The rows of what one patch adds to a weight of `shape`; None where it cannot be taken apart."""
+    """Take the rows of what one patch adds to a weight of `shape`. None where it cannot be taken apart."""
     if isinstance(value, list):  # another model's weight, and the patches that it has
         (weight, convert), *patches = value
         if is_wrapper(weight) or tuple(weight.shape) != shape:

@@ -1,4 +1,4 @@
-"""The host's patches as functions that the engine applies once to each weight."""
+"""Makes functions of ComfyUI's patches, which the engine applies once to each weight."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from comfy.weight_adapter import WeightAdapterBase
 from ....ops.gather import is_wrapper
 
 
-class HostPatch:
-    """Weight in the model's dtype -> patched weight in the same: the host's own arithmetic, rounded by a seed of the
-    key.
+class WeightPatch:
+    """Turns a weight in the model's dtype into the patched weight in the same dtype.
 
-    patches, hooked: lists of the host's patch tuples; LoRAs are rounded before hooks come on top, as the classic
-    patcher does. Patches that need the unpatched weight (a model used as a LoRA) get `weight`, in the model's `dtype`.
+    The arithmetic is ComfyUI's own, rounded by a seed of the key. patches, hooked: lists of ComfyUI's patch tuples.
+    LoRAs are rounded before hooks come on top, as with the classic patcher. weight: the unpatched weight as it is
+    stored, for patches that need it in the model's `dtype` (a model used as a LoRA). rounded: False leaves the result
+    in the dtype of the computation.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class HostPatch:
 
     @property
     def all_patches(self) -> list[tuple]:
-        """In the order in which they are applied."""
+        """The patches in the order in which they are applied."""
         return self.patches + self.hooked
 
     def __call__(self, weight: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
-        """in_place: the weight given may be overwritten, as the engine allows a patch."""
+        """Patch a weight. in_place: the weight given may be overwritten, as the engine allows."""
         if self.patches:
             compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
             weight = self._apply(self.patches, weight, compute_dtype, copy=not in_place)
@@ -75,14 +76,14 @@ class HostPatch:
         return self.requantise(value, inplace_update=False, seed=seed, return_weight=True)
 
     def _originals(self, patches: list[tuple]) -> dict[str, list[tuple]] | None:
-        """The unpatched weight as the host's own patcher has it, for the one kind of patch that asks."""
+        """Give the unpatched weight as ComfyUI's own patcher has it, for the one form of patch that asks."""
         if not any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
             return None
         weight = self.weight if is_wrapper(self.weight) else self.weight.to(self.dtype)
         return {self.key: [(weight, _unchanged)]}
 
     def same_as(self, other: Any) -> bool:
-        """Whether two patches give the same weight: the same tensors in the same order."""
+        """Whether two patches give the same weight. They do with the same tensors in the same order."""
         return type(other) is type(self) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
 
 
@@ -92,7 +93,7 @@ def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
 
 @functools.lru_cache
 def rounded(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """A conversion of another model's weight, in the shape that merge patches have: what it is in that dtype."""
+    """Make a merge patch's conversion, which rounds another model's weight to the dtype that it computes in."""
     return lambda weight, **_: weight.to(dtype).to(weight.dtype)
 
 
@@ -104,11 +105,11 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, WeightAdapterBase):  # the core makes a new one each time that it reads a LoRA's tensors
+    if isinstance(one, WeightAdapterBase):  # ComfyUI makes a new one each time that it reads a LoRA's tensors
         return _same(one.weights, other.weights)
     return isinstance(one, (int, float, str, types.MethodType)) and one == other
 
 
 def idle_function(key: str, patches: dict[str, list[tuple]]) -> Any:
-    """The host's own per-use patch, for code that casts an idle weight without calling its module."""
+    """Make ComfyUI's own per-use patch, for code that casts an idle weight without calling its module."""
     return LowVramPatch(key, patches)

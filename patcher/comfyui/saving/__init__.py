@@ -1,1 +1,1 @@
-"""Models of ComfyUI as files."""
+"""Writes ComfyUI's models into files."""

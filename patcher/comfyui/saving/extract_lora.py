@@ -1,4 +1,4 @@
-"""The difference of two models as a LoRA, extracted weight by weight while it is written."""
+"""Extracts the difference of two models as a LoRA, weight by weight while it is written."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 from ....ops.files.deferred import Deferred, Part, Recipe
 from ....ops.files.save_pipeline import save
 from ....ops.low_rank import low_rank
-from .recipes import FinishedWeight
-from .save import DTYPES, Saved, finished_weights, make_room
+from .recipes import FinalWeight
+from .save import DTYPES, Saved, final_weights, make_room
 
 log = logging.getLogger("spillway")
 
 
 class _Difference:
-    """What a weight has become, less what it was: float32, on the device that its model runs on."""
+    """Subtracts what a weight was from what it has become, in float32, on the device that its model runs on."""
 
-    def __init__(self, tuned: FinishedWeight, base: FinishedWeight) -> None:
+    def __init__(self, tuned: FinalWeight, base: FinalWeight) -> None:
         self.tuned, self.base = tuned, base
         self.shape = tuned.shape
 
     def is_zero(self) -> bool:
-        """Whether nothing has changed; reads as much as it must to know."""
+        """Whether nothing has changed. Reads no more than it must to know."""
         same_source = self.tuned.source is self.base.source or (
-            self.tuned.source.data_ptr() == self.base.source.data_ptr() and self.tuned.form == self.base.form
+            self.tuned.source.data_ptr() == self.base.source.data_ptr() and self.tuned.dtype == self.base.dtype
         )
         if same_source and self.tuned.patch is None and self.base.patch is None:
             return True
@@ -53,7 +53,7 @@ def _at(tensor: torch.Tensor, start: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Whole(Recipe):
-    """The difference as it is, of weights with too few dimensions for a LoRA."""
+    """Makes the difference as it is, for weights with too few dimensions for a LoRA."""
 
     def __init__(self, difference: _Difference, dtype: torch.dtype) -> None:
         self.difference, self.dtype = difference, dtype
@@ -66,13 +66,13 @@ class _Whole(Recipe):
 
 
 class _LowRank(Recipe):
-    """The two matrices of a LoRA; for convolutions in the shapes that the host expects."""
+    """Makes the two matrices of a LoRA. Those of convolutions have the shapes that ComfyUI expects."""
 
     def __init__(self, difference: _Difference, rank: int, dtype: torch.dtype) -> None:
         self.difference, self.rank, self.dtype = difference, rank, dtype
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of up and down."""
+        """The shapes of up and down."""
         rows, columns, *kernel = self.difference.shape
         flat = columns
         for size in kernel:
@@ -89,9 +89,11 @@ class _LowRank(Recipe):
         return self.difference.sources()
 
 
-def pairs_of(model: Any, base: Any) -> dict[str, tuple[FinishedWeight, FinishedWeight]]:
-    """The weights of two diffusion models by key. Raises ValueError unless they have one architecture."""
-    ours, theirs = (finished_weights(one, one.model.diffusion_model, "diffusion_model.") for one in (model, base))
+def pairs_of(model: Any, base: Any) -> dict[str, tuple[FinalWeight, FinalWeight]]:
+    """Pair the weights of two diffusion models by key. Raises ValueError unless they have one architecture."""
+    ours, theirs = (
+        final_weights(patcher, patcher.model.diffusion_model, "diffusion_model.") for patcher in (model, base)
+    )
     names = f"{type(model.model).__name__} and {type(base.model).__name__}"
     other = sorted(set(ours) ^ set(theirs))
     if other:
@@ -118,27 +120,27 @@ def save_lora(
 ) -> Saved:
     """Write a LoRA that turns `base` into `model`, both MODELs with their patches. dtype: bf16, fp16 or fp32.
 
-    Matrices and convolutions of which something has changed are approximated by `rank`; biases, norms and the like are
-    written as they differ. Raises ValueError for models of other architectures, or without a difference; SaveError.
+    Matrices and convolutions that have changed are approximated by `rank`. Biases, norms and the like are written as
+    they differ. Raises ValueError for models of other architectures, or without a difference; SaveError.
     """
     begun = time.perf_counter()
     tensors: dict[str, Deferred] = {}
-    kind = DTYPES[dtype]
+    stored = DTYPES[dtype]
     pairs = pairs_of(model, base)
-    for number, (key, (tuned, plain)) in enumerate(pairs.items()):
-        progress(number, len(pairs))  # what differs is known before how much there is to write
-        difference = _Difference(tuned, plain)
+    for number, (key, (tuned, original)) in enumerate(pairs.items()):
+        progress(number, len(pairs))  # the count of bytes is known only once all differences are
+        difference = _Difference(tuned, original)
         if difference.is_zero():
             continue
         stem = key.removesuffix(".weight")
         if len(tuned.shape) < 2 or not key.endswith(".weight"):
             name = f"{key.removesuffix('.bias')}.diff_b" if key.endswith(".bias") else f"{stem}.diff"
-            tensors[name] = Deferred.of(_Whole(difference, kind), tuned.shape, kind)
+            tensors[name] = Deferred.of(_Whole(difference, stored), tuned.shape, stored)
             continue
-        recipe = _LowRank(difference, rank, kind)
+        recipe = _LowRank(difference, rank, stored)
         up, down = recipe.shapes()
-        tensors[f"{stem}.lora_up.weight"] = Deferred.of(recipe, up, kind, "up")
-        tensors[f"{stem}.lora_down.weight"] = Deferred.of(recipe, down, kind, "down")
+        tensors[f"{stem}.lora_up.weight"] = Deferred.of(recipe, up, stored, "up")
+        tensors[f"{stem}.lora_down.weight"] = Deferred.of(recipe, down, stored, "down")
     if not tensors:
         raise ValueError("the two models are the same: there is no difference to make a LoRA of.")
     make_room(model.load_device, {key: weight.source for key, (weight, _) in pairs.items()})

@@ -1,4 +1,4 @@
-"""A model's weights in the form that it computes with, as recipes for a file."""
+"""Makes recipes for a file of a model's weights in their final form: as the model computes with them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
-from ..patches.weight_patch import HostPatch
+from ..patches.weight_patch import WeightPatch
 
 
-class FinishedWeight:
-    """One weight as the model computes with it: cast to its dtype, and patched.
+class FinalWeight:
+    """One weight in its final form: cast to the model's dtype, and patched.
 
-    source: as it is stored. form: the dtype that the model keeps it in. On a CPU it is made in parts where its patches
-    can be taken apart; on another device as a whole, as when the model runs.
+    source: the weight as it is stored. dtype: the one that the model keeps it in. On a CPU the weight is made in parts
+    where its patches can be taken apart. On another device it is made as a whole, as when the model runs.
     """
 
     def __init__(
-        self, key: str, source: torch.Tensor, form: torch.dtype, patch: HostPatch | None, device: torch.device
+        self, key: str, source: torch.Tensor, dtype: torch.dtype, patch: WeightPatch | None, device: torch.device
     ) -> None:
-        self.key, self.source, self.form, self.patch, self.device = key, source.detach(), form, patch, device
+        self.key, self.source, self.dtype, self.patch, self.device = key, source.detach(), dtype, patch, device
         self.shape = tuple(patch.shape if patch is not None else source.shape)
 
     def parts(self, first: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows), in the model's dtype, from the range on that begins with row `first`."""
+        """Make (first row, rows) in the model's dtype, from the range on that begins with row `first`."""
         ranges = [edges for edges in row_ranges(self.shape) if edges[0] >= first]
         if self.device.type == "cpu" and self._can_be_parted():
             for start, stop in ranges:
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
                 rows = self.source[start:stop] if self.shape else self.source
-                made = rows.to(self.form)
-                yield start, made if patch is None else patch(made, in_place=made.dtype != rows.dtype)
+                cast = rows.to(self.dtype)
+                yield start, cast if patch is None else patch(cast, in_place=cast.dtype != rows.dtype)
                 for tensor in (rows, *(tensors_read(patch.patches) if patch is not None else ())):
                     for inner in inner_tensors(tensor):
                         drop_pages(inner)
@@ -57,35 +57,35 @@ class FinishedWeight:
         )
 
     def _template(self) -> torch.Tensor:
-        return torch.empty(self.source.shape, dtype=self.form, device="meta")
+        return torch.empty(self.source.shape, dtype=self.dtype, device="meta")
 
     def sources(self) -> list[torch.Tensor]:
-        """What is read to make it."""
+        """List the tensors that are read to make the weight."""
         return [self.source, *(tensors_read(self.patch.all_patches) if self.patch is not None else ())]
 
     def whole(self) -> torch.Tensor:
-        """The weight on the device, quantised if the model keeps it so."""
+        """Make the weight on the device, quantised if the model keeps it so."""
         weight = self.source.to(self.device)
         if not is_wrapper(weight):
-            weight = weight.to(self.form)
+            weight = weight.to(self.dtype)
         return weight if self.patch is None else self.patch(weight, in_place=False)
 
 
-class Plain(Recipe):
-    """A finished weight in a dtype of its own. Raises SaveError where it holds numbers that the dtype cannot."""
+class Cast(Recipe):
+    """Casts a weight to a dtype. Raises SaveError where the weight holds numbers that the dtype cannot."""
 
-    def __init__(self, weight: FinishedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: FinalWeight, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
 
     def parts(self) -> Iterator[Part]:
         for start, rows in self.weight.parts():
-            made = rows.to(self.dtype)
+            cast = rows.to(self.dtype)
             if self.dtype is torch.float16 and rows.dtype is not torch.float16:
-                self._check_range(rows, made)
-            yield Part("", start, made.to("cpu").contiguous())
+                self._check_range(rows, cast)
+            yield Part("", start, cast.to("cpu").contiguous())
 
-    def _check_range(self, rows: torch.Tensor, made: torch.Tensor) -> None:
-        if bool(torch.isinf(made).any()) and bool((torch.isinf(made) & torch.isfinite(rows)).any()):
+    def _check_range(self, rows: torch.Tensor, cast: torch.Tensor) -> None:
+        if bool(torch.isinf(cast).any()) and bool((torch.isinf(cast) & torch.isfinite(rows)).any()):
             raise SaveError(
                 f"'{self.weight.key}' holds numbers up to {float(rows.abs().max()):g}; fp16 ends at 65504. "
                 "Save as bf16 or as loaded."
@@ -96,9 +96,9 @@ class Plain(Recipe):
 
 
 class Requantised(Recipe):
-    """A patched weight of a quantised layer in the quantisation that the layer has; parts are named by suffix."""
+    """Quantises a patched weight as its layer was quantised. Parts are named by suffix."""
 
-    def __init__(self, weight: FinishedWeight) -> None:
+    def __init__(self, weight: FinalWeight) -> None:
         self.weight = weight
 
     def parts(self) -> Iterator[Part]:
@@ -111,13 +111,13 @@ class Requantised(Recipe):
 
 
 class Quantised(Recipe):
-    """A finished weight with one scale for all of it, in a layout of the host; parts are named by suffix.
+    """Quantises a weight with one scale for all of it, in a layout of ComfyUI's. Parts are named by suffix.
 
-    The scale must be known before the first number is rounded. What is computed for it is kept as far as it takes no
-    more memory than the stored weight; the rest is computed again.
+    The scale must be known before the first number is rounded. Rows computed for it are kept while they take no more
+    memory than the stored weight. The others are computed again.
     """
 
-    def __init__(self, weight: FinishedWeight, layout: str) -> None:
+    def __init__(self, weight: FinalWeight, layout: str) -> None:
         self.weight, self.layout = weight, get_layout_class(layout)
 
     def parts(self) -> Iterator[Part]:
@@ -133,13 +133,13 @@ class Quantised(Recipe):
             del rows
         if not torch.isfinite(largest).all():
             raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
-        # The scale depends on the largest number only. Of a matrix of zeros it would be zero, and divided by.
+        # The scale depends on the largest number only. That of a matrix of zeros would be zero, and divide to NaN.
         largest = torch.where(largest == 0, torch.ones_like(largest), largest)
         _, params = self.layout.quantize(largest, scale="recalculate")
         again = iter(()) if rest is None else self.weight.parts(rest)
         for start, rows in itertools.chain(_emptying(kept), again):
-            made, _ = self.layout.quantize(self._computable(rows), scale=params.scale)
-            yield Part("", start, made.to("cpu").contiguous())
+            quantised, _ = self.layout.quantize(self._computable(rows), scale=params.scale)
+            yield Part("", start, quantised.to("cpu").contiguous())
         yield Part("_scale", 0, params.scale.to("cpu").contiguous())
 
     @staticmethod
@@ -151,6 +151,6 @@ class Quantised(Recipe):
 
 
 def _emptying(items: deque[Any]) -> Iterator[Any]:
-    """The items, each forgotten as it is given out."""
+    """Give out the items and forget each, so that its memory goes as soon as it has been written."""
     while items:
         yield items.popleft()

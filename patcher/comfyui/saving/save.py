@@ -1,4 +1,4 @@
-"""The host's models as state dicts of deferred tensors, under the names that the host saves them by."""
+"""Turns ComfyUI's models into state dicts of deferred tensors, under the names that ComfyUI saves them by."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ....ops.files.deferred import Assembling, Deferred
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
 from ....ops.gather import is_wrapper
-from ..patcher import DynamicModelPatcher, model_dtype
-from ..patches.weight_patch import HostPatch
-from .recipes import FinishedWeight, Plain, Quantised, Requantised
+from ..model_state import model_dtype, source_of
+from ..patches.weight_patch import WeightPatch
+from .recipes import Cast, FinalWeight, Quantised, Requantised
 
 AS_LOADED = "as loaded"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Of the host's quantisations, by its own names.
+# Name in the node -> ComfyUI's name of the quantisation.
 QUANTISATIONS = {"fp8_e4m3fn scaled": "float8_e4m3fn", "int8_tensorwise": "int8_tensorwise"}
 SAVE_DTYPES = [
     AS_LOADED,
     *DTYPES,
     *(name for name, known in QUANTISATIONS.items() if known in comfy.quant_ops.QUANT_ALGOS),
 ]
-# Matrix units take rows and columns by 16; a smaller matrix saves nothing worth its error.
+# Matrix units take rows and columns by 16. A smaller matrix saves nothing worth its error.
 QUANTISED_MULTIPLE, QUANTISED_NUMEL = 16, 1 << 14
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written: its path, bytes and seconds."""
+    """Says what was written: path, bytes and seconds."""
 
     path: Path
     nbytes: int
@@ -44,7 +44,7 @@ class Saved:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """The same for a person."""
         speed = self.nbytes / 1e6 / max(self.seconds, 1e-3)
         return f"{self.path.name}: {self.nbytes:,} bytes in {self.seconds:.1f} s ({speed:,.0f} MB/s)"
 
@@ -62,11 +62,11 @@ def save_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     journal: Path | None = None,
 ) -> Saved:
-    """Write a MODEL, and what else is given, as one checkpoint that the host's loaders read.
+    """Write a MODEL, and what else is given, as one checkpoint that ComfyUI's loaders read.
 
     Each weight is written as its model computes with it, patches applied, then rounded to `dtype`, a name in
-    SAVE_DTYPES. A quantisation is for the repeated blocks of the MODEL; the rest is then as loaded. extra: more tensors
-    by key. Nothing is loaded for it, and no model is changed. Raises SaveError and FileExistsError.
+    SAVE_DTYPES. A quantisation is for the repeated blocks of the MODEL, and the rest is then as loaded. extra: more
+    tensors by key. Saving loads nothing onto a device and changes no model. Raises SaveError and FileExistsError.
     """
     if dtype not in SAVE_DTYPES:
         raise ValueError(f"dtype '{dtype}' is not one of {', '.join(SAVE_DTYPES)}.")
@@ -92,28 +92,28 @@ def save_model(
 
 
 def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Have the host free device memory for the largest weight: in float32, its patch, their product and the result."""
+    """Have ComfyUI free device memory for the largest weight, its patch, their product and the result in float32."""
     if device.type != "cpu":
         largest = max((tensor.numel() for tensor in tensors.values()), default=0)
         comfy.model_management.free_memory(4 * 4 * largest, device)
 
 
-def finished_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinishedWeight]:
-    """The floating-point parameters of `root` as the model computes with them, by their key in the patcher's model."""
-    found = {}
+def final_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinalWeight]:
+    """Collect the floating-point parameters of `root` in their final form, by their key in the patcher's model."""
+    weights = {}
     for name, module in root.named_modules():
         for attr, parameter in module._parameters.items():
             key = f"{prefix}{name}.{attr}" if name else f"{prefix}{attr}"
             scale = attr in ("input_scale", "pre_quant_scale", "weight_scale")
             if parameter is not None and parameter.dtype.is_floating_point and not scale:
-                found[key] = _finished(patcher, module, attr, key, parameter)
-    return found
+                weights[key] = _final(patcher, module, attr, key, parameter)
+    return weights
 
 
 def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: str) -> dict[str, torch.Tensor]:
-    """The state dict of `root`, with `patcher`'s patches; `prefix`: what its keys begin with in the patcher's model."""
+    """Make the state dict of `root` with the patcher's patches. prefix: of its keys in the patcher's model."""
     modules = dict(root.named_modules())
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     kept = root.state_dict()
     written: set[str] = set()
     for key, value in kept.items():
@@ -122,67 +122,52 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
         parameter = module._parameters.get(attr) if module is not None else None
         if parameter is None or key in written:
             continue
-        weight = _finished(patcher, module, attr, prefix + key, parameter)
+        weight = _final(patcher, module, attr, prefix + key, parameter)
         beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
         if is_wrapper(parameter):
             pieces = weight.source.state_dict(key)  # type: ignore[operator]
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
-                found[key] = _deferred(Plain(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
+                tensors[key] = Deferred.of(Cast(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
                 written |= beside
             elif weight.patch is not None:
                 recipe = Requantised(weight)
                 for piece, stored in pieces.items():
-                    found[piece] = Deferred.of(recipe, tuple(stored.shape), stored.dtype, piece.removeprefix(key))
+                    suffix = piece.removeprefix(key)
+                    tensors[piece] = Deferred.of(recipe, tuple(stored.shape), stored.dtype, suffix)
             else:
-                found.update(pieces)
+                tensors.update(pieces)
         elif not value.dtype.is_floating_point:
-            found[key] = value
+            tensors[key] = value
         elif dtype in QUANTISATIONS and _may_be_quantised(root, name, module, attr, weight):
-            found.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
+            tensors.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
         else:
             wanted = DTYPES.get(dtype) or _as_loaded(weight)
-            found[key] = _deferred(Plain(weight, wanted), weight.shape, wanted)
+            tensors[key] = Deferred.of(Cast(weight, wanted), weight.shape, wanted)
         written.add(key)
-    # What are no parameters: buffers, and what quantised layers keep beside their weights.
-    found.update({key: value for key, value in kept.items() if key not in written})
-    return found
+    # The others are no parameters: buffers, and what quantised layers keep beside their weights.
+    tensors.update({key: value for key, value in kept.items() if key not in written})
+    return tensors
 
 
-def _deferred(recipe: Any, shape: tuple[int, ...], dtype: torch.dtype, part: str = "") -> Deferred:
-    return Deferred.of(recipe, shape, dtype, part)
-
-
-def _finished(patcher: Any, module: Any, attr: str, key: str, parameter: torch.Tensor) -> FinishedWeight:
+def _final(patcher: Any, module: Any, attr: str, key: str, parameter: torch.Tensor) -> FinalWeight:
     source = source_of(patcher, key, parameter)
     if source.is_meta:
         raise SaveError(f"'{key}' has no data: the file that the model was loaded from lacks it. Get a complete file.")
-    form = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
+    dtype = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
     patches = patcher.patches.get(key, [])
-    patch = HostPatch(patcher.model, key, source, form, patches, []) if patches else None
-    return FinishedWeight(key, source, form, patch, patcher.load_device)
+    patch = WeightPatch(patcher.model, key, source, dtype, patches, []) if patches else None
+    return FinalWeight(key, source, dtype, patch, patcher.load_device)
 
 
-def source_of(patcher: Any, key: str, parameter: torch.Tensor) -> torch.Tensor:
-    """A weight without patches, wherever its patcher has put it."""
-    dynamic = patcher.state.dynamic if isinstance(patcher, DynamicModelPatcher) else None
-    if dynamic is not None and key in dynamic.by_key:
-        return next(param.original for param in dynamic.by_key[key].params if param.key == key).detach()
-    if key in patcher.backup:
-        return patcher.backup[key].weight.detach()
-    if key in patcher.hook_backup:
-        return patcher.hook_backup[key][0].detach()
-    return parameter.detach()
-
-
-def _as_loaded(weight: FinishedWeight) -> torch.dtype:
-    """The model's dtype, or the file's where that is smaller: the other numbers are not worth the room."""
+def _as_loaded(weight: FinalWeight) -> torch.dtype:
+    """Choose the smaller of the model's and the file's dtype. A wider one would say no more."""
     stored = weight.source.dtype
-    return weight.form if weight.form.itemsize <= stored.itemsize else stored
+    return weight.dtype if weight.dtype.itemsize <= stored.itemsize else stored
 
 
-def _may_be_quantised(root: torch.nn.Module, name: str, module: Any, attr: str, weight: FinishedWeight) -> bool:
-    """Linear layers of repeated blocks: what is at the ends of a model suffers most and weighs least."""
+def _may_be_quantised(root: torch.nn.Module, name: str, module: Any, attr: str, weight: FinalWeight) -> bool:
+    """Whether a weight is of a linear layer in a repeated block. Those at a model's ends suffer most and save least."""
     if attr != "weight" or type(module).__name__ != "Linear" or len(weight.shape) != 2:
         return False
     steps = name.split(".")
@@ -192,12 +177,12 @@ def _may_be_quantised(root: torch.nn.Module, name: str, module: Any, attr: str, 
     return weight.source.numel() >= QUANTISED_NUMEL and all(n % QUANTISED_MULTIPLE == 0 for n in weight.shape)
 
 
-def _quantised(name: str, key: str, weight: FinishedWeight, algorithm: str) -> dict[str, torch.Tensor]:
+def _quantised(name: str, key: str, weight: FinalWeight, algorithm: str) -> dict[str, torch.Tensor]:
     known = comfy.quant_ops.QUANT_ALGOS[algorithm]
     recipe = Quantised(weight, known["comfy_tensor_layout"])
     conf = json.dumps({"format": algorithm}).encode()
     return {
-        key: _deferred(recipe, weight.shape, known["storage_t"]),
-        f"{key}_scale": _deferred(recipe, (), torch.float32, "_scale"),
+        key: Deferred.of(recipe, weight.shape, known["storage_t"]),
+        f"{key}_scale": Deferred.of(recipe, (), torch.float32, "_scale"),
         f"{name}.comfy_quant": torch.tensor(list(conf), dtype=torch.uint8),
     }

@@ -1,10 +1,9 @@
-"""Where the host would save a file, under which name, and what it would write into its metadata."""
+"""Asks ComfyUI where it would save a file, under which name, and with which metadata."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,12 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ....ops.overrides import SavedAttributes
-
-_lock = threading.Lock()
+from ....ops.overrides import overridden
 
 
 @dataclass(frozen=True)
 class Target:
-    """Path, metadata, and tensors that say something about the model."""
+    """Path, metadata, and tensors that describe the model."""
 
     path: str
     metadata: dict[str, str]
@@ -31,7 +28,7 @@ class Target:
 
 
 def journal() -> Path:
-    """Where unfinished files are noted until they are finished or gone."""
+    """The file that notes unfinished files until they are complete or gone."""
     return Path(folder_paths.get_user_directory()) / "spillway-unfinished"
 
 
@@ -57,48 +54,39 @@ def _is_inside(folder: str, path: str) -> bool:
 
 
 def next_name(prefix: str) -> str:
-    """The path of a new file, by the host's counter. Raises ValueError for a prefix outside the output folder."""
+    """Make the path of a new file by ComfyUI's counter. Raises ValueError for a prefix outside the output folder."""
     check_prefix(prefix)
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
 
 
 def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
-    """The workflow as metadata; nothing where the user has turned that off."""
+    """Give the workflow as metadata, or nothing where the user has turned that off."""
     if args.disable_metadata:
         return {}
-    found = {"prompt": json.dumps(prompt)} if prompt is not None else {}
-    return {**found, **{key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}}
+    metadata = {"prompt": json.dumps(prompt)} if prompt is not None else {}
+    return {**metadata, **{key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}}
 
 
 def checkpoint_target(
     model: Any, prefix: str, prompt: Any = None, extra_pnginfo: Mapping[str, Any] | None = None
 ) -> Target:
-    """What the host's own save node would do with a model: it is asked, and stopped before it saves.
+    """Have ComfyUI's own save node prepare a model, and stop it before it saves.
 
     Raises ValueError for a prefix outside the output folder.
     """
     check_prefix(prefix)
-    thread, found = threading.get_ident(), []
+    targets: list[Target] = []
 
-    def note(path: str, *positional: Any, metadata: Any = None, extra_keys: Any = None, **named: Any) -> None:
-        if threading.get_ident() != thread:
-            original(path, *positional, metadata=metadata, extra_keys=extra_keys or {}, **named)
-            return
-        found.append(Target(path, dict(metadata or {}), dict(extra_keys or {})))
+    def note(_: Any, path: str, *unused: Any, metadata: Any = None, extra_keys: Any = None, **unknown: Any) -> None:
+        targets.append(Target(path, dict(metadata or {}), dict(extra_keys or {})))
 
-    with _lock:
-        original = comfy.sd.save_checkpoint
-        saved = SavedAttributes()
-        saved.set(comfy.sd, "save_checkpoint", note)
-        try:
-            comfy_extras.nodes_model_merging.save_checkpoint(
-                model,
-                filename_prefix=prefix,
-                output_dir=folder_paths.get_output_directory(),
-                prompt=prompt,
-                extra_pnginfo=extra_pnginfo,
-            )
-        finally:
-            saved.restore()
-    return found[0]
+    with overridden(comfy.sd, "save_checkpoint", by=note):
+        comfy_extras.nodes_model_merging.save_checkpoint(
+            model,
+            filename_prefix=prefix,
+            output_dir=folder_paths.get_output_directory(),
+            prompt=prompt,
+            extra_pnginfo=extra_pnginfo,
+        )
+    return targets[0]

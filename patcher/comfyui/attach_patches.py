@@ -1,0 +1,113 @@
+"""Attaches the patches of a patcher to the engine, and sets ComfyUI's modules up for weights that are lent."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...ops.lending.param import Param
+from ..dynamic_model import DynamicModel
+from .model_state import ModelState
+from .patches.idle_reads import patch_idle_reads
+from .patches.int8_lora import place_loras
+from .patches.weight_patch import WeightPatch, idle_function
+
+HookPatches = dict[str, list[tuple]]
+
+
+def attach_patches(
+    patcher: ModelPatcher,
+    state: ModelState,
+    dynamic: DynamicModel,
+    hooked: HookPatches,
+    *,
+    had_hooks: bool,
+    int8_lora: str,
+) -> None:
+    """Patch the engine's weights with what the patcher carries, and with `hooked` on top.
+
+    Only bundles whose patches differ from those attached are made again. had_hooks: hooks were attached before.
+    int8_lora: as in Policy.
+    """
+    patches = {}
+    quantised: dict[str, Param] = {}
+    for key in {*patcher.patches, *hooked}:
+        bundle = dynamic.by_key.get(key)
+        if bundle is not None:
+            param = next(param for param in bundle.params if param.key == key)
+            if param.int8:
+                quantised[key] = param
+            patches[key] = WeightPatch(
+                patcher.model,
+                key,
+                param.original,
+                param.final.dtype,
+                patcher.patches.get(key, []),
+                hooked.get(key, []),
+                rounded=not param.int8,
+            )
+    if quantised and not hooked:
+        chosen = {key: patches[key] for key in quantised}
+        patches.update(place_loras(chosen, quantised, int8_lora, dynamic.device, dynamic.ledger))
+    changed = [
+        key
+        for key in {*patches, *state.patches}
+        if key not in patches or not patches[key].same_as(state.patches.get(key))
+    ]
+    attached = {key: patch if key in changed else state.patches[key] for key, patch in patches.items()}
+    if changed:
+        touched = dynamic.set_patches(attached, changed)
+        dynamic.ledger.counters.patch_changes += 1
+        if hooked or had_hooks:  # between two conditions: at every step
+            if hooked:
+                dynamic.ledger.decide_once(f"hooks change {len(hooked)} weights while sampling", level=logging.INFO)
+        else:
+            dynamic.ledger.decide(f"{len(attached)} weights patched, {touched} bundles touched by the change")
+        patch_idle_reads(dynamic, changed, patcher.backup)
+    state.patches = attached
+    set_weight_functions(patcher, state, dynamic)
+
+
+def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: DynamicModel) -> None:
+    """Give ComfyUI's op classes their weight functions.
+
+    A lent weight is patched already and meets only wrappers. An idle weight must still be patched.
+    """
+    for bundle in dynamic.bundles:
+        bundle.lent_attributes = []
+    for bundle in dynamic.bundles:
+        for param in bundle.params:
+            module, name = param.owner, f"{param.attr}_function"
+            if param.int8 and getattr(module, "layout_type", None) is not None:
+                # ComfyUI's op would quantise the input for a weight in the file's format, and the lent one is in ours.
+                bundle.lent_attributes.append((module, "layout_type", module.layout_type, None))
+            if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
+                continue
+            wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
+            if param.key in state.patches and param.key not in patcher.backup:
+                idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]
+                bundle.lent_attributes.append((module, name, idle, wrappers))
+                state.attributes.set(module, name, idle)
+            elif getattr(module, name) != wrappers:
+                state.attributes.set(module, name, wrappers)
+
+
+def cast_in_ops(patcher: ModelPatcher, state: ModelState, dynamic: DynamicModel) -> None:
+    """Have ComfyUI's ops cast what they are lent to the input's dtype, as they do for ComfyUI's own dynamic models.
+
+    The cost of an offloaded bundle includes that cast. Diffusion models say which dtype they compute in, text encoders
+    by an object patch. An embedding looks up rows first, so it casts hardly anything.
+    """
+    computes_in = patcher.object_patches.get("manual_cast_dtype", getattr(patcher.model, "manual_cast_dtype", None))
+    for bundle in dynamic.bundles:
+        for param in bundle.params:
+            casts = hasattr(param.owner, "comfy_cast_weights") and not isinstance(param.owner, torch.nn.Embedding)
+            param.op_dtype = computes_in if casts else None
+    for module in patcher.model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            if not module.comfy_cast_weights:
+                state.attributes.set(module, "comfy_cast_weights", True)
+            if getattr(module, "comfy_force_cast_weights", False) != patcher.force_cast_weights:
+                state.attributes.set(module, "comfy_force_cast_weights", patcher.force_cast_weights)

@@ -1,0 +1,151 @@
+"""What all patchers of one model share, and the facts about a model that follow from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...ops.overrides import SavedAttributes
+from ..attach import Int8Choice
+from ..dynamic_model import DynamicModel
+from ..policy import Policy
+from .compile.blocks import block_names
+from .compile.dynamic_models import SharedCompilers
+from .patches.idle_reads import place_permanently
+from .patches.weight_patch import WeightPatch
+
+PIN_SUBSETS = ("weights", "patches", "weights-loaded", "patches-loaded")
+
+
+class ModelState:
+    """The engine of a model, and what was set on ComfyUI's modules for it."""
+
+    def __init__(self) -> None:
+        self.dynamic: DynamicModel | None = None
+        self.attributes = SavedAttributes()
+        self.patchers: set[int] = set()
+        self.patches: dict[str, WeightPatch] = {}
+        self.int8: Int8Choice | None = None
+        self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
+        # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
+        self.lends_blocks = False
+        self.compilers = SharedCompilers()
+
+    def __deepcopy__(self, memo: dict) -> ModelState:
+        copied = ModelState()
+        copied.int8, copied.notes = self.int8, list(self.notes)
+        return copied
+
+    def join(self, patcher: object) -> None:
+        """Count a patcher of the model."""
+        self.patchers.add(id(patcher))
+
+    def leave(self, patcher: object) -> None:
+        """Count a patcher out. The last one closes the engine."""
+        self.patchers.discard(id(patcher))
+        if not self.patchers:
+            self.close()
+
+    def engine(self, model: torch.nn.Module, device: torch.device, policy: Policy, *, blocks: bool) -> DynamicModel:
+        """The engine on `device`; a new one, within `policy`, where there is none.
+
+        blocks: a new one lends transformer blocks as a whole. Raises Unsupported or SourceError where the model
+        cannot be dynamic.
+        """
+        device = _with_index(device)
+        if self.dynamic is not None and self.dynamic.device != device:
+            self.close()
+        if self.dynamic is None:
+            self.lends_blocks = blocks
+            self.dynamic = DynamicModel(
+                model,
+                None,
+                device,
+                policy,
+                name=type(model).__name__,
+                model_dtype=model_dtype,
+                int8=self.int8,
+                may_init=False,
+                blocks=block_names(model) if blocks else (),
+            )
+            for words, level in self.notes:
+                self.dynamic.ledger.decide(words, level=level)
+            place_permanently(self.dynamic)
+        return self.dynamic
+
+    def lend_blocks(self) -> None:
+        """Close an engine that lends layer by layer: how it lends is decided when it is made."""
+        if not self.lends_blocks:
+            self.close()
+
+    def follow(self, policy: Policy) -> None:
+        """Hold the engine to another policy. One with other rules closes it: they are read when bundles are made."""
+        if self.dynamic is None or self.dynamic.policy == policy:
+            return
+        if self.dynamic.policy.rules == policy.rules:
+            self.dynamic.set_policy(policy)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Give all memory back. The modules are as ComfyUI made them."""
+        dynamic, self.dynamic, self.lends_blocks = self.dynamic, None, False
+        if dynamic is not None:
+            dynamic.close()
+        self.patches = {}
+        self.attributes.restore()
+
+
+def state_of(model: torch.nn.Module) -> ModelState | None:
+    """The state that a model's dynamic patchers share; None for a model that has none."""
+    return getattr(model, "spillway_state", None)
+
+
+def shared_state(model: torch.nn.Module) -> ModelState:
+    """The state of a model. The first call makes it, and notes in which dtypes ComfyUI built the parameters."""
+    state = state_of(model)
+    if state is None:
+        state = model.spillway_state = ModelState()  # type: ignore[assignment]
+        for module in model.modules():
+            for attr, parameter in module._parameters.items():
+                if parameter is not None and getattr(module, f"{attr}_comfy_model_dtype", None) is None:
+                    setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
+    return state
+
+
+def model_dtype(module: torch.nn.Module, attr: str, parameter: torch.Tensor) -> torch.dtype:
+    """The dtype that ComfyUI built a parameter in. A file that is loaded by assignment may have another."""
+    return getattr(module, f"{attr}_comfy_model_dtype", None) or parameter.dtype
+
+
+def source_of(patcher: ModelPatcher, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A weight without patches, wherever its patcher has put it."""
+    state = state_of(patcher.model)
+    dynamic = state.dynamic if state is not None else None
+    if dynamic is not None and key in dynamic.by_key:
+        return next(param.original for param in dynamic.by_key[key].params if param.key == key).detach()
+    if key in patcher.backup:
+        return patcher.backup[key].weight.detach()
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0].detach()
+    return parameter.detach()
+
+
+def register_pins(model: torch.nn.Module, device: torch.device) -> None:
+    """Give a model the books about pins that newer versions of ComfyUI read, for `device`.
+
+    Pins are the engine's, so the books stay empty. Each subset has a buffer, its stack, split, bytes and buckets.
+    """
+    if getattr(model, "dynamic_pins", None) is None:
+        model.dynamic_pins = {}  # type: ignore[assignment]
+    books: dict[str, Any] = {name: (None, [], [-1], [0], [0], {}) for name in PIN_SUBSETS}
+    books.update(hostbufs_initialized=True, failed=False, active=False, current_prompt=False)
+    model.dynamic_pins.setdefault(device, books)  # type: ignore[operator, union-attr]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type in ("cuda", "xpu") and device.index is None:
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    return device
