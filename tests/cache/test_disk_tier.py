@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kit.pack import ROOT
 from spillway.cache.disk_tier import DiskTier, name_of
 from spillway.ops.ledger import Ledger
 
 MIB = 1 << 20
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -161,8 +161,9 @@ KEY = frozenset([(0, frozenset([(0, "KSampler"), (1, ("seed", 3)), (2, 1.5), (3,
 
 def test_names_are_the_same_in_every_process_and_tell_keys_apart():
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import conftest, test_disk_tier as t\n"
-        "print(t.name_of(t.KEY, {'v': 1}))"
+        "import sys; sys.path.insert(0, 'tests'); import kit.pack\n"
+        "from spillway.cache.disk_tier import name_of\n"
+        f"print(name_of({KEY!r}, {{'v': 1}}))"
     )
     found = {
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -3,17 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from kit.pack import ROOT
 from spillway.cache.snapshot import MemorySnapshot, aimdo_bytes, cached_bytes
 from spillway.ops.device.locked_memory import anonymous
 from spillway.ops.files.disk_map import DiskMap
 
 MIB = 1 << 20
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_an_allocation_shows():
@@ -50,7 +49,7 @@ def test_page_cache_is_what_is_in_ram_of_the_file(tmp_path):
 def test_nothing_is_started_for_a_report():
     """No device context, and no comfy-aimdo, comes to be because somebody looked."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import conftest, torch\n"
+        "import sys; sys.path.insert(0, 'tests'); import kit.pack, torch\n"
         "from spillway.cache.snapshot import MemorySnapshot\n"
         "print(MemorySnapshot.take().devices == {} or torch.backends.mps.is_available(), "
         "'comfy_aimdo' in sys.modules, torch.cuda.is_initialized())"

@@ -1,8 +1,8 @@
 """Real comfy-aimdo on the simulated driver: each release in a process of its own, with the VBAR suite and the engine.
 
-    python -m pytest tests/test_aimdo.py -k 0.6.0
+    python dev.py test tests/cuda_sim/test_aimdo.py -k 0.6.0
 
-One release by hand, for a debugger: SPILLWAY_SIM_AIMDO=0.6.0 PYTHONPATH=tests python -m pytest tests/test_vbar.py
+One release by hand, for a debugger: SPILLWAY_SIM_AIMDO=0.6.0 python -m pytest tests/vbar
 """
 
 import json
@@ -12,15 +12,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import loud
 import pytest
+
 from cuda_sim import Unavailable, build
 from cuda_sim.aimdo import VARIABLE
 from cuda_sim.reporting import VARIABLE as REPORT
 from cuda_sim.wheels import VERSIONS, package
+from kit.skips import skip_loudly
 
-TESTS = Path(__file__).resolve().parent
-SUITE = ["test_vbar.py", "test_vbar_model.py", "cuda_sim/on_aimdo"]
+TESTS = Path(__file__).resolve().parents[1]
+SUITE = ["vbar", "cuda_sim/on_aimdo"]
 MINUTES = 8
 
 
@@ -57,7 +58,7 @@ def test_the_engine_on_comfy_aimdo(runs, version):
     try:
         code, output = run.result()
     except Unavailable as reason:
-        loud.skip(f"comfy-aimdo {version} on the simulated driver: {reason}")
+        skip_loudly(f"comfy-aimdo {version} on the simulated driver: {reason}")
     entries = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
     passed = sum(entry["event"] == "call" and entry["outcome"] == "passed" for entry in entries)
     if code < 0:

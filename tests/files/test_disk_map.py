@@ -11,9 +11,9 @@ import safetensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import bits, same, steady
 from safetensors.torch import load_file, save_file
 
+from kit.nets import bits, same, steady
 from spillway.ops.files.disk_map import DTYPES, DiskMap, SourceError, locate, open_maps
 from spillway.ops.files.safetensors_header import MAX_HEADER_BYTES
 

@@ -5,16 +5,14 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from kit.pack import ROOT
 from spillway.ops.files.probe import probe
 from spillway.ops.files.safetensors_header import SourceError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def written(path, tensors, metadata=None):

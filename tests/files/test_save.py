@@ -10,19 +10,19 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from kit.pack import ROOT
 from spillway.ops.files.deferred import PART_BYTES, Assembling, Deferred, Made, Part, Recipe, Stored, row_ranges, whole
 from spillway.ops.files.disk_map import DTYPES, DiskMap
 from spillway.ops.files.partial_file import PartialFile, sweep, sweep_noted
 from spillway.ops.files.safetensors_writer import SafetensorsWriter, SavedSpec, SaveError
 from spillway.ops.files.save_pipeline import save
 
-HERE = Path(__file__).parent
+SAVE_FILES = ROOT / "tests" / "kit" / "processes" / "save_files.py"
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):
@@ -264,14 +264,12 @@ def test_room_is_asked_for_first(tmp_path, monkeypatch):
 
 
 def in_a_small_file_system(mode, folder, options):
-    """Run save_process.py where `folder` is a tmpfs of its own; its answer, or a skip where the system allows none."""
+    """Run save_files.py where `folder` is a tmpfs of its own; its answer, or a skip where the system allows none."""
     script = f'mount -t tmpfs -o {options} none "$1" && exec "$2" "$3" "$4" "$1"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(folder)]
     if shutil.which("unshare") is None:
         pytest.skip("a small file system needs Linux")
-    done = subprocess.run(
-        [*command, sys.executable, str(HERE / "save_process.py"), mode], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, sys.executable, str(SAVE_FILES), mode], capture_output=True, text=True)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"this system lets no user mount: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
@@ -295,7 +293,7 @@ def test_a_read_only_disk(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_a_limit_on_the_size_of_files(tmp_path):
     """A file system's largest file, or a quota: writing fails in the middle."""
-    script = f'ulimit -f 512; exec "{sys.executable}" "{HERE / "save_process.py"}" once "{tmp_path}"'
+    script = f'ulimit -f 512; exec "{sys.executable}" "{SAVE_FILES}" once "{tmp_path}"'
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert "writing failed: File too large" in json.loads(done.stdout)["said"]
     assert not os.listdir(tmp_path)
@@ -310,7 +308,7 @@ def test_killed_at_random_moments(tmp_path):
     """The file is always a whole one, and the next start removes the rest."""
     rng = random.Random(4)
     unfinished = 0
-    command = [sys.executable, str(HERE / "save_process.py"), "forever", str(tmp_path)]
+    command = [sys.executable, str(SAVE_FILES), "forever", str(tmp_path)]
     parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for _ in range(20):
         print("next", file=parent.stdin, flush=True)

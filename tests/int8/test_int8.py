@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from nets import Stack, budget, dynamic, plain, same, write
-from sim_device import SimDevice
 
+from kit.nets import Stack, budget, dynamic, plain, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.gather import gathered_bytes, interpret_gathered_like
 from spillway.ops.int8 import linear as kernels
 from spillway.ops.int8.linear import dequantise_rows, group_count, int8_linear, quantise_rows

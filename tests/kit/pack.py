@@ -1,10 +1,10 @@
-"""Loads the pack as the package `spillway`, whatever its folder is called, as ComfyUI does under a name of its own."""
+"""Load the pack as the package `spillway`, whatever its folder is called, as ComfyUI does under a name of its own."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 if "spillway" not in sys.modules:
     spec = importlib.util.spec_from_file_location(

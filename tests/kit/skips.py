@@ -1,19 +1,18 @@
-"""What must not be overlooked in a test run: the parts that could not run here."""
+"""Skip a test so that nobody overlooks it: the end of the run repeats the reason."""
 
 import pytest
 
-notes = []
+reasons = []
 
 
-def skip(reason):
-    """Skip a test, and say so at the end of the run."""
+def skip_loudly(reason):
     bar = "!" * 88
-    note = "\n".join([bar, *(f"!!  {line}" for line in f"DID NOT RUN: {reason}".splitlines()), bar])
-    if note not in notes:
-        notes.append(note)
+    framed = "\n".join([bar, *(f"!!  {line}" for line in f"DID NOT RUN: {reason}".splitlines()), bar])
+    if framed not in reasons:
+        reasons.append(framed)
     pytest.skip(reason)
 
 
 def pytest_terminal_summary(terminalreporter):
-    for note in notes:
-        terminalreporter.write_line(note)
+    for framed in reasons:
+        terminalreporter.write_line(framed)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from cuda_sim.aimdo import HEADROOM, PAGE, load_aimdo, version_under_test
 from cuda_sim.aimdo_device import AimdoDevice
-from sim_device import SimDevice
-
+from kit.sim_device import SimDevice
 from spillway.ops.ledger import Ledger
 from spillway.ops.vbar import software as software_vbar
 from spillway.ops.vbar.aimdo import AimdoVBAR

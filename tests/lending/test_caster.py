@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
 from safetensors.torch import load_file
-from sim_device import SimDevice
 
+from kit.nets import Stack, dynamic, plain, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.device.backend import Event
 from spillway.ops.files.source import StateDict
 from spillway.ops.ledger import Counters

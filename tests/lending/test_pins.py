@@ -4,9 +4,9 @@ import gc
 
 import pytest
 import torch
-from nets import DEPTH, Stack, dynamic, plain, same
-from sim_device import SimDevice
 
+from kit.nets import DEPTH, Stack, dynamic, plain, same
+from kit.sim_device import SimDevice
 from spillway.ops.device import locked_memory as host_memory
 from spillway.ops.device.locked_memory import locked
 from spillway.ops.lending import pins as pins_module

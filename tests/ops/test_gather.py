@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import bits, quantise, same, steady
 
+from kit.nets import bits, quantise, same, steady
 from spillway.ops.gather import (
     ALIGNMENT,
     aligned,

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from nets import AnyLinear, Stack, budget, dynamic, plain, same, write
 from safetensors.torch import load_file
-from sim_device import SimDevice
 
+from kit.nets import AnyLinear, Stack, budget, dynamic, plain, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.vbar import software as software_vbar
 from spillway.patcher import dynamic_model as dynamic_module
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from nets import AnyLinear, Blocks, Stack, dynamic, plain, random_state, same, write
 from safetensors.torch import save_file
-from sim_device import SimDevice
 
+from kit.nets import AnyLinear, Blocks, Stack, dynamic, plain, random_state, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.device.backend import DeviceError
 from spillway.ops.files.disk_map import DiskMap, SourceError
 from spillway.ops.files.source import StateDict

@@ -5,9 +5,9 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import AnyLinear, Scaled, Stack, dynamic, plain, quantise, random_state, same, write
-from sim_device import SimDevice
 
+from kit.nets import AnyLinear, Scaled, Stack, dynamic, plain, quantise, random_state, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.files.disk_map import SourceError
 from spillway.ops.files.source import StateDict
 

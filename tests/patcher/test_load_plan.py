@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import quantise, steady
 
+from kit.nets import quantise, steady
 from spillway.ops.lending.bundle import Bundle, Param
 from spillway.patcher.load_plan import SMALL_BYTES, LoadPlan, LoadState, interleave, plan_load, plan_unload
 

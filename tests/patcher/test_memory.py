@@ -7,13 +7,14 @@ import math
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
-from sim_device import SimDevice
+
+from kit.nets import Stack, dynamic, plain, same, write
+from kit.pack import ROOT
+from kit.sim_device import SimDevice
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size as Linux counts it")
 
@@ -173,7 +174,7 @@ def large(tmp_path_factory):
 )
 def test_a_file_of_any_size_runs_in_the_memory_of_a_bundle_or_two(large, stored, dtype, depth):
     path = large(stored, depth, 4096)
-    script = Path(__file__).with_name("peak_memory.py")
+    script = ROOT / "tests" / "kit" / "processes" / "peak_memory.py"
     done = subprocess.run(
         [sys.executable, script, path, str(depth), "4096", dtype], capture_output=True, text=True, check=True
     )

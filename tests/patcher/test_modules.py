@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import AnyLinear, budget, dynamic, plain, quantise, random_state, same, write
 from safetensors.torch import save_file
-from sim_device import SimDevice
 
+from kit.nets import AnyLinear, budget, dynamic, plain, quantise, random_state, same, write
+from kit.sim_device import SimDevice
 from spillway.ops.files.source import StateDict
 from spillway.patcher.attach import Unsupported
 

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from nets import Blocks, Stack, budget, dynamic, plain, random_state, same
-from sim_device import SimDevice
 
+from kit.nets import Blocks, Stack, budget, dynamic, plain, random_state, same
+from kit.sim_device import SimDevice
 from spillway.ops.files.source import StateDict
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]

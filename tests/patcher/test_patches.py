@@ -4,9 +4,9 @@ import gc
 
 import pytest
 import torch
-from nets import Stack, budget, dynamic, plain, same, write
-from sim_device import SimDevice
 
+from kit.nets import Stack, budget, dynamic, plain, same, write
+from kit.sim_device import SimDevice
 from spillway.patcher.policy import Rule
 
 DEPTH = 8

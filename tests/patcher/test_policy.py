@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
-from sim_device import SimDevice
 
+from kit.nets import Stack, dynamic, plain, same, write
+from kit.sim_device import SimDevice
 from spillway.patcher.policy import Policy, Rule
 
 DEPTH = 6

@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from nets import DEPTH, Stack, dynamic, plain, same
-from sim_device import SimDevice
 
+from kit.nets import DEPTH, Stack, dynamic, plain, same
+from kit.sim_device import SimDevice
 from spillway.ops.ram import available
 from spillway.patcher import ram_pressure
 

@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from kit.pack import ROOT
 from spillway.ops.ram import allocator, available, cgroup
 
 GIB = 1 << 30
-ROOT = Path(__file__).resolve().parent.parent
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "31 23 0:27 {root} /sys/fs/cgroup/memory rw shared:10 - cgroup cgroup rw,memory\n"
 

@@ -2,11 +2,11 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from kit.pack import ROOT
 
 # What each folder may import from the pack. `nodes` is the top; `cache` and `patcher` stand beside each other.
 MAY_IMPORT = {

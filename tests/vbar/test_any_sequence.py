@@ -3,9 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import steady
-from vbar_devices import DEVICES, software_vbar
-from vbar_model import Model
+
+from kit.nets import steady
+from kit.vbar_devices import DEVICES, software_vbar
+from kit.vbar_model import Model
 
 SLICE = st.integers(0, len(Model.sizes) - 1)
 VBAR = st.integers(0, 1)

@@ -7,8 +7,8 @@ import gc
 
 import pytest
 import torch
-from vbar_devices import DEVICES
 
+from kit.vbar_devices import DEVICES
 from spillway.ops.vbar import software as software_vbar
 
 ALL = 1 << 60

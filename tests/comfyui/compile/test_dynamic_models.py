@@ -6,7 +6,6 @@ its results are the uncompiled ones bit for bit.
 
 import logging
 
-import checkpoints
 import comfy.model_management
 import comfy.model_patcher
 import comfy.quant_ops
@@ -18,9 +17,9 @@ import torch._dynamo
 import torch._dynamo.utils
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from pairs import SMALL, assert_same, run
-from test_ops import quantised
 
+from kit.comfyui import checkpoints
+from kit.comfyui.pairs import SMALL, assert_same, run
 from spillway.nodes.compile import INT8LazyTorchCompile
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
@@ -199,20 +198,6 @@ def test_a_checkpoint_of_fp16(checkpoint):
 @pytest.fixture
 def lora_path(checkpoint, models_dir):
     return checkpoints.lora(str(models_dir / "loras" / "compile-quantised.safetensors"), checkpoint("flux", **SMALL))
-
-
-@pytest.fixture
-def quantised_file(checkpoint, models_dir):
-    """`quantised_file("int8_tensorwise")`: a Flux whose large matrices are in that format."""
-
-    def make(kind):
-        if kind not in comfy.quant_ops.QUANT_ALGOS:
-            pytest.skip(f"this ComfyUI has no {kind}")
-        return quantised(
-            models_dir / "diffusion_models" / f"compile-{kind}.safetensors", checkpoint("flux", **SMALL), kind
-        )
-
-    return make
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "int8"])

@@ -5,19 +5,19 @@ import json
 import shutil
 from pathlib import Path
 
-import checkpoints
 import comfy.model_management
 import comfy.model_patcher
 import comfy.quant_ops
 import comfy.utils
 import pytest
 import torch
-from pairs import SMALL, assert_same, pair, run
-from sampling import sample
-from test_fresh_processes import LINUX, run_fresh
-from test_hooks import hook_lora, hooked
-from test_lora import forms, with_lora
 
+from kit.comfyui import checkpoints
+from kit.comfyui.fresh_process import LINUX, run_with_lora
+from kit.comfyui.hooks import hook_lora, hooked
+from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, pair, run
+from kit.comfyui.sampling import sample
 from spillway.nodes.load import SpillwayLoadDiffusionModel
 from spillway.ops.files.disk_map import SourceError
 from spillway.ops.int8 import measure as int8_measure
@@ -43,11 +43,6 @@ COSINE = 0.995
 
 def cosine(a, b):
     return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
-
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
 
 
 @pytest.fixture
@@ -321,7 +316,7 @@ def test_saving_writes_what_the_file_has(flux, tmp_path):
 def test_quantising_needs_no_memory_for_the_model(checkpoint, tmp_path):
     path = checkpoint("flux", hidden=512, depth=14, depth_single=14)
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
-    grown = run_fresh(path, lora, dtype="int8", steps=1, budget=0, pinned=0)["grown"]
+    grown = run_with_lora(path, lora, dtype="int8", steps=1, budget=0, pinned=0)["grown"]
     int8_bytes = Path(path).stat().st_size / 2
     assert grown < int8_bytes / 2
 

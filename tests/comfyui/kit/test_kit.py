@@ -2,13 +2,13 @@
 
 import logging
 
-import checkpoints
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
-import sampling
 import torch
+
+from kit.comfyui import checkpoints, sampling
 
 ARCHES = ("flux", "wan", "lumina2", "z_image", "sd15_unet")
 TEXT = "a small red house by the sea"

@@ -2,15 +2,14 @@
 
 import os
 
-import checkpoints
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import pytest
-import sampling
 import torch
-from pairs import SMALL, assert_same, core_vae, run
 
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import SpillwayPolicy
 from spillway.patcher.comfyui.loading import load as comfy_load

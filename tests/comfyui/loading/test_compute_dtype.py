@@ -2,11 +2,11 @@
 
 import comfy.sd
 import pytest
-import sampling
 import torch
-from pairs import SMALL, run
-from test_lora import LINEAR, forms, with_lora
 
+from kit.comfyui import sampling
+from kit.comfyui.loras import LINEAR, forms, with_lora
+from kit.comfyui.pairs import SMALL, run
 from spillway.patcher.comfyui.loading import load as comfy_load
 
 

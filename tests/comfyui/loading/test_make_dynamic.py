@@ -3,12 +3,12 @@
 import comfy.model_patcher
 import comfy.sd
 import pytest
-import sampling
 import torch
-from pairs import SMALL, assert_same, core_vae, run
-from test_hooks import hook_lora, hooked
-from test_lora import forms, numbers, with_lora
 
+from kit.comfyui import sampling
+from kit.comfyui.hooks import hook_lora, hooked
+from kit.comfyui.loras import forms, numbers, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
 from spillway.nodes.make_dynamic import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from fresh_process import run_script
-from pairs import SMALL
+
+from kit.comfyui.fresh_process import run_script
+from kit.comfyui.pairs import SMALL
 
 BIG = {"hidden": 3072, "context": 4096, "pooled": 768}
 

@@ -1,17 +1,15 @@
 """The dynamic op classes: every layer kind of the core, and its quantised layers, equal to the core's bit for bit."""
 
-import json
-
-import checkpoints
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from pairs import FRACTIONS, SMALL, assert_same, pair, run
-from test_lora import forms, with_lora
 
+from kit.comfyui import checkpoints
+from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.pairs import FRACTIONS, SMALL, assert_same, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading.op_classes import operations
 from spillway.patcher.dynamic_model import DynamicModel
@@ -95,51 +93,6 @@ def test_layers_without_weights():
 
 
 # --- quantised files --------------------------------------------------------------------------------------------------
-
-MATCH = ("attn.qkv", "mlp.0", "mlp.2", "linear1", "linear2")
-
-
-def quantised(path, base, kind):
-    """The file `base` with its large matrices quantised as `comfy_quant` files have them."""
-    layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
-    out = {}
-    for name, tensor in comfy.utils.load_torch_file(base).items():
-        if not name.endswith(".weight") or not any(part in name for part in MATCH):
-            out[name] = tensor
-            continue
-        weight = comfy.quant_ops.QuantizedTensor.from_float(tensor.float(), layout, scale="recalculate")
-        out.update(weight.state_dict(name))
-        stem = name.removesuffix("weight")
-        out[f"{stem}comfy_quant"] = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
-    return checkpoints.write(path, out)
-
-
-def scaled_fp8(path, base):
-    """The older form: FP8 weights, each with a scale, and one tensor that says so."""
-    out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, tensor in comfy.utils.load_torch_file(base).items():
-        out[name] = tensor
-        if name.endswith(".weight") and any(part in name for part in MATCH):
-            scale = tensor.float().abs().amax() / 448
-            out[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            out[f"{name.removesuffix('weight')}scale_weight"] = scale
-    return checkpoints.write(path, out)
-
-
-@pytest.fixture(scope="module")
-def quantised_file(checkpoint, models_dir):
-    base = checkpoint("flux", **SMALL)
-
-    def make(kind):
-        if kind != "scaled_fp8" and kind not in comfy.quant_ops.QUANT_ALGOS:
-            pytest.skip(f"this ComfyUI has no {kind}")
-        path = models_dir / "diffusion_models" / f"{kind}.safetensors"
-        if path.exists():
-            return str(path)
-        return scaled_fp8(path, base) if kind == "scaled_fp8" else quantised(path, base, kind)
-
-    return make
-
 
 QUANTISED = ("float8_e4m3fn", "int8_tensorwise", "scaled_fp8")
 

@@ -12,9 +12,10 @@ import comfy.sd
 import comfy.utils
 import psutil
 import pytest
-import sampling
 import torch
-from pairs import FRACTIONS, assert_same, core_vae
+
+from kit.comfyui import sampling
+from kit.comfyui.pairs import FRACTIONS, assert_same, core_vae
 
 ARCHES = ("flux", "wan", "lumina2", "z_image")
 SEEDS = (0, 1)  # two runs: the second starts with whatever the first left resident

@@ -6,16 +6,16 @@ told that the device multiplies FP8; without that it dequantises every FP8 weigh
 
 import json
 
-import checkpoints
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.utils
 import pytest
 import torch
-from pairs import SMALL, assert_same, pair, run
-from test_lora import QKV, forms, with_lora
 
+from kit.comfyui import checkpoints
+from kit.comfyui.loras import QKV, forms, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, pair, run
 from spillway.patcher.comfyui.loading import load as comfy_load
 
 QuantizedTensor = comfy.quant_ops.QuantizedTensor

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from pathlib import Path
 
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
@@ -10,9 +9,9 @@ import comfy_extras.nodes_sd3
 import nodes as core_nodes
 import pytest
 
+from kit.pack import ROOT
 from spillway.nodes.extension import SpillwayExtension
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "web" / "docs"
 LOCALE = ROOT / "locales" / "en"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))

@@ -5,12 +5,11 @@ import functools
 import os
 from pathlib import Path
 
-import checkpoints
 import comfy.sd
 import pytest
-import sampling
-from pairs import SMALL, assert_same, core_vae, run
 
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy

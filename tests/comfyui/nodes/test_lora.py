@@ -2,16 +2,15 @@
 
 import logging
 
-import checkpoints
 import comfy.sd
 import comfy.utils
 import nodes as core_nodes
 import pytest
-import sampling
 import torch
-from pairs import SMALL, assert_same, budget, counters, pair, run
-from test_lora import SHAPES, forms, numbers
 
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.loras import SHAPES, forms, numbers
+from kit.comfyui.pairs import assert_same, budget, counters, pair, run
 from spillway.nodes.lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patches import lora as comfy_lora
@@ -25,11 +24,6 @@ def for_clip(seed=0):
         f"{TE_STEM}.lora_up.weight": numbers(3072, 4, seed=seed, scale=0.3),
         f"{TE_STEM}.lora_down.weight": numbers(4, 768, seed=seed, scale=0.3),
     }
-
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import comfy.model_management
 import execution
 import nodes as core_nodes
 import pytest
-import sampling
 import torch
 
+from kit.comfyui import sampling
 from spillway.cache.comfyui import cache as comfy_cache
 from spillway.cache.comfyui.models import model_bytes
 from spillway.nodes.cache_policy import SpillwayCachePolicy

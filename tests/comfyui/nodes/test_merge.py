@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
-from pairs import SMALL, assert_same, budget, run
-from test_lora import forms, with_lora
 
+from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, run
 from spillway.nodes.merge import DIFFERENCE, SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.ops.files import deferred

@@ -2,10 +2,10 @@
 
 import os
 
-import checkpoints
 import pytest
-from pairs import SMALL
 
+from kit.comfyui import checkpoints
+from kit.comfyui.pairs import SMALL
 from spillway.nodes.probe import SpillwayProbeModel, _files
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.ops.files.disk_map import SourceError

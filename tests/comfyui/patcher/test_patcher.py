@@ -8,22 +8,17 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import pytest
-import sampling
 import torch
-from pairs import SMALL, assert_same, budget, core_vae, pair, run
-from test_lora import QKV, SHAPES, forms, with_lora
 
+from kit.comfyui import sampling
+from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, core_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
 
 
 # --- what the core reads ----------------------------------------------------------------------------------------------

@@ -1,20 +1,14 @@
 """What only fresh processes show: the same bits every time, and what hooks take of memory."""
 
-import json
 from pathlib import Path
 
-import checkpoints
 import comfy.sd
 import pytest
 import torch
-from fresh_process import run_script
-from pairs import SMALL
 
-LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
-
-
-def run_fresh(path, lora_path, **options):
-    return run_script("fresh_lora_run.py", path, lora_path, json.dumps(options))
+from kit.comfyui import checkpoints
+from kit.comfyui.fresh_process import LINUX, run_with_lora
+from kit.comfyui.pairs import SMALL
 
 
 @LINUX
@@ -24,8 +18,8 @@ def test_the_same_bits_at_any_residency(checkpoint, tmp_path):
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path)
     size = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float8_e4m3fn}).model_size()
     options = {"dtype": "fp8_e4m3fn", "lora": 0.7, "steps": 3}
-    runs = [{"core": True}, {"budget": 1 << 30}, {"budget": size // 3}, {"budget": 0, "pinned": 1 << 30}]
-    digests = [run_fresh(path, lora, **options, **more)["digest"] for more in runs]
+    runs = [{"classic": True}, {"budget": 1 << 30}, {"budget": size // 3}, {"budget": 0, "pinned": 1 << 30}]
+    digests = [run_with_lora(path, lora, **options, **more)["digest"] for more in runs]
     assert len(set(digests)) == 1
 
 
@@ -37,8 +31,8 @@ def test_hooks_take_one_copy_of_the_weights(checkpoint, tmp_path):
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
     size = 2 * Path(path).stat().st_size  # on a CPU, bf16 is computed in fp32
     options = {"dtype": "default", "steps": 2, "budget": 1 << 40}
-    plain = run_fresh(path, lora, **options)
-    hooked = run_fresh(path, lora, **options, hook=0.8)
+    plain = run_with_lora(path, lora, **options)
+    hooked = run_with_lora(path, lora, **options, hook=0.8)
     assert hooked["digest"] != plain["digest"]
     assert size < plain["grown"] < 1.3 * size  # the weights, above all
     assert hooked["grown"] <= 1.05 * plain["grown"] + Path(lora).stat().st_size

@@ -11,18 +11,12 @@ import pytest
 import torch
 from comfy.hooks import EnumHookScope
 from comfy.patcher_extension import WrappersMP
-from pairs import SMALL, assert_same, counters, pair, run
-from test_hook_schedules import with_hooks
-from test_hooks import STEPS, hook_lora
-from test_lora import SHAPES
 
+from kit.comfyui.hooks import STEPS, hook_lora, with_hooks
+from kit.comfyui.loras import SHAPES
+from kit.comfyui.pairs import SMALL, assert_same, counters, pair, run
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
-
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
 
 
 def wrapper_hook(kind, wrapper, scope=EnumHookScope.HookedOnly):

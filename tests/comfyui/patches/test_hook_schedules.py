@@ -6,17 +6,12 @@ import comfy.hooks
 import comfy.sd
 import nodes as core_nodes
 import pytest
-import sampling
 import torch
-from pairs import SMALL, assert_same, counters, pair, run
-from test_hooks import STEPS, hook_lora, hooked
-from test_lora import SHAPES, forms, with_lora
-from test_ops import quantised_file  # noqa: F401  (a fixture)
 
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
+from kit.comfyui import sampling
+from kit.comfyui.hooks import STEPS, hook_lora, hooked, with_hooks
+from kit.comfyui.loras import SHAPES, forms, with_lora
+from kit.comfyui.pairs import assert_same, counters, pair, run
 
 
 def schedule(group, *frames):
@@ -26,14 +21,6 @@ def schedule(group, *frames):
         keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start, guarantee_steps=steps))
     group.set_keyframes_on_hooks(keyframes)
     return group
-
-
-def with_hooks(model, positive=None, negative=None):
-    conds = list(sampling.conds(model))
-    for place, group in enumerate((positive, negative)):
-        if group is not None:
-            (conds[place],) = comfy.hooks.set_conds_props([conds[place]], 1.0, "default", hooks=group)
-    return tuple(conds)
 
 
 def in_parts(model, conds, *bounds, steps=8):
@@ -169,7 +156,7 @@ def test_the_same_hooks_in_the_next_run(flux):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise", "scaled_fp8"])
-def test_hooks_on_a_quantised_file(kind, fraction, quantised_file):  # noqa: F811
+def test_hooks_on_a_quantised_file(kind, fraction, quantised_file):
     """The core cannot do this. Hooks on every condition are to give what the same LoRA on the model gives."""
     core, ours = pair(quantised_file(kind), fraction)
     conds = with_hooks(ours)

@@ -5,38 +5,14 @@ patcher's.
 import comfy.hooks
 import comfy.sd
 import pytest
-import sampling
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
-from pairs import SMALL, assert_same, budget, pair, run
-from test_lora import forms, numbers, with_lora
 
+from kit.comfyui import sampling
+from kit.comfyui.hooks import STEPS, hook_lora, hooked
+from kit.comfyui.loras import forms, numbers, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from spillway.patcher.comfyui.loading import load as comfy_load
-
-STEPS = 4
-
-
-@pytest.fixture
-def flux(checkpoint):
-    return checkpoint("flux", **SMALL)
-
-
-def hook_lora(kind="lora", strength=1.0, keyframes=()):
-    """A group of one hook; keyframes: (strength, start) pairs."""
-    group = comfy.hooks.create_hook_lora(forms(kind), strength, strength)
-    if keyframes:
-        frames = comfy.hooks.HookKeyframeGroup()
-        for factor, start in keyframes:
-            frames.add(comfy.hooks.HookKeyframe(strength=factor, start_percent=start))
-        group.set_keyframes_on_hooks(frames)
-    return group
-
-
-def hooked(model, group, **options):
-    """Sample with hooks on the positive condition, as Cond Set Props attaches them; cfg makes the negative count."""
-    positive, negative = sampling.conds(model)
-    (positive,) = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=group, **options)
-    return run(model, steps=STEPS, cfg=2.0, cond=(positive, negative))
 
 
 def masked(model, groups):

@@ -2,11 +2,9 @@
 themselves.
 """
 
-import checkpoints
 import comfy.model_management as mm
 import comfy.sd
 import pytest
-import sampling
 import torch
 from comfy_extras.nodes_model_patch import (
     ModelPatchLoader,
@@ -14,8 +12,9 @@ from comfy_extras.nodes_model_patch import (
     USOStyleReference,
     ZImageFunControlnet,
 )
-from pairs import assert_same, budget, core_vae, run
 
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.pairs import assert_same, budget, core_vae, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading import load as comfy_load
 

@@ -5,13 +5,13 @@ import logging
 import comfy.hooks
 import comfy.sd
 import pytest
-import sampling
 import torch
 from comfy_extras import nodes_model_merging as merging
 from comfy_extras import nodes_model_merging_model_specific as specific
-from pairs import SMALL, assert_same, budget, pair, run
-from test_lora import SHAPES, numbers, with_lora
 
+from kit.comfyui import sampling
+from kit.comfyui.loras import SHAPES, numbers, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from spillway.patcher.comfyui.loading import load as comfy_load
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}

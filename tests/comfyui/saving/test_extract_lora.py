@@ -8,9 +8,9 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from pairs import SMALL, assert_same, budget, run
-from test_lora import LINEAR, MLP, QKV, forms, numbers, with_lora
 
+from kit.comfyui.loras import LINEAR, MLP, QKV, forms, numbers, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, run
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.nodes.save_lora import SpillwaySaveLora
 from spillway.ops.files import deferred

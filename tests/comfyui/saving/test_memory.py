@@ -2,14 +2,14 @@
 
 import threading
 
-import checkpoints
 import comfy.sd
 import comfy.utils
 import folder_paths
 import psutil
 import pytest
-from pairs import run
 
+from kit.comfyui import checkpoints
+from kit.comfyui.pairs import run
 from spillway.nodes.merge import SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.ops.files.disk_map import DiskMap

@@ -3,21 +3,20 @@
 import os
 import types
 
-import checkpoints
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
 import pytest
 import safetensors.torch
-import sampling
 import torch
 from comfy.cli_args import args
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy_extras.nodes_model_merging import CheckpointSave, ModelSave
-from pairs import SMALL, assert_same, budget, core_vae, run
-from test_lora import LINEAR, QKV, forms, numbers, with_lora
 
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.loras import LINEAR, QKV, forms, numbers, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, core_vae, run
 from spillway.nodes import save as save_nodes
 from spillway.nodes.save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel
 from spillway.ops.files import deferred

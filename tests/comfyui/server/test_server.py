@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-from conftest import COMFYUI, ROOT
 from PIL import Image
+
+from kit.comfyui.start import COMFYUI, ROOT
 
 FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
 

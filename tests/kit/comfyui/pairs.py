@@ -4,9 +4,9 @@ import dataclasses
 
 import comfy.sd
 import comfy.utils
-import sampling
 import torch
 
+from kit.comfyui import sampling
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 

@@ -1,14 +1,17 @@
-"""Run by test_memory.py in a process of its own: runs a model without room for weights, prints the peak of its memory.
+"""Run a model that has no room for weights, and print the peak of this process.
 
 peak_memory.py FILE DEPTH WIDTH DTYPE
 """
 
 import json
 import sys
+from pathlib import Path
 
-import conftest  # noqa: F401 - makes the package `spillway`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
-from nets import Stack, dynamic
+
+import kit.pack  # noqa: F401 - makes the package `spillway`
+from kit.nets import Stack, dynamic
 
 
 def status(name):

@@ -1,8 +1,8 @@
-"""Saves files in a process of its own, for tests that kill it or give it a disk that is full or read-only.
+"""Save files, in a process that tests kill, or give a disk that is full or read-only.
 
-python save_process.py forever FOLDER            saves FOLDER/model.safetensors again and again, each time larger
-python save_process.py full FOLDER               FOLDER lies on a file system of 4 MiB, which fills while it saves
-python save_process.py once FOLDER               saves FOLDER/model.safetensors, of 2 MiB
+save_files.py forever FOLDER            saves FOLDER/model.safetensors again and again, each time larger
+save_files.py full FOLDER               FOLDER lies on a file system of 4 MiB, which fills while it saves
+save_files.py once FOLDER               saves FOLDER/model.safetensors, of 2 MiB
 """
 
 import contextlib
@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401 - loads the pack
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
+import kit.pack  # noqa: F401 - makes the package `spillway`
 from spillway.ops.files.deferred import Deferred, Made, Stored
 from spillway.ops.files.safetensors_writer import SaveError
 from spillway.ops.files.save_pipeline import save

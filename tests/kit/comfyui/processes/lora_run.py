@@ -1,19 +1,18 @@
-"""Run by test_fresh_processes.py in a process of its own: one run of a model with a LoRA, or with it as a hook.
+"""Run a model once, with a LoRA or with it as a hook.
 
-fresh_lora_run.py COMFYUI PACK BASE MODEL LORA OPTIONS. OPTIONS, in JSON: budget (bytes), dtype (as in the loader node),
-pinned (bytes), lora (strength), hook (strength), steps, core (run the core's classic patcher instead). Prints JSON: the
-digest of the latents, and by how many bytes the process grew at most.
+lora_run.py COMFYUI PACK BASE MODEL LORA OPTIONS. OPTIONS, in JSON: budget (bytes), dtype (as in the loader node),
+pinned (bytes), lora (strength), hook (strength), steps, classic (run ComfyUI's classic patcher instead). Prints JSON:
+the digest of the latents, and by how many bytes the process grew at most.
 """
 
 import hashlib
-import importlib.util
 import json
 import runpy
 import sys
 
 comfyui, pack, base, path, lora_path, options = sys.argv[1:]
 options = json.loads(options)
-sys.path[:0] = [comfyui, f"{pack}/tests/host"]
+sys.path[:0] = [comfyui, f"{pack}/tests"]
 
 runpy.run_path(f"{pack}/prestartup_script.py")  # as ComfyUI does: before torch
 
@@ -25,12 +24,10 @@ comfy.cli_args.args.base_directory = base
 import comfy.hooks
 import comfy.sd
 import comfy.utils
-import sampling
 import torch
 
-spec = importlib.util.spec_from_file_location("pack_loader", f"{pack}/tests/pack.py")
-spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
+import kit.pack  # noqa: F401 - makes the package `spillway`
+from kit.comfyui import sampling
 from spillway.patcher.comfyui.loading.load import WEIGHT_DTYPES, load_diffusion_model
 from spillway.patcher.policy import Policy
 
@@ -43,7 +40,7 @@ def status(name):
 def main():
     torch.set_num_threads(2)
     torch.nn.Linear(64, 64)(torch.ones(8, 64))  # what torch itself needs
-    if options.get("core"):
+    if options.get("classic"):
         model = comfy.sd.load_diffusion_model(path, model_options=dict(WEIGHT_DTYPES[options["dtype"]]))
     else:
         policy = Policy(vram_bytes=options["budget"], pinned_bytes=options.get("pinned", 0))

@@ -1,13 +1,12 @@
-"""Run by test_host_memory.py in a process of its own: what loading, running and dropping a model takes. Prints JSON."""
+"""Measure what loading, running and dropping a model takes of RAM. Prints JSON."""
 
 import gc
-import importlib.util
 import json
 import sys
 import time
 
 comfyui, pack, base, big, small = sys.argv[1:]
-sys.path[:0] = [comfyui, f"{pack}/tests/host"]
+sys.path[:0] = [comfyui, f"{pack}/tests"]
 
 import comfy.cli_args
 
@@ -16,12 +15,10 @@ comfy.cli_args.args.base_directory = base
 
 import comfy.model_management as mm
 import psutil
-import sampling
 import torch
 
-spec = importlib.util.spec_from_file_location("pack_loader", f"{pack}/tests/pack.py")
-spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
+import kit.pack  # noqa: F401 - makes the package `spillway`
+from kit.comfyui import sampling
 from spillway.nodes.load import SpillwayLoadDiffusionModel
 from spillway.patcher.policy import Policy
 
