@@ -1,26 +1,25 @@
 #!/usr/bin/env python3
 """Developer commands of Spillway. They need Python 3.10 or newer and a package index that pip can reach, nothing else.
 
-    python dev.py test [--only engine|host] [pytest arguments]
+    python dev.py test [--only engine|comfyui] [pytest arguments]
     python dev.py lint [--fix]
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
     python dev.py probe FILE...
 
-Each sets up what it needs in .venv beside this file; a second call finds it there. `probe` says what is in a
-safetensors file and needs nothing.
+Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
+safetensors file and needs nothing. `--only host` means `--only comfyui`.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
-    COMFYUI_PATH      the ComfyUI that host tests run against; else the one around this folder, else ~/comfy/ComfyUI
+    COMFYUI_PATH      the ComfyUI to test in; else the one around this folder, else ~/comfy/ComfyUI
     COMFYUI_PYTHON    the Python that runs it; else a venv beside or inside it, else this one
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import os
 import shutil
@@ -34,19 +33,28 @@ from typing import BinaryIO, NamedTuple
 
 # Not resolved: a pack linked into custom_nodes has its ComfyUI around the link.
 ROOT = Path(os.path.abspath(__file__)).parent
-VENV = ROOT / ".venv"
-TESTS = ROOT / "tests"  # tests/host holds the host tests, the rest are the engine's
-HOST_TOOLS = ROOT / ".host-tools"
-REQUIREMENTS = ROOT / "requirements.txt"
-REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
-REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
+TESTS = ROOT / "tests"
+COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
 ENGINE = ("patcher", "ops", "cache")
-DEFAULT_TORCH = "torch==2.13.0"
 NO_TESTS_COLLECTED = 5
 
-# `python -m pytest` would put this folder on sys.path, and the host's `import nodes` would find the pack's.
+sys.path.append(str(TESTS))
+from kit.environment import (  # noqa: E402
+    add_pytest,
+    banner,
+    fail,
+    run,
+    say,
+    set_up_bench,
+    set_up_engine,
+    set_up_tools,
+    shell_code,
+    venv_python,
+)
+from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python  # noqa: E402
+
+# `python -m pytest` would put this folder on sys.path, and ComfyUI's `import nodes` would find the pack's.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
-RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.split('.')[:2]] < [2, 8])"
 
 
 def main() -> int:
@@ -66,13 +74,13 @@ def main() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Engine tests in .venv, and host tests in ComfyUI's own Python beside them."""
-    parts = {"engine": engine_tests, "host": host_tests}
+    """Run the engine's tests in .venv, and those in ComfyUI in its own Python beside them."""
+    parts = {"engine": engine_tests, "comfyui": comfyui_tests}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
-        wanted, arguments = set(arguments[1:2]), arguments[2:]
+        wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
-            return fail("--only takes engine or host.", 2)
+            return fail("--only takes engine or comfyui.", 2)
     commands = {
         name: prepare([argument for argument in arguments if part_of(argument) in (None, name)])
         for name, prepare in parts.items()
@@ -93,7 +101,7 @@ def test(arguments: list[str]) -> int:
 
 
 def lint(arguments: list[str]) -> int:
-    """ruff over everything, mypy over the engine. All three report before any of them fails the command."""
+    """Run ruff over everything and mypy over the engine. All three report before any of them fails the command."""
     if arguments not in ([], ["--fix"]):
         return fail(f"lint takes --fix or nothing, not {' '.join(arguments)!r}.", 2)
     set_up_tools()
@@ -164,11 +172,11 @@ def run_script(path: Path, arguments: list[str]) -> int:
 
 
 def part_of(argument: str) -> str | None:
-    """Which part a pytest argument belongs to, where it is the path of a test."""
+    """Say which part a pytest argument belongs to, where it is the path of a test."""
     path = Path(os.path.abspath(ROOT / argument.split("::")[0]))
     if not path.exists() or TESTS not in path.parents:
         return None
-    return "host" if path.is_relative_to(TESTS / "host") else "engine"
+    return "comfyui" if path.is_relative_to(COMFYUI_TESTS) else "engine"
 
 
 class Command(NamedTuple):
@@ -178,7 +186,7 @@ class Command(NamedTuple):
 
 
 def run_beside(commands: dict[str, Command]) -> dict[str, int]:
-    """Run all at once; the exit codes. What each prints is shown whole, in their order, the first as it comes."""
+    """Run all at once, show what each prints as a whole (the first as it comes), and return the exit codes."""
     codes: dict[str, int] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -212,32 +220,35 @@ def follow(process: subprocess.Popen, printed: BinaryIO) -> None:
 
 def engine_tests(arguments: list[str]) -> Command:
     set_up_engine()
-    return pytest("engine tests", venv_python(), [f"--ignore={TESTS / 'host'}", *arguments], test_environment())
+    return pytest("engine tests", venv_python(), [f"--ignore={COMFYUI_TESTS}", *arguments], test_environment())
 
 
-def host_tests(arguments: list[str]) -> Command | None:
+def comfyui_tests(arguments: list[str]) -> Command | None:
     """None where there is nothing to run them with."""
-    comfyui = find_comfyui()
+    try:
+        comfyui = find_comfyui()
+        python = comfyui and find_comfyui_python(comfyui)
+    except WrongVariable as error:
+        sys.exit(fail(str(error)))
     if comfyui is None:
         banner(
-            "NO COMFYUI FOUND: host tests did not run",
+            "NO COMFYUI FOUND: the tests in ComfyUI did not run",
             "Set COMFYUI_PATH to a ComfyUI folder (and COMFYUI_PYTHON to the Python that runs it),",
             "put this folder into ComfyUI/custom_nodes, or install ComfyUI to ~/comfy/ComfyUI.",
         )
         return None
-    python = find_comfyui_python(comfyui)
     if python is None:
         banner(
-            "NO PYTHON FOR COMFYUI FOUND: host tests did not run",
+            "NO PYTHON FOR COMFYUI FOUND: the tests in ComfyUI did not run",
             f"ComfyUI: {comfyui}",
             "Set COMFYUI_PYTHON to the Python that runs it.",
         )
         return None
     # REQUIRE_HOST: with a ComfyUI here, one that cannot be imported is an error and no reason to skip.
     environment = {**test_environment(), "COMFYUI_PATH": str(comfyui), "SPILLWAY_REQUIRE_HOST": "1"}
-    add_host_tools(python, environment)
-    title = f"host tests: {comfyui}, {python}"
-    return pytest(title, python, [f"--ignore-glob={TESTS / 'test_*.py'}", *arguments], environment)
+    add_pytest(python, environment)
+    others = [f"--ignore={folder}" for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
+    return pytest(f"tests in ComfyUI: {comfyui}, {python}", python, [*others, *arguments], environment)
 
 
 def pytest(title: str, python: Path, arguments: list[str], environment: dict[str, str]) -> Command:
@@ -248,56 +259,6 @@ def test_environment() -> dict[str, str]:
     # Parity tests compare bit for bit. MKL picks its kernels by a buffer's alignment unless MKL_CBWR is set, and sums
     # are split by thread, so both are fixed, before torch is imported.
     return {**os.environ, "MKL_CBWR": "AUTO", "OMP_NUM_THREADS": "2"}
-
-
-def find_comfyui() -> Path | None:
-    named = os.environ.get("COMFYUI_PATH")
-    if named:
-        folder = Path(named).expanduser().absolute()
-        if not is_comfyui(folder):
-            sys.exit(fail(f"COMFYUI_PATH is {named}, which has no comfyui_version.py. Set it to a ComfyUI folder."))
-        return folder
-    candidates = [Path.home() / "comfy" / "ComfyUI"]
-    if ROOT.parent.name == "custom_nodes":
-        candidates.insert(0, ROOT.parent.parent)
-    return next(filter(is_comfyui, candidates), None)
-
-
-def is_comfyui(folder: Path) -> bool:
-    return (folder / "comfyui_version.py").is_file()
-
-
-def find_comfyui_python(comfyui: Path) -> Path | None:
-    named = os.environ.get("COMFYUI_PYTHON")
-    if named:
-        found = shutil.which(named)
-        if found is None:
-            sys.exit(fail(f"COMFYUI_PYTHON is {named}, which cannot be run."))
-        return Path(found).absolute()
-    for venv in (comfyui.parent / "venv", comfyui / "venv", comfyui / ".venv"):
-        if venv_python(venv).is_file():
-            return venv_python(venv)
-    return Path(sys.executable) if succeeds([sys.executable, "-c", "import torch, aiohttp"]) else None
-
-
-def add_host_tools(python: Path, environment: dict[str, str]) -> None:
-    """Make pytest and hypothesis importable without a change to the host's own environment."""
-    if succeeds([str(python), "-c", "import pytest, hypothesis"]):
-        return
-    # One folder for each Python: hypothesis has compiled parts.
-    tag = subprocess.run(
-        [str(python), "-c", "import sys; print(sys.implementation.cache_tag)"], capture_output=True, text=True
-    ).stdout.strip()
-    folder = HOST_TOOLS / (tag or "unknown")
-    lines = REQUIREMENTS_DEV.read_text(encoding="utf-8").splitlines()
-    wanted = [line for line in lines if line.startswith(("pytest", "hypothesis"))]
-    fingerprint = digest(*wanted)
-    if stamp(folder) != fingerprint:
-        shutil.rmtree(folder, ignore_errors=True)
-        words = f"pytest and hypothesis into {folder.relative_to(ROOT)}"
-        pip_install(python, ["--target", str(folder), *wanted], words)
-        write_stamp(folder, fingerprint)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 # mypy
@@ -322,129 +283,6 @@ def mypy_engine(python: str) -> int:
     for line in (done.stdout + done.stderr).splitlines():
         print(line.removeprefix("spillway" + os.sep))
     return done.returncode
-
-
-# Set-up
-
-
-def set_up_tools() -> None:
-    set_up("tools", [REQUIREMENTS_DEV], "", install_tools)
-
-
-def set_up_engine() -> None:
-    set_up_tools()
-    set_up("engine", [REQUIREMENTS], os.environ.get("SPILLWAY_TORCH", ""), install_engine)
-
-
-def set_up_bench() -> None:
-    set_up_engine()
-    if REQUIREMENTS_BENCH.is_file():
-        files = [REQUIREMENTS, REQUIREMENTS_BENCH]
-        set_up("bench", files, os.environ.get("SPILLWAY_TORCH", ""), install_bench)
-
-
-def set_up(name: str, files: list[Path], extra: str, install) -> None:
-    """Call install unless .venv has a stamp that says it was done for just these files."""
-    folder = VENV / f"spillway-{name}"
-    fingerprint = digest(*(path.read_text(encoding="utf-8") for path in files), extra)
-    if venv_python().is_file() and stamp(folder) == fingerprint:
-        return
-    make_venv()
-    install()
-    write_stamp(folder, fingerprint)
-
-
-def make_venv() -> None:
-    command = [sys.executable, "-m", "venv", str(VENV)]
-    if not venv_python().is_file():
-        command.append("--clear")  # nothing there, or made by a Python that has gone
-    elif succeeds([str(venv_python()), "-m", "pip", "--version"]):
-        return
-    say(f"making .venv with Python {sys.version.split()[0]}")
-    code = run(command)
-    if code:
-        fail("Making .venv failed. On Debian and Ubuntu the package python3-venv is needed.")
-        sys.exit(code)
-
-
-def install_tools() -> None:
-    pip_install(venv_python(), ["-r", str(REQUIREMENTS_DEV)], REQUIREMENTS_DEV.name)
-
-
-def install_engine() -> None:
-    torch = os.environ.get("SPILLWAY_TORCH", "").split()
-    if torch or not succeeds([str(venv_python()), "-c", RECENT_TORCH]):
-        torch = torch or [DEFAULT_TORCH]
-        pip_install(venv_python(), torch, f"{' '.join(torch)} (can be large; SPILLWAY_TORCH chooses another)")
-    pip_install(venv_python(), ["-r", str(REQUIREMENTS)], REQUIREMENTS.name)
-
-
-def install_bench() -> None:
-    """The peers depend on torch, and pip would gladly bring another one: it is held to just the one that .venv has."""
-    asked = [str(venv_python()), "-c", "import importlib.metadata as m; print(m.version('torch'))"]
-    version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    constraint = VENV / "bench-constraint.txt"
-    constraint.write_text(f"torch=={version}\n", encoding="utf-8")
-    what = ["-c", str(constraint), "-r", str(REQUIREMENTS_BENCH)]
-    pip_install(venv_python(), what, f"{REQUIREMENTS_BENCH.name} of the benchmarks, for torch {version}")
-
-
-def pip_install(python: Path, what: list[str], words: str) -> None:
-    say(f"installing {words}")
-    code = run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", *what])
-    if code:
-        fail(f"Installing {words} failed: pip ended with code {code}.")
-        sys.exit(code)
-
-
-def venv_python(venv: Path = VENV) -> Path:
-    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def stamp(folder: Path) -> str:
-    path = folder / "stamp"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def write_stamp(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stamp").write_text(text, encoding="utf-8")
-
-
-# Processes and words
-
-
-def run(command: list[str]) -> int:
-    return shell_code(subprocess.run(command, cwd=ROOT).returncode)
-
-
-def shell_code(code: int) -> int:
-    return 128 - code if code < 0 else code  # ended by a signal: what a shell would say
-
-
-def succeeds(command: list[str]) -> bool:
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
-def say(text: str) -> None:
-    print(f"--- {text}", flush=True)
-
-
-def fail(text: str, code: int = 1) -> int:
-    print(f"dev.py: {text}", file=sys.stderr, flush=True)
-    return code
-
-
-def banner(*lines: str) -> None:
-    bar = "!" * 88
-    print("\n".join(["", bar, *(f"!!  {line}" for line in lines), bar, ""]), flush=True)
 
 
 if __name__ == "__main__":

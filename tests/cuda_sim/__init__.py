@@ -6,7 +6,7 @@ sim.py            its controls
 wheels.py         fetches the comfy-aimdo releases
 aimdo.py          loads one of them on the driver
 aimdo_device.py   the device that the engine runs on
-on_aimdo/         tests that run in a process of their own for each release; ../test_aimdo.py starts them
+on_aimdo/         tests that run in a process of their own for each release; test_aimdo.py starts them
 demo.py           the demo model on it: `python dev.py sim`
 """
 

@@ -14,8 +14,8 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
-from sim_device import Hazard
 
+from kit.sim_device import Hazard
 from spillway.ops.device.backend import Backend
 from spillway.ops.device.locked_memory import locked
 from spillway.ops.vbar import software as software_vbar

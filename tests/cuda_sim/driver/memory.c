@@ -1,5 +1,6 @@
 /* Device memory, mapped and plain, and locked host memory. */
 #define _GNU_SOURCE
+#include "ranges.h"
 #include "sim.h"
 
 #include <stdlib.h>
@@ -18,13 +19,6 @@ struct handle {
     int released, mapped;
 };
 
-struct range {
-    struct range *next;
-    uint64_t start, size;
-    struct handle *handle; /* of a mapping */
-    int access;            /* of a mapping: readable and writable */
-};
-
 /* The heads of CUmemAllocationProp and CUmemAccessDesc. */
 struct properties { int type, handle_types, location_type, location; };
 struct access { int location_type, location, flags; };
@@ -32,46 +26,6 @@ struct access { int location_type, location, flags; };
 static struct handle *handles;
 static struct range *reservations, *mappings, *allocations, *registrations, *host_allocations;
 static int poison_file = -1;
-
-/* -- ranges */
-
-static struct range *add(struct range **list, uint64_t start, uint64_t size)
-{
-    struct range *range = calloc(1, sizeof *range);
-    range->start = start;
-    range->size = size;
-    range->next = *list;
-    return *list = range;
-}
-
-static void drop(struct range **list, struct range *range)
-{
-    while (*list != range)
-        list = &(*list)->next;
-    *list = range->next;
-    free(range);
-}
-
-static struct range *starting_at(struct range *list, uint64_t start)
-{
-    while (list && list->start != start)
-        list = list->next;
-    return list;
-}
-
-static struct range *containing(struct range *list, uint64_t start, uint64_t size)
-{
-    while (list && (start < list->start || start + size > list->start + list->size))
-        list = list->next;
-    return list;
-}
-
-static struct range *overlapping(struct range *list, uint64_t start, uint64_t size)
-{
-    while (list && (start >= list->start + list->size || list->start >= start + size))
-        list = list->next;
-    return list;
-}
 
 /* Whether all of a range is device memory that can be accessed. */
 int device_memory(uint64_t address, size_t size)

@@ -1,8 +1,9 @@
-"""Tests for a process of its own for each comfy-aimdo release; ../../test_aimdo.py starts those."""
+"""Tests for a process of its own for each comfy-aimdo release; ../test_aimdo.py starts those."""
 
 import gc
 
 import pytest
+
 from cuda_sim.aimdo import HEADROOM, PAGE, load_aimdo, version_under_test
 from cuda_sim.aimdo_device import AimdoDevice
 

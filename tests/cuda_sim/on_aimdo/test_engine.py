@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import Blocks, Stack, dynamic, plain, same, write
+
+from kit.nets import Blocks, Stack, dynamic, plain, same, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from cuda_sim.aimdo import MIB, PAGE
-
 from demo.flux import Flux, FluxConfig
 from demo.sampling import make_inputs, sample
 

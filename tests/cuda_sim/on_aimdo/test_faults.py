@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from cuda_sim.aimdo import PAGE
 from cuda_sim.sim import FOR_EVER, INVALID_VALUE, OUT_OF_MEMORY
-from nets import Stack, dynamic, plain, same, write
-
+from kit.nets import Stack, dynamic, plain, same, write
 from spillway.ops.device.backend import DeviceError
 
 ALL = 1 << 40

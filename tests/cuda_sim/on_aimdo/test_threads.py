@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from nets import Stack, dynamic, plain, same, write
+
+from kit.nets import Stack, dynamic, plain, same, write
 
 OPERATIONS = 5_000  # of each thread
 DEPTH = 9

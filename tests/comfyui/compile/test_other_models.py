@@ -1,0 +1,137 @@
+"""Models of ComfyUI's own through our node, and other nodes that compile models of ours."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.utils
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+from kit.comfyui import checkpoints
+from kit.comfyui.compiling import ARCHITECTURES, FAILED, as_stored, said
+from kit.comfyui.loras import with_lora
+from kit.comfyui.pairs import SMALL, assert_same, run
+from spillway.ops.compile import compiled_function as engine
+from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
+from spillway.patcher.comfyui.loading.adopt import dynamic_model
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.policy import Policy
+
+
+def classic(path):
+    return comfy.sd.load_diffusion_model(path)
+
+
+# -- models of others
+
+
+@pytest.mark.parametrize("blocks_only", [True, False])
+def test_a_model_of_the_core(blocks_only, checkpoint):
+    path = checkpoint("flux", **SMALL)
+    wanted = run(classic(path))
+    model = compile_other(classic(path), CompileRequest(backend="eager", blocks_only=blocks_only), True)
+    blocks = list(model.model.diffusion_model.double_blocks)
+    for patcher in (model, model.clone()):
+        assert_same(run(patcher), wanted)
+    graphs = engine.compile_count()
+    assert graphs
+    assert_same(run(model.clone()), wanted)
+    assert engine.compile_count() == graphs
+    assert list(model.model.diffusion_model.double_blocks) == blocks
+
+
+def test_a_model_of_the_core_where_compiling_fails(checkpoint, caplog):
+    path = checkpoint("flux", **SMALL)
+    model = compile_other(classic(path), CompileRequest(backend="no-such-backend"), True)
+    for _ in range(2):
+        assert_same(run(model), run(classic(path)))
+    assert caplog.text.count(FAILED) == 1 and "no-such-backend" in caplog.text
+
+
+def test_an_interrupt_is_no_failure(checkpoint, caplog):
+    model = compile_other(classic(checkpoint("flux", **SMALL)), CompileRequest(backend="eager"), True)
+    run(model)
+
+    def stop(*_):
+        comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(model, steps=3, callback=stop)
+    assert FAILED not in caplog.text
+
+
+class OldDynamicPatcher(comfy.model_patcher.ModelPatcher):
+    """As in versions of the core that have dynamic models and cannot clone them without it."""
+
+    def is_dynamic(self):
+        return True
+
+    def clone(self):
+        return super().clone()
+
+
+def test_a_core_that_cannot_clone_without_dynamic_vram(checkpoint):
+    core = classic(checkpoint("flux", **SMALL))
+    old = OldDynamicPatcher(core.model, core.load_device, core.offload_device)
+    with pytest.raises(
+        RuntimeError, match=r"^INT8 Lazy Torch Compile: this ComfyUI version does not support disable_dynamic clone\. "
+    ):
+        as_stored(old)
+    assert isinstance(as_stored(old, disable_dynamic_vram=False), OldDynamicPatcher)
+
+
+# -- other nodes on models of ours
+
+
+def test_the_cores_node_on_our_model(checkpoint):
+    """It asks for a classic model and gets one. Its backend for CUDA graphs runs without them on a CPU."""
+    path = checkpoint("wan", **ARCHITECTURES["wan"][1])
+    ours = load_diffusion_model(path)
+    wanted = run(ours)
+    (model,) = TorchCompileModel.execute(ours, "cudagraphs").args
+    torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
+    assert not model.is_dynamic()
+    assert_same(run(ours), wanted)
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.double_blocks.0"]], ids=["whole", "block"])
+def test_a_node_that_compiles_our_model_in_place(keys, checkpoint, models_dir):
+    """As nodes of other packs do. The layers stay outside, so that weights may come, go and change."""
+    path = checkpoint("flux", **SMALL)
+    lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
+    plain, model = load_diffusion_model(path), load_diffusion_model(path)
+    model.set_policy(Policy(vram_bytes=0))
+    set_torch_compile_wrapper(model, "eager", keys=keys)
+    for strength in (0.0, 0.7):
+        assert_same(run(with_lora(model, lora, strength)), run(with_lora(plain, lora, strength)))
+    assert said(model, "another node compiles this model")
+
+
+def test_the_last_node_of_a_chain_compiles(checkpoint):
+    """Ours after another: its wrapper goes, in models of ours and of others."""
+    path = checkpoint("flux", **SMALL)
+    for model in (load_diffusion_model(path), classic(path)):
+        set_torch_compile_wrapper(model, "eager")
+        after = as_stored(model)
+        wrappers = after.wrappers["apply_model"].get("torch.compile", [])
+        assert all(isinstance(wrapper, CompiledModel) for wrapper in wrappers)
+
+
+def test_a_node_that_puts_compiled_blocks_in_place(checkpoint, models_dir, caplog):
+    """As an object patch, which would rename the weights inside: a LoRA would miss them."""
+    path = checkpoint("flux", **SMALL)
+    lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
+    plain, model = load_diffusion_model(path), load_diffusion_model(path).clone()
+    core = comfy.sd.load_diffusion_model(path)
+    name = "diffusion_model.double_blocks.0"
+    for patcher in (model, core):
+        patcher.add_object_patch(name, torch.compile(patcher.get_model_object(name), backend="eager"))
+    for patched in (model, dynamic_model(core)):
+        for strength in (0.0, 0.7):
+            assert_same(run(with_lora(patched, lora, strength)), run(with_lora(plain, lora, strength)))
+    assert caplog.text.count(f"another node compiles '{name}' in place") == 2

@@ -1,0 +1,174 @@
+"""What a user reads: help pages, texts, tooltips and example workflows say what the nodes really have."""
+
+import asyncio
+import json
+
+import comfy_extras.nodes_flux
+import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_sd3
+import nodes as core_nodes
+import pytest
+
+from kit.pack import ROOT
+from spillway.nodes.extension import SpillwayExtension
+
+PAGES = ROOT / "web" / "docs"
+LOCALE = ROOT / "locales" / "en"
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+
+OURS = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
+# The core's nodes that the workflows use, and those that only the frontend knows.
+CORE = {
+    **core_nodes.NODE_CLASS_MAPPINGS,
+    **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
+    "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
+    "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
+}
+NOTES = {"Note", "MarkdownNote"}
+WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
+MAX_PREVIEW_BYTES = 200_000
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def types_and_options(inputs):
+    """(name, type, options of a choice, extra) of every input in the order of the node's slots and widgets."""
+    for part in ("required", "optional"):
+        for name, spec in inputs.get(part, {}).items():
+            kind, extra = spec[0], spec[1] if len(spec) > 1 else {}
+            if isinstance(kind, (list, tuple)):
+                yield name, "COMBO", kind, extra
+            else:
+                yield name, kind, extra.get("options"), extra
+
+
+def names_in(node):
+    return [name for name, *_ in types_and_options(node.INPUT_TYPES())]
+
+
+# --- the nodes themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_part_of_a_node_is_explained(name):
+    schema = OURS[name].define_schema()
+    assert "Spillway" in schema.display_name and schema.category and schema.description.endswith(".")
+    assert schema.search_aliases
+    silent = [part.id or part.get_io_type() for part in (*schema.inputs, *schema.outputs) if not part.tooltip]
+    assert not silent, f"no tooltip: {', '.join(silent)}"
+    assert all(part.tooltip.endswith(".") for part in (*schema.inputs, *schema.outputs))
+
+
+# --- help pages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_help_page(name):
+    node, text = OURS[name], (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {node.define_schema().display_name}\n")
+    sections = text.split("\n## ")
+    assert [section.splitlines()[0].rstrip("s") for section in sections[1:]] == [
+        "Input",
+        "Output",
+        "Example",
+        "When it fail",
+    ]
+    for section, wanted in ((sections[1], names_in(node)), (sections[2], list(node.RETURN_NAMES))):
+        found = [line.split("**")[1] for line in section.splitlines() if line.startswith("- **")]
+        assert sorted(found) == sorted(wanted)
+
+
+def test_no_page_without_a_node():
+    assert {page.stem for page in PAGES.glob("*.md")} == set(OURS)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_english_texts_are_those_of_the_schemas():
+    wanted = {}
+    for name, node in OURS.items():
+        schema = node.define_schema()
+        wanted[name] = {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": {part.id: {"name": part.id, "tooltip": part.tooltip} for part in schema.inputs},
+            "outputs": {
+                str(place): {"name": label, "tooltip": part.tooltip}
+                for place, (label, part) in enumerate(zip(node.RETURN_NAMES, schema.outputs, strict=True))
+            },
+        }
+    assert read(LOCALE / "nodeDefs.json") == wanted
+
+
+def test_category_and_data_type_have_a_name():
+    texts = read(LOCALE / "main.json")
+    assert set(texts["nodeCategories"]) == {node.define_schema().category for node in OURS.values()}
+    assert set(texts["dataTypes"]) == {"SPILLWAY_POLICY"}
+
+
+# --- example workflows ------------------------------------------------------------------------------------------------
+
+
+def test_every_node_is_in_a_workflow():
+    used = {node["type"] for path in WORKFLOWS for node in read(path)["nodes"]}
+    assert used >= set(OURS)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_preview(path):
+    picture = path.with_suffix(".jpg").read_bytes()
+    assert picture.startswith(b"\xff\xd8\xff") and len(picture) < MAX_PREVIEW_BYTES
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_nodes_and_values(path):
+    for node in read(path)["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        assert node["type"] in {**OURS, **CORE}, f"{node['type']} is no node of the core or of this pack"
+        values = list(node.get("widgets_values", []))
+        files = [model["name"] for model in node["properties"].get("models", [])]
+        for name, kind, options, extra in types_and_options({**OURS, **CORE}[node["type"]].INPUT_TYPES()):
+            if kind not in WIDGETS or extra.get("forceInput"):
+                continue
+            assert values, f"{node['type']}: no value for {name}"
+            value, where = values.pop(0), f"{node['type']}.{name}"
+            assert isinstance(value, WIDGETS[kind]), f"{where} is {value!r}, not of {kind}"
+            if kind in ("INT", "FLOAT"):
+                assert extra.get("min", value) <= value <= extra.get("max", value), f"{where}: {value} is out of range"
+            if kind == "COMBO" and str(value).endswith(".safetensors"):
+                file = value.rpartition("/")[2]  # some choices name the folder too
+                assert file in files, f"{where}: nothing says where {value} comes from"
+                files.remove(file)
+            elif kind == "COMBO":
+                assert value in options, f"{where}: {value!r} is not one of its choices"
+            if extra.get("control_after_generate"):
+                assert values.pop(0) in AFTER_GENERATE
+        assert not values, f"{node['type']}: values too many: {values}"
+        assert not files, f"{node['type']}: {files} are named and not used"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_links(path):
+    workflow = read(path)
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    for link, from_id, from_slot, to_id, to_slot, kind in workflow["links"]:
+        source, target = by_id[from_id], by_id[to_id]
+        output, entry = source["outputs"][from_slot], target["inputs"][to_slot]
+        assert link in output["links"] and link == entry["link"]
+        inputs = types_and_options({**OURS, **CORE}[target["type"]].INPUT_TYPES())
+        wanted = dict((name, t) for name, t, *_ in inputs)[entry["name"]]
+        given = {**OURS, **CORE}[source["type"]].RETURN_TYPES[from_slot]
+        assert output["type"] == given and entry["type"] == wanted
+        assert len({given, wanted, kind} - {"*"}) <= 1, f"{given} goes into {wanted}"
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
+        required = {**OURS, **CORE}[node["type"]].INPUT_TYPES()["required"]
+        sockets = {name for name, kind, *_ in types_and_options({"required": required}) if kind not in WIDGETS}
+        assert sockets <= linked, f"{node['type']}: {', '.join(sockets - linked)} is not connected"

@@ -1,0 +1,170 @@
+"""The nodes, called as the executor calls them: what they return, and that it runs like the core's."""
+
+import asyncio
+import functools
+import os
+from pathlib import Path
+
+import comfy.sd
+import pytest
+
+from kit.comfyui import checkpoints, sampling
+from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from spillway.nodes.extension import SpillwayExtension
+from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
+from spillway.nodes.policy import GIB, SpillwayPolicy
+from spillway.patcher.comfyui.loading.load import WEIGHT_DTYPES
+
+# Workflow files have this id from another pack's node of the same inputs.
+NAMED_BY_WORKFLOWS = {"INT8LazyTorchCompile"}
+AUTO = {"vram_gb": -1.0, "headroom_gb": -1.0, "pinned_gb": -1.0, "keep": "auto", "priority": 0}
+
+
+@pytest.fixture
+def file(checkpoint, models_dir):
+    """`file("vae", "flux_vae")`: the name of such a file in that folder of models."""
+
+    def place(folder, kind, **options):
+        path = Path(checkpoint(kind, **options))
+        link = models_dir / folder / path.name
+        if not link.exists():
+            os.symlink(path, link)
+        return path.name
+
+    return place
+
+
+def policy_of(**changes):
+    return SpillwayPolicy.execute(**{**AUTO, **changes}).args[1]
+
+
+@pytest.mark.parametrize("node", asyncio.run(SpillwayExtension().get_node_list()), ids=lambda node: node.__name__)
+def test_schema(node):
+    """What the frontend is told: ids of the pack's own, every input explained, optional ones last and with defaults."""
+    node.VALIDATE_CLASS()
+    schema = node.GET_SCHEMA()
+    assert schema.node_id == node.__name__
+    assert schema.node_id.startswith("Spillway") or schema.node_id in NAMED_BY_WORKFLOWS
+    assert schema.display_name and schema.description and schema.category == "spillway"
+    assert all(entry.tooltip for entry in schema.inputs)
+    # The host itself gives output nodes hidden inputs: the prompt, for what they save.
+    assert set(node.INPUT_TYPES()) <= {"required", "optional"} | ({"hidden"} if schema.is_output_node else set())
+    assert schema.outputs
+
+
+@pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_DTYPES if not name.startswith("int8")])
+def test_load_diffusion_model(weight_dtype, file, checkpoint):
+    name = file("diffusion_models", "flux", **SMALL)
+    (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype=weight_dtype).args
+    options = dict(WEIGHT_DTYPES[weight_dtype])
+    assert_same(run(model), run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL), model_options=options)))
+
+
+def test_load_clip(file, checkpoint):
+    (clip,) = SpillwayLoadCLIP.execute(clip_name1=file("text_encoders", "clip_l"), type="stable_diffusion").args
+    assert clip.patcher.is_dynamic()
+    wanted = comfy.sd.load_clip([checkpoint("clip_l")])
+    assert_same(sampling.text_encode(clip, "a red house"), sampling.text_encode(wanted, "a red house"))
+
+
+def test_load_two_text_encoders(file, checkpoint, monkeypatch):
+    """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which the core accepts only with a configuration."""
+    load_clip, options = comfy.sd.load_clip, checkpoints.T5XXL_SMALL_OPTIONS
+    kinds = ("clip_l", "t5xxl_small")
+    wanted = load_clip(
+        [checkpoint(kind) for kind in kinds], clip_type=comfy.sd.CLIPType.FLUX, model_options=dict(options)
+    )
+    monkeypatch.setattr(comfy.sd, "load_clip", functools.partial(load_clip, model_options=dict(options)))
+    first, second = (file("text_encoders", kind) for kind in kinds)
+    (clip,) = SpillwayLoadCLIP.execute(clip_name1=first, clip_name2=second, type="flux").args
+    assert_same(sampling.text_encode(clip, "a red house"), sampling.text_encode(wanted, "a red house"))
+
+
+def test_two_text_encoders_of_other_types(file):
+    names = {"clip_name1": file("text_encoders", "clip_l"), "clip_name2": file("text_encoders", "t5_base")}
+    with pytest.raises(ValueError, match=r"(?s)t5_base.*could not read"):
+        SpillwayLoadCLIP.execute(**names, type="flux")
+
+
+def test_load_vae(file, checkpoint):
+    (vae,) = SpillwayLoadVAE.execute(vae_name=file("vae", "flux_vae")).args
+    latent = sampling.latent(16, 32, 32)
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent))
+
+
+def test_load_checkpoint_of_a_model_alone(file, checkpoint):
+    model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(ckpt_name=file("checkpoints", "flux", **SMALL)).args
+    assert clip is None and vae is None and clip_vision is None
+    assert_same(run(model), run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))))
+
+
+def test_load_checkpoint_with_clip_vision(file, checkpoint):
+    """An unCLIP checkpoint: its CLIP vision model is dynamic too. It has no text encoder and no VAE."""
+    name = file("checkpoints", "unclip")
+    with checkpoints.small_clip_vision():
+        model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(
+            ckpt_name=name, policy=policy_of(vram_gb=0.0)
+        ).args
+        core, _, _, core_vision = comfy.sd.load_checkpoint_guess_config(checkpoint("unclip"), output_clipvision=True)
+    assert clip is None and vae is None and clip_vision.patcher.is_dynamic()
+    outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, core_vision)]
+    for name in ("last_hidden_state", "image_embeds", "penultimate_hidden_states"):
+        assert outputs[1][name].std() > 0
+        assert_same(outputs[0][name], outputs[1][name])
+    assert clip_vision.patcher.dynamic.peak_resident_bytes == 0
+    assert_same(run(model, steps=1), run(core, steps=1))
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+def test_policy_values():
+    assert policy_of().vram_bytes is None and policy_of().keep == "auto"
+    policy = policy_of(vram_gb=1.5, headroom_gb=0.0, pinned_gb=0.25, keep="always", priority=-3)
+    assert (policy.vram_bytes, policy.headroom_bytes, policy.pinned_bytes) == (GIB * 3 // 2, 0, GIB // 4)
+    assert policy.keep == "always" and policy.priority == -3
+
+
+def test_policy_reaches_the_loader(file):
+    name = file("diffusion_models", "flux", **SMALL)
+    policy = policy_of(vram_gb=0.002)
+    (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype="default", policy=policy).args
+    run(model)
+    assert 0 < model.dynamic.peak_resident_bytes <= policy.vram_bytes < model.dynamic.total_bytes
+
+
+def test_policy_changes_a_clone_only(file):
+    """The budget in force is that of the model that runs; the one that came in keeps its own."""
+    name = file("diffusion_models", "flux", **SMALL)
+    (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype="default").args
+    wanted = run(model)
+    everything = model.dynamic.resident_bytes
+    small, policy = SpillwayPolicy.execute(**{**AUTO, "vram_gb": 0.001}, model=model).args
+    assert small is not model and small.model is model.model
+    assert model.policy.vram_bytes is None and small.policy is policy
+    for _ in range(2):
+        assert_same(run(small), wanted)
+        assert small.dynamic.resident_bytes <= policy.vram_bytes
+        assert_same(run(model), wanted)
+        assert model.dynamic.resident_bytes == everything
+
+
+def test_free_after_use(file):
+    name = file("diffusion_models", "flux", **SMALL)
+    (model,) = SpillwayLoadDiffusionModel.execute(
+        unet_name=name, weight_dtype="default", policy=policy_of(keep="free after use")
+    ).args
+    wanted = run(model)
+    assert model.dynamic.resident_bytes == 0 and model.dynamic.peak_resident_bytes > 0
+    assert_same(run(model), wanted)
+
+
+def test_policy_without_a_model(file):
+    """The MODEL output then stops what hangs on it, with the reason; the policy output is of use."""
+    blocked, policy = SpillwayPolicy.execute(**AUTO).args
+    assert "no model is connected" in blocked.message and policy.vram_bytes is None
+
+
+def test_policy_refuses_a_foreign_model(checkpoint):
+    with pytest.raises(ValueError, match=r"not managed by Spillway.*Make Dynamic"):
+        SpillwayPolicy.execute(**AUTO, model=comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)))

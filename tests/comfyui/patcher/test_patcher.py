@@ -1,0 +1,299 @@
+"""DynamicModelPatcher as the core uses it: loading, clones, unloading, saving, and leaving no trace."""
+
+import gc
+
+import comfy.memory_management
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from kit.comfyui import sampling
+from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
+from kit.comfyui.pairs import SMALL, assert_same, budget, core_vae, pair, run
+from spillway.ops.lending.layer import DynamicLayer
+from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.comfyui.patcher import DynamicModelPatcher
+from spillway.patcher.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+# --- what the core reads ----------------------------------------------------------------------------------------------
+
+
+def test_sizes(flux):
+    _, ours = pair(flux, 0.5)
+    assert ours.is_dynamic() and not ours.model.model_lowvram
+    assert ours.loaded_size() == ours.pinned_memory_size() == ours.loaded_ram_size() == 0
+    run(ours)
+    assert ours.loaded_size() == ours.dynamic.resident_bytes > 0
+    assert ours.model_size() >= sum(p.nbytes for p in ours.model.diffusion_model.parameters())
+    assert ours.current_loaded_device() == CPU and ours.lowvram_patch_counter() == 0
+    ours = with_lora(ours, forms("lora"))
+    ours.set_policy(Policy(vram_bytes=0, pinned_bytes=1 << 30))
+    run(ours)
+    assert ours.loaded_size() == 0 and ours.pinned_memory_size() == ours.loaded_ram_size() > 0
+    pins = ours.model.dynamic_pins[ours.load_device]
+    assert {"active", "current_prompt", "weights", "patches"} <= set(pins)
+    ours.set_in_use_by_current_prompt(True)
+    assert pins["current_prompt"]
+    assert ours.partially_unload_ram(1e32) > 0 and ours.pinned_memory_size() == 0
+
+
+def test_clones(flux):
+    """A clone is another patcher of the same model: its patches, options and policy are its own."""
+    core, ours = pair(flux, 0.5)
+    ours.policy = ours.policy.with_changes(priority=3)
+    clone = ours.clone()
+    assert type(clone) is DynamicModelPatcher and clone.is_clone(ours) and clone.model is ours.model
+    assert clone.policy == ours.policy and clone.dynamic is ours.dynamic
+    assert clone.clone_has_same_weights(ours)
+    patched = with_lora(clone, forms("lora"))
+    patched.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0)
+    patched.set_policy(Policy(vram_bytes=0))
+    assert not ours.patches and "sampler_post_cfg_function" not in ours.model_options
+    assert not patched.clone_has_same_weights(ours) and clone.policy.vram_bytes
+    assert_same(run(clone), run(core))
+
+
+def test_classic_clone(flux):
+    """`clone(disable_dynamic=True)`, as nodes that compile ask for: the core's patcher, with patches and options."""
+    core, ours = pair(flux, 0.0)
+    for model in (ours, with_lora(ours, forms("lora"))):
+        classic = model.clone(disable_dynamic=True)
+        assert type(classic) is comfy.model_patcher.ModelPatcher and not classic.is_dynamic()
+        assert classic.model is not model.model
+        assert_same(run(classic), run(with_lora(core, forms("lora")) if model.patches else core))
+    assert_same(run(ours), run(core))
+
+
+def test_deepclone(flux):
+    if not hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no clones for other devices")
+    core, ours = pair(flux, 0.5)
+    ours = with_lora(ours, forms("lora"))
+    other = ours.deepclone_multigpu(new_load_device=CPU)
+    assert other.is_dynamic() and other.model is not ours.model
+    wanted = run(with_lora(core, forms("lora")))
+    assert_same(run(other), wanted)
+    assert_same(run(ours), wanted)
+
+
+# --- loading and unloading --------------------------------------------------------------------------------------------
+
+
+def test_negative_memory_is_a_partial_unload(flux):
+    core, ours = pair(flux, 1.0)
+    wanted = run(core)
+    assert_same(run(ours), wanted)
+    before = ours.loaded_size()
+    returned = ours.partially_load(CPU, extra_memory=-before // 2)
+    assert 0 < ours.loaded_size() <= before - before // 2 and returned == ours.loaded_size() - before
+    assert ours.partially_unload(CPU, 1) > 0
+    assert_same(run(ours), wanted)
+    assert ours.loaded_size() == before
+
+
+def test_patches_are_checked_before_a_partial_unload(flux):
+    """A clone with other patches that is asked to shrink must not run with those of the one before it."""
+    core, ours = pair(flux, 1.0)
+    run(ours)
+    patched = with_lora(ours, forms("diff"))
+    patched.partially_load(CPU, extra_memory=-ours.loaded_size() // 4)
+    assert ours.model.current_weight_patches_uuid == patched.patches_uuid
+    assert set(ours.state.patches) >= {f"{stem}.weight" for stem in SHAPES}
+    mm.load_models_gpu([patched])
+    assert_same(run(patched), run(with_lora(core, forms("diff"))))
+
+
+def test_uuid_of_the_patches(flux):
+    _, ours = pair(flux, 1.0)
+    patched = with_lora(ours, forms("lora"))
+    for model in (ours, patched, ours):
+        mm.load_models_gpu([model])
+        assert model.model.current_weight_patches_uuid == model.patches_uuid
+    ours.detach()
+    assert ours.model.current_weight_patches_uuid is None and ours.loaded_size() == 0
+
+
+def test_dynamic_models_do_not_unload_each_other(flux, checkpoint):
+    """They give way page by page, so the core leaves them where they are; for others they make room."""
+    first, second = (pair(path, 1.0)[1] for path in (flux, checkpoint("flux", **SMALL, seed=1)))
+    run(first)
+    run(second)
+    sizes = first.loaded_size(), second.loaded_size()
+    mm.free_memory(1e30, CPU, for_dynamic=True)
+    assert (first.loaded_size(), second.loaded_size()) == sizes
+    assert {first, second} <= set(mm.loaded_models())
+    mm.free_memory(1e30, CPU)
+    assert first.loaded_size() == second.loaded_size() == 0
+    assert not {first, second} & set(mm.loaded_models())
+
+
+def test_keep_always(flux):
+    """Other models get nothing of one that its policy keeps; to unload everything is still possible."""
+    _, ours = pair(flux, 1.0)
+    ours.set_policy(ours.policy.with_changes(keep="always"))
+    run(ours)
+    size = ours.loaded_size()
+    (loaded,) = (loaded for loaded in mm.current_loaded_models if loaded.model is ours)
+    assert not loaded.model_unload(size // 2)
+    assert ours.loaded_size() == size
+    mm.unload_all_models()
+    assert ours.loaded_size() == 0
+
+
+def test_detach_and_again(flux):
+    core, ours = pair(flux, 0.5)
+    ours = with_lora(ours, forms("lora"))
+    wanted = run(with_lora(core, forms("lora")))
+    counters, written = ours.dynamic.ledger.counters, []
+    for _ in range(2):
+        assert_same(run(ours), wanted)
+        ours.detach()
+        assert ours.loaded_size() == 0
+        # What the LoRA made of weights without room stays in RAM, so it is not computed again.
+        assert ours.pinned_memory_size() > 0
+        written.append(counters.write_backs)
+    assert written[0] == written[1] > 0
+    assert ours.partially_unload_ram(1e32) > 0
+    assert ours.pinned_memory_size() == 0
+    mm.unload_all_models()
+    assert_same(run(ours), wanted)
+
+
+# --- no trace ---------------------------------------------------------------------------------------------------------
+
+
+def traces(model):
+    """What an engine changes on the core's modules."""
+    out = {}
+    for name, module in model.named_modules():
+        functions = [module.__dict__.get(attr, "class") for attr in ("weight_function", "bias_function")]
+        cast = [module.__dict__.get(attr, "class") for attr in ("comfy_cast_weights", "comfy_force_cast_weights")]
+        own = [attr for attr in module.__dict__ if attr in ("spillway_bundle", "spillway_caster", "forward")]
+        plain = getattr(type(module), "spillway_original_class", type(module))  # ours are born dynamic
+        out[name] = plain, functions, cast, own, [id(p) for p in module._parameters.values()]
+    return out
+
+
+@pytest.mark.parametrize("how", ["loaded by us", "made dynamic"])
+def test_modules_are_the_cores_again(how, flux):
+    """When the last patcher of a model goes, its modules are as the core's loader left them."""
+    if how == "loaded by us":
+        ours = comfy_load.load_diffusion_model(flux)
+    else:
+        from spillway.patcher.comfyui.loading.adopt import dynamic_model
+
+        core = comfy.sd.load_diffusion_model(flux)
+        core.cached_patcher_init = None
+        ours = dynamic_model(core)
+        ours.state.close()
+    model, before = ours.model, traces(ours.model)
+    patched = with_lora(ours, forms("lora"))
+    patched.add_weight_wrapper(f"{QKV}.weight", lambda weight: weight)
+    patched.force_cast_weights = True
+    run(patched)
+    run(ours)
+    layers = [module for module in model.diffusion_model.modules() if list(module.parameters(recurse=False))]
+    assert all(isinstance(layer, DynamicLayer) for layer in layers)
+    assert traces(model) != before
+    mm.unload_all_models()
+    del ours, patched
+    gc.collect()
+    assert traces(model) == before
+    if how == "made dynamic":
+        assert not any(isinstance(module, DynamicLayer) for module in model.modules())
+    assert not model.spillway_state.patchers and model.spillway_state.dynamic is None
+
+
+def test_dropped_model_is_freed(flux):
+    """Nothing keeps a model whose patchers are gone: not the core's lists, not the engine's, no thread, no file."""
+    import weakref
+
+    from spillway.ops.files.disk_map import open_maps
+    from spillway.patcher import dynamic_model as dynamic
+
+    gc.collect()
+    maps, models = len(list(open_maps())), len(dynamic.models)
+    ours = with_lora(comfy_load.load_diffusion_model(flux), forms("lora"))
+    run(ours)
+    refs = [weakref.ref(ours), weakref.ref(ours.model), weakref.ref(ours.dynamic)]
+    del ours
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+    assert len(list(open_maps())) == maps and len(dynamic.models) == models
+
+
+# --- the core's own dynamic VRAM --------------------------------------------------------------------------------------
+
+
+def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
+    """The core then makes its layers without weights and fills them from the file."""
+    if not hasattr(comfy.memory_management, "aimdo_enabled"):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    core, _ = pair(flux)
+    latent, text = sampling.latent(16, 32, 32), "a red house"
+    wanted = run(with_lora(core, forms("lora"))), sampling.text_encode(comfy.sd.load_clip([checkpoint("clip_l")]), text)
+    picture = sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        ours = comfy_load.load_diffusion_model(flux, policy=budget(core, 0.25))
+        clip = comfy_load.load_clip([checkpoint("clip_l")], policy=Policy(vram_bytes=0))
+        vae = comfy_load.load_vae(checkpoint("flux_vae"), policy=Policy(vram_bytes=0))
+    assert not any(parameter.is_meta for parameter in ours.model.parameters())
+    assert_same(run(with_lora(ours, forms("lora"))), wanted[0])
+    assert_same(sampling.text_encode(clip, text), wanted[1])
+    assert_same(sampling.vae_decode(vae, latent), picture)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"dtype": torch.bfloat16})])
+def test_save(dtype, options, checkpoint, tmp_path):
+    """What ModelSave writes of a patched model is what the core writes, in the file's dtype (the core: the model's)."""
+    path = checkpoint("flux", **SMALL, dtype=dtype)
+    core = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
+    ours = with_lora(comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=1 << 20)), forms("lora"), 0.5)
+    saved = []
+    for name, model in (("core", core), ("ours", ours)):
+        comfy.sd.save_checkpoint(str(tmp_path / f"{name}.safetensors"), model)
+        saved.append(comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors")))
+    assert saved[0].keys() == saved[1].keys()
+    for key in saved[0]:
+        assert_same(saved[1][key], saved[0][key])
+    plain = comfy_load.load_diffusion_model(path).model.state_dict()
+    changed = [key for key in plain if not torch.equal(plain[key], saved[1].get(f"model.{key}", plain[key]))]
+    assert sorted(changed) == sorted(f"{stem}.weight" for stem in SHAPES)
+
+
+def test_state_dict_is_the_files(flux):
+    """Other nodes read a model's weights by its state dict: they get the file's, patched or not, lent or not."""
+    ours = with_lora(comfy_load.load_diffusion_model(flux), forms("lora"))
+    original = comfy.utils.load_torch_file(flux)
+    for _ in range(2):
+        state = ours.model_state_dict("diffusion_model.")
+        for key, tensor in original.items():
+            name = key.replace("_norm.scale", "_norm.weight")
+            found = [state[f"diffusion_model.{part}"] for part in (key, name) if f"diffusion_model.{part}" in state]
+            assert_same(found[0], tensor)
+        run(ours)
+
+
+# --- VAE --------------------------------------------------------------------------------------------------------------
+
+
+def test_vae_in_tiles(checkpoint):
+    path = checkpoint("flux_vae")
+    core = core_vae(path)
+    latent, picture = sampling.latent(16, 48, 48), sampling.image(48, 48)
+    results = []
+    for vae in (core, *(comfy_load.load_vae(path, budget(core.patcher, fraction)) for fraction in (1.0, 0.0))):
+        decoded = vae.decode_tiled(latent, tile_x=4, tile_y=4, overlap=1)
+        results.append((decoded, vae.encode_tiled(picture, tile_x=32, tile_y=32, overlap=8)))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])

@@ -1,0 +1,38 @@
+"""What only fresh processes show: the same bits every time, and what hooks take of memory."""
+
+from pathlib import Path
+
+import comfy.sd
+import pytest
+import torch
+
+from kit.comfyui import checkpoints
+from kit.comfyui.fresh_process import LINUX, run_with_lora
+from kit.comfyui.pairs import SMALL
+
+
+@LINUX
+def test_the_same_bits_at_any_residency(checkpoint, tmp_path):
+    """FP8 weights with a LoRA: rounded at random, with numbers that depend on the weight's name alone."""
+    path = checkpoint("flux", **SMALL)
+    lora = checkpoints.lora(tmp_path / "lora.safetensors", path)
+    size = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float8_e4m3fn}).model_size()
+    options = {"dtype": "fp8_e4m3fn", "lora": 0.7, "steps": 3}
+    runs = [{"classic": True}, {"budget": 1 << 30}, {"budget": size // 3}, {"budget": 0, "pinned": 1 << 30}]
+    digests = [run_with_lora(path, lora, **options, **more)["digest"] for more in runs]
+    assert len(set(digests)) == 1
+
+
+@LINUX
+@pytest.mark.slow
+def test_hooks_take_one_copy_of_the_weights(checkpoint, tmp_path):
+    """Within a twentieth of the same run without hooks, and the LoRA. A second copy would double it."""
+    path = checkpoint("flux", hidden=512, depth=24, depth_single=24)  # beside the temporary memory of one weight
+    lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
+    size = 2 * Path(path).stat().st_size  # on a CPU, bf16 is computed in fp32
+    options = {"dtype": "default", "steps": 2, "budget": 1 << 40}
+    plain = run_with_lora(path, lora, **options)
+    hooked = run_with_lora(path, lora, **options, hook=0.8)
+    assert hooked["digest"] != plain["digest"]
+    assert size < plain["grown"] < 1.3 * size  # the weights, above all
+    assert hooked["grown"] <= 1.05 * plain["grown"] + Path(lora).stat().st_size

@@ -1,0 +1,62 @@
+"""Memory while a model is saved: a few parts of one weight, whatever the size of model and weight."""
+
+import threading
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import psutil
+import pytest
+
+from kit.comfyui import checkpoints
+from kit.comfyui.pairs import run
+from spillway.nodes.merge import SUM, SpillwayMergeModels
+from spillway.nodes.save import SpillwaySaveDiffusionModel
+from spillway.ops.files.disk_map import DiskMap
+from spillway.patcher.comfyui.loading.load import load_diffusion_model
+
+LARGE = {"hidden": 2048, "depth": 1, "depth_single": 1}  # 0.46 GB in bf16, of which one tensor has 59 MB
+SHARES = dict.fromkeys(("early", "middle", "late", "other"), -1.0)
+
+
+class Peak:
+    """How far the resident set grows while this is open."""
+
+    def __enter__(self):
+        self.process, self.stop = psutil.Process(), threading.Event()
+        self.before = self.peak = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.stop.wait(0.002):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+    @property
+    def growth(self):
+        return self.peak - self.before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["as loaded", "fp8_e4m3fn scaled"])
+def test_memory(dtype, checkpoint, tmp_path, monkeypatch):
+    """With a LoRA on every layer, merged with a second model; the core would hold both twice, in fp32."""
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    paths = [checkpoint("flux", **LARGE, seed=seed) for seed in (0, 1)]
+    specs = [DiskMap(paths[0]).spec(key) for key in DiskMap(paths[0]).keys()]  # noqa: SIM118
+    largest = max(spec.nbytes for spec in specs)
+    assert largest > 50e6 and sum(spec.nbytes for spec in specs) > 400e6
+    lora = comfy.utils.load_torch_file(checkpoints.lora(tmp_path / "lora.safetensors", paths[0]))
+    models = [comfy.sd.load_lora_for_models(load_diffusion_model(path), None, lora, 0.5, 0)[0] for path in paths]
+    merged = SpillwayMergeModels.execute(*models, mode=SUM, ratio=0.25, **SHARES).args[0]
+    small = load_diffusion_model(checkpoint("flux", hidden=128, depth=1, depth_single=1))
+    SpillwaySaveDiffusionModel.execute(model=small, filename_prefix="warm", dtype=dtype)
+    run(small, steps=1)
+    with Peak() as peak:
+        SpillwaySaveDiffusionModel.execute(model=merged, filename_prefix="x", dtype=dtype)
+    assert peak.growth < 2 * largest + (64 << 20), f"grew by {peak.growth / 1e6:.0f} MB"

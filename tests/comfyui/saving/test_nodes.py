@@ -1,0 +1,87 @@
+"""The nodes that save: names of files, metadata, report, progress and errors."""
+
+import os
+import types
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy.cli_args import args
+
+from kit.comfyui.loras import QKV
+from kit.comfyui.pairs import SMALL
+from kit.comfyui.saving import read, save
+from spillway.nodes.save import SpillwaySaveDiffusionModel
+from spillway.ops.files.disk_map import DiskMap
+from spillway.ops.files.safetensors_writer import SaveError
+from spillway.patcher.comfyui.loading.load import load_clip, load_diffusion_model, load_vae
+
+pytestmark = pytest.mark.usefixtures("output")
+
+
+def test_workflow_in_the_metadata(checkpoint, monkeypatch):
+    model = load_diffusion_model(checkpoint("flux", **SMALL))
+    hidden = types.SimpleNamespace(prompt={"1": {"class_type": "X"}}, extra_pnginfo={"workflow": {"nodes": []}})
+    monkeypatch.setattr(SpillwaySaveDiffusionModel, "hidden", hidden)
+    _, metadata = read(save(model))
+    assert metadata["prompt"] == '{"1": {"class_type": "X"}}' and metadata["workflow"] == '{"nodes": []}'
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert not read(save(model))[1]
+
+
+@pytest.mark.parametrize("prefix", ["../evil", "a/../../evil", "/evil", "", " ", ".", "a/..", "..", "a\0b"])
+def test_names_outside_the_output_folder(prefix, checkpoint, tmp_path):
+    model = load_diffusion_model(checkpoint("flux", **SMALL))
+    before = sorted(tmp_path.parent.rglob("*evil*"))
+    with pytest.raises(ValueError, match=r"outside the output folder|names no file"):
+        save(model, name=prefix)
+    assert sorted(tmp_path.parent.rglob("*evil*")) == before and not os.path.exists("/evil_00001_.safetensors")
+
+
+def test_a_subfolder_is_made(checkpoint, tmp_path):
+    saved = save(load_diffusion_model(checkpoint("flux", **SMALL)), name="a/b/c%year%")
+    assert os.path.dirname(saved) == str(tmp_path / "a" / "b") and os.path.basename(saved).startswith("c20")
+
+
+def test_the_report(checkpoint):
+    out = SpillwaySaveDiffusionModel.execute(
+        model=load_diffusion_model(checkpoint("flux", **SMALL)), filename_prefix="x", dtype="as loaded"
+    )
+    size = os.path.getsize(out.args[0])
+    (words,) = out.ui.as_dict()["text"]
+    assert words.startswith(f"x_00001_.safetensors: {size:,} bytes in ") and "MB/s" in words
+
+
+def test_the_stop_button(checkpoint, tmp_path):
+    model = load_diffusion_model(checkpoint("flux", **SMALL))
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        save(model)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_progress(checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+    saved = save(load_diffusion_model(checkpoint("flux", **SMALL)))
+    total = sum(spec.nbytes for spec in (DiskMap(saved).spec(key) for key in DiskMap(saved).keys()))  # noqa: SIM118
+    assert seen[0] == (0, total) and seen[-1] == (total, total)
+
+
+def test_numbers_too_large_for_fp16(checkpoint):
+    model = load_diffusion_model(checkpoint("flux", **SMALL)).clone()
+    model.add_patches({f"{QKV}.weight": ("set", (torch.full((384, 128), 1e6),))})
+    with pytest.raises(SaveError, match=r"qkv\.weight' holds numbers up to 1e\+06; fp16 ends at 65504"):
+        save(model, "fp16")
+    with pytest.raises(ValueError, match="dtype 'fp9' is not one of as loaded, bf16"):
+        save(model, "fp9")
+
+
+def test_a_weight_that_the_file_lacks(checkpoint):
+    lacking = "text_model.final_layer_norm.weight"
+    clip = load_clip([checkpoint("clip_l", drop=(lacking,))])
+    model, vae = load_diffusion_model(checkpoint("flux", **SMALL)), load_vae(checkpoint("flux_vae"))
+    with pytest.raises(SaveError, match=rf"{lacking}' has no data: the file .* lacks it"):
+        save(model, clip=clip, vae=vae)

@@ -1,0 +1,313 @@
+"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give the core's pictures."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+from PIL import Image
+
+from kit.comfyui.start import COMFYUI, ROOT
+
+FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
+
+
+class Server:
+    def __init__(self, base):
+        self.base = base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = open(base / "server.log", "w+b")  # noqa: SIM115 - open as long as the server
+        options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:"],
+            cwd=COMFYUI,
+            env={**os.environ, "PYTHONPATH": ""},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text(errors="replace")
+
+    def get(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def wait(self, what, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.said()
+            try:
+                found = what()
+            except OSError:
+                found = None
+            if found:
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"nothing after {seconds} s\n{self.said()}")
+
+    def run(self, prompt):
+        """Queue a prompt; returns its history when it has ended."""
+        number = self.get("prompt", {"prompt": prompt})["prompt_id"]
+        return self.wait(lambda: self.get(f"history/{number}").get(number), 240)
+
+    def pictures(self, prompt):
+        """{node: picture} of a prompt that must succeed."""
+        history = self.run(prompt)
+        assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
+        return {
+            node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
+            for node, output in history["outputs"].items()
+            for image in output.get("images", [])
+        }
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    base = tmp_path_factory.mktemp("server")
+    (base / "custom_nodes").mkdir()
+    os.symlink(ROOT, base / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
+    files = {
+        "diffusion_models/flux": checkpoint("flux", **FLUX),
+        "checkpoints/sd15": checkpoint("sd15"),
+        "text_encoders/clip": checkpoint("clip_l"),
+        "vae/flux": checkpoint("flux_vae"),
+    }
+    for name, path in files.items():
+        (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(path, base / "models" / f"{name}.safetensors")
+    running = Server(base)
+    try:
+        running.wait(lambda: running.get("system_stats"), 180)
+        yield running
+    finally:
+        running.stop()
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def picture(prompt, name, model, positive, negative, latent, vae, cfg):
+    """Sampler, decoder and output `name`, on what other nodes gave."""
+    prompt[f"{name} sampler"] = node(
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=3,
+        steps=2,
+        cfg=cfg,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )
+    prompt[f"{name} image"] = node("VAEDecode", samples=[f"{name} sampler", 0], vae=vae)
+    prompt[name] = node("SaveImage", images=[f"{name} image", 0], filename_prefix=name)
+
+
+def graph(loaders):
+    """A Flux with text encoder and VAE from files of their own, and a checkpoint; `loaders` are the nodes that load
+    them.
+    """
+    prompt = dict(loaders)
+    for name, clip in (("flux", ["clip", 0]), ("sd15", ["checkpoint", 1])):
+        prompt[f"{name} positive"] = node("CLIPTextEncode", clip=clip, text="a red house by the sea")
+        prompt[f"{name} negative"] = node("CLIPTextEncode", clip=clip, text="")
+    prompt["flux latent"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    prompt["sd15 latent"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    for name, model, vae, cfg in (
+        ("flux", ["model", 0], ["vae", 0], 1.0),
+        ("sd15", ["checkpoint", 0], ["checkpoint", 2], 5.0),
+    ):
+        picture(prompt, name, model, [f"{name} positive", 0], [f"{name} negative", 0], [f"{name} latent", 0], vae, cfg)
+    return prompt
+
+
+CORE = {
+    "model": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
+    "clip": node("CLIPLoader", clip_name="clip.safetensors", type="stable_diffusion"),
+    "vae": node("VAELoader", vae_name="flux.safetensors"),
+    "checkpoint": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+}
+POLICY = node("SpillwayPolicy", vram_gb=0.01, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0)
+OURS = {
+    "policy": POLICY,
+    "model": node(
+        "SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default", policy=["policy", 1]
+    ),
+    "clip": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion", policy=["policy", 1]),
+    "vae": node("SpillwayLoadVAE", vae_name="flux.safetensors", policy=["policy", 1]),
+    "checkpoint": node("SpillwayLoadCheckpoint", ckpt_name="sd15.safetensors", policy=["policy", 1]),
+}
+
+
+def test_nodes_are_known(server):
+    known = server.get("object_info")
+    ours = {name: info for name, info in known.items() if name.startswith("Spillway")}
+    assert set(ours) >= {
+        "SpillwayLoadDiffusionModel",
+        "SpillwayLoadCheckpoint",
+        "SpillwayMakeDynamic",
+        "SpillwayPolicy",
+    }
+    assert ours["SpillwayLoadDiffusionModel"]["input"]["required"]["unet_name"]
+    assert all(info["category"] == "spillway" for info in ours.values())
+    assert "IMPORT FAILED" not in server.said()
+
+
+def test_pictures(server):
+    """The pack's loaders; then its Make Dynamic behind the core's loaders: all give the core's pictures."""
+    wanted = server.pictures(graph(CORE))
+    assert set(wanted) == {"flux", "sd15"} and all(image.std() > 1 for image in wanted.values())
+    ours = server.pictures(graph(OURS))
+
+    made = graph(CORE)
+    made["policy"] = POLICY
+    made["dynamic"] = node(
+        "SpillwayMakeDynamic",
+        model=["checkpoint", 0],
+        clip=["checkpoint", 1],
+        vae=["checkpoint", 2],
+        policy=["policy", 1],
+    )
+    made["sd15 sampler"]["inputs"]["model"] = ["dynamic", 0]
+    made["sd15 image"]["inputs"]["vae"] = ["dynamic", 2]
+    for name in ("sd15 positive", "sd15 negative"):
+        made[name]["inputs"]["clip"] = ["dynamic", 1]
+    made = server.pictures(made)
+    for got in (ours, made):
+        for name, image in wanted.items():
+            assert np.array_equal(got[name], image), f"{name}: {(got[name] != image).mean():.1%} of the numbers differ"
+    assert "[Spillway]" in server.said()
+
+
+def test_an_error_is_the_prompts_alone(server):
+    """A node's error reaches the one who asked, and the next prompt runs."""
+    prompt = graph(OURS)
+    prompt["policy"] = node("SpillwayPolicy", vram_gb=-0.5, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0)
+    status = server.run(prompt)["status"]
+    assert status["status_str"] == "error"
+    assert "vram_gb is -0.5; give 0 or more GB" in json.dumps(status)
+    assert server.pictures(graph(OURS))
+
+
+def test_saving(server):
+    """The save node under the executor: the workflow is in the file, the report in the history; ComfyUI lists it."""
+    prompt = {
+        "model": OURS["model"],
+        "policy": POLICY,
+        "save": node(
+            "SpillwaySaveDiffusionModel",
+            model=["model", 0],
+            filename_prefix="diffusion_models/saved",
+            dtype="as loaded",
+        ),
+    }
+    history = server.run(prompt)
+    assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + server.said()
+    path = server.base / "output" / "diffusion_models" / "saved_00001_.safetensors"
+    assert history["outputs"]["save"]["text"][0].startswith(f"{path.name}: {path.stat().st_size:,} bytes in ")
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["prompt"]) == prompt
+    (names,) = server.get("object_info/SpillwayLoadDiffusionModel").values()
+    assert path.name in names["input"]["required"]["unet_name"][1]["options"]
+
+
+def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
+    unfinished = tmp_path / "output" / "checkpoints" / ".spillway-0123456789abcdef.partial"
+    note = tmp_path / "user" / "spillway-unfinished" / "0123456789abcdef"
+    for path, data in ((unfinished, b"half"), (note, str(unfinished).encode())):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+    (tmp_path / "custom_nodes").mkdir()
+    os.symlink(ROOT, tmp_path / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
+    running = Server(tmp_path)
+    try:
+        running.wait(lambda: running.get("system_stats"), 180)
+        assert not unfinished.exists() and not note.exists()
+        assert f"removed {unfinished}, which an earlier run left unfinished" in running.said()
+    finally:
+        running.stop()
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def status_of(server, body, **headers):
+    """(status, answer) of a POST to /spillway/free."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/spillway/free", data, sent)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_memory_is_told_and_freed(server):
+    """The report has the models and the cache; freeing empties both, and the next prompt makes the same picture."""
+    wanted = server.pictures(graph(OURS))
+    report = server.get("spillway/memory")
+    assert "Spillway" in {model["by"] for model in report["models"]}
+    assert report["cache"]["entries"] > 5 and report["cache"]["largest"] and report["memory"]["rss"] > 100 << 20
+    status, answer = status_of(server, {"cache": True, "models": True, "pins": True})
+    assert status == 200 and answer["put_off"] == [] and answer["cache_bytes"] > 0 and answer["words"]
+    report = server.get("spillway/memory")
+    assert report["cache"]["entries"] == 0
+    ours = [model for model in report["models"] if model["by"] == "Spillway"]
+    assert all(model["bytes"]["ram"] == model["bytes"]["pins"] == 0 for model in ours)
+    again = server.pictures(graph(OURS))
+    assert all(np.array_equal(again[name], image) for name, image in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{ not json", "no JSON"),
+        (b"[" * 4000, "no JSON"),
+        (b"[1]", "no JSON object"),
+        ({}, "nothing is to be freed"),
+        ({"cache": 1}, "neither true nor false"),
+        ({"cache": True, "bytes": -1}, "whole number"),
+        ({"cache": True, "bytes": 1e9}, "whole number"),
+        ({"everything": True}, "no everything"),
+        (b'{"cache": true, "pad": "' + b"x" * 5000 + b'"}', "larger than 4096"),
+    ],
+)
+def test_what_cannot_be_freed_says_why(server, body, words):
+    status, answer = status_of(server, body)
+    assert status == 400 and words in answer
+
+
+def test_other_sites_and_other_types_may_not_free(server):
+    everything = {"cache": True}
+    assert status_of(server, everything, Content_Type="text/plain")[0] == 400
+    assert status_of(server, everything, Sec_Fetch_Site="cross-site")[0] == 403
+    assert status_of(server, everything, Origin="http://elsewhere.example")[0] == 403
+    assert status_of(server, everything, Origin=f"http://127.0.0.1:{server.port}")[0] == 200

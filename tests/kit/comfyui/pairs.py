@@ -1,0 +1,56 @@
+"""One file, loaded twice: by the core with everything in memory, and by the pack on a budget."""
+
+import dataclasses
+
+import comfy.sd
+import comfy.utils
+import torch
+
+from kit.comfyui import sampling
+from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.policy import Policy
+
+FRACTIONS = (1.0, 0.5, 0.25, 0.0)
+SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
+
+
+def budget(reference, fraction):
+    """A policy whose budget is a fraction of what the core's patcher `reference` takes."""
+    return Policy(vram_bytes=int(fraction * reference.model_size()))
+
+
+def pair(path, fraction=0.5, weight_dtype="default"):
+    """(the core's classic patcher, the pack's with a budget of `fraction` of that)."""
+    core = comfy.sd.load_diffusion_model(path, model_options=dict(comfy_load.WEIGHT_DTYPES[weight_dtype]))
+    return core, comfy_load.load_diffusion_model(path, weight_dtype, budget(core, fraction))
+
+
+def core_vae(path):
+    tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    return vae
+
+
+def run(model, steps=2, **options):
+    return sampling.sample(model, steps=steps, **{"width": 32, "height": 32, **options})
+
+
+def assert_same(got, wanted):
+    """Bit for bit; tensors, or sequences of tensors and None."""
+    if torch.is_tensor(got):
+        got, wanted = [got], [wanted]
+    for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        if one is None and other is None:
+            continue
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert torch.equal(one, other), (
+            f"output {index}: {int((one != other).sum())} of {one.numel()} numbers differ, by up to "
+            f"{float((one - other).abs().max()):g}"
+        )
+
+
+def counters(patcher):
+    """A copy of the engine's counters."""
+
+    return dataclasses.replace(patcher.dynamic.ledger.counters)

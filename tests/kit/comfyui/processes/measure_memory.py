@@ -1,0 +1,64 @@
+"""Measure what loading, running and dropping a model takes of RAM. Prints JSON."""
+
+import gc
+import json
+import sys
+import time
+
+comfyui, pack, base, big, small = sys.argv[1:]
+sys.path[:0] = [comfyui, f"{pack}/tests"]
+
+import comfy.cli_args
+
+comfy.cli_args.args.cpu = True
+comfy.cli_args.args.base_directory = base
+
+import comfy.model_management as mm
+import psutil
+import torch
+
+import kit.pack  # noqa: F401 - makes the package `spillway`
+from kit.comfyui import sampling
+from spillway.nodes.load import SpillwayLoadDiffusionModel
+from spillway.patcher.policy import Policy
+
+MB = 1e6
+BUDGET = 400 << 20
+process = psutil.Process()
+
+
+def rss():
+    gc.collect()
+    return process.memory_info().rss / MB
+
+
+def load(name):
+    policy = Policy(vram_bytes=BUDGET)
+    started = time.perf_counter()
+    (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype="default", policy=policy).args
+    return model, time.perf_counter() - started
+
+
+def step(model):
+    assert sampling.sample(model, steps=1, width=32, height=32, cond=sampling.conds(model)).isfinite().all()
+
+
+with torch.inference_mode():
+    model, _ = load(small)  # what every process needs once: kernels, threads, caches of the core
+    step(model)
+    del model
+    mm.unload_all_models()
+    out = {"before": rss()}
+    model, first = load(big)
+    out["loaded"] = rss()
+    size = model.model_size()
+    del model
+    model, second = load(big)
+    step(model)
+    out |= {"seconds": [first, second], "size": size / MB, "stepped": rss(), "peak": model.dynamic.peak_resident_bytes}
+    out["resident"] = model.loaded_size()
+    mm.unload_all_models()
+    out |= {"unloaded": rss(), "resident after": model.loaded_size(), "budget": BUDGET}
+    del model
+    out["dropped"] = rss()
+print(json.dumps(out))

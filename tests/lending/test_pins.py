@@ -1,0 +1,185 @@
+"""Pins lie in a few large blocks, which go back to the system as a whole, the least recently used first."""
+
+import gc
+
+import pytest
+import torch
+
+from kit.nets import DEPTH, Stack, dynamic, plain, same
+from kit.sim_device import SimDevice
+from spillway.ops.device import locked_memory as host_memory
+from spillway.ops.device.locked_memory import locked
+from spillway.ops.lending import pins as pins_module
+from spillway.ops.lending.pin_blocks import Block
+
+ALL = 1 << 40
+
+
+class Counting(SimDevice):
+    """Remembers the sizes of host memory that was locked; refuses after `refuse_after` requests."""
+
+    def __init__(self, refuse_after=1 << 30):
+        super().__init__()
+        self.asked, self.refuse_after = [], refuse_after
+
+    def host_empty(self, nbytes):
+        if nbytes:
+            self.asked.append(nbytes)
+            if len(self.asked) > self.refuse_after:
+                raise RuntimeError("simulated: no more locked memory")
+        return super().host_empty(nbytes)
+
+
+def right(model, path):
+    from safetensors.torch import load_file
+
+    reference = plain(lambda: Stack(DEPTH), load_file(path), torch.float32)
+    return same(model(reference.input()), reference(reference.input()))
+
+
+def made(path, device, **policy):
+    return dynamic(lambda: Stack(DEPTH), path, device=device, vram_bytes=0, **policy)
+
+
+def staging(model):
+    return [slot.buffer.numel() for slot in model.caster.staging._slots if slot.buffer.numel()]
+
+
+def test_a_model_is_pinned_in_one_block_where_it_fits(path):
+    device = Counting()
+    model = made(path, device, pinned_bytes=ALL)
+    assert right(model, path) and right(model, path)
+    assert device.asked == [model.total_bytes]
+    assert model.pinned_bytes == model.total_bytes
+
+
+@pytest.mark.parametrize("per_block", [1, 3, 5])
+def test_blocks_end_where_a_bundle_ends(path, monkeypatch, per_block):
+    device = Counting()
+    model = made(path, device, pinned_bytes=ALL)
+    size = model.bundles[0].nbytes
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", int(size * (per_block + 0.9)))
+    assert right(model, path)
+    assert device.asked == [per_block * size] * (DEPTH // per_block) + [DEPTH % per_block * size] * (
+        DEPTH % per_block > 0
+    )
+    assert model.pinned_bytes == model.total_bytes  # nothing is wasted at the ends
+
+
+def test_no_block_is_larger_than_what_is_left_of_the_budget(path):
+    device = Counting()
+    model = made(path, device)
+    size = model.bundles[0].nbytes
+    model.set_policy(model.policy.with_changes(pinned_bytes=int(3.5 * size)))
+    assert right(model, path) and right(model, path)
+    assert model.pinned_bytes <= 3.5 * size
+    assert model.caster.pins.used == 3 * size
+    assert sum(device.asked) - sum(staging(model)) <= 3.5 * size
+
+
+def test_the_block_that_was_used_longest_ago_goes_first_and_as_a_whole(path, monkeypatch):
+    model = made(path, Counting(), pinned_bytes=ALL)
+    size = model.bundles[0].nbytes
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * size)
+    assert right(model, path)
+    pins = model.caster.pins
+    for bundle in model.bundles[:2]:  # the first block is the one that was used last
+        pins.get(bundle)
+    assert model.free_pins(1) == 2 * size
+    gone = [bundle for bundle in model.bundles if bundle not in pins._pins]
+    assert gone == model.bundles[2:4]
+    assert model.pinned_bytes == pins.used == model.total_bytes - 2 * size
+    assert right(model, path)
+    assert model.pinned_bytes == model.total_bytes  # it comes back
+
+
+def test_freeing_everything_gives_everything_back(path, monkeypatch):
+    model = made(path, Counting(), pinned_bytes=ALL)
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 3 * model.bundles[0].nbytes)
+    assert right(model, path)
+    assert model.free_pins(0) == 0
+    assert model.free_pins() == model.total_bytes
+    assert model.pinned_bytes == model.caster.pins.used == 0
+    assert right(model, path)
+
+
+def test_a_lower_budget_takes_blocks_back(path, monkeypatch):
+    model = made(path, Counting(), pinned_bytes=ALL)
+    size = model.bundles[0].nbytes
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * size)
+    assert right(model, path)
+    model.set_policy(model.policy.with_changes(pinned_bytes=5 * size))
+    assert model.pinned_bytes == 4 * size
+    assert right(model, path) and model.pinned_bytes <= 5 * size
+
+
+def test_a_refused_block_is_pageable_and_as_right(path, monkeypatch):
+    device = Counting(refuse_after=2)
+    model = made(path, device, pinned_bytes=ALL)
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * model.bundles[0].nbytes)
+    assert right(model, path) and right(model, path)
+    assert model.pinned_bytes == model.total_bytes
+    assert any("using pageable memory" in text for text in model.ledger.decisions)
+
+
+def test_a_changed_patch_takes_the_place_of_the_old_form(path):
+    device = Counting()
+    model = made(path, device, pinned_bytes=ALL)
+    keys = [f"layers.{index}.weight" for index in range(DEPTH)]
+    for _ in range(4):
+        model.set_patches({key: torch.neg for key in keys})
+        model(model.module.input())
+        model.set_patches({})
+        assert right(model, path)
+    assert model.pinned_bytes == model.total_bytes
+    assert [nbytes for nbytes in device.asked if nbytes > model.bundles[0].nbytes] == [model.total_bytes]
+
+
+def test_a_blocks_gaps_are_joined_and_used_again():
+    block = Block(torch.empty(4096, dtype=torch.uint8))
+    a, b, c = (block.cut(1024) for _ in range(3))
+    assert [part.start for part in (a, b, c)] == [0, 1024, 2048]
+    assert block.cut(2048) is None
+    block.join(a)
+    block.join(c)
+    assert block.gaps == [(0, 1024), (2048, 2048)]
+    assert block.cut(2048).start == 2048
+    block.join(b)
+    assert block.gaps == [(0, 2048)]
+    assert block.cut(2048).view.data_ptr() == block.buffer.data_ptr()
+
+
+def test_locked_memory_is_unlocked_when_its_last_view_is_gone():
+    calls = []
+    memory = locked(5000, lambda *given: calls.append(("lock", *given)), lambda at: calls.append(at) or True)
+    address = memory.data_ptr()
+    assert calls == [("lock", address, 5000)] and address % 4096 == 0
+    view = memory[100:200].fill_(7)
+    del memory
+    gc.collect()
+    assert len(calls) == 1 and bool((view == 7).all())
+    del view
+    gc.collect()
+    assert calls[1:] == [address]
+
+
+def test_memory_that_the_driver_does_not_unlock_is_kept(monkeypatch):
+    monkeypatch.setattr(host_memory, "_stuck", [])
+    memory = locked(5000, lambda address, nbytes: None, lambda address: False)
+    memory.fill_(9)
+    del memory
+    gc.collect()
+    (pages,) = host_memory._stuck
+    assert pages[:5000] == bytes([9]) * 5000
+
+
+def test_locked_memory_that_is_refused_is_not_unlocked():
+    calls = []
+
+    def refuse(address, nbytes):
+        raise RuntimeError("refused")
+
+    with pytest.raises(RuntimeError, match="refused"):
+        locked(5000, refuse, calls.append)
+    gc.collect()
+    assert not calls
