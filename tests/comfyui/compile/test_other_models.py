@@ -17,7 +17,8 @@ from kit.comfyui.compiling import ARCHITECTURES, FAILED, as_stored, said
 from kit.comfyui.loras import with_lora
 from kit.comfyui.pairs import SMALL, assert_same, run
 from spillway.ops.compile import compiled_function as engine
-from spillway.patcher.comfyui.compile.dynamic_models import CompiledModel, CompileRequest, compile_other
+from spillway.patcher.comfyui.compile.classic_models import CompiledModel, compile_other
+from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.adopt import dynamic_model
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.policy import Policy
