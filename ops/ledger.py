@@ -11,7 +11,7 @@ log = logging.getLogger("spillway")
 
 @dataclass
 class Counters:
-    """Totals since the model was made. All sizes in bytes."""
+    """Count since the model was made. All sizes in bytes."""
 
     bytes_loaded: int = 0  # put into the VBAR, to stay
     bytes_streamed: int = 0  # brought for one use only
@@ -25,7 +25,7 @@ class Counters:
     patch_changes: int = 0  # times that other patches were attached: a LoRA, or hooks between two conditions
     write_backs: int = 0
     prefetched: int = 0  # bundles begun before they were asked for
-    stalls: int = 0  # times the host waited for the device
+    stalls: int = 0  # times the launching thread waited for the device
     retries: int = 0  # layers run again after an out-of-memory error
     steps: int = 0
     graphs_compiled: int = 0  # by torch.compile, for blocks of this model
@@ -72,7 +72,7 @@ class Ledger:
         self._summarised = replace(now)
 
     def as_dict(self) -> dict[str, object]:
-        """Counters and decisions as plain data, for JSON."""
+        """Give counters and decisions as data for JSON."""
         return {"name": self.name, "counters": asdict(self.counters), "decisions": list(self.decisions)}
 
 

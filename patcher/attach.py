@@ -57,7 +57,7 @@ def collect_bundles(
 
     A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList)
     go to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their
-    own source. model_dtype(module, attr, parameter): the dtype of the finished form, by default the parameter's.
+    own source. model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's.
     int8: which weights are quantised. blocks: names of modules that get one bundle for all that is in them, and for
     which residency rules go by that name alone.
     Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.

@@ -90,7 +90,7 @@ def signature(block: torch.nn.Module) -> Hashable:
 
 
 def lifted(block: torch.nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where a block's tensors stand, as (dictionary, key, qualified name): parameters, buffers, plain attributes."""
+    """Where a block's tensors stand, as (dictionary, key, qualified name): parameters, buffers, attributes."""
     places: list[tuple[dict[str, Any], str, str]] = []
     for name, module in block.named_modules():
         for store in (module._parameters, module._buffers, module.__dict__):
@@ -101,7 +101,7 @@ def lifted(block: torch.nn.Module) -> list[tuple[dict[str, Any], str, str]]:
 
 
 def skeleton(block: torch.nn.Module) -> torch.nn.Module:
-    """A copy with plain classes and every tensor on the meta device, as parameters and buffers of its own."""
+    """A copy with its original classes and every tensor on the meta device, as parameters and buffers of its own."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         for store in (module._parameters, module._buffers, module.__dict__):

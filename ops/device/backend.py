@@ -23,7 +23,7 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def synchronize(self) -> None:
-        """The host waits for it."""
+        """Block this thread until that work is done."""
 
     def query(self) -> bool:
         """Whether all of that work is done."""
@@ -34,7 +34,7 @@ class Backend:
 
     in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
     aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
-    plain: the backend itself, without what is wrapped around it for one model.
+    unwrapped: the backend itself, without what is wrapped around it for one model.
     """
 
     in_place = False
@@ -70,10 +70,10 @@ class Backend:
         return None
 
     def wait(self, event: Event | None, stream: Any) -> None:
-        """Work given to `stream` from now on (None: the main stream) waits for the event. The host goes on."""
+        """Let work given to `stream` from now on (None: the main stream) wait for the event. This thread goes on."""
 
     def synchronize(self) -> None:
-        """The host waits for everything."""
+        """Block this thread until the device has done everything."""
 
     def retry_once(
         self,
@@ -153,7 +153,7 @@ class StreamBackend(Backend):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with self._module.stream(stream):
-            # On the main stream the host waits, as on a device without streams.
+            # A copy on the main stream blocks this thread, as on a device without streams.
             target.copy_(source, non_blocking=stream is not None)
 
     def record(self, stream: Any) -> Any:

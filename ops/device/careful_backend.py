@@ -33,15 +33,15 @@ class Moment:
 
 
 class CarefulBackend(Backend):
-    """`plain`, for one model.
+    """Wraps a backend for one model.
 
     synchronous: every transfer is waited for. pageable: no host memory is locked any more.
     """
 
-    def __init__(self, plain: Backend, ledger: Ledger) -> None:
-        super().__init__(plain.device)
-        self.unwrapped, self.ledger = plain, ledger
-        self.in_place, self.streams, self.aimdo_device = plain.in_place, plain.streams, plain.aimdo_device
+    def __init__(self, unwrapped: Backend, ledger: Ledger) -> None:
+        super().__init__(unwrapped.device)
+        self.unwrapped, self.ledger = unwrapped, ledger
+        self.in_place, self.streams, self.aimdo_device = unwrapped.in_place, unwrapped.streams, unwrapped.aimdo_device
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed: nobody knows what is done
 

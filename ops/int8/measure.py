@@ -32,21 +32,21 @@ class Timing:
     @property
     def gain(self) -> float:
         """Seconds in floating point over seconds in INT8."""
-        plain = sum(layers * seconds for _, layers, seconds, _ in self.shapes)
+        in_floats = sum(layers * seconds for _, layers, seconds, _ in self.shapes)
         quantised = sum(layers * seconds for _, layers, _, seconds in self.shapes)
-        return plain / quantised if quantised else 1.0
+        return in_floats / quantised if quantised else 1.0
 
     @property
     def wins(self) -> bool:
-        """Whether INT8 is faster by more than a whim of the clock."""
+        """Whether INT8 is faster by more than timing noise."""
         return self.gain >= WORTHWHILE
 
     def in_words(self) -> str:
         """For the log: every shape, and the sum."""
         name = str(self.dtype).removeprefix("torch.")
         shapes = ", ".join(
-            f"{columns}->{rows} {1e3 * plain:.2f} ms {name}, {1e3 * quantised:.2f} ms INT8"
-            for (rows, columns), _, plain, quantised in self.shapes
+            f"{columns}->{rows} {1e3 * floats:.2f} ms {name}, {1e3 * quantised:.2f} ms INT8"
+            for (rows, columns), _, floats, quantised in self.shapes
         )
         faster = f"{self.gain:.2f}x as fast as {name}"
         return f"INT8 is {faster} on {self.device} ({self.tokens} tokens: {shapes})"

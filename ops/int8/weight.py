@@ -140,8 +140,8 @@ class Int8Weight(torch.Tensor):
                 for argument, value in zip(func._schema.arguments, args, strict=False)
             ):
                 raise RuntimeError(f"{func} would write into an INT8 weight. Use a copy of `weight.dequantize()`.")
-        plain = torch.utils._pytree.tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
-        return func(*plain[0], **plain[1])
+        args, kwargs = torch.utils._pytree.tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, groups={self.scale.shape[1]})"

@@ -27,8 +27,8 @@ class Slot:
 class Ring:
     """`slots` buffers, grown to the largest bundle that passed through them.
 
-    Taking a slot waits on the host for its last use: so the host is never further ahead of the device than the ring is
-    long, and a buffer is never overwritten while it is read.
+    `take` blocks the launching thread until the slot's last use is done. Without this wait the next transfer would
+    overwrite a buffer that a kernel still reads. It also keeps that thread from running ahead by more than the ring.
     """
 
     def __init__(self, empty: Callable[[int], torch.Tensor], slots: int, counters: Counters) -> None:

@@ -45,7 +45,7 @@ def available_ram(root: Path = Path("/")) -> Available:
 
 
 def total_ram(root: Path = Path("/")) -> int:
-    """Bytes that this process may have in all: the least of what the host, its cgroup and the variable allow.
+    """Bytes that this process may have in all: the least of what the machine, its cgroup and the variable allow.
 
     root, errors: as for `available_ram`.
     """

@@ -1,4 +1,4 @@
-"""A VBAR on plain torch allocations with a byte budget, for every device that comfy-aimdo does not serve."""
+"""A VBAR on ordinary torch allocations with a byte budget, for every device that comfy-aimdo does not serve."""
 
 from __future__ import annotations
 

@@ -159,3 +159,47 @@ def test_allowed(path, source):
 def test_refused(path, source, because):
     (found,) = violations(path, source)
     assert because in found
+
+
+def pack_imports() -> dict[str, set[str]]:
+    """File -> files of the pack that it imports anywhere, also for types alone; a folder stands for its __init__.py."""
+    files = set(pack_files())
+    imports: dict[str, set[str]] = {}
+    for path in files:
+        parts = PurePosixPath(path).parts
+        targets = set()
+        for _, level, names in imported(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if not level:
+                continue
+            dotted = "/".join((*parts[: len(parts) - level], *names))
+            above = dotted.rpartition("/")[0]
+            targets |= files & {f"{dotted}.py", f"{dotted}/__init__.py", f"{above}.py", f"{above}/__init__.py"}
+        imports[path] = targets - {path}
+    return imports
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The files of one import circle, or none."""
+    done: set[str] = set()
+    way: list[str] = []
+
+    def visit(path: str) -> list[str]:
+        if path in way:
+            return [*way[way.index(path) :], path]
+        if path in done:
+            return []
+        way.append(path)
+        found = next((found for target in sorted(imports[path]) if (found := visit(target))), [])
+        way.pop()
+        done.add(path)
+        return found
+
+    return next((found for path in sorted(imports) if (found := visit(path))), [])
+
+
+def test_there_is_no_import_circle():
+    assert circle(pack_imports()) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a.py": {"b.py"}, "b.py": {"c.py"}, "c.py": {"b.py"}}) == ["b.py", "c.py", "b.py"]
