@@ -44,14 +44,14 @@ def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tu
     chosen = [(model_path("loras", name), *strengths) for name, *strengths in loras]
     progress = Progress()
     warnings = []
-    for done, (path, strength_model, strength_clip) in enumerate(chosen, 1):
+    for number, (path, strength_model, strength_clip) in enumerate(chosen, 1):
         model, clip, fit = apply_lora(model, clip, path, strength_model, strength_clip)
         warning = fit.in_words(os.path.basename(path)) if fit is not None else ""
         if warning:
             log.warning("[Spillway] %s", warning)
             warnings.append(warning)
         if len(chosen) > 1:
-            progress(done, len(chosen))
+            progress(number, len(chosen))
     return model, clip, ui.PreviewText("\n".join(warnings)) if warnings else None
 
 

@@ -23,7 +23,7 @@ MODEL_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", "
 
 
 def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
-    """Make the tier with a cap in GB, by default that of the settings. Returns None where it is off."""
+    """The tier with a cap in GB (None: as the settings say), or None where it is off, as it is by default."""
     cap = settings.setting(settings.DISK_GB_SETTING, 0.0) if gigabytes is None else gigabytes
     if not 0 < cap < 1e6:
         return None

@@ -1,4 +1,4 @@
-"""Reads the pack's settings from environment variables and from ComfyUI's settings."""
+"""The pack's settings: environment variables, and what the user set in ComfyUI's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DISK_SECONDS = 10.0
 
 
 def setting(name: str, default: Any) -> Any:
-    """Read a setting of ComfyUI's default user. Returns `default` where there is none of its type."""
+    """A value from the settings of ComfyUI's default user; `default` where there is none, or none of its type."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8")).get(name, default)
@@ -35,7 +35,7 @@ def setting(name: str, default: Any) -> Any:
 
 
 def cache_turned_off() -> str | None:
-    """Say why the output cache is turned off. None where it is on. The variable goes before the setting."""
+    """Why the output cache is turned off, in words; None where it is on. The variable goes before the setting."""
     variable = os.environ.get(CACHE_VARIABLE, "").strip()
     if variable:
         return f"{CACHE_VARIABLE}={variable}" if variable in ("0", "off", "false") else None
