@@ -31,7 +31,7 @@ def classic(path):
 
 
 @pytest.mark.parametrize("blocks_only", [True, False])
-def test_a_model_of_the_core(blocks_only, checkpoint):
+def test_a_model_of_comfyui_is_compiled_once_for_all_clones(blocks_only, checkpoint):
     path = checkpoint("flux", **SMALL)
     wanted = run(classic(path))
     model = compile_other(classic(path), CompileRequest(backend="eager", blocks_only=blocks_only), True)
@@ -45,7 +45,7 @@ def test_a_model_of_the_core(blocks_only, checkpoint):
     assert list(model.model.diffusion_model.double_blocks) == blocks
 
 
-def test_a_model_of_the_core_where_compiling_fails(checkpoint, caplog):
+def test_a_model_of_comfyui_runs_uncompiled_where_compiling_fails(checkpoint, caplog):
     path = checkpoint("flux", **SMALL)
     model = compile_other(classic(path), CompileRequest(backend="no-such-backend"), True)
     for _ in range(2):
@@ -75,7 +75,7 @@ class OldDynamicPatcher(comfy.model_patcher.ModelPatcher):
         return super().clone()
 
 
-def test_a_core_that_cannot_clone_without_dynamic_vram(checkpoint):
+def test_a_comfyui_that_cannot_clone_without_dynamic_vram_is_an_error(checkpoint):
     core = classic(checkpoint("flux", **SMALL))
     old = OldDynamicPatcher(core.model, core.load_device, core.offload_device)
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_a_core_that_cannot_clone_without_dynamic_vram(checkpoint):
 # -- other nodes on models of ours
 
 
-def test_the_cores_node_on_our_model(checkpoint):
+def test_comfyuis_node_gets_a_classic_model_of_ours(checkpoint):
     """It asks for a classic model and gets one. Its backend for CUDA graphs runs without them on a CPU."""
     path = checkpoint("wan", **ARCHITECTURES["wan"][1])
     ours = load_diffusion_model(path)
@@ -100,7 +100,7 @@ def test_the_cores_node_on_our_model(checkpoint):
 
 
 @pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.double_blocks.0"]], ids=["whole", "block"])
-def test_a_node_that_compiles_our_model_in_place(keys, checkpoint, models_dir):
+def test_a_node_that_compiles_our_model_in_place_is_right_and_named(keys, checkpoint, models_dir):
     """As nodes of other packs do. The layers stay outside, so that weights may come, go and change."""
     path = checkpoint("flux", **SMALL)
     lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
@@ -122,7 +122,7 @@ def test_the_last_node_of_a_chain_compiles(checkpoint):
         assert all(isinstance(wrapper, CompiledModel) for wrapper in wrappers)
 
 
-def test_a_node_that_puts_compiled_blocks_in_place(checkpoint, models_dir, caplog):
+def test_compiled_blocks_put_in_place_take_loras_and_are_named(checkpoint, models_dir, caplog):
     """As an object patch, which would rename the weights inside: a LoRA would miss them."""
     path = checkpoint("flux", **SMALL)
     lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))

@@ -29,7 +29,7 @@ def core(request, checkpoint):
 
 
 @pytest.mark.parametrize("budget", [None, 1 << 20, 0])
-def test_model(budget, core):
+def test_a_model_made_dynamic_gives_the_originals_latents_within_its_budget(budget, core):
     wanted = run(core)
     made, clip, vae = make_dynamic(core, policy=Policy(vram_bytes=budget))
     assert isinstance(made, DynamicModelPatcher) and clip is None and vae is None
@@ -42,7 +42,7 @@ def test_model(budget, core):
 
 
 @pytest.mark.parametrize("state", ["never run", "loaded", "loaded with a LoRA"])
-def test_model_with_loras(state, core):
+def test_loras_go_with_the_model_whatever_is_loaded(state, core):
     """Patches go with the model; those that its owner has loaded at the time are not mistaken for weights."""
     patched = with_lora(with_lora(core, forms("lora"), 0.7), forms("diff"), -0.3)
     if state != "never run":
@@ -69,7 +69,7 @@ def test_the_original_is_left_alone(core):
     assert not {id(module) for module in core.model.modules()} & {id(module) for module in made.model.modules()}
 
 
-def test_the_copy_shares_memory(checkpoint):
+def test_the_copy_of_a_model_without_a_file_shares_its_memory(checkpoint):
     """A model without a file is not doubled: its copy has modules of its own around the same tensors."""
     core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     core.cached_patcher_init = None
@@ -78,7 +78,7 @@ def test_the_copy_shares_memory(checkpoint):
     assert {name: tensor.data_ptr() for name, tensor in made.model.named_parameters()} == theirs
 
 
-def test_options_and_hooks_go_with_it(core):
+def test_options_and_hooks_go_with_the_model(core):
     """What other nodes attached: model options, object patches, wrappers, hooks."""
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
@@ -91,7 +91,7 @@ def test_options_and_hooks_go_with_it(core):
     assert len(core.model_options["sampler_post_cfg_function"]) == 1
 
 
-def test_a_dynamic_model_gets_the_policy(core):
+def test_a_model_that_is_dynamic_already_gets_the_policy(core):
     made, _, _ = make_dynamic(core, policy=Policy(vram_bytes=1 << 20))
     again, _, _ = make_dynamic(made, policy=Policy(vram_bytes=0))
     assert again is not made and again.model is made.model
@@ -100,7 +100,7 @@ def test_a_dynamic_model_gets_the_policy(core):
 
 
 @pytest.mark.parametrize("source", ["its file", "memory"])
-def test_clip_and_vae(source, checkpoint):
+def test_a_text_encoder_and_a_vae_made_dynamic_give_the_originals_outputs(source, checkpoint):
     core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     clip, vae = comfy.sd.load_clip([checkpoint("clip_l")]), core_vae(checkpoint("flux_vae"))
     if source == "memory":
@@ -127,7 +127,7 @@ class Packed(torch.Tensor):
     """A tensor class as other packs bring them: nobody but its own ops knows how its bytes are laid out."""
 
 
-def test_unknown_tensor_class(checkpoint):
+def test_a_tensor_class_that_cannot_be_laid_out_is_refused_with_its_key(checkpoint):
     core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     core.cached_patcher_init = None
     core.model.diffusion_model.img_in.weight = torch.nn.Parameter(
@@ -137,14 +137,14 @@ def test_unknown_tensor_class(checkpoint):
         make_dynamic(core)
 
 
-def test_vae_that_is_never_offloaded(checkpoint):
+def test_a_vae_that_is_never_offloaded_is_refused(checkpoint):
     core, vae = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)), core_vae(checkpoint("flux_vae"))
     vae.disable_offload = True
     with pytest.raises(Unsupported, match=r"never offloads; connect it directly"):
         make_dynamic(core, vae=vae)
 
 
-def test_a_model_that_comfyui_has_mapped(checkpoint, monkeypatch):
+def test_a_model_that_comfyui_has_mapped_is_refused(checkpoint, monkeypatch):
     """The core's own dynamic models lie where only the core can read them, unless their loader can load them again."""
     core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda self: True)
@@ -153,6 +153,6 @@ def test_a_model_that_comfyui_has_mapped(checkpoint, monkeypatch):
         make_dynamic(core)
 
 
-def test_not_a_patcher():
+def test_what_is_no_patcher_is_refused():
     with pytest.raises(Unsupported, match=r"a dict is no model patcher that Spillway knows.*Spillway loaders"):
         make_dynamic({"model": None})

@@ -92,7 +92,7 @@ def quantised_layers(model):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_resident_and_offloaded(kind, fraction, quantised, routes):
+def test_quantised_products_are_taken_at_any_residency(kind, fraction, quantised, routes):
     core, ours = pair(quantised(kind), fraction)
     layers = len(quantised_layers(core))
     wanted = routes(core)
@@ -163,7 +163,7 @@ EXCLUDED = [
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize(("how", "layers"), EXCLUDED, ids=lambda value: getattr(value, "__name__", None))
-def test_what_excludes_it(how, layers, fraction, quantised, routes):
+def test_what_excludes_a_quantised_product_in_comfyui_excludes_it_here(how, layers, fraction, quantised, routes):
     core, ours = pair(quantised("float8_e4m3fn"), fraction)
     plain = routes(ours)
     wanted = routes(how(core.clone()))
@@ -174,7 +174,7 @@ def test_what_excludes_it(how, layers, fraction, quantised, routes):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_a_layer_that_its_file_excludes(fraction, quantised, routes):
+def test_a_layer_that_its_file_excludes_takes_no_quantised_product(fraction, quantised, routes):
     core, ours = pair(quantised("float8_e4m3fn", {"linear1": {"full_precision_matrix_mult": True}}), fraction)
     wanted, got = routes(core), routes(ours)
     assert got[0] == wanted[0] and got[0].count(FP8) == 7 * STEPS
@@ -182,7 +182,7 @@ def test_a_layer_that_its_file_excludes(fraction, quantised, routes):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_a_quantised_input(fraction, quantised):
+def test_a_quantised_input_is_used_as_it_is(fraction, quantised):
     """It is used as it is, by the quantised product."""
     core, ours = pair(quantised("float8_e4m3fn"), fraction)
     results = []
@@ -197,7 +197,7 @@ def test_a_quantised_input(fraction, quantised):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_metadata_travels(fraction, quantised, routes):
+def test_scales_layouts_and_original_dtypes_are_those_of_comfyuis_weight(fraction, quantised, routes):
     """Scales of weights and of inputs, layouts and original dtypes are those of the core's weight, while lent."""
     core, ours = pair(quantised("float8_e4m3fn", scale=0.02), fraction)
     wanted, got = routes(core), routes(ours)
@@ -216,7 +216,7 @@ def test_metadata_travels(fraction, quantised, routes):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_plain_fp8_weights_with_fast_matmul(fraction, checkpoint, routes):
+def test_plain_fp8_weights_take_the_fast_product_with_and_without_a_lora(fraction, checkpoint, routes):
     """The loader's `fp8_e4m3fn_fast`: no scales, and the same path with and without a LoRA."""
     path = checkpoint("flux", **SMALL)
     options = dict(comfy_load.WEIGHT_DTYPES["fp8_e4m3fn_fast"])

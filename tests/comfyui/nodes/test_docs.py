@@ -66,7 +66,7 @@ def test_every_part_of_a_node_is_explained(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_help_page(name):
+def test_a_help_page_names_every_input_and_output(name):
     node, text = OURS[name], (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {node.define_schema().display_name}\n")
     sections = text.split("\n## ")
@@ -81,7 +81,7 @@ def test_help_page(name):
         assert sorted(found) == sorted(wanted)
 
 
-def test_no_page_without_a_node():
+def test_there_is_no_page_without_a_node():
     assert {page.stem for page in PAGES.glob("*.md")} == set(OURS)
 
 
@@ -119,13 +119,13 @@ def test_every_node_is_in_a_workflow():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_preview(path):
+def test_a_workflow_has_a_small_preview(path):
     picture = path.with_suffix(".jpg").read_bytes()
     assert picture.startswith(b"\xff\xd8\xff") and len(picture) < MAX_PREVIEW_BYTES
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_nodes_and_values(path):
+def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
     for node in read(path)["nodes"]:
         if node["type"] in NOTES:
             continue
@@ -153,7 +153,7 @@ def test_workflow_nodes_and_values(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_links(path):
+def test_a_workflows_links_fit_their_slots(path):
     workflow = read(path)
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for link, from_id, from_slot, to_id, to_slot, kind in workflow["links"]:

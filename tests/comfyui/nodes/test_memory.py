@@ -39,7 +39,7 @@ def classic(names):
 
 
 @pytest.mark.parametrize("action", [LOAD, UNLOAD, DROP])
-def test_on_models_that_were_never_loaded_and_twice(names, action):
+def test_every_action_works_on_models_that_were_never_loaded_and_twice(names, action):
     for load in (ours, classic):
         model, clip, vae = load(names)[:3]
         for _ in range(2):
@@ -48,7 +48,7 @@ def test_on_models_that_were_never_loaded_and_twice(names, action):
             assert out[4].count("\n") == 2 and out[4].count(" -> ") == 12
 
 
-def test_ours_loads_unloads_and_gives_the_same_result(names):
+def test_a_dynamic_model_loads_unloads_and_gives_the_same_result(names):
     model = ours(names)[0]
     wanted = sampling.sample(model, steps=2)
     dynamic = model.dynamic
@@ -128,7 +128,7 @@ def test_a_moved_model_runs_where_it_was_moved(names, monkeypatch):
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def test_report(names):
+def test_the_memory_report_names_models_memory_and_cache(names):
     model = ours(names)[0]
     core = classic(names)[0]
     sampling.sample(model, steps=1)
@@ -182,7 +182,7 @@ def cache(monkeypatch):
     monkeypatch.setattr(comfy_cache, "_current", None)
 
 
-def test_policy(cache, monkeypatch):
+def test_the_cache_policy_node_sets_headroom_and_drops_entries(cache, monkeypatch):
     monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, "SpillwayCachePolicy", SpillwayCachePolicy)
     SpillwayCachePolicy.GET_SCHEMA()
 
@@ -206,7 +206,7 @@ def test_policy(cache, monkeypatch):
     assert engine.evict(1 << 60).entries == 3 and not engine.entries
 
 
-def test_policy_with_a_bad_headroom_or_the_hosts_cache(monkeypatch, caplog):
+def test_a_bad_headroom_is_an_error_and_comfyuis_own_cache_is_left_alone(monkeypatch, caplog):
     with pytest.raises(ValueError, match=r"headroom_gb is -0.5; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -0.5, False)
     with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
@@ -235,7 +235,7 @@ class Full:
 
 @pytest.mark.parametrize("load", [ours, classic])
 @pytest.mark.parametrize(("times", "how"), [(0, "plain"), (1, "plain, after everything else"), (2, "tiled, 64 pixels")])
-def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
+def test_a_vae_out_of_memory_falls_back_as_far_as_it_must(names, monkeypatch, load, times, how):
     vae, model = load(names)[2], load(names)[0]
     latent = torch.randn(1, 4, 8, 8)
     wanted = vae.decode(latent)
@@ -264,7 +264,7 @@ def test_other_errors_are_the_vaes_own(names):
         SpillwayVAEDecode.execute({"samples": torch.randn(1, 9, 8, 8)}, vae, 512)
 
 
-def test_the_hosts_tiling_is_named_as_such(names):
+def test_comfyuis_tiling_is_refused_where_plain_is_asked_for(names):
     """If the host changes how it falls back, plain would no longer mean plain."""
     vae = ours(names)[2]
     refusing = comfy_vae._without_tiling(vae)

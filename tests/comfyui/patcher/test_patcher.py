@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 # --- what the core reads ----------------------------------------------------------------------------------------------
 
 
-def test_sizes(flux):
+def test_the_sizes_that_comfyui_asks_for_follow_what_is_resident(flux):
     _, ours = pair(flux, 0.5)
     assert ours.is_dynamic() and not ours.model.model_lowvram
     assert ours.loaded_size() == ours.pinned_memory_size() == ours.loaded_ram_size() == 0
@@ -43,7 +43,7 @@ def test_sizes(flux):
     assert ours.partially_unload_ram(1e32) > 0 and ours.pinned_memory_size() == 0
 
 
-def test_clones(flux):
+def test_a_clone_has_patches_options_and_policy_of_its_own(flux):
     """A clone is another patcher of the same model: its patches, options and policy are its own."""
     core, ours = pair(flux, 0.5)
     ours.policy = ours.policy.with_changes(priority=3)
@@ -59,7 +59,7 @@ def test_clones(flux):
     assert_same(run(clone), run(core))
 
 
-def test_classic_clone(flux):
+def test_a_classic_clone_is_comfyuis_patcher_with_patches_and_options(flux):
     """`clone(disable_dynamic=True)`, as nodes that compile ask for: the core's patcher, with patches and options."""
     core, ours = pair(flux, 0.0)
     for model in (ours, with_lora(ours, forms("lora"))):
@@ -70,7 +70,7 @@ def test_classic_clone(flux):
     assert_same(run(ours), run(core))
 
 
-def test_deepclone(flux):
+def test_a_clone_for_another_device_has_a_model_of_its_own(flux):
     if not hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"):
         pytest.skip("this ComfyUI has no clones for other devices")
     core, ours = pair(flux, 0.5)
@@ -109,7 +109,7 @@ def test_patches_are_checked_before_a_partial_unload(flux):
     assert_same(run(patched), run(with_lora(core, forms("diff"))))
 
 
-def test_uuid_of_the_patches(flux):
+def test_the_model_carries_the_uuid_of_the_patches_that_are_attached(flux):
     _, ours = pair(flux, 1.0)
     patched = with_lora(ours, forms("lora"))
     for model in (ours, patched, ours):
@@ -133,7 +133,7 @@ def test_dynamic_models_do_not_unload_each_other(flux, checkpoint):
     assert not {first, second} & set(mm.loaded_models())
 
 
-def test_keep_always(flux):
+def test_a_model_that_is_kept_always_gives_nothing_to_others(flux):
     """Other models get nothing of one that its policy keeps; to unload everything is still possible."""
     _, ours = pair(flux, 1.0)
     ours.set_policy(ours.policy.with_changes(keep="always"))
@@ -146,7 +146,7 @@ def test_keep_always(flux):
     assert ours.loaded_size() == 0
 
 
-def test_detach_and_again(flux):
+def test_a_detached_model_is_the_files_again_and_can_run_again(flux):
     core, ours = pair(flux, 0.5)
     ours = with_lora(ours, forms("lora"))
     wanted = run(with_lora(core, forms("lora")))
@@ -181,7 +181,7 @@ def traces(model):
 
 
 @pytest.mark.parametrize("how", ["loaded by us", "made dynamic"])
-def test_modules_are_the_cores_again(how, flux):
+def test_the_modules_are_comfyuis_again_when_the_last_patcher_goes(how, flux):
     """When the last patcher of a model goes, its modules are as the core's loader left them."""
     if how == "loaded by us":
         ours = comfy_load.load_diffusion_model(flux)
@@ -210,7 +210,7 @@ def test_modules_are_the_cores_again(how, flux):
     assert not model.spillway_state.patchers and model.spillway_state.dynamic is None
 
 
-def test_dropped_model_is_freed(flux):
+def test_a_dropped_model_is_freed(flux):
     """Nothing keeps a model whose patchers are gone: not the core's lists, not the engine's, no thread, no file."""
     import weakref
 
@@ -231,7 +231,7 @@ def test_dropped_model_is_freed(flux):
 # --- the core's own dynamic VRAM --------------------------------------------------------------------------------------
 
 
-def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
+def test_models_loaded_while_dynamic_vram_is_on_are_right(checkpoint, flux, monkeypatch):
     """The core then makes its layers without weights and fills them from the file."""
     if not hasattr(comfy.memory_management, "aimdo_enabled"):
         pytest.skip("this ComfyUI has no dynamic VRAM")
@@ -254,7 +254,7 @@ def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"dtype": torch.bfloat16})])
-def test_save(dtype, options, checkpoint, tmp_path):
+def test_comfyuis_save_node_writes_of_our_model_what_it_writes_of_its_own(dtype, options, checkpoint, tmp_path):
     """What ModelSave writes of a patched model is what the core writes, in the file's dtype (the core: the model's)."""
     path = checkpoint("flux", **SMALL, dtype=dtype)
     core = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
@@ -271,7 +271,7 @@ def test_save(dtype, options, checkpoint, tmp_path):
     assert sorted(changed) == sorted(f"{stem}.weight" for stem in SHAPES)
 
 
-def test_state_dict_is_the_files(flux):
+def test_the_state_dict_is_the_files(flux):
     """Other nodes read a model's weights by its state dict: they get the file's, patched or not, lent or not."""
     ours = with_lora(comfy_load.load_diffusion_model(flux), forms("lora"))
     original = comfy.utils.load_torch_file(flux)
@@ -287,7 +287,7 @@ def test_state_dict_is_the_files(flux):
 # --- VAE --------------------------------------------------------------------------------------------------------------
 
 
-def test_vae_in_tiles(checkpoint):
+def test_a_vae_in_tiles_gives_comfyuis_pictures(checkpoint):
     path = checkpoint("flux_vae")
     core = core_vae(path)
     latent, picture = sampling.latent(16, 48, 48), sampling.image(48, 48)

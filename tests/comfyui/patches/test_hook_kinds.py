@@ -33,7 +33,7 @@ def sampled(model, positive=None, negative=None):
 
 @pytest.mark.parametrize("scope", EnumHookScope)
 @pytest.mark.parametrize("kind", [WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL])
-def test_wrappers(kind, scope, flux):
+def test_a_wrapper_hook_wraps_what_its_scope_says(kind, scope, flux):
     """A wrapper of one condition, or by its scope of all; beside a LoRA hook of the same condition."""
     core, ours = pair(flux, 0.25)
     results = []
@@ -57,7 +57,7 @@ def test_wrappers(kind, scope, flux):
 
 
 @pytest.mark.parametrize("scope", EnumHookScope)
-def test_transformer_options(scope, flux):
+def test_transformer_options_of_a_hook_reach_what_its_scope_says(scope, flux):
     """A patch of a block, as attention and block patches are hooked."""
     core, ours = pair(flux, 0.25)
     results = []
@@ -77,7 +77,7 @@ def test_transformer_options(scope, flux):
 
 
 @pytest.mark.parametrize("ours_too", [False, True])
-def test_additional_models(ours_too, flux, checkpoint):
+def test_models_that_a_hook_brings_are_loaded(ours_too, flux, checkpoint):
     """A model that a hook brings is loaded for the run, and used by the hook's wrapper; a core's one or one of ours."""
     core, ours = pair(flux, 0.25)
     path = checkpoint("flux", **SMALL, seed=1)
@@ -107,7 +107,7 @@ def test_additional_models(ours_too, flux, checkpoint):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_our_own_model_as_lora(fraction, flux, checkpoint):
+def test_a_model_of_ours_as_lora_gives_comfyuis_latents(fraction, flux, checkpoint):
     """The weights of one dynamic model, read where they lie, as a hook of another."""
     other = checkpoint("flux", **SMALL, seed=1)
     results = []
@@ -144,7 +144,7 @@ def failing(how, at, model):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("how", ["raises", "interrupted"])
-def test_a_hook_fails_in_the_middle_of_a_step(how, fraction, flux):
+def test_a_hook_that_fails_in_the_middle_of_a_step_leaves_nothing_behind(how, fraction, flux):
     """With its weights on. The next run, with and without hooks, is right; nothing stays behind."""
     core, ours = pair(flux, fraction)
     plain, wanted = sampled(core), sampled(core, hook_lora())
@@ -166,7 +166,7 @@ def test_a_hook_fails_in_the_middle_of_a_step(how, fraction, flux):
     assert_same(sampled(other), plain)  # a clone that never heard of the hook
 
 
-def test_a_patch_that_raises(flux, monkeypatch):
+def test_a_patch_that_raises_leaves_the_next_run_right(flux, monkeypatch):
     """In the arithmetic of a hook's LoRA: the error comes out, and the bundle is not taken for a finished one."""
     import comfy.lora
 
@@ -191,7 +191,7 @@ def test_a_patch_that_raises(flux, monkeypatch):
     assert counters(ours).patched == before.patched
 
 
-def test_weights_are_the_files_again(flux):
+def test_the_weights_are_the_files_again_after_a_hooked_run(flux):
     """After hooks the model can be saved: idle weights are those of the file."""
     core, ours = pair(flux, 0.25)
     sampled(ours, hook_lora())

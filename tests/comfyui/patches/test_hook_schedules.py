@@ -53,7 +53,7 @@ FRAMES = {
 
 @pytest.mark.parametrize("bounds", [(0, 8), (0, 3, 8), (0, 2, 5, 8), (2, 4, 7)], ids=str)
 @pytest.mark.parametrize("frames", FRAMES)
-def test_split_sampling(frames, bounds, flux):
+def test_a_schedule_over_several_samplers_gives_comfyuis_latents(frames, bounds, flux):
     """A schedule counts in sigmas of the whole run, guaranteed steps in those of each node."""
     core, ours = pair(flux, 0.25)
     results = []
@@ -75,7 +75,7 @@ def test_guaranteed_steps_count(flux):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_several_hooks_of_one_condition(fraction, flux):
+def test_several_hooks_of_one_condition_keep_their_schedules(fraction, flux):
     """Each with a schedule of its own, on top of a LoRA of the model."""
     core, ours = (with_lora(model, forms("loha"), 0.5) for model in pair(flux, fraction))
     results = []
@@ -87,7 +87,7 @@ def test_several_hooks_of_one_condition(fraction, flux):
 
 
 @pytest.mark.parametrize("kind", ["lora", "set"])
-def test_a_default_condition(kind, flux):
+def test_a_default_condition_has_hooks_of_its_own(kind, flux):
     """The condition that fills what masks leave has hooks of its own."""
     results = []
     for model in pair(flux, 0.25):
@@ -112,7 +112,7 @@ def switches(model, conds):
     return after.patch_changes - before.patch_changes, after.patched - before.patched, result
 
 
-def test_a_hooked_and_a_plain_condition(flux):
+def test_a_hooked_and_a_plain_condition_switch_the_hooked_weights_only(flux):
     """Two switches a step, of the hooked weights only, and no line in the log for each."""
     _, ours = pair(flux, 1.0)
     run(ours)
@@ -128,7 +128,7 @@ def test_a_hooked_and_a_plain_condition(flux):
 
 
 @pytest.mark.parametrize("how", ["one group", "clones", "two groups of one file"])
-def test_conditions_with_the_same_hooks_share_them(how, flux):
+def test_conditions_with_the_same_hooks_switch_once(how, flux):
     """The weights are switched once for all steps."""
     core, ours = pair(flux, 1.0)
     group = hook_lora()
@@ -143,7 +143,7 @@ def test_conditions_with_the_same_hooks_share_them(how, flux):
     assert_same(result, run(core, steps=STEPS, cfg=2.0, cond=conds))
 
 
-def test_the_same_hooks_in_the_next_run(flux):
+def test_the_same_hooks_on_all_conditions_are_put_on_once_a_run(flux):
     """Both conditions hooked: nothing was switched in between, so nothing is computed again."""
     _, ours = pair(flux, 1.0)
     group = hook_lora()
@@ -156,7 +156,7 @@ def test_the_same_hooks_in_the_next_run(flux):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise", "scaled_fp8"])
-def test_hooks_on_a_quantised_file(kind, fraction, quantised_file):
+def test_hooks_on_a_quantised_file_give_what_the_same_lora_gives(kind, fraction, quantised_file):
     """The core cannot do this. Hooks on every condition are to give what the same LoRA on the model gives."""
     core, ours = pair(quantised_file(kind), fraction)
     conds = with_hooks(ours)

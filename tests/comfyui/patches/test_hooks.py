@@ -27,7 +27,7 @@ def masked(model, groups):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
-def test_hook_lora(fraction, flux):
+def test_a_hooked_lora_gives_comfyuis_latents_and_leaves_the_model_plain(fraction, flux):
     core, ours = pair(flux, fraction)
     plain, wanted = run(core, steps=STEPS, cfg=2.0), hooked(core, hook_lora())
     assert not torch.equal(plain, wanted)
@@ -35,7 +35,7 @@ def test_hook_lora(fraction, flux):
     assert_same(run(ours, steps=STEPS, cfg=2.0), plain)
 
 
-def test_keyframes(flux):
+def test_keyframes_give_comfyuis_latents(flux):
     frames = [(0.0, 0.0), (0.5, 0.3), (1.0, 0.7)]
     core, ours = pair(flux, 0.5)
     wanted = hooked(core, hook_lora(keyframes=frames))
@@ -43,7 +43,7 @@ def test_keyframes(flux):
     assert_same(hooked(ours, hook_lora(keyframes=frames)), wanted)
 
 
-def test_masked_conditions(flux):
+def test_masked_conditions_have_loras_of_their_own(flux):
     core, ours = pair(flux, 0.5)
     wanted = masked(core, [hook_lora("lora"), hook_lora("loha", 0.5)])
     assert not torch.equal(wanted, masked(core, [hook_lora("lora"), None]))
@@ -51,7 +51,7 @@ def test_masked_conditions(flux):
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
-def test_hooks_on_top_of_a_lora(weight_dtype, flux):
+def test_a_hook_comes_on_top_of_the_rounded_lora(weight_dtype, flux):
     """The LoRA is rounded before the hook comes on top of it, as the core does."""
     core, ours = (with_lora(model, forms("diff"), 0.5) for model in pair(flux, 0.5, weight_dtype))
     plain = run(core, steps=STEPS, cfg=2.0)
@@ -59,7 +59,7 @@ def test_hooks_on_top_of_a_lora(weight_dtype, flux):
     assert_same(run(ours, steps=STEPS, cfg=2.0), plain)
 
 
-def test_model_as_lora(flux, checkpoint):
+def test_a_model_as_lora_gives_comfyuis_latents(flux, checkpoint):
     other = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL, seed=1))
     weights = comfy.hooks.get_patch_weights_from_model(other)
     core, ours = pair(flux, 0.5)
@@ -68,7 +68,7 @@ def test_model_as_lora(flux, checkpoint):
     assert_same(hooked(ours, comfy.hooks.create_hook_model_as_lora(weights, None, 0.3, 0)), wanted)
 
 
-def test_one_copy_of_the_weights(flux):
+def test_hooked_runs_hold_one_copy_of_the_weights(flux):
     """The core keeps hooked weights beside the plain ones; here one copy changes, within its budget."""
     core, ours = pair(flux, 0.5)
     peaks = []
@@ -107,7 +107,7 @@ def clip_lora():
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_clip_hooks(scheduled, checkpoint):
+def test_hooks_of_a_text_encoder_give_comfyuis_conditioning(scheduled, checkpoint):
     """Set CLIP Hooks, with one encoding for all steps or one for each keyframe."""
     path = checkpoint("clip_l")
     core = comfy.sd.load_clip([path])

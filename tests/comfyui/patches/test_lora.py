@@ -12,7 +12,7 @@ from kit.comfyui.pairs import FRACTIONS, SMALL, assert_same, budget, counters, p
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "glora", "oft", "diff", "set"])
-def test_kinds(kind, flux):
+def test_every_kind_of_lora_gives_comfyuis_latents(kind, flux):
     """What the core's LoraLoader node makes of each kind of file, at two budgets and two strengths."""
     lora = forms(kind)
     for fraction in (1.0, 0.25):
@@ -27,7 +27,7 @@ def test_kinds(kind, flux):
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn", "fp8_e5m2"])
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_budgets(fraction, weight_dtype, checkpoint, tmp_path):
+def test_a_lora_gives_comfyuis_latents_at_any_budget(fraction, weight_dtype, checkpoint, tmp_path):
     """Every matrix patched; in FP8 the patched weights are rounded, and to the same numbers."""
     path = checkpoint("flux", **SMALL)
     lora = comfy.utils.load_torch_file(checkpoints.lora(tmp_path / "lora.safetensors", path))
@@ -41,14 +41,14 @@ def test_budgets(fraction, weight_dtype, checkpoint, tmp_path):
     assert ours.dynamic.peak_resident_bytes <= fraction * core.model_size()
 
 
-def test_stack_of_loras(flux):
+def test_a_stack_of_loras_gives_comfyuis_latents(flux):
     core, ours = pair(flux, 0.5)
     for kind, strength in (("lora", 0.5), ("loha", 0.25), ("dora", 1.0), ("diff", -0.5), ("lora", 0.3)):
         core, ours = (with_lora(model, forms(kind), strength) for model in (core, ours))
     assert_same(run(ours), run(core))
 
 
-def test_differences_in_turn(flux):
+def test_differences_that_take_turns_give_comfyuis_latents(flux):
     """Two files of the kind `diff`, whose patches are tensors in tuples."""
     core, ours = pair(flux, 0.5)
     for seed in (1, 2, 1):
@@ -56,7 +56,7 @@ def test_differences_in_turn(flux):
         assert_same(run(with_lora(ours, lora)), run(with_lora(core, lora)))
 
 
-def test_sd15_convolutions(checkpoint, tmp_path):
+def test_a_lora_on_a_convolution_gives_comfyuis_latents(checkpoint, tmp_path):
     """Convolutions have LoRAs of four dimensions."""
     path = checkpoint("sd15_unet", mult=(1,))
     core, ours = pair(path, 0.5)
@@ -67,7 +67,7 @@ def test_sd15_convolutions(checkpoint, tmp_path):
     assert_same(run(with_lora(ours, lora), steps=1), wanted)
 
 
-def test_text_encoder(checkpoint):
+def test_a_lora_on_a_text_encoder_gives_comfyuis_conditioning(checkpoint):
     """The CLIP half of a LoRA, and the CLIP without it afterwards."""
     from spillway.patcher.comfyui.loading import load as comfy_load
 
@@ -89,7 +89,7 @@ def test_text_encoder(checkpoint):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_clones_alternate(fraction, flux):
+def test_clones_with_different_loras_take_turns(fraction, flux):
     """Clones with different LoRAs share one engine and take turns."""
     core, ours = pair(flux, fraction)
     loras = [None, forms("lora"), forms("diff"), forms("loha")]
@@ -136,7 +136,7 @@ def test_offloaded_patches_are_kept_in_pins(pinned, flux):
     assert (ours.pinned_memory_size() > 0) == bool(pinned)
 
 
-def test_model_merge(checkpoint):
+def test_comfyuis_merge_nodes_give_the_same_latents_of_our_models(checkpoint):
     """The core's merge nodes: the weights of the second model are read where they lie."""
     from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple, ModelSubtract
 
@@ -155,7 +155,7 @@ def test_model_merge(checkpoint):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_weight_wrappers(fraction, flux):
+def test_a_weight_wrapper_is_applied_after_loras(fraction, flux):
     """`add_weight_wrapper`: a function of the weight, applied at each use, after LoRAs."""
     core, ours = pair(flux, fraction)
     results = []
@@ -170,7 +170,7 @@ def test_weight_wrappers(fraction, flux):
     assert_same(run(ours), plain)
 
 
-def test_bypass_lora(flux):
+def test_a_bypass_lora_gives_comfyuis_latents(flux):
     """A LoRA beside the weights instead of in them."""
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
         pytest.skip("this ComfyUI has no bypass LoRAs")
@@ -183,7 +183,7 @@ def test_bypass_lora(flux):
 
 
 @pytest.mark.parametrize("kind", ["reshape_weight", "pad_weight"])
-def test_resizing(kind, flux):
+def test_a_patch_may_widen_the_input(kind, flux):
     """Patches that widen the input: the core reads the new width off the idle weight (Flux' control LoRAs)."""
     wide = 128  # 32 channels in patches of 2 x 2, instead of 16
     lora = {"up": numbers(128, 4, scale=0.2), "down": numbers(4, wide, scale=0.2)}
@@ -211,7 +211,7 @@ def test_resizing(kind, flux):
     assert_same(run(ours), run(core))
 
 
-def test_a_lora_that_fits_nothing(flux, caplog):
+def test_a_lora_that_fits_nothing_changes_nothing(flux, caplog):
     core, ours = pair(flux)
     wanted = run(core)
     patched = with_lora(ours, {"diffusion_model.no_such_layer.lora_up.weight": numbers(4, 4)})

@@ -74,7 +74,7 @@ def patch_models(module):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_model_patch(fraction, case):
+def test_a_model_patch_gives_comfyuis_latents_within_the_budget(fraction, case):
     core = comfy.sd.load_diffusion_model(case.path)
     ours = comfy_load.load_diffusion_model(case.path, policy=budget(core, fraction))
     plain, wanted = run(core), run(case.attach(core))
@@ -101,7 +101,7 @@ def test_model_patch(fraction, case):
         assert_same(run(patched), wanted)
 
 
-def test_patch_that_the_core_has_loaded(case):
+def test_a_patch_that_comfyui_has_loaded_goes_over_to_our_model(case):
     """A patch in use by a model of the core's goes over to one of ours, and back."""
     core = case.attach(comfy.sd.load_diffusion_model(case.path))
     ours = case.attach(comfy_load.load_diffusion_model(case.path))

@@ -90,7 +90,7 @@ def no_error_in_the_log(caplog):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", low_rank(8, 8))
-def test_forms(form, dtype, checkpoint, monkeypatch):
+def test_every_form_of_patch_gives_comfyuis_latents(form, dtype, checkpoint, monkeypatch):
     core, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
     lora = file_of(form)
     plain = run(core, steps=1)
@@ -101,7 +101,7 @@ def test_forms(form, dtype, checkpoint, monkeypatch):
     assert_same(run(ours, steps=1), plain)
 
 
-def test_a_part_of_a_matrix(checkpoint, monkeypatch):
+def test_patches_of_parts_of_a_matrix_give_comfyuis_latents(checkpoint, monkeypatch):
     """LoRAs of diffusers have q, k and v by themselves: each patches some rows of the core's one matrix."""
     stem = "transformer.transformer_blocks.0.attn"
     lora = {}
@@ -121,7 +121,7 @@ CONV = "diffusion_model.input_blocks.1.0.in_layers.2"  # 320 -> 320, 3 x 3
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("form", ["locon", "tucker locon", "tucker loha", "lokr", "dora", "diff"])
-def test_convolutions(form, fraction, checkpoint):
+def test_patches_of_convolutions_give_comfyuis_latents(form, fraction, checkpoint):
     """Factors of four dimensions, with and without a core tensor (Tucker)."""
     rank = 4
     tensors = {
@@ -158,7 +158,7 @@ def test_convolutions(form, fraction, checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
-def test_merge_by_blocks_of_a_flux(dtype, checkpoint, monkeypatch):
+def test_a_merge_by_blocks_of_a_flux_gives_comfyuis_latents(dtype, checkpoint, monkeypatch):
     ratios = {"double_blocks.0.": 0.2, "single_blocks.0.": 0.7, "img_in": 1.0, "final_layer.": 0.0}
     results = []
     first = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
@@ -170,7 +170,7 @@ def test_merge_by_blocks_of_a_flux(dtype, checkpoint, monkeypatch):
     assert not torch.equal(results[0], run(first[0]))
 
 
-def test_merge_by_blocks_of_a_unet(checkpoint):
+def test_a_merge_by_blocks_of_a_unet_gives_comfyuis_latents(checkpoint):
     paths = [checkpoint("sd15_unet", mult=(1,)), checkpoint("sd15_unet", mult=(1,), seed=1)]
     (core, ours), (core2, ours2) = (pair(path, 0.5) for path in paths)
     results = [
@@ -181,7 +181,7 @@ def test_merge_by_blocks_of_a_unet(checkpoint):
     assert not torch.equal(results[0], run(core, steps=1))
 
 
-def test_merge_of_text_encoders(checkpoint):
+def test_a_merge_of_text_encoders_gives_comfyuis_conditioning(checkpoint):
     paths = [checkpoint("clip_l", layers=12), checkpoint("clip_l", layers=12, seed=1)]
     cores = [comfy.sd.load_clip([path]) for path in paths]
     ours = [comfy_load.load_clip([path], policy=budget(cores[0].patcher, 0.5)) for path in paths]
@@ -195,7 +195,7 @@ def test_merge_of_text_encoders(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])
-def test_a_model_as_lora(dtype, checkpoint, monkeypatch):
+def test_a_model_as_lora_differs_from_the_weight_in_the_models_dtype(dtype, checkpoint, monkeypatch):
     """The difference is to the weight in the model's own dtype, whatever the file has."""
     core, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
     other = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL, seed=1))

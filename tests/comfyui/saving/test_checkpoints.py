@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("output")
 TEXT = "text_model.encoder.layers.3.self_attn.q_proj"
 
 
-def test_checkpoint(checkpoint, tmp_path, small_parts):
+def test_a_saved_checkpoint_is_comfyuis_and_loads_there(checkpoint, tmp_path, small_parts):
     """Model, text encoder and VAE, the first two with LoRAs; what the core's node writes, and it loads."""
     path = checkpoint("sd15")
     stem = "lora_te_" + TEXT.replace(".", "_")
@@ -58,7 +58,7 @@ def test_checkpoint(checkpoint, tmp_path, small_parts):
     assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core[2], latent))
 
 
-def test_checkpoint_with_clip_vision(checkpoint):
+def test_a_saved_checkpoint_has_the_clip_vision(checkpoint):
     with checkpoints.small_clip_vision():
         path = checkpoint("unclip")
         core = comfy.sd.load_checkpoint_guess_config(path, output_clipvision=True)
@@ -73,7 +73,7 @@ def test_checkpoint_with_clip_vision(checkpoint):
             assert torch.equal(got[f"embedder.model.visual.{key}"], tensor.bfloat16())
 
 
-def test_text_encoders_that_the_core_joins():
+def test_weights_that_comfyui_joins_are_joined_lazily():
     """SD 2's and SDXL's query, key and value are one tensor in a checkpoint."""
     from comfy.diffusers_convert import convert_text_enc_state_dict_v20
 

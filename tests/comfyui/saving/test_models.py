@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
-def test_as_the_core_saves(fraction, checkpoint, tmp_path, small_parts):
+def test_a_saved_model_is_comfyuis_file_at_any_budget(fraction, checkpoint, tmp_path, small_parts):
     """A LoRA on every layer: the core's file bit for bit, at any budget, before and after a run."""
     path = checkpoint("flux", **SMALL, dtype=torch.float32)
     lora = everywhere(path, tmp_path)
@@ -41,7 +41,7 @@ def test_as_the_core_saves(fraction, checkpoint, tmp_path, small_parts):
 
 
 @pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name not in QUANTISATIONS])
-def test_dtypes(dtype, checkpoint, tmp_path, small_parts):
+def test_a_saved_dtype_rounds_the_patched_weights(dtype, checkpoint, tmp_path, small_parts):
     """The patched weights in the rounding of the dtype; as loaded is the file's, though a CPU computes in fp32."""
     path = checkpoint("flux", **SMALL)
     lora = everywhere(path, tmp_path)
@@ -57,7 +57,7 @@ def test_dtypes(dtype, checkpoint, tmp_path, small_parts):
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "glora", "oft", "diff", "set"])
-def test_kinds_of_patches(kind, checkpoint, small_parts):
+def test_every_kind_of_patch_is_saved_as_comfyui_saves_it(kind, checkpoint, small_parts):
     path = checkpoint("flux", **SMALL, dtype=torch.float32)
     models = [with_lora(load(path), forms(kind), 0.8) for load in (comfy.sd.load_diffusion_model, load_diffusion_model)]
     wanted, _ = read(core_save(models[0]))
@@ -67,7 +67,7 @@ def test_kinds_of_patches(kind, checkpoint, small_parts):
     assert not torch.equal(got[f"{PREFIX}{QKV[16:]}.weight"], plain.tensor(f"{QKV[16:]}.weight"))
 
 
-def test_patches_of_some_rows(checkpoint, small_parts):
+def test_patches_of_some_rows_are_saved_as_comfyui_saves_them(checkpoint, small_parts):
     """As the core makes them of LoRAs with a matrix for each of query, key and value; and several on one weight."""
     path = checkpoint("flux", **SMALL, dtype=torch.float32)
     files = []
@@ -82,7 +82,7 @@ def test_patches_of_some_rows(checkpoint, small_parts):
     assert_same_tensors(files[1], files[0])
 
 
-def test_the_cores_models(checkpoint, tmp_path, small_parts):
+def test_models_of_comfyui_are_saved_whatever_is_loaded(checkpoint, tmp_path, small_parts):
     """Models that are not ours, patched in memory by a run or not, with a clone's patches or their own."""
     path = checkpoint("flux", **SMALL)
     lora = everywhere(path, tmp_path)
@@ -97,7 +97,7 @@ def test_the_cores_models(checkpoint, tmp_path, small_parts):
             assert_same_tensors(read(save(model))[0], tensors)
 
 
-def test_models_of_ours_with_other_patches_attached(checkpoint, tmp_path):
+def test_models_of_ours_are_saved_whatever_is_attached(checkpoint, tmp_path):
     path = checkpoint("flux", **SMALL)
     plain = load_diffusion_model(path)
     one, other = with_lora(plain, everywhere(path, tmp_path), 0.7), with_lora(plain, forms("lora"), 1.0)
@@ -111,7 +111,7 @@ def test_models_of_ours_with_other_patches_attached(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
-def test_fp8_without_scales(weight_dtype, checkpoint, tmp_path):
+def test_fp8_without_scales_is_kept(weight_dtype, checkpoint, tmp_path):
     """The loader's choice of a smaller dtype is kept, and rounded as for the run."""
     path = checkpoint("flux", **SMALL)
     lora = everywhere(path, tmp_path)
@@ -124,14 +124,14 @@ def test_fp8_without_scales(weight_dtype, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options"), [("wan", {"layers": 1}), ("z_image", {"layers": 1}), ("sd15_unet", {"mult": (1,)})]
 )
-def test_other_architectures(kind, options, checkpoint, tmp_path, small_parts):
+def test_other_architectures_are_saved_as_comfyui_saves_them(kind, options, checkpoint, tmp_path, small_parts):
     path = checkpoint(kind, **options, dtype=torch.float32)
     lora = everywhere(path, tmp_path)
     core, ours = with_lora(comfy.sd.load_diffusion_model(path), lora), with_lora(load_diffusion_model(path), lora)
     assert_same_tensors(read(save(ours))[0], read(core_save(core))[0])
 
 
-def test_resized_weights(checkpoint):
+def test_resized_weights_are_saved_as_comfyui_saves_them(checkpoint):
     path = checkpoint("flux", **SMALL, dtype=torch.float32)
     files = []
     for load, saver in ((comfy.sd.load_diffusion_model, core_save), (load_diffusion_model, save)):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name in QUANTISATIONS])
-def test_quantised(dtype, checkpoint, tmp_path, small_parts):
+def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkpoint, tmp_path, small_parts):
     """The core's own quantisation of its own patched weights, in the blocks; it loads here and there, and runs."""
     path = checkpoint("flux", **SMALL)
     lora = everywhere(path, tmp_path)
@@ -93,7 +93,7 @@ def test_a_matrix_of_zeros_is_quantised(checkpoint):
     assert bool((got[key].float() == 0).all()) and torch.isfinite(got[f"{key}_scale"])
 
 
-def test_the_cores_quantised_models(checkpoint, tmp_path):
+def test_quantised_models_of_comfyui_are_saved_whatever_is_loaded(checkpoint, tmp_path):
     """While another clone's patches are in the core's memory."""
     plain = comfy.sd.load_diffusion_model(save(load_diffusion_model(checkpoint("flux", **SMALL)), "fp8_e4m3fn scaled"))
     one, other = with_lora(plain, forms("lora"), 0.7), with_lora(plain, forms("loha"), 1.0)
