@@ -78,9 +78,9 @@ def test_a_model_that_was_run_before_is_compiled(checkpoint):
 
 
 def test_an_adopted_model_is_compiled(checkpoint):
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
-    wanted = run(core)
-    assert_same(run(compiled(dynamic_model(core))), wanted)
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    wanted = run(classic)
+    assert_same(run(compiled(dynamic_model(classic))), wanted)
     assert engine.compile_count() == 2
 
 

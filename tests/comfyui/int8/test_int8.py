@@ -124,7 +124,7 @@ def test_comfyui_makes_room_for_the_quantised_size(flux):
 
 
 def requantised(path, target, kind, **conf):
-    """A copy of a Flux file with its large matrices in a format of the core's."""
+    """A copy of a Flux file with its large matrices in a format of ComfyUI's."""
     layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     out = {}
     for name, tensor in comfy.utils.load_torch_file(path).items():
@@ -159,10 +159,10 @@ def test_a_scaled_fp8_file_is_quantised_with_its_loras(flux, tmp_path):
 )
 def test_an_int8_file_keeps_its_numbers(conf, flux, tmp_path):
     path = requantised(flux, tmp_path / "int8.safetensors", "int8_tensorwise", **conf)
-    core, ours = pair(path, 0.25)
-    wanted = run(core, STEPS)
+    classic, ours = pair(path, 0.25)
+    wanted = run(classic, STEPS)
     assert_same(run(ours, STEPS), wanted)  # as it is
-    # Asked for INT8, a CPU multiplies faster than by the core's way; the numbers of the weights are the file's.
+    # Asked for INT8, a CPU multiplies faster than by ComfyUI's way; the numbers of the weights are the file's.
     model = load_diffusion_model(path, "int8")
     assert COSINE < cosine(run(model, STEPS), wanted)
     if not conf.get("convrot"):
@@ -173,7 +173,7 @@ def test_an_int8_file_keeps_its_numbers(conf, flux, tmp_path):
         ]
         assert torch.equal(view.qdata, param.source._qdata)
     lora = forms("lora")
-    wanted = run(with_lora(core, lora, 0.6), STEPS)
+    wanted = run(with_lora(classic, lora, 0.6), STEPS)
     assert COSINE < cosine(run(with_lora(model, lora, 0.6), STEPS), wanted)
 
 

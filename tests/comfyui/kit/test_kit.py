@@ -1,4 +1,4 @@
-"""The kit itself, on the core alone: its files load in the core's own loaders, and its runs repeat bit for bit."""
+"""The kit itself, on ComfyUI alone: its files load in ComfyUI's own loaders, and its runs repeat bit for bit."""
 
 import logging
 
@@ -16,7 +16,7 @@ TEXT = "a small red house by the sea"
 
 @pytest.fixture(autouse=True)
 def nothing_missing(caplog):
-    """The core only logs what a file lacks, and only in passing what it has too much of."""
+    """ComfyUI only logs what a file lacks, and only in passing what it has too much of."""
     caplog.set_level(logging.DEBUG)
     yield
     words = "unexpected", "Leftover", "left over keys in diffusion"

@@ -1,4 +1,4 @@
-"""Files and settings that are wrong: the loader nodes say what, where and what to do, and leave the core as it was."""
+"""Files and settings that are wrong: the loader nodes say what, where and what to do, and leave ComfyUI as it was."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import SpillwayPolicy
 from spillway.patcher.comfyui.loading import load as comfy_load
@@ -152,7 +152,7 @@ def test_a_part_may_lack_a_weight_until_that_is_used(checkpoint, folder):
     checkpoints.flux_vae(path, drop=("encoder.conv_in.weight",))
     (vae,) = load_vae(path).args
     image, latent = sampling.image(32, 32), sampling.latent(16, 32, 32)
-    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent))
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(comfyui_vae(checkpoint("flux_vae")), latent))
     with pytest.raises(ValueError, match=r"'encoder\.conv_in\.weight' .* is needed by Conv2d.*incomplete"):
         sampling.vae_encode(vae, image)
 

@@ -1,4 +1,4 @@
-"""What one use of an offloaded layer costs, for each kind of model: the dtype that the host's ops cast to counts."""
+"""What one use of an offloaded layer costs, for each kind of model: the dtype that ComfyUI's ops cast to counts."""
 
 import comfy.sd
 import pytest

@@ -1,6 +1,6 @@
-"""The pack's loaders give, at every memory budget, bit for bit what the core's own loaders give with all in memory.
+"""The pack's loaders give, at every memory budget, bit for bit what ComfyUI's own loaders give with all in memory.
 
-The reference is the core's classic patcher on the CPU.  Budgets are fractions of what the model takes there; at 0 every
+The reference is ComfyUI's classic patcher on the CPU.  Budgets are fractions of what the model takes there; at 0 every
 weight is streamed and nothing may stay.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kit.comfyui import sampling
-from kit.comfyui.pairs import FRACTIONS, assert_same, core_vae
+from kit.comfyui.pairs import FRACTIONS, assert_same, comfyui_vae
 
 ARCHES = ("flux", "wan", "lumina2", "z_image")
 SEEDS = (0, 1)  # two runs: the second starts with whatever the first left resident
@@ -55,7 +55,7 @@ def runs(model, steps=STEPS, size=64):
 
 @functools.cache
 def reference(path, steps=STEPS):
-    """(latents of each seed, bytes of the model) by the core."""
+    """(latents of each seed, bytes of the model) by ComfyUI."""
     model = comfy.sd.load_diffusion_model(path)
     latents = runs(model, steps)
     assert all(part.isfinite().all() for part in latents) and not torch.equal(*latents)
@@ -86,7 +86,7 @@ def test_a_diffusion_model_gives_comfyuis_latents_within_its_budget(arch, fracti
     ("arch", "sizes"), [("lumina2", {"dim": 2304, "layers": 1}), ("z_image", {"dim": 3840, "layers": 0})]
 )
 def test_a_diffusion_model_of_real_width_gives_comfyuis_latents(arch, sizes, checkpoint, load):
-    """These two the core knows by their width: here it needs no help of the kit to recognise them."""
+    """These two ComfyUI knows by their width: here it needs no help of the kit to recognise them."""
     if psutil.virtual_memory().available < 8e9:
         pytest.skip("needs 8 GB of free memory")
     path = checkpoint(arch, **sizes)
@@ -154,7 +154,7 @@ def coded(vae, frames):
 
 @functools.cache
 def vae_reference(path, frames):
-    vae = core_vae(path)
+    vae = comfyui_vae(path)
     return coded(vae, frames), vae.patcher.model_size()
 
 

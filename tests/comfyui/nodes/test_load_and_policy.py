@@ -1,4 +1,4 @@
-"""The nodes, called as the executor calls them: what they return, and that it runs like the core's."""
+"""The nodes, called as the executor calls them: what they return, and that it runs like ComfyUI's."""
 
 import asyncio
 import functools
@@ -9,7 +9,7 @@ import comfy.sd
 import pytest
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy
@@ -47,7 +47,7 @@ def test_a_schema_explains_every_input_and_has_an_id_of_the_packs_own(node):
     assert schema.node_id.startswith("Spillway") or schema.node_id in NAMED_BY_WORKFLOWS
     assert schema.display_name and schema.description and schema.category == "spillway"
     assert all(entry.tooltip for entry in schema.inputs)
-    # The host itself gives output nodes hidden inputs: the prompt, for what they save.
+    # ComfyUI itself gives output nodes hidden inputs: the prompt, for what they save.
     assert set(node.INPUT_TYPES()) <= {"required", "optional"} | ({"hidden"} if schema.is_output_node else set())
     assert schema.outputs
 
@@ -68,7 +68,7 @@ def test_a_loaded_text_encoder_gives_comfyuis_conditioning(file, checkpoint):
 
 
 def test_two_text_encoders_load_as_one(file, checkpoint, monkeypatch):
-    """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which the core accepts only with a configuration."""
+    """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which ComfyUI accepts only with a configuration."""
     load_clip, options = comfy.sd.load_clip, checkpoints.T5XXL_SMALL_OPTIONS
     kinds = ("clip_l", "t5xxl_small")
     wanted = load_clip(
@@ -89,7 +89,7 @@ def test_text_encoders_that_do_not_belong_together_are_an_error(file):
 def test_a_loaded_vae_gives_comfyuis_pictures(file, checkpoint):
     (vae,) = SpillwayLoadVAE.execute(vae_name=file("vae", "flux_vae")).args
     latent = sampling.latent(16, 32, 32)
-    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent))
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(comfyui_vae(checkpoint("flux_vae")), latent))
 
 
 def test_a_checkpoint_of_a_model_alone_has_no_other_outputs(file, checkpoint):
@@ -105,14 +105,16 @@ def test_the_clip_vision_of_a_checkpoint_is_dynamic_too(file, checkpoint):
         model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(
             ckpt_name=name, policy=policy_of(vram_gb=0.0)
         ).args
-        core, _, _, core_vision = comfy.sd.load_checkpoint_guess_config(checkpoint("unclip"), output_clipvision=True)
+        classic, _, _, comfyui_vision = comfy.sd.load_checkpoint_guess_config(
+            checkpoint("unclip"), output_clipvision=True
+        )
     assert clip is None and vae is None and clip_vision.patcher.is_dynamic()
-    outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, core_vision)]
+    outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, comfyui_vision)]
     for name in ("last_hidden_state", "image_embeds", "penultimate_hidden_states"):
         assert outputs[1][name].std() > 0
         assert_same(outputs[0][name], outputs[1][name])
     assert clip_vision.patcher.dynamic.peak_resident_bytes == 0
-    assert_same(run(model, steps=1), run(core, steps=1))
+    assert_same(run(model, steps=1), run(classic, steps=1))
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Merged models: the core's merges bit for bit, quantised models too, and no memory for a second model."""
+"""Merged models: ComfyUI's merges bit for bit, quantised models too, and no memory for a second model."""
 
 import os
 
@@ -34,7 +34,7 @@ def merged(*models, mode=SUM, ratio=0.5, **others):
     return SpillwayMergeModels.execute(**given, mode=mode, ratio=ratio, **{**LIKE_RATIO, **others}).args[0]
 
 
-def core_merged(node, *models, **options):
+def comfyui_merged(node, *models, **options):
     return getattr(node(), node.FUNCTION)(*models, **options)[0]
 
 
@@ -58,30 +58,32 @@ def assert_same_weights(got, wanted):
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_a_weighted_sum_is_comfyuis_bit_for_bit(fraction, paths):
     """With LoRAs on both; run and saved."""
-    core = [comfy.sd.load_diffusion_model(path) for path in paths[:2]]
-    ours = [load_diffusion_model(path, policy=budget(core[0], fraction)) for path in paths[:2]]
-    core, ours = ([with_lora(one, forms("lora")), with_lora(other, forms("dora"))] for one, other in (core, ours))
-    # The core's ratio is the first model's share.
-    wanted = core_merged(ModelMergeSimple, *core, ratio=0.7)
+    classic = [comfy.sd.load_diffusion_model(path) for path in paths[:2]]
+    ours = [load_diffusion_model(path, policy=budget(classic[0], fraction)) for path in paths[:2]]
+    classic, ours = ([with_lora(one, forms("lora")), with_lora(other, forms("dora"))] for one, other in (classic, ours))
+    # ComfyUI's ratio is the first model's share.
+    wanted = comfyui_merged(ModelMergeSimple, *classic, ratio=0.7)
     got = merged(*ours, ratio=0.3)
     wanted_run = run(wanted)
-    assert not torch.equal(wanted_run, run(core[0]))
+    assert not torch.equal(wanted_run, run(classic[0]))
     assert torch.allclose(run(got), wanted_run, rtol=1e-4, atol=1e-5)  # 1 - 0.7 is not quite 0.3
-    exact = core_merged(ModelMergeSimple, *core, ratio=0.75)
+    exact = comfyui_merged(ModelMergeSimple, *classic, ratio=0.75)
     assert_same(run(merged(*ours, ratio=0.25)), run(exact))
     assert_same_weights(merged(*ours, ratio=0.25), exact)
-    assert_same_weights(merged(ours[0], core[1], ratio=0.25), exact)
-    assert_same_weights(merged(core[0], ours[1], ratio=0.25), exact)
-    assert_same(run(merged(*ours, ratio=0.0)), run(core[0]))
+    assert_same_weights(merged(ours[0], classic[1], ratio=0.25), exact)
+    assert_same_weights(merged(classic[0], ours[1], ratio=0.25), exact)
+    assert_same(run(merged(*ours, ratio=0.0)), run(classic[0]))
 
 
 def test_the_groups_of_a_u_net_are_those_of_comfyuis_node(checkpoint):
-    core, ours = (
+    classic, ours = (
         [load(checkpoint("sd15_unet", mult=(1,), dtype=torch.float32, seed=seed)) for seed in (0, 1)]
         for load in (comfy.sd.load_diffusion_model, load_diffusion_model)
     )
-    wanted = core_merged(
-        ModelMergeBlocks, *core, **{"input": 0.75, "middle": 0.5, "out": 0.25, "time": 1.0, "label": 1.0, "out.": 1.0}
+    wanted = comfyui_merged(
+        ModelMergeBlocks,
+        *classic,
+        **{"input": 0.75, "middle": 0.5, "out": 0.25, "time": 1.0, "label": 1.0, "out.": 1.0},
     )
     assert_same_weights(merged(*ours, early=0.25, middle=0.5, late=0.75, other=0.0), wanted)
 
@@ -106,9 +108,9 @@ def test_three_models_are_summed_by_their_ratios(paths):
 
 
 def test_an_added_difference_is_near_comfyuis(paths):
-    core, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
-    wanted = core_merged(ModelAdd, core[0], core_merged(ModelSubtract, *core[1:], multiplier=0.5))
-    # The core multiplies what stands there too: (0.5 model2 - 0.5 model3) is added to model1.
+    classic, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
+    wanted = comfyui_merged(ModelAdd, classic[0], comfyui_merged(ModelSubtract, *classic[1:], multiplier=0.5))
+    # ComfyUI multiplies what stands there too: (0.5 model2 - 0.5 model3) is added to model1.
     got = merged(*ours, mode=DIFFERENCE, ratio=0.5)
     assert torch.allclose(run(got), run(wanted), rtol=1e-3, atol=1e-4)
     assert_same(run(merged(ours[0], ours[1], ours[1], mode=DIFFERENCE, ratio=0.0)), run(ours[0]))

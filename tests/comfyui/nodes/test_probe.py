@@ -26,11 +26,11 @@ NAMES = {
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_the_kind_of_a_file_is_named_as_comfyui_loads_it(kind, checkpoint):
-    options, words, host_name = NAMES[kind]
+    options, words, comfyui_name = NAMES[kind]
     path = checkpoint(kind, **options)
     lines = SpillwayProbeModel.execute(file=f"checkpoints/{os.path.basename(path)}").args[0].splitlines()
     assert lines[0] == f"{os.path.basename(path)}: {words}"
-    assert (lines[-1] == f"ComfyUI loads it as: {host_name}") == (host_name is not None)
+    assert (lines[-1] == f"ComfyUI loads it as: {comfyui_name}") == (comfyui_name is not None)
     assert f"checkpoints/{os.path.basename(path)}" in _files()
 
 

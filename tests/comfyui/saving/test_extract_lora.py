@@ -1,4 +1,4 @@
-"""Extracted LoRAs: the core's loader makes the tuned model of the base with them."""
+"""Extracted LoRAs: ComfyUI's loader makes the tuned model of the base with them."""
 
 import os
 
@@ -38,7 +38,7 @@ def near(got, wanted, plain, share=0.01):
 def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
     """Of the rank that was put in; on three matrices, and on no other."""
     path = checkpoint("flux", **SMALL)
-    core, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    classic, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
     tuned = with_lora(ours, forms("lora"), 1.0)
     file, tensors = extract(tuned, ours)
     assert set(tensors) == {f"{stem}.lora_{side}.weight" for stem in (QKV, LINEAR, MLP) for side in ("up", "down")}
@@ -47,10 +47,10 @@ def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
         difference = forms("lora")[f"{stem}.lora_up.weight"] @ forms("lora")[f"{stem}.lora_down.weight"] * 0.5
         found = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
         assert (found - difference).norm() < 1e-4 * difference.norm()
-    again = with_lora(core, comfy.utils.load_torch_file(file))
+    again = with_lora(classic, comfy.utils.load_torch_file(file))
     assert "NOT LOADED" not in caplog.text.upper()
-    near(run(again), run(tuned), run(core))
-    assert open(extract(tuned, core)[0], "rb").read() == open(file, "rb").read()  # noqa: SIM115
+    near(run(again), run(tuned), run(classic))
+    assert open(extract(tuned, classic)[0], "rb").read() == open(file, "rb").read()  # noqa: SIM115
 
 
 def test_biases_norms_and_differences_of_full_rank_are_extracted(checkpoint, caplog):

@@ -1,4 +1,4 @@
-"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give the core's pictures."""
+"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give ComfyUI's pictures."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def graph(loaders):
     return prompt
 
 
-CORE = {
+THEIRS = {
     "model": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
     "clip": node("CLIPLoader", clip_name="clip.safetensors", type="stable_diffusion"),
     "vae": node("VAELoader", vae_name="flux.safetensors"),
@@ -181,12 +181,12 @@ def test_the_server_knows_our_nodes(server):
 
 
 def test_our_loaders_and_make_dynamic_give_comfyuis_pictures(server):
-    """The pack's loaders; then its Make Dynamic behind the core's loaders: all give the core's pictures."""
-    wanted = server.pictures(graph(CORE))
+    """The pack's loaders; then its Make Dynamic behind ComfyUI's loaders: all give ComfyUI's pictures."""
+    wanted = server.pictures(graph(THEIRS))
     assert set(wanted) == {"flux", "sd15"} and all(image.std() > 1 for image in wanted.values())
     ours = server.pictures(graph(OURS))
 
-    made = graph(CORE)
+    made = graph(THEIRS)
     made["policy"] = POLICY
     made["dynamic"] = node(
         "SpillwayMakeDynamic",
