@@ -276,7 +276,7 @@ def mypy_engine(python: str) -> int:
             copy = package / source.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
-        (package / "__init__.py").touch()  # empty: the real one leads to the host layer
+        (package / "__init__.py").touch()  # empty: the real one leads to ComfyUI's side
         cache = ROOT / ".mypy_cache"
         options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache), "-p", "spillway"]
         done = subprocess.run([python, "-m", "mypy", *options], cwd=folder, capture_output=True, text=True)

@@ -16,7 +16,7 @@ DEVICES = {"cpu": lambda: None, "deferred": SimDevice, "overtaking": lambda: Sim
 
 
 class Linear(torch.nn.Linear):
-    """Gives its weight to `linear`, as the core's layers do."""
+    """Gives its weight to `linear`, as ComfyUI's layers do."""
 
     def __init__(self, width):
         super().__init__(width, width)

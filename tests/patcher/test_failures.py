@@ -158,7 +158,7 @@ def test_out_of_memory_between_layers_runs_the_model_again(tmp_path, device, mak
 
 
 class Interrupt(BaseException):
-    """What the host raises to stop a run; no Exception, as KeyboardInterrupt is none."""
+    """What ComfyUI raises to stop a run; no Exception, as KeyboardInterrupt is none."""
 
 
 class Scarce(SimDevice):

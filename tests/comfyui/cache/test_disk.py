@@ -53,7 +53,7 @@ def test_what_is_damaged_is_made_again(installed, user):
     assert sorted(Executor().run(prompt())) == sorted(ALL)
 
 
-def test_a_model_file_that_changed_makes_another_name(installed, user, models_dir):
+def test_a_model_file_that_changed_gives_another_name(installed, user, models_dir):
     from spillway.cache.comfyui import disk as comfy_disk
 
     path = models_dir / "checkpoints" / "changing.safetensors"

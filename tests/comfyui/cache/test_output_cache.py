@@ -17,7 +17,7 @@ def test_what_was_made_is_not_made_again(executor):
     assert executor.run(prompt(seed=1)) == again, "an earlier prompt's outputs are still there"
 
 
-def test_results_are_those_of_the_hosts_own_cache(executor):
+def test_results_are_those_of_comfyuis_own_cache(executor):
     def history(executor, seeds):
         found = []
         for seed in seeds:
@@ -107,7 +107,7 @@ def test_strange_outputs_are_no_error(executor, caplog):
     assert caplog.text.count("cannot be measured") == 1
 
 
-def test_the_hosts_own_release_calls(executor):
+def test_comfyuis_own_release_calls_free_only_when_ram_is_short(executor):
     engine = executor.limit(1000)
     executor.run(prompt())
     assert executor.cache.ram_release(1 << 40) == 0, "asked to drop what is inactive: RAM is not short"

@@ -25,7 +25,7 @@ from spillway.patcher.policy import Policy
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_same_and_no_recompiles(arch, checkpoint, models_dir):
+def test_a_compiled_model_gives_the_same_latents_and_never_recompiles(arch, checkpoint, models_dir):
     """Uncompiled bit for bit at any residency, with a LoRA at any strength, at other sizes and batches."""
     kinds, options = ARCHITECTURES[arch]
     if arch == "lumina2":
@@ -56,7 +56,7 @@ def test_the_same_and_no_recompiles(arch, checkpoint, models_dir):
     assert not said(model, "uncompiled")
 
 
-def test_a_clone_that_is_not_compiled(checkpoint):
+def test_a_clone_that_is_not_compiled_stays_uncompiled(checkpoint):
     plain = load_diffusion_model(checkpoint("flux", **SMALL))
     wanted = run(load_diffusion_model(checkpoint("flux", **SMALL)))
     both = compiled(plain)
@@ -70,21 +70,21 @@ def test_a_clone_that_is_not_compiled(checkpoint):
     assert engine.compile_count() == graphs
 
 
-def test_a_model_that_was_run_before(checkpoint):
+def test_a_model_that_was_run_before_is_compiled(checkpoint):
     model = load_diffusion_model(checkpoint("flux", **SMALL))
     wanted = run(model)
     assert_same(run(compiled(model)), wanted)
     assert engine.compile_count() == 2
 
 
-def test_an_adopted_model(checkpoint):
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
-    wanted = run(core)
-    assert_same(run(compiled(dynamic_model(core))), wanted)
+def test_an_adopted_model_is_compiled(checkpoint):
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    wanted = run(classic)
+    assert_same(run(compiled(dynamic_model(classic))), wanted)
     assert engine.compile_count() == 2
 
 
-def test_a_checkpoint_of_fp16(checkpoint):
+def test_a_checkpoint_of_fp16_is_compiled(checkpoint):
     path = checkpoint("sd15", mult=(1, 1))
     plain, model = load_checkpoint(path)[0], compiled(load_checkpoint(path)[0])
     assert_same(run(model), run(plain))
@@ -92,12 +92,12 @@ def test_a_checkpoint_of_fp16(checkpoint):
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "int8"])
-def test_quantised_while_loading(weight_dtype, checkpoint, lora_path):
+def test_a_model_quantised_while_loading_never_recompiles(weight_dtype, checkpoint, lora_path):
     check_quantised(checkpoint("flux", **SMALL), weight_dtype, lora_path)
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
-def test_quantised_files(kind, quantised_file, lora_path):
+def test_a_quantised_file_never_recompiles(kind, quantised_file, lora_path):
     """As they are computed with on a CPU: dequantised by layer."""
     check_quantised(quantised_file(kind), "default", lora_path)
 
@@ -123,7 +123,7 @@ def check_quantised(path, weight_dtype, lora_path):
     assert not said(model, "uncompiled")
 
 
-def test_quantised_products_that_cannot_be_traced(quantised_file, monkeypatch):
+def test_blocks_whose_quantised_products_cannot_be_traced_run_uncompiled(quantised_file, monkeypatch):
     """FP8 products on a device that has them: torch cannot follow them, so these blocks run as they are."""
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
     path = quantised_file("float8_e4m3fn")
@@ -134,7 +134,7 @@ def test_quantised_products_that_cannot_be_traced(quantised_file, monkeypatch):
         assert said(model, "its quantised weights (comfy_kitchen) cannot be traced in one piece")
 
 
-def test_a_lora_as_side_branch(checkpoint, lora_path):
+def test_a_lora_as_side_branch_compiles_once_more(checkpoint, lora_path):
     """Another kind of weight: its blocks are compiled once more, and not again for another strength."""
     path = checkpoint("flux", **SMALL)
     policy = Policy(int8_lora="side branch")
@@ -191,13 +191,13 @@ def test_functions_of_other_nodes_are_obeyed(kind, checkpoint):
     assert engine.compile_count() == 2
 
 
-def test_without_the_filter_options_are_guarded(checkpoint):
+def test_a_model_without_the_guard_filter_gives_the_same_latents(checkpoint):
     path = checkpoint("flux", **SMALL)
     model = compiled(load_diffusion_model(path), use_guard_filter=False)
     assert_same(run(model), run(load_diffusion_model(path)))
 
 
-def test_interrupt(checkpoint):
+def test_an_interrupt_gives_the_loans_back(checkpoint):
     path = checkpoint("flux", **SMALL)
     wanted = run(load_diffusion_model(path))
     model = with_budget(compiled(load_diffusion_model(path)), 0.0)

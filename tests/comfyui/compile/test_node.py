@@ -15,7 +15,7 @@ from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
 
-def test_inputs_and_defaults():
+def test_inputs_and_defaults_are_those_of_stored_workflows():
     schema = INT8LazyTorchCompile.define_schema()
     assert [entry.id for entry in schema.inputs] == ORDER
     assert [entry.default for entry in schema.inputs[1:]] == STORED
@@ -40,7 +40,7 @@ def test_nothing_is_compiled_before_sampling(checkpoint, caplog):
     assert "disable_dynamic_vram does nothing here" in caplog.text
 
 
-def test_inductor_through_the_node(checkpoint):
+def test_inductor_is_within_its_tolerance(checkpoint):
     """With the values of a workflow file; the C++ code is within its own tolerance of ATen's."""
     path = checkpoint("wan", **ARCHITECTURES["wan"][1])
     wanted = run(load_diffusion_model(path))
@@ -76,7 +76,7 @@ def test_the_whole_model_is_compiled_by_blocks(checkpoint):
     assert engine.compile_count() == 2
 
 
-def test_a_backend_that_is_not_there(checkpoint, caplog):
+def test_a_backend_that_is_not_there_leaves_the_model_uncompiled(checkpoint, caplog):
     path = checkpoint("flux", **SMALL)
     model = compiled(load_diffusion_model(path), backend="no-such-backend")
     assert_same(run(model), run(load_diffusion_model(path)))

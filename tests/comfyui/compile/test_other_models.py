@@ -24,7 +24,7 @@ from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.policy import Policy
 
 
-def classic(path):
+def load_classic(path):
     return comfy.sd.load_diffusion_model(path)
 
 
@@ -32,10 +32,10 @@ def classic(path):
 
 
 @pytest.mark.parametrize("blocks_only", [True, False])
-def test_a_model_of_the_core(blocks_only, checkpoint):
+def test_a_model_of_comfyui_is_compiled_once_for_all_clones(blocks_only, checkpoint):
     path = checkpoint("flux", **SMALL)
-    wanted = run(classic(path))
-    model = compile_other(classic(path), CompileRequest(backend="eager", blocks_only=blocks_only), True)
+    wanted = run(load_classic(path))
+    model = compile_other(load_classic(path), CompileRequest(backend="eager", blocks_only=blocks_only), True)
     blocks = list(model.model.diffusion_model.double_blocks)
     for patcher in (model, model.clone()):
         assert_same(run(patcher), wanted)
@@ -46,16 +46,16 @@ def test_a_model_of_the_core(blocks_only, checkpoint):
     assert list(model.model.diffusion_model.double_blocks) == blocks
 
 
-def test_a_model_of_the_core_where_compiling_fails(checkpoint, caplog):
+def test_a_model_of_comfyui_runs_uncompiled_where_compiling_fails(checkpoint, caplog):
     path = checkpoint("flux", **SMALL)
-    model = compile_other(classic(path), CompileRequest(backend="no-such-backend"), True)
+    model = compile_other(load_classic(path), CompileRequest(backend="no-such-backend"), True)
     for _ in range(2):
-        assert_same(run(model), run(classic(path)))
+        assert_same(run(model), run(load_classic(path)))
     assert caplog.text.count(FAILED) == 1 and "no-such-backend" in caplog.text
 
 
 def test_an_interrupt_is_no_failure(checkpoint, caplog):
-    model = compile_other(classic(checkpoint("flux", **SMALL)), CompileRequest(backend="eager"), True)
+    model = compile_other(load_classic(checkpoint("flux", **SMALL)), CompileRequest(backend="eager"), True)
     run(model)
 
     def stop(*_):
@@ -67,7 +67,7 @@ def test_an_interrupt_is_no_failure(checkpoint, caplog):
 
 
 class OldDynamicPatcher(comfy.model_patcher.ModelPatcher):
-    """As in versions of the core that have dynamic models and cannot clone them without it."""
+    """As in versions of ComfyUI that have dynamic models and cannot clone them without it."""
 
     def is_dynamic(self):
         return True
@@ -76,9 +76,9 @@ class OldDynamicPatcher(comfy.model_patcher.ModelPatcher):
         return super().clone()
 
 
-def test_a_core_that_cannot_clone_without_dynamic_vram(checkpoint):
-    core = classic(checkpoint("flux", **SMALL))
-    old = OldDynamicPatcher(core.model, core.load_device, core.offload_device)
+def test_a_comfyui_that_cannot_clone_without_dynamic_vram_is_an_error(checkpoint):
+    classic = load_classic(checkpoint("flux", **SMALL))
+    old = OldDynamicPatcher(classic.model, classic.load_device, classic.offload_device)
     with pytest.raises(
         RuntimeError, match=r"^INT8 Lazy Torch Compile: this ComfyUI version does not support disable_dynamic clone\. "
     ):
@@ -89,7 +89,7 @@ def test_a_core_that_cannot_clone_without_dynamic_vram(checkpoint):
 # -- other nodes on models of ours
 
 
-def test_the_cores_node_on_our_model(checkpoint):
+def test_comfyuis_node_gets_a_classic_model_of_ours(checkpoint):
     """It asks for a classic model and gets one. Its backend for CUDA graphs runs without them on a CPU."""
     path = checkpoint("wan", **ARCHITECTURES["wan"][1])
     ours = load_diffusion_model(path)
@@ -101,7 +101,7 @@ def test_the_cores_node_on_our_model(checkpoint):
 
 
 @pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.double_blocks.0"]], ids=["whole", "block"])
-def test_a_node_that_compiles_our_model_in_place(keys, checkpoint, models_dir):
+def test_a_node_that_compiles_our_model_in_place_is_right_and_named(keys, checkpoint, models_dir):
     """As nodes of other packs do. The layers stay outside, so that weights may come, go and change."""
     path = checkpoint("flux", **SMALL)
     lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
@@ -116,23 +116,23 @@ def test_a_node_that_compiles_our_model_in_place(keys, checkpoint, models_dir):
 def test_the_last_node_of_a_chain_compiles(checkpoint):
     """Ours after another: its wrapper goes, in models of ours and of others."""
     path = checkpoint("flux", **SMALL)
-    for model in (load_diffusion_model(path), classic(path)):
+    for model in (load_diffusion_model(path), load_classic(path)):
         set_torch_compile_wrapper(model, "eager")
         after = as_stored(model)
         wrappers = after.wrappers["apply_model"].get("torch.compile", [])
         assert all(isinstance(wrapper, CompiledModel) for wrapper in wrappers)
 
 
-def test_a_node_that_puts_compiled_blocks_in_place(checkpoint, models_dir, caplog):
+def test_compiled_blocks_put_in_place_take_loras_and_are_named(checkpoint, models_dir, caplog):
     """As an object patch, which would rename the weights inside: a LoRA would miss them."""
     path = checkpoint("flux", **SMALL)
     lora = comfy.utils.load_torch_file(checkpoints.lora(str(models_dir / "loras" / "in-place.safetensors"), path))
     plain, model = load_diffusion_model(path), load_diffusion_model(path).clone()
-    core = comfy.sd.load_diffusion_model(path)
+    classic = comfy.sd.load_diffusion_model(path)
     name = "diffusion_model.double_blocks.0"
-    for patcher in (model, core):
+    for patcher in (model, classic):
         patcher.add_object_patch(name, torch.compile(patcher.get_model_object(name), backend="eager"))
-    for patched in (model, dynamic_model(core)):
+    for patched in (model, dynamic_model(classic)):
         for strength in (0.0, 0.7):
             assert_same(run(with_lora(patched, lora, strength)), run(with_lora(plain, lora, strength)))
     assert caplog.text.count(f"another node compiles '{name}' in place") == 2

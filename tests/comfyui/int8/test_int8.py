@@ -64,7 +64,7 @@ def int8_layers(model):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_latents(kind, checkpoint, record_property):
+def test_latents_in_int8_are_near_the_originals(kind, checkpoint, record_property):
     path = checkpoint(kind, **ARCHITECTURES[kind])
     wanted = sample(load_diffusion_model(path), STEPS)
     model = load_diffusion_model(path, "int8")
@@ -88,7 +88,7 @@ def test_the_same_bits_at_any_residency(fraction, flux):
     assert model.dynamic.peak_resident_bytes <= max(1, int(fraction * whole.dynamic.total_bytes))
 
 
-def test_what_stays_as_it_is(flux):
+def test_sensitive_layers_and_idle_parameters_stay_as_they_are(flux):
     model = load_diffusion_model(flux, "int8")
     run(model, 1)
     names = int8_layers(model)
@@ -103,7 +103,7 @@ def test_what_stays_as_it_is(flux):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn])
-def test_other_dtypes(dtype, checkpoint):
+def test_checkpoints_of_other_dtypes_are_quantised_too(dtype, checkpoint):
     path = checkpoint("flux", **SMALL, dtype=dtype)
     wanted = sample(load_diffusion_model(path), STEPS)
     model = load_diffusion_model(path, "int8")
@@ -111,7 +111,7 @@ def test_other_dtypes(dtype, checkpoint):
     assert len(int8_layers(model)) == 10
 
 
-def test_the_core_makes_room_for_what_is_left(flux):
+def test_comfyui_makes_room_for_the_quantised_size(flux):
     plain, model = load_diffusion_model(flux), load_diffusion_model(flux, "int8")
     run(model, 1)
     weights = [p for b in model.dynamic.bundles for p in b.params if p.int8]
@@ -124,7 +124,7 @@ def test_the_core_makes_room_for_what_is_left(flux):
 
 
 def requantised(path, target, kind, **conf):
-    """A copy of a Flux file with its large matrices in a format of the core's."""
+    """A copy of a Flux file with its large matrices in a format of ComfyUI's."""
     layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     out = {}
     for name, tensor in comfy.utils.load_torch_file(path).items():
@@ -140,7 +140,7 @@ def requantised(path, target, kind, **conf):
     return checkpoints.write(target, out)
 
 
-def test_a_scaled_fp8_file(flux, tmp_path):
+def test_a_scaled_fp8_file_is_quantised_with_its_loras(flux, tmp_path):
     path = requantised(flux, tmp_path / "fp8.safetensors", "float8_e4m3fn")
     wanted = sample(load_diffusion_model(path), STEPS)
     model = load_diffusion_model(path, "int8", Policy(vram_bytes=0))
@@ -157,12 +157,12 @@ def test_a_scaled_fp8_file(flux, tmp_path):
     [{}, {"per_channel": True}, {"convrot": True, "convrot_groupsize": 64}],
     ids=["tensorwise", "per channel", "convrot"],
 )
-def test_int8_files(conf, flux, tmp_path):
+def test_an_int8_file_keeps_its_numbers(conf, flux, tmp_path):
     path = requantised(flux, tmp_path / "int8.safetensors", "int8_tensorwise", **conf)
-    core, ours = pair(path, 0.25)
-    wanted = run(core, STEPS)
+    classic, ours = pair(path, 0.25)
+    wanted = run(classic, STEPS)
     assert_same(run(ours, STEPS), wanted)  # as it is
-    # Asked for INT8, a CPU multiplies faster than by the core's way; the numbers of the weights are the file's.
+    # Asked for INT8, a CPU multiplies faster than by ComfyUI's way; the numbers of the weights are the file's.
     model = load_diffusion_model(path, "int8")
     assert COSINE < cosine(run(model, STEPS), wanted)
     if not conf.get("convrot"):
@@ -173,7 +173,7 @@ def test_int8_files(conf, flux, tmp_path):
         ]
         assert torch.equal(view.qdata, param.source._qdata)
     lora = forms("lora")
-    wanted = run(with_lora(core, lora, 0.6), STEPS)
+    wanted = run(with_lora(classic, lora, 0.6), STEPS)
     assert COSINE < cosine(run(with_lora(model, lora, 0.6), STEPS), wanted)
 
 
@@ -182,7 +182,7 @@ def test_int8_files(conf, flux, tmp_path):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("mode", ["merge", "side branch", "auto"])
-def test_lora(mode, fraction, flux, tmp_path):
+def test_a_lora_is_near_the_originals_and_leaves_no_trace(mode, fraction, flux, tmp_path):
     lora = comfy.utils.load_torch_file(checkpoints.lora(tmp_path / "lora.safetensors", flux))
     plain = load_diffusion_model(flux)
     wanted = run(with_lora(plain, lora, 0.7), STEPS)
@@ -230,7 +230,7 @@ def test_patches_that_are_no_low_rank_sum_are_merged(kind, flux):
     assert cosine(run(with_lora(model, forms(kind), 0.5), STEPS), wanted) > COSINE
 
 
-def test_hooks(flux):
+def test_hooks_are_near_the_originals_and_leave_no_trace(flux):
     plain, model = load_diffusion_model(flux), load_diffusion_model(flux, "int8")
     without = run(model, STEPS)
     assert cosine(hooked(model, hook_lora()), hooked(plain, hook_lora())) > COSINE
@@ -274,7 +274,7 @@ def test_a_classic_clone_says_that_it_is_not_in_int8(flux, caplog):
     assert_same(run(classic, 1), run(load_diffusion_model(flux), 1))
 
 
-def test_a_progress_bar_and_an_interrupt(flux, monkeypatch):
+def test_quantising_shows_progress_and_can_be_interrupted(flux, monkeypatch):
     bars = []
 
     class Bar:
@@ -350,7 +350,7 @@ def conf(**settings):
     ids=["no scale", "misshapen scale", "float weight", "unknown format", "no format", "no JSON"],
 )
 @pytest.mark.parametrize("weight_dtype", ["default", "int8"])
-def test_bad_files(change, words, weight_dtype, flux, tmp_path):
+def test_a_malformed_file_is_an_error_that_names_the_layer(change, words, weight_dtype, flux, tmp_path):
     path = broken(flux, tmp_path / "m.safetensors", change)
     with pytest.raises(SourceError) as caught:
         load_diffusion_model(path, weight_dtype)

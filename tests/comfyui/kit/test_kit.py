@@ -1,4 +1,4 @@
-"""The kit itself, on the core alone: its files load in the core's own loaders, and its runs repeat bit for bit."""
+"""The kit itself, on ComfyUI alone: its files load in ComfyUI's own loaders, and its runs repeat bit for bit."""
 
 import logging
 
@@ -16,7 +16,7 @@ TEXT = "a small red house by the sea"
 
 @pytest.fixture(autouse=True)
 def nothing_missing(caplog):
-    """The core only logs what a file lacks, and only in passing what it has too much of."""
+    """ComfyUI only logs what a file lacks, and only in passing what it has too much of."""
     caplog.set_level(logging.DEBUG)
     yield
     words = "unexpected", "Leftover", "left over keys in diffusion"
@@ -25,7 +25,7 @@ def nothing_missing(caplog):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_diffusion_models(arch, checkpoint):
+def test_comfyui_loads_our_diffusion_models_and_repeats_itself(arch, checkpoint):
     model = comfy.sd.load_diffusion_model(checkpoint(arch))
     assert sampling.arch_of(model) == arch.removesuffix("_unet")
     first = sampling.sample(model, steps=2)
@@ -37,14 +37,14 @@ def test_diffusion_models(arch, checkpoint):
     assert not torch.equal(first, sampling.sample(other, steps=2))
 
 
-def test_fresh_load_repeats(checkpoint):
+def test_a_second_load_gives_the_same_bits(checkpoint):
     """Also a second load of the file, whose buffers lie elsewhere, gives the same bits."""
     runs = [sampling.sample(comfy.sd.load_diffusion_model(checkpoint("flux"))) for _ in range(2)]
     assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize(("arch", "sizes"), [("flux", {"depth": 1, "depth_single": 1}), ("z_image", {"layers": 1})])
-def test_every_weight_counts(arch, sizes, checkpoint):
+def test_every_weight_counts_in_the_latents(arch, sizes, checkpoint):
     model = comfy.sd.load_diffusion_model(checkpoint(arch, **sizes))
     plain = sampling.sample(model, steps=1, width=32, height=32)
     silent = []
@@ -57,7 +57,7 @@ def test_every_weight_counts(arch, sizes, checkpoint):
     assert not silent
 
 
-def test_sd15_checkpoint(checkpoint):
+def test_comfyui_loads_all_parts_of_our_checkpoint(checkpoint):
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint("sd15"))
     cond, pooled = sampling.text_encode(clip, TEXT)
     assert cond.shape == (1, 77, 768) and cond.isfinite().all() and pooled.isfinite().all()
@@ -80,7 +80,7 @@ def test_sd15_checkpoint(checkpoint):
         ("qwen3_06b", "STABLE_DIFFUSION", lambda: checkpoints.small_options(qwen_layers=2), 1024),
     ],
 )
-def test_text_encoders(kind, clip_type, options, width, checkpoint):
+def test_comfyui_loads_our_text_encoders(kind, clip_type, options, width, checkpoint):
     clip = comfy.sd.load_clip([checkpoint(kind)], clip_type=comfy.sd.CLIPType[clip_type], model_options=options())
     cond, _ = sampling.text_encode(clip, TEXT)
     assert cond.shape[-1] == width and cond.isfinite().all()
@@ -89,7 +89,7 @@ def test_text_encoders(kind, clip_type, options, width, checkpoint):
     assert cond.shape != other.shape or not torch.equal(cond, other)
 
 
-def test_two_text_encoders_in_one(checkpoint):
+def test_comfyui_loads_two_of_our_text_encoders_as_one(checkpoint):
     paths = [checkpoint("clip_l", layers=2), checkpoint("t5xxl_small")]
     options = {**checkpoints.small_options(clip_layers=2), **checkpoints.T5XXL_SMALL_OPTIONS}
     clip = comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
@@ -98,7 +98,7 @@ def test_two_text_encoders_in_one(checkpoint):
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("sd_vae", 4), ("flux_vae", 16), ("wan_vae", 16)])
-def test_vaes(kind, channels, checkpoint):
+def test_comfyui_loads_our_vaes(kind, channels, checkpoint):
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(checkpoint(kind)))
     vae.throw_exception_if_invalid()
     encoded = sampling.vae_encode(vae, sampling.image(batch=5 if kind == "wan_vae" else 1))
@@ -109,7 +109,7 @@ def test_vaes(kind, channels, checkpoint):
     assert torch.equal(picture, sampling.vae_decode(vae, encoded / encoded.std()))
 
 
-def test_lora(checkpoint, models_dir):
+def test_comfyui_loads_our_loras(checkpoint, models_dir):
     base = checkpoint("flux")
     path = checkpoints.lora(models_dir / "loras" / "kit.safetensors", base, match="double_blocks")
     model = comfy.sd.load_diffusion_model(base)
@@ -128,12 +128,12 @@ def _load_patch(models_dir, kind, **options):
     return ModelPatchLoader().load_model_patch(path.name)[0]
 
 
-def test_anima_patch_loads(models_dir):
+def test_comfyui_loads_our_anima_patch(models_dir):
     pytest.importorskip("comfy.ldm.anima.lllite")
     assert type(_load_patch(models_dir, "patch_anima_lllite").model).__name__ == "AnimaLLLite"
 
 
-def test_model_patches_load(models_dir):
+def test_comfyui_loads_our_model_patches(models_dir):
     assert type(_load_patch(models_dir, "patch_uso").model).__name__ == "SigLIPMultiFeatProjModel"
     with checkpoints.small_patches(qwen_dim=128, qwen_layers=4, z_dim=256):
         qwen = _load_patch(models_dir, "patch_qwen_diffsynth", dim=128, layers=4).model
@@ -142,7 +142,7 @@ def test_model_patches_load(models_dir):
         assert late.refiner_control and late.additional_in_dim == 17
 
 
-def test_z_image_control(checkpoint, models_dir):
+def test_our_z_image_control_changes_the_latents(checkpoint, models_dir):
     from comfy_extras.nodes_model_patch import ZImageFunControlnet
 
     with checkpoints.small_patches(z_dim=256):
@@ -154,7 +154,7 @@ def test_z_image_control(checkpoint, models_dir):
     assert changed.isfinite().all() and not torch.equal(plain, changed)
 
 
-def test_wan_uni3c(checkpoint, models_dir):
+def test_our_wan_uni3c_changes_the_latents(checkpoint, models_dir):
     pytest.importorskip("comfy.ldm.wan.uni3c")
     from comfy_extras.nodes_model_patch import WanUni3CControlnetApply
 
@@ -166,7 +166,7 @@ def test_wan_uni3c(checkpoint, models_dir):
     assert changed.isfinite().all() and not torch.equal(plain, changed)
 
 
-def test_interrupt_stops_the_core(checkpoint):
+def test_an_interrupt_stops_comfyui(checkpoint):
     model = comfy.sd.load_diffusion_model(checkpoint("wan"))
     steps = []
 
@@ -196,7 +196,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("kind", "options"), WRONG)
-def test_wrong_files_are_refused(kind, options, tmp_path, caplog):
+def test_comfyui_refuses_our_wrong_files(kind, options, tmp_path, caplog):
     path = getattr(checkpoints, kind)(tmp_path / "wrong.safetensors", **options)
     try:
         with pytest.raises(Exception, match=r"."):
@@ -205,7 +205,7 @@ def test_wrong_files_are_refused(kind, options, tmp_path, caplog):
         caplog.clear()
 
 
-def test_missing_key_is_logged(tmp_path, caplog):
+def test_comfyui_logs_a_missing_key(tmp_path, caplog):
     key = "double_blocks.1.img_mlp.2.weight"
     path = checkpoints.missing_key(tmp_path / "gap.safetensors", key)
     assert key not in checkpoints.read_header(path)
@@ -215,13 +215,13 @@ def test_missing_key_is_logged(tmp_path, caplog):
     assert key in said
 
 
-def test_sizes_are_free(checkpoint):
+def test_the_sizes_of_a_file_are_free(checkpoint):
     header = checkpoints.read_header(checkpoint("flux", hidden=384, depth=1, depth_single=3, dtype=torch.float16))
     assert header["img_in.weight"]["shape"] == [384, 64] and header["img_in.weight"]["dtype"] == "F16"
     assert "single_blocks.2.linear1.weight" in header and "double_blocks.1.img_mod.lin.weight" not in header
 
 
-def test_big_tensors_do_not_repeat(tmp_path):
+def test_tensors_larger_than_the_pool_of_numbers_wrap_without_a_seam(tmp_path):
     """A tensor larger than the pool of random numbers wraps around without a seam."""
     size = checkpoints.Noise.SIZE
     path = checkpoints.write(tmp_path / "big.safetensors", {"x": ((5, 1_000_003), torch.float32, 1.0, 2.0)})

@@ -1,4 +1,4 @@
-"""Files and settings that are wrong: the loader nodes say what, where and what to do, and leave the core as it was."""
+"""Files and settings that are wrong: the loader nodes say what, where and what to do, and leave ComfyUI as it was."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import SpillwayPolicy
 from spillway.patcher.comfyui.loading import load as comfy_load
@@ -100,7 +100,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_files(case, folder):
+def test_every_loader_refuses_a_wrong_file_with_its_name_and_the_reason(case, folder):
     build, options, words = WRONG[case]
     options = options if build is checkpoints.not_a_model else {**options, **SMALL}
     for kind, load in LOADERS.items():
@@ -110,7 +110,7 @@ def test_wrong_files(case, folder):
             load(path)
 
 
-def test_pickles(folder):
+def test_a_pickle_is_refused_with_the_way_to_convert_it(folder):
     for kind, load in LOADERS.items():
         for suffix in (".ckpt", ".pt", ".bin"):
             path = folder(kind, f"old{suffix}")
@@ -119,7 +119,7 @@ def test_pickles(folder):
                 load(path)
 
 
-def test_no_such_file(folder):
+def test_a_missing_file_is_an_error_that_says_where_to_put_it(folder):
     for kind, load in LOADERS.items():
         path = folder(kind, "gone.safetensors")
         with pytest.raises(FileNotFoundError, match=r"no file 'gone\.safetensors' in .*Put it there"):
@@ -132,7 +132,7 @@ def test_no_such_file(folder):
 
 
 @pytest.mark.parametrize("key", ["double_blocks.0.img_mlp.2.weight", "single_blocks.0.linear1.bias", "img_in.weight"])
-def test_missing_key(key, folder):
+def test_a_missing_weight_of_the_model_is_an_error_that_names_it(key, folder):
     if key == "img_in.weight":  # which ComfyUI recognises the model by
         words = r"gap\.safetensors: (no model that ComfyUI knows|.*'img_in.weight')"
     else:
@@ -146,18 +146,18 @@ def test_missing_key(key, folder):
             LOADERS[kind](path)
 
 
-def test_missing_key_of_a_part(checkpoint, folder):
+def test_a_part_may_lack_a_weight_until_that_is_used(checkpoint, folder):
     """Other parts may be incomplete, as a VAE without its encoder: only what is not there cannot be used."""
     path = folder("vae", "decoder.safetensors")
     checkpoints.flux_vae(path, drop=("encoder.conv_in.weight",))
     (vae,) = load_vae(path).args
     image, latent = sampling.image(32, 32), sampling.latent(16, 32, 32)
-    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent))
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(comfyui_vae(checkpoint("flux_vae")), latent))
     with pytest.raises(ValueError, match=r"'encoder\.conv_in\.weight' .* is needed by Conv2d.*incomplete"):
         sampling.vae_encode(vae, image)
 
 
-def test_wrong_shape(good, folder):
+def test_a_weight_of_another_shape_is_an_error_that_names_it(good, folder):
     path = folder("diffusion_models", "shape.safetensors")
     entries = comfy.utils.load_torch_file(good[0])
     entries["double_blocks.0.img_mlp.2.weight"] = torch.zeros(128, 500)
@@ -166,7 +166,7 @@ def test_wrong_shape(good, folder):
         load_model(path)
 
 
-def test_unknown_quantisation(good, folder):
+def test_an_unknown_quantisation_is_an_error_that_names_file_and_format(good, folder):
     path = folder("diffusion_models", "someday.safetensors")
     entries = comfy.utils.load_torch_file(good[0])
     words = torch.tensor(list(b'{"format": "int3_someday"}'), dtype=torch.uint8)
@@ -176,14 +176,14 @@ def test_unknown_quantisation(good, folder):
         load_model(path)
 
 
-def test_unknown_text_encoder_type(checkpoint, folder):
+def test_an_unknown_type_of_text_encoder_is_an_error_that_lists_the_known_ones(checkpoint, folder):
     path = folder("text_encoders", "clip.safetensors")
     os.symlink(checkpoint("clip_l"), path)
     with pytest.raises(ValueError, match=r"type 'stable_diffusion_9' is unknown.*Known: stable_diffusion, "):
         load_clip(path, "stable_diffusion_9")
 
 
-def test_model_in_the_wrong_loader(checkpoint, folder):
+def test_a_file_of_another_kind_is_refused_by_name(checkpoint, folder):
     """A VAE given as a diffusion model, and a diffusion model as anything else."""
     path = folder("diffusion_models", "vae.safetensors")
     os.symlink(checkpoint("sd_vae"), path)
@@ -197,13 +197,13 @@ def test_model_in_the_wrong_loader(checkpoint, folder):
 
 
 @pytest.mark.parametrize("name", ["vram_gb", "headroom_gb", "pinned_gb"])
-def test_negative_sizes(name):
+def test_a_negative_size_is_refused_with_the_name_of_its_input(name):
     sizes = {"vram_gb": -1.0, "headroom_gb": -1.0, "pinned_gb": -1.0, name: -0.5}
     with pytest.raises(ValueError, match=rf"{name} is -0\.5; give 0 or more GB, or -1"):
         SpillwayPolicy.execute(**sizes, keep="auto", priority=0)
 
 
-def test_budget_smaller_than_any_bundle(good, folder):
+def test_a_budget_smaller_than_any_bundle_gives_the_right_picture(good, folder):
     """Not an error: nothing stays, the picture is right, and the ledger says why."""
     path = folder("diffusion_models", "small.safetensors")
     os.symlink(good[0], path)

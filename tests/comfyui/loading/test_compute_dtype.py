@@ -1,4 +1,4 @@
-"""What one use of an offloaded layer costs, for each kind of model: the dtype that the host's ops cast to counts."""
+"""What one use of an offloaded layer costs, for each kind of model: the dtype that ComfyUI's ops cast to counts."""
 
 import comfy.sd
 import pytest
@@ -18,7 +18,7 @@ def bundle_of(patcher, key):
     return patcher.dynamic.by_key[key]
 
 
-def test_text_encoder(checkpoint):
+def test_a_text_encoders_layers_cost_their_cast_and_its_tables_do_not(checkpoint):
     """Kept in fp16, computed in fp32. A table is looked up before it is cast."""
     clip = comfy_load.load_clip([checkpoint("clip_l")])
     sampling.text_encode(clip, "a house")
@@ -38,7 +38,7 @@ def test_text_encoder(checkpoint):
     assert linear.offload_cost() == linear.source_bytes + 4 * (2 * weight.source.numel() + bias.source.numel())
 
 
-def test_vae(checkpoint):
+def test_a_vae_costs_a_cast_where_its_file_has_another_dtype(checkpoint):
     """Computed in the dtype that its weights are kept in: the file's is another, which costs the cast."""
     vae = comfy_load.load_vae(checkpoint("sd_vae"))
     sampling.vae_decode(vae, sampling.latent(4, 32, 32))
@@ -49,7 +49,7 @@ def test_vae(checkpoint):
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
-def test_diffusion_model(weight_dtype, checkpoint):
+def test_a_diffusion_model_costs_its_cast_and_a_patched_weight_twice_that(weight_dtype, checkpoint):
     model = comfy_load.load_diffusion_model(checkpoint("flux", **SMALL), weight_dtype)
     run(model, steps=1)
     bundle = bundle_of(model, f"{LINEAR}.weight")

@@ -1,4 +1,4 @@
-"""Make Dynamic: models of the core's loaders, with what they carry, run the same; what came in stays as it was."""
+"""Make Dynamic: models of ComfyUI's loaders, with what they carry, run the same; what came in stays as it was."""
 
 import comfy.model_patcher
 import comfy.sd
@@ -8,7 +8,7 @@ import torch
 from kit.comfyui import sampling
 from kit.comfyui.hooks import hook_lora, hooked
 from kit.comfyui.loras import forms, numbers, with_lora
-from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.load import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
@@ -20,8 +20,8 @@ def make_dynamic(model, **others):
 
 
 @pytest.fixture(params=["its file", "memory"])
-def core(request, checkpoint):
-    """A MODEL of the core's; with a way to load it again, or without (as from a loader that keeps none)."""
+def classic(request, checkpoint):
+    """A MODEL of ComfyUI's; with a way to load it again, or without (as from a loader that keeps none)."""
     model = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     if request.param == "memory":
         model.cached_patcher_init = None
@@ -29,70 +29,70 @@ def core(request, checkpoint):
 
 
 @pytest.mark.parametrize("budget", [None, 1 << 20, 0])
-def test_model(budget, core):
-    wanted = run(core)
-    made, clip, vae = make_dynamic(core, policy=Policy(vram_bytes=budget))
+def test_a_model_made_dynamic_gives_the_originals_latents_within_its_budget(budget, classic):
+    wanted = run(classic)
+    made, clip, vae = make_dynamic(classic, policy=Policy(vram_bytes=budget))
     assert isinstance(made, DynamicModelPatcher) and clip is None and vae is None
-    assert made.model is not core.model
+    assert made.model is not classic.model
     for _ in range(2):
         assert_same(run(made), wanted)
-        assert_same(run(core), wanted)
+        assert_same(run(classic), wanted)
     if budget is not None:
         assert made.dynamic.peak_resident_bytes <= budget
 
 
 @pytest.mark.parametrize("state", ["never run", "loaded", "loaded with a LoRA"])
-def test_model_with_loras(state, core):
+def test_loras_go_with_the_model_whatever_is_loaded(state, classic):
     """Patches go with the model; those that its owner has loaded at the time are not mistaken for weights."""
-    patched = with_lora(with_lora(core, forms("lora"), 0.7), forms("diff"), -0.3)
+    patched = with_lora(with_lora(classic, forms("lora"), 0.7), forms("diff"), -0.3)
     if state != "never run":
-        run(core if state == "loaded" else patched)
+        run(classic if state == "loaded" else patched)
     made, _, _ = make_dynamic(patched)
-    wanted, plain = run(patched), run(core)
+    wanted, plain = run(patched), run(classic)
     assert not torch.equal(wanted, plain)
     assert_same(run(made), wanted)
-    assert_same(run(make_dynamic(core)[0]), plain)
+    assert_same(run(make_dynamic(classic)[0]), plain)
     assert_same(run(with_lora(made, forms("loha"))), run(with_lora(patched, forms("loha"))))
     assert_same(run(patched), wanted)
-    assert_same(run(core), plain)
+    assert_same(run(classic), plain)
 
 
-def test_the_original_is_left_alone(core):
-    run(core)
-    before = {name: (id(tensor), tensor.clone()) for name, tensor in core.model.named_parameters()}
-    classes = [type(module) for module in core.model.modules()]
-    made, _, _ = make_dynamic(core)
+def test_the_original_is_left_alone(classic):
+    run(classic)
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in classic.model.named_parameters()}
+    classes = [type(module) for module in classic.model.modules()]
+    made, _, _ = make_dynamic(classic)
     run(with_lora(made, forms("lora")))
-    assert [type(module) for module in core.model.modules()] == classes
-    for name, tensor in core.model.named_parameters():
+    assert [type(module) for module in classic.model.modules()] == classes
+    for name, tensor in classic.model.named_parameters():
         assert before[name][0] == id(tensor) and torch.equal(before[name][1], tensor)
-    assert not {id(module) for module in core.model.modules()} & {id(module) for module in made.model.modules()}
+    assert not {id(module) for module in classic.model.modules()} & {id(module) for module in made.model.modules()}
 
 
-def test_the_copy_shares_memory(checkpoint):
+def test_the_copy_of_a_model_without_a_file_shares_its_memory(checkpoint):
     """A model without a file is not doubled: its copy has modules of its own around the same tensors."""
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
-    core.cached_patcher_init = None
-    made, _, _ = make_dynamic(core)
-    theirs = {name: tensor.data_ptr() for name, tensor in core.model.named_parameters()}
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    classic.cached_patcher_init = None
+    made, _, _ = make_dynamic(classic)
+    theirs = {name: tensor.data_ptr() for name, tensor in classic.model.named_parameters()}
     assert {name: tensor.data_ptr() for name, tensor in made.model.named_parameters()} == theirs
 
 
-def test_options_and_hooks_go_with_it(core):
+def test_options_and_hooks_go_with_the_model(classic):
     """What other nodes attached: model options, object patches, wrappers, hooks."""
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
-    (core,) = ModelSamplingFlux().patch(core, 1.2, 0.4, 64, 64)
-    core.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)
-    made, _, _ = make_dynamic(core)
-    assert_same(run(made), run(core))
-    assert_same(hooked(made, hook_lora()), hooked(core, hook_lora()))
+    (classic,) = ModelSamplingFlux().patch(classic, 1.2, 0.4, 64, 64)
+    classic.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)
+    made, _, _ = make_dynamic(classic)
+    assert_same(run(made), run(classic))
+    assert_same(hooked(made, hook_lora()), hooked(classic, hook_lora()))
     made.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0)
-    assert len(core.model_options["sampler_post_cfg_function"]) == 1
+    assert len(classic.model_options["sampler_post_cfg_function"]) == 1
 
 
-def test_a_dynamic_model_gets_the_policy(core):
-    made, _, _ = make_dynamic(core, policy=Policy(vram_bytes=1 << 20))
+def test_a_model_that_is_dynamic_already_gets_the_policy(classic):
+    made, _, _ = make_dynamic(classic, policy=Policy(vram_bytes=1 << 20))
     again, _, _ = make_dynamic(made, policy=Policy(vram_bytes=0))
     assert again is not made and again.model is made.model
     assert made.policy.vram_bytes == 1 << 20 and again.policy.vram_bytes == 0
@@ -100,9 +100,9 @@ def test_a_dynamic_model_gets_the_policy(core):
 
 
 @pytest.mark.parametrize("source", ["its file", "memory"])
-def test_clip_and_vae(source, checkpoint):
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
-    clip, vae = comfy.sd.load_clip([checkpoint("clip_l")]), core_vae(checkpoint("flux_vae"))
+def test_a_text_encoder_and_a_vae_made_dynamic_give_the_originals_outputs(source, checkpoint):
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    clip, vae = comfy.sd.load_clip([checkpoint("clip_l")]), comfyui_vae(checkpoint("flux_vae"))
     if source == "memory":
         clip.patcher.cached_patcher_init = vae.patcher.cached_patcher_init = None
     stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
@@ -111,7 +111,7 @@ def test_clip_and_vae(source, checkpoint):
     clip.clip_layer(-2)
     latent = sampling.latent(16, 32, 32)
     texts, picture = sampling.text_encode(clip, "a house"), sampling.vae_decode(vae, latent)
-    _, made_clip, made_vae = make_dynamic(core, clip=clip, vae=vae)
+    _, made_clip, made_vae = make_dynamic(classic, clip=clip, vae=vae)
     assert made_clip.patcher.is_dynamic() and made_vae.patcher.is_dynamic() and not vae.patcher.is_dynamic()
     for _ in range(2):
         assert_same(sampling.text_encode(made_clip, "a house"), texts)
@@ -127,32 +127,32 @@ class Packed(torch.Tensor):
     """A tensor class as other packs bring them: nobody but its own ops knows how its bytes are laid out."""
 
 
-def test_unknown_tensor_class(checkpoint):
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
-    core.cached_patcher_init = None
-    core.model.diffusion_model.img_in.weight = torch.nn.Parameter(
-        core.model.diffusion_model.img_in.weight.detach().as_subclass(Packed), requires_grad=False
+def test_a_tensor_class_that_cannot_be_laid_out_is_refused_with_its_key(checkpoint):
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    classic.cached_patcher_init = None
+    classic.model.diffusion_model.img_in.weight = torch.nn.Parameter(
+        classic.model.diffusion_model.img_in.weight.detach().as_subclass(Packed), requires_grad=False
     )
     with pytest.raises(Unsupported, match=r"'diffusion_model\.img_in\.weight' is a Packed.*own loader"):
-        make_dynamic(core)
+        make_dynamic(classic)
 
 
-def test_vae_that_is_never_offloaded(checkpoint):
-    core, vae = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)), core_vae(checkpoint("flux_vae"))
+def test_a_vae_that_is_never_offloaded_is_refused(checkpoint):
+    classic, vae = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)), comfyui_vae(checkpoint("flux_vae"))
     vae.disable_offload = True
     with pytest.raises(Unsupported, match=r"never offloads; connect it directly"):
-        make_dynamic(core, vae=vae)
+        make_dynamic(classic, vae=vae)
 
 
-def test_a_model_that_comfyui_has_mapped(checkpoint, monkeypatch):
-    """The core's own dynamic models lie where only the core can read them, unless their loader can load them again."""
-    core = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+def test_a_model_that_comfyui_has_mapped_is_refused(checkpoint, monkeypatch):
+    """ComfyUI's own dynamic models lie where only ComfyUI can read them, unless their loader can load them again."""
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda self: True)
-    core.cached_patcher_init = None
+    classic.cached_patcher_init = None
     with pytest.raises(Unsupported, match=r"own dynamic VRAM has mapped this model.*Spillway loaders"):
-        make_dynamic(core)
+        make_dynamic(classic)
 
 
-def test_not_a_patcher():
+def test_what_is_no_patcher_is_refused():
     with pytest.raises(Unsupported, match=r"a dict is no model patcher that Spillway knows.*Spillway loaders"):
         make_dynamic({"model": None})

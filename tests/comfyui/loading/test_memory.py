@@ -31,9 +31,9 @@ def test_loading_is_quick_and_small(measured):
 
 
 @pytest.mark.slow
-def test_memory_comes_back(measured):
+def test_memory_comes_back_after_unloading_and_dropping(measured):
     assert 0 < measured["resident"] <= measured["peak"] <= measured["budget"]
-    assert measured["stepped"] - measured["before"] < 1000  # the core keeps 6 GB of the same model
+    assert measured["stepped"] - measured["before"] < 1000  # ComfyUI keeps 6 GB of the same model
     assert measured["resident after"] == 0
     assert measured["unloaded"] - measured["before"] < 200
     assert measured["dropped"] - measured["before"] < 100

@@ -1,4 +1,4 @@
-"""The dynamic op classes: every layer kind of the core, and its quantised layers, equal to the core's bit for bit."""
+"""The dynamic op classes: every layer kind of ComfyUI, and its quantised layers, equal to ComfyUI's bit for bit."""
 
 import comfy.ops
 import comfy.quant_ops
@@ -55,7 +55,7 @@ def test_every_layer_kind_is_dynamic():
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layer(kind, weight_dtype, input_dtype):
+def test_a_layer_gives_the_bits_of_comfyuis_layer(kind, weight_dtype, input_dtype):
     """Also where the input has another dtype than the weights, and in a module whose weights are another's."""
     if not hasattr(comfy.ops.manual_cast, kind):
         pytest.skip(f"this ComfyUI has no {kind}")
@@ -80,7 +80,7 @@ def test_layer(kind, weight_dtype, input_dtype):
         assert torch.equal(module(x, **call), wanted)
 
 
-def test_layers_without_weights():
+def test_a_layer_without_weights_gives_the_bits_of_comfyuis_layer():
     for kind, arguments in (("LayerNorm", {"elementwise_affine": False}), ("Linear", {"bias": False})):
         plain = getattr(comfy.ops.manual_cast, kind)(
             8, **arguments, **({"out_features": 4} if kind == "Linear" else {})
@@ -99,9 +99,9 @@ QUANTISED = ("float8_e4m3fn", "int8_tensorwise", "scaled_fp8")
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_file(kind, fraction, quantised_file, checkpoint):
-    core, ours = pair(quantised_file(kind), fraction)
-    wanted = run(core)
+def test_a_quantised_file_gives_comfyuis_latents_at_any_residency(kind, fraction, quantised_file, checkpoint):
+    classic, ours = pair(quantised_file(kind), fraction)
+    wanted = run(classic)
     assert wanted.isfinite().all() and not torch.equal(
         wanted, run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)))
     )
@@ -109,24 +109,24 @@ def test_quantised_file(kind, fraction, quantised_file, checkpoint):
         assert_same(run(ours), wanted)
     weight = ours.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
     assert isinstance(weight, comfy.quant_ops.QuantizedTensor)
-    assert ours.dynamic.peak_resident_bytes <= fraction * core.model_size()
+    assert ours.dynamic.peak_resident_bytes <= fraction * classic.model_size()
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_lora_on_a_quantised_file(kind, fraction, quantised_file):
+def test_a_lora_on_a_quantised_file_gives_comfyuis_latents(kind, fraction, quantised_file):
     """Dequantised, patched, quantised again to the same bits; and the original afterwards."""
-    core, ours = pair(quantised_file(kind), fraction)
-    plain = run(core)
+    classic, ours = pair(quantised_file(kind), fraction)
+    plain = run(classic)
     lora = forms("lora")
-    wanted = run(with_lora(core, lora, 0.6))
+    wanted = run(with_lora(classic, lora, 0.6))
     assert not torch.equal(plain, wanted)
     assert_same(run(with_lora(ours, lora, 0.6)), wanted)
     assert_same(run(ours), plain)
 
 
-def test_unknown_quantisation(quantised_file, models_dir):
-    """The core says which format it does not know."""
+def test_comfyui_says_which_quantisation_it_does_not_know(quantised_file, models_dir):
+    """ComfyUI says which format it does not know."""
     from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
     tensors = comfy.utils.load_torch_file(quantised_file("float8_e4m3fn"))

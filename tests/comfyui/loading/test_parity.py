@@ -1,6 +1,6 @@
-"""The pack's loaders give, at every memory budget, bit for bit what the core's own loaders give with all in memory.
+"""The pack's loaders give, at every memory budget, bit for bit what ComfyUI's own loaders give with all in memory.
 
-The reference is the core's classic patcher on the CPU.  Budgets are fractions of what the model takes there; at 0 every
+The reference is ComfyUI's classic patcher on the CPU.  Budgets are fractions of what the model takes there; at 0 every
 weight is streamed and nothing may stay.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kit.comfyui import sampling
-from kit.comfyui.pairs import FRACTIONS, assert_same, core_vae
+from kit.comfyui.pairs import FRACTIONS, assert_same, comfyui_vae
 
 ARCHES = ("flux", "wan", "lumina2", "z_image")
 SEEDS = (0, 1)  # two runs: the second starts with whatever the first left resident
@@ -55,7 +55,7 @@ def runs(model, steps=STEPS, size=64):
 
 @functools.cache
 def reference(path, steps=STEPS):
-    """(latents of each seed, bytes of the model) by the core."""
+    """(latents of each seed, bytes of the model) by ComfyUI."""
     model = comfy.sd.load_diffusion_model(path)
     latents = runs(model, steps)
     assert all(part.isfinite().all() for part in latents) and not torch.equal(*latents)
@@ -73,7 +73,7 @@ def assert_within(patcher, budget, fraction):
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_diffusion_model(arch, fraction, checkpoint, load):
+def test_a_diffusion_model_gives_comfyuis_latents_within_its_budget(arch, fraction, checkpoint, load):
     path = checkpoint(arch)
     wanted, size = reference(path)
     model = load.diffusion_model(path, fraction * size)
@@ -85,8 +85,8 @@ def test_diffusion_model(arch, fraction, checkpoint, load):
 @pytest.mark.parametrize(
     ("arch", "sizes"), [("lumina2", {"dim": 2304, "layers": 1}), ("z_image", {"dim": 3840, "layers": 0})]
 )
-def test_diffusion_model_of_real_width(arch, sizes, checkpoint, load):
-    """These two the core knows by their width: here it needs no help of the kit to recognise them."""
+def test_a_diffusion_model_of_real_width_gives_comfyuis_latents(arch, sizes, checkpoint, load):
+    """These two ComfyUI knows by their width: here it needs no help of the kit to recognise them."""
     if psutil.virtual_memory().available < 8e9:
         pytest.skip("needs 8 GB of free memory")
     path = checkpoint(arch, **sizes)
@@ -115,7 +115,7 @@ def sd15_outputs(model, clip, vae):
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_sd15_checkpoint(fraction, checkpoint, load):
+def test_all_parts_of_a_checkpoint_give_comfyuis_outputs(fraction, checkpoint, load):
     """All three parts of one file; the budget is a fraction of the UNet, and each part has one of its own."""
     path = checkpoint("sd15")
     wanted, sizes = sd15_reference(path)
@@ -138,7 +138,7 @@ def clip_reference(path, clip_type):
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize(("kind", "clip_type"), [("clip_l", "stable_diffusion"), ("t5_base", "stable_audio")])
-def test_text_encoder(kind, clip_type, fraction, checkpoint, load):
+def test_a_text_encoder_gives_comfyuis_conditioning_within_its_budget(kind, clip_type, fraction, checkpoint, load):
     path = checkpoint(kind)
     wanted, size = clip_reference(path, clip_type)
     clip = load.clip([path], clip_type, fraction * size)
@@ -154,13 +154,13 @@ def coded(vae, frames):
 
 @functools.cache
 def vae_reference(path, frames):
-    vae = core_vae(path)
+    vae = comfyui_vae(path)
     return coded(vae, frames), vae.patcher.model_size()
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize(("kind", "frames"), [("sd_vae", 1), ("flux_vae", 1), ("wan_vae", 5)])
-def test_vae(kind, frames, fraction, checkpoint, load):
+def test_a_vae_gives_comfyuis_pictures_within_its_budget(kind, frames, fraction, checkpoint, load):
     path = checkpoint(kind)
     wanted, size = vae_reference(path, frames)
     vae = load.vae(path, fraction * size)
@@ -169,7 +169,7 @@ def test_vae(kind, frames, fraction, checkpoint, load):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
-def test_two_models_alternate(fraction, checkpoint, load):
+def test_two_models_that_alternate_give_comfyuis_latents(fraction, checkpoint, load):
     paths = [checkpoint("flux"), checkpoint("wan")]
     wanted = [reference(path) for path in paths]
     models = [load.diffusion_model(path, fraction * size) for path, (_, size) in zip(paths, wanted, strict=True)]
@@ -192,7 +192,7 @@ def test_a_clone_shares_the_weights(checkpoint, load):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("where", ["between steps", "inside a step"])
-def test_interrupt(where, fraction, checkpoint, load):
+def test_an_interrupted_run_leaves_the_next_one_right(where, fraction, checkpoint, load):
     path = checkpoint("wan")
     wanted, size = reference(path)
     model = load.diffusion_model(path, fraction * size)

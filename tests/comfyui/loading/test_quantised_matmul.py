@@ -1,6 +1,6 @@
-"""Quantised matrix products stay quantised wherever the core would take that path, and leave it only where it does.
+"""Quantised matrix products stay quantised wherever ComfyUI would take that path, and leave it only where it does.
 
-Which path an op takes is seen at the matrix product itself: both sides are quantised tensors, or none is. The core is
+Which path an op takes is seen at the matrix product itself: both sides are quantised tensors, or none is. ComfyUI is
 told that the device multiplies FP8; without that it dequantises every FP8 weight on a CPU.
 """
 
@@ -92,10 +92,10 @@ def quantised_layers(model):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_resident_and_offloaded(kind, fraction, quantised, routes):
-    core, ours = pair(quantised(kind), fraction)
-    layers = len(quantised_layers(core))
-    wanted = routes(core)
+def test_quantised_products_are_taken_at_any_residency(kind, fraction, quantised, routes):
+    classic, ours = pair(quantised(kind), fraction)
+    layers = len(quantised_layers(classic))
+    wanted = routes(classic)
     assert layers == 8 and wanted[0].count(FORMATS[kind]) == layers * STEPS < len(wanted[0])
     for _ in range(2):
         got = routes(ours)
@@ -109,10 +109,10 @@ def test_resident_and_offloaded(kind, fraction, quantised, routes):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_patched_weight_is_quantised_again(kind, fraction, pinned, quantised, routes):
     """The idle weight has a weight function, for whoever reads it without a loan. It must not count while lent."""
-    core, ours = pair(quantised(kind), fraction)
+    classic, ours = pair(quantised(kind), fraction)
     ours.set_policy(ours.policy.with_changes(pinned_bytes=pinned))
     plain, lora = routes(ours), forms("lora")
-    wanted = routes(with_lora(core, lora, 0.6))
+    wanted = routes(with_lora(classic, lora, 0.6))
     patched = with_lora(ours, lora, 0.6)
     layer = ours.model.diffusion_model.double_blocks[0].img_attn.qkv
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_a_patched_weight_is_quantised_again(kind, fraction, pinned, quantised, 
     assert len(layer.weight_function) == 0
 
 
-# What excludes a quantised product. Each is done to the core's model and to ours.
+# What excludes a quantised product. Each is done to ComfyUI's model and to ours.
 def force_cast(model):
     model.force_cast_weights = True
     return model
@@ -163,10 +163,10 @@ EXCLUDED = [
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize(("how", "layers"), EXCLUDED, ids=lambda value: getattr(value, "__name__", None))
-def test_what_excludes_it(how, layers, fraction, quantised, routes):
-    core, ours = pair(quantised("float8_e4m3fn"), fraction)
+def test_what_excludes_a_quantised_product_in_comfyui_excludes_it_here(how, layers, fraction, quantised, routes):
+    classic, ours = pair(quantised("float8_e4m3fn"), fraction)
     plain = routes(ours)
-    wanted = routes(how(core.clone()))
+    wanted = routes(how(classic.clone()))
     got = routes(how(ours.clone()))
     assert got[0] == wanted[0]
     assert got[0].count(FP8) == plain[0].count(FP8) - layers * STEPS and len(got[0]) == len(plain[0])
@@ -174,19 +174,19 @@ def test_what_excludes_it(how, layers, fraction, quantised, routes):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_a_layer_that_its_file_excludes(fraction, quantised, routes):
-    core, ours = pair(quantised("float8_e4m3fn", {"linear1": {"full_precision_matrix_mult": True}}), fraction)
-    wanted, got = routes(core), routes(ours)
+def test_a_layer_that_its_file_excludes_takes_no_quantised_product(fraction, quantised, routes):
+    classic, ours = pair(quantised("float8_e4m3fn", {"linear1": {"full_precision_matrix_mult": True}}), fraction)
+    wanted, got = routes(classic), routes(ours)
     assert got[0] == wanted[0] and got[0].count(FP8) == 7 * STEPS
     assert_same(got[1], wanted[1])
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_a_quantised_input(fraction, quantised):
+def test_a_quantised_input_is_used_as_it_is(fraction, quantised):
     """It is used as it is, by the quantised product."""
-    core, ours = pair(quantised("float8_e4m3fn"), fraction)
+    classic, ours = pair(quantised("float8_e4m3fn"), fraction)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         run(model, steps=1)
         layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
         x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
@@ -197,14 +197,14 @@ def test_a_quantised_input(fraction, quantised):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_metadata_travels(fraction, quantised, routes):
-    """Scales of weights and of inputs, layouts and original dtypes are those of the core's weight, while lent."""
-    core, ours = pair(quantised("float8_e4m3fn", scale=0.02), fraction)
-    wanted, got = routes(core), routes(ours)
+def test_scales_layouts_and_original_dtypes_are_those_of_comfyuis_weight(fraction, quantised, routes):
+    """Scales of weights and of inputs, layouts and original dtypes are those of ComfyUI's weight, while lent."""
+    classic, ours = pair(quantised("float8_e4m3fn", scale=0.02), fraction)
+    wanted, got = routes(classic), routes(ours)
     assert got[0] == wanted[0] and FP8 in got[0]
     assert_same(got[1], wanted[1])
     assert not torch.equal(wanted[1], routes(pair(quantised("float8_e4m3fn"))[0])[1])
-    for theirs, mine in zip(quantised_layers(core), quantised_layers(ours), strict=True):
+    for theirs, mine in zip(quantised_layers(classic), quantised_layers(ours), strict=True):
         with ours.dynamic.caster.borrow(mine.spillway_bundle):
             assert type(mine.weight._params) is type(theirs.weight._params)
             assert vars(mine.weight._params).keys() == vars(theirs.weight._params).keys()
@@ -216,13 +216,13 @@ def test_metadata_travels(fraction, quantised, routes):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_plain_fp8_weights_with_fast_matmul(fraction, checkpoint, routes):
+def test_plain_fp8_weights_take_the_fast_product_with_and_without_a_lora(fraction, checkpoint, routes):
     """The loader's `fp8_e4m3fn_fast`: no scales, and the same path with and without a LoRA."""
     path = checkpoint("flux", **SMALL)
     options = dict(comfy_load.WEIGHT_DTYPES["fp8_e4m3fn_fast"])
-    core, ours = pair(path, fraction, "fp8_e4m3fn_fast")
+    classic, ours = pair(path, fraction, "fp8_e4m3fn_fast")
     assert options["fp8_optimizations"]
-    for model, other in ((core, ours), (with_lora(core, forms("lora")), with_lora(ours, forms("lora")))):
+    for model, other in ((classic, ours), (with_lora(classic, forms("lora")), with_lora(ours, forms("lora")))):
         wanted, got = routes(model), routes(other)
         assert got[0] == wanted[0] and got[0].count(FP8) > 8 * STEPS
         assert_same(got[1], wanted[1])

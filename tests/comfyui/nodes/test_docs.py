@@ -6,7 +6,7 @@ import json
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
 import comfy_extras.nodes_sd3
-import nodes as core_nodes
+import nodes as comfyui_nodes
 import pytest
 
 from kit.pack import ROOT
@@ -17,9 +17,9 @@ LOCALE = ROOT / "locales" / "en"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
 OURS = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
-# The core's nodes that the workflows use, and those that only the frontend knows.
-CORE = {
-    **core_nodes.NODE_CLASS_MAPPINGS,
+# ComfyUI's nodes that the workflows use, and those that only the frontend knows.
+COMFYUI = {
+    **comfyui_nodes.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
@@ -66,7 +66,7 @@ def test_every_part_of_a_node_is_explained(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_help_page(name):
+def test_a_help_page_names_every_input_and_output(name):
     node, text = OURS[name], (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {node.define_schema().display_name}\n")
     sections = text.split("\n## ")
@@ -81,7 +81,7 @@ def test_help_page(name):
         assert sorted(found) == sorted(wanted)
 
 
-def test_no_page_without_a_node():
+def test_there_is_no_page_without_a_node():
     assert {page.stem for page in PAGES.glob("*.md")} == set(OURS)
 
 
@@ -119,20 +119,20 @@ def test_every_node_is_in_a_workflow():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_preview(path):
+def test_a_workflow_has_a_small_preview(path):
     picture = path.with_suffix(".jpg").read_bytes()
     assert picture.startswith(b"\xff\xd8\xff") and len(picture) < MAX_PREVIEW_BYTES
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_nodes_and_values(path):
+def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
     for node in read(path)["nodes"]:
         if node["type"] in NOTES:
             continue
-        assert node["type"] in {**OURS, **CORE}, f"{node['type']} is no node of the core or of this pack"
+        assert node["type"] in {**OURS, **COMFYUI}, f"{node['type']} is no node of ComfyUI or of this pack"
         values = list(node.get("widgets_values", []))
         files = [model["name"] for model in node["properties"].get("models", [])]
-        for name, kind, options, extra in types_and_options({**OURS, **CORE}[node["type"]].INPUT_TYPES()):
+        for name, kind, options, extra in types_and_options({**OURS, **COMFYUI}[node["type"]].INPUT_TYPES()):
             if kind not in WIDGETS or extra.get("forceInput"):
                 continue
             assert values, f"{node['type']}: no value for {name}"
@@ -153,22 +153,22 @@ def test_workflow_nodes_and_values(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_links(path):
+def test_a_workflows_links_fit_their_slots(path):
     workflow = read(path)
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for link, from_id, from_slot, to_id, to_slot, kind in workflow["links"]:
         source, target = by_id[from_id], by_id[to_id]
         output, entry = source["outputs"][from_slot], target["inputs"][to_slot]
         assert link in output["links"] and link == entry["link"]
-        inputs = types_and_options({**OURS, **CORE}[target["type"]].INPUT_TYPES())
+        inputs = types_and_options({**OURS, **COMFYUI}[target["type"]].INPUT_TYPES())
         wanted = dict((name, t) for name, t, *_ in inputs)[entry["name"]]
-        given = {**OURS, **CORE}[source["type"]].RETURN_TYPES[from_slot]
+        given = {**OURS, **COMFYUI}[source["type"]].RETURN_TYPES[from_slot]
         assert output["type"] == given and entry["type"] == wanted
         assert len({given, wanted, kind} - {"*"}) <= 1, f"{given} goes into {wanted}"
     for node in workflow["nodes"]:
         if node["type"] in NOTES:
             continue
         linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
-        required = {**OURS, **CORE}[node["type"]].INPUT_TYPES()["required"]
+        required = {**OURS, **COMFYUI}[node["type"]].INPUT_TYPES()["required"]
         sockets = {name for name, kind, *_ in types_and_options({"required": required}) if kind not in WIDGETS}
         assert sockets <= linked, f"{node['type']}: {', '.join(sockets - linked)} is not connected"

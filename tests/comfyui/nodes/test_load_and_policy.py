@@ -1,4 +1,4 @@
-"""The nodes, called as the executor calls them: what they return, and that it runs like the core's."""
+"""The nodes, called as the executor calls them: what they return, and that it runs like ComfyUI's."""
 
 import asyncio
 import functools
@@ -9,7 +9,7 @@ import comfy.sd
 import pytest
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.pairs import SMALL, assert_same, core_vae, run
+from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy
@@ -39,7 +39,7 @@ def policy_of(**changes):
 
 
 @pytest.mark.parametrize("node", asyncio.run(SpillwayExtension().get_node_list()), ids=lambda node: node.__name__)
-def test_schema(node):
+def test_a_schema_explains_every_input_and_has_an_id_of_the_packs_own(node):
     """What the frontend is told: ids of the pack's own, every input explained, optional ones last and with defaults."""
     node.VALIDATE_CLASS()
     schema = node.GET_SCHEMA()
@@ -47,28 +47,28 @@ def test_schema(node):
     assert schema.node_id.startswith("Spillway") or schema.node_id in NAMED_BY_WORKFLOWS
     assert schema.display_name and schema.description and schema.category == "spillway"
     assert all(entry.tooltip for entry in schema.inputs)
-    # The host itself gives output nodes hidden inputs: the prompt, for what they save.
+    # ComfyUI itself gives output nodes hidden inputs: the prompt, for what they save.
     assert set(node.INPUT_TYPES()) <= {"required", "optional"} | ({"hidden"} if schema.is_output_node else set())
     assert schema.outputs
 
 
 @pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_DTYPES if not name.startswith("int8")])
-def test_load_diffusion_model(weight_dtype, file, checkpoint):
+def test_a_loaded_diffusion_model_gives_comfyuis_latents(weight_dtype, file, checkpoint):
     name = file("diffusion_models", "flux", **SMALL)
     (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype=weight_dtype).args
     options = dict(WEIGHT_DTYPES[weight_dtype])
     assert_same(run(model), run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL), model_options=options)))
 
 
-def test_load_clip(file, checkpoint):
+def test_a_loaded_text_encoder_gives_comfyuis_conditioning(file, checkpoint):
     (clip,) = SpillwayLoadCLIP.execute(clip_name1=file("text_encoders", "clip_l"), type="stable_diffusion").args
     assert clip.patcher.is_dynamic()
     wanted = comfy.sd.load_clip([checkpoint("clip_l")])
     assert_same(sampling.text_encode(clip, "a red house"), sampling.text_encode(wanted, "a red house"))
 
 
-def test_load_two_text_encoders(file, checkpoint, monkeypatch):
-    """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which the core accepts only with a configuration."""
+def test_two_text_encoders_load_as_one(file, checkpoint, monkeypatch):
+    """CLIP-L and a T5-XXL as one CLIP; the T5 is narrow, which ComfyUI accepts only with a configuration."""
     load_clip, options = comfy.sd.load_clip, checkpoints.T5XXL_SMALL_OPTIONS
     kinds = ("clip_l", "t5xxl_small")
     wanted = load_clip(
@@ -80,52 +80,54 @@ def test_load_two_text_encoders(file, checkpoint, monkeypatch):
     assert_same(sampling.text_encode(clip, "a red house"), sampling.text_encode(wanted, "a red house"))
 
 
-def test_two_text_encoders_of_other_types(file):
+def test_text_encoders_that_do_not_belong_together_are_an_error(file):
     names = {"clip_name1": file("text_encoders", "clip_l"), "clip_name2": file("text_encoders", "t5_base")}
     with pytest.raises(ValueError, match=r"(?s)t5_base.*could not read"):
         SpillwayLoadCLIP.execute(**names, type="flux")
 
 
-def test_load_vae(file, checkpoint):
+def test_a_loaded_vae_gives_comfyuis_pictures(file, checkpoint):
     (vae,) = SpillwayLoadVAE.execute(vae_name=file("vae", "flux_vae")).args
     latent = sampling.latent(16, 32, 32)
-    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent))
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(comfyui_vae(checkpoint("flux_vae")), latent))
 
 
-def test_load_checkpoint_of_a_model_alone(file, checkpoint):
+def test_a_checkpoint_of_a_model_alone_has_no_other_outputs(file, checkpoint):
     model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(ckpt_name=file("checkpoints", "flux", **SMALL)).args
     assert clip is None and vae is None and clip_vision is None
     assert_same(run(model), run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))))
 
 
-def test_load_checkpoint_with_clip_vision(file, checkpoint):
+def test_the_clip_vision_of_a_checkpoint_is_dynamic_too(file, checkpoint):
     """An unCLIP checkpoint: its CLIP vision model is dynamic too. It has no text encoder and no VAE."""
     name = file("checkpoints", "unclip")
     with checkpoints.small_clip_vision():
         model, clip, vae, clip_vision = SpillwayLoadCheckpoint.execute(
             ckpt_name=name, policy=policy_of(vram_gb=0.0)
         ).args
-        core, _, _, core_vision = comfy.sd.load_checkpoint_guess_config(checkpoint("unclip"), output_clipvision=True)
+        classic, _, _, comfyui_vision = comfy.sd.load_checkpoint_guess_config(
+            checkpoint("unclip"), output_clipvision=True
+        )
     assert clip is None and vae is None and clip_vision.patcher.is_dynamic()
-    outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, core_vision)]
+    outputs = [encoder.encode_image(sampling.image(224, 224)) for encoder in (clip_vision, comfyui_vision)]
     for name in ("last_hidden_state", "image_embeds", "penultimate_hidden_states"):
         assert outputs[1][name].std() > 0
         assert_same(outputs[0][name], outputs[1][name])
     assert clip_vision.patcher.dynamic.peak_resident_bytes == 0
-    assert_same(run(model, steps=1), run(core, steps=1))
+    assert_same(run(model, steps=1), run(classic, steps=1))
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 
-def test_policy_values():
+def test_values_of_the_policy_node_become_a_policy():
     assert policy_of().vram_bytes is None and policy_of().keep == "auto"
     policy = policy_of(vram_gb=1.5, headroom_gb=0.0, pinned_gb=0.25, keep="always", priority=-3)
     assert (policy.vram_bytes, policy.headroom_bytes, policy.pinned_bytes) == (GIB * 3 // 2, 0, GIB // 4)
     assert policy.keep == "always" and policy.priority == -3
 
 
-def test_policy_reaches_the_loader(file):
+def test_a_policy_reaches_the_loader(file):
     name = file("diffusion_models", "flux", **SMALL)
     policy = policy_of(vram_gb=0.002)
     (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype="default", policy=policy).args
@@ -133,7 +135,7 @@ def test_policy_reaches_the_loader(file):
     assert 0 < model.dynamic.peak_resident_bytes <= policy.vram_bytes < model.dynamic.total_bytes
 
 
-def test_policy_changes_a_clone_only(file):
+def test_the_policy_node_changes_a_clone_only(file):
     """The budget in force is that of the model that runs; the one that came in keeps its own."""
     name = file("diffusion_models", "flux", **SMALL)
     (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype="default").args
@@ -149,7 +151,7 @@ def test_policy_changes_a_clone_only(file):
         assert model.dynamic.resident_bytes == everything
 
 
-def test_free_after_use(file):
+def test_free_after_use_holds_nothing_between_runs(file):
     name = file("diffusion_models", "flux", **SMALL)
     (model,) = SpillwayLoadDiffusionModel.execute(
         unet_name=name, weight_dtype="default", policy=policy_of(keep="free after use")
@@ -159,12 +161,12 @@ def test_free_after_use(file):
     assert_same(run(model), wanted)
 
 
-def test_policy_without_a_model(file):
+def test_the_policy_node_without_a_model_stops_what_hangs_on_its_model_output(file):
     """The MODEL output then stops what hangs on it, with the reason; the policy output is of use."""
     blocked, policy = SpillwayPolicy.execute(**AUTO).args
     assert "no model is connected" in blocked.message and policy.vram_bytes is None
 
 
-def test_policy_refuses_a_foreign_model(checkpoint):
+def test_the_policy_node_refuses_a_model_of_others(checkpoint):
     with pytest.raises(ValueError, match=r"not managed by Spillway.*Make Dynamic"):
         SpillwayPolicy.execute(**AUTO, model=comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL)))

@@ -1,10 +1,10 @@
-"""The LoRA nodes: what comes out runs like the core's LoraLoader's, and what does not fit is said."""
+"""The LoRA nodes: what comes out runs like ComfyUI's LoraLoader's, and what does not fit is said."""
 
 import logging
 
 import comfy.sd
 import comfy.utils
-import nodes as core_nodes
+import nodes as comfyui_nodes
 import pytest
 import torch
 
@@ -50,22 +50,22 @@ def stack(model, *loras, clip=None):
     return SpillwayLoraStack.execute(model=model, clip=clip, **slots).args
 
 
-def core_lora(model, clip, name, strength_model, strength_clip):
-    return core_nodes.LoraLoader().load_lora(model, clip, name, strength_model, strength_clip)
+def comfyui_lora(model, clip, name, strength_model, strength_clip):
+    return comfyui_nodes.LoraLoader().load_lora(model, clip, name, strength_model, strength_clip)
 
 
-def test_model_and_clip(flux, checkpoint, lora_file):
-    """Both halves of a LoRA, on the pack's models and on the core's, against the core's node."""
+def test_a_lora_on_model_and_clip_gives_what_comfyuis_node_gives(flux, checkpoint, lora_file):
+    """Both halves of a LoRA, on the pack's models and on ComfyUI's, against ComfyUI's node."""
     name = lora_file("both", {**forms("lora"), **for_clip()}, metadata={"trained_by": "us"})
-    core, ours = pair(flux, 0.5)
-    core_clip = comfy.sd.load_clip([checkpoint("clip_l")])
-    our_clip = comfy_load.load_clip([checkpoint("clip_l")], policy=budget(core_clip.patcher, 0.5))
+    classic, ours = pair(flux, 0.5)
+    classic_clip = comfy.sd.load_clip([checkpoint("clip_l")])
+    our_clip = comfy_load.load_clip([checkpoint("clip_l")], policy=budget(classic_clip.patcher, 0.5))
     strengths = {"strength_model": 0.7, "strength_clip": -0.4}
-    model, clip = core_lora(core, core_clip, name, 0.7, -0.4)
+    model, clip = comfyui_lora(classic, classic_clip, name, 0.7, -0.4)
     wanted = [run(model), *sampling.text_encode(clip, TEXT)]
-    assert not torch.equal(wanted[0], run(core))
-    assert not torch.equal(wanted[1], sampling.text_encode(core_clip, TEXT)[0])
-    for one, other in ((ours, our_clip), (core, core_clip)):
+    assert not torch.equal(wanted[0], run(classic))
+    assert not torch.equal(wanted[1], sampling.text_encode(classic_clip, TEXT)[0])
+    for one, other in ((ours, our_clip), (classic, classic_clip)):
         output = SpillwayLoraLoader.execute(model=one, clip=other, lora_name=name, **strengths)
         model, clip = output.args
         assert model is not one and clip is not other and output.ui is None
@@ -73,32 +73,32 @@ def test_model_and_clip(flux, checkpoint, lora_file):
         assert_same([run(model), *sampling.text_encode(clip, TEXT)], wanted)
 
 
-def test_model_only(flux, lora_file, caplog):
+def test_a_lora_on_the_model_alone_ignores_the_text_encoders_half(flux, lora_file, caplog):
     """The text encoder's half of the file is no reason to warn: there is nothing that could take it."""
     name = lora_file("both", {**forms("loha"), **for_clip()})
-    core, ours = pair(flux, 0.5)
+    classic, ours = pair(flux, 0.5)
     output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=0.5)
     assert output.ui is None and "fit" not in caplog.text
-    (wanted,) = core_nodes.LoraLoaderModelOnly().load_lora_model_only(core, name, 0.5)
+    (wanted,) = comfyui_nodes.LoraLoaderModelOnly().load_lora_model_only(classic, name, 0.5)
     assert_same(run(output.args[0]), run(wanted))
 
 
-def test_stack_is_one_after_the_other(flux, checkpoint, lora_file):
+def test_a_stack_gives_what_its_loras_give_one_after_the_other(flux, checkpoint, lora_file):
     files = [lora_file(kind, {**forms(kind), **for_clip(seed)}) for seed, kind in enumerate(("lora", "dora", "diff"))]
-    core, ours = pair(flux, 0.5)
-    clip = core_clip = comfy.sd.load_clip([checkpoint("clip_l")])
-    wanted = core
+    classic, ours = pair(flux, 0.5)
+    clip = classic_clip = comfy.sd.load_clip([checkpoint("clip_l")])
+    wanted = classic
     loras = list(zip(files, (0.5, -0.3, 0.8), strict=True))
     for name, strength in loras:
-        wanted, core_clip = core_lora(wanted, core_clip, name, strength, strength)
+        wanted, classic_clip = comfyui_lora(wanted, classic_clip, name, strength, strength)
     model, clip = stack(ours, *loras[:2], ("none", 1.0), loras[2], clip=clip)
     assert_same(run(model), run(wanted))
-    assert_same(sampling.text_encode(clip, TEXT), sampling.text_encode(core_clip, TEXT))
+    assert_same(sampling.text_encode(clip, TEXT), sampling.text_encode(classic_clip, TEXT))
 
 
-def test_strength_zero_passes_through(flux, checkpoint, models_dir, lora_file):
+def test_a_strength_of_zero_passes_the_model_through(flux, checkpoint, models_dir, lora_file):
     """Where both strengths are 0 the file is not even read."""
-    core, ours = pair(flux)
+    classic, ours = pair(flux)
     clip = comfy.sd.load_clip([checkpoint("clip_l")])
     (models_dir / "loras" / "broken.safetensors").write_bytes(b"no LoRA")
     zero = {"strength_model": 0.0, "strength_clip": 0.0}
@@ -115,10 +115,10 @@ def test_strength_zero_passes_through(flux, checkpoint, models_dir, lora_file):
     model, same = SpillwayLoraLoader.execute(
         model=ours, clip=clip, lora_name=name, strength_model=1.0, strength_clip=0.0
     ).args
-    assert same is clip and not torch.equal(run(model), run(core))
+    assert same is clip and not torch.equal(run(model), run(classic))
 
 
-def test_nothing_fits(flux, checkpoint, lora_file):
+def test_a_lora_of_which_nothing_fits_is_an_error_that_names_keys_of_both_sides(flux, checkpoint, lora_file):
     """The error names the file, three keys of each side, and what to do."""
     _, ours = pair(flux)
     theirs = {f"transformer.h.{layer}.lora_up.weight": numbers(4, 4) for layer in range(5)}
@@ -134,29 +134,29 @@ def test_nothing_fits(flux, checkpoint, lora_file):
     assert not ours.patches and not clip.patcher.patches
 
 
-def test_a_text_encoder_lora_without_a_text_encoder(flux, lora_file):
+def test_a_text_encoder_lora_without_a_text_encoder_is_an_error(flux, lora_file):
     _, ours = pair(flux)
     with pytest.raises(comfy_lora.NoFit, match=r"te\.safetensors.*text encoder only: connect the CLIP"):
         SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=lora_file("te", for_clip()), strength_model=1.0)
 
 
-def test_a_part_fits(flux, lora_file, caplog):
+def test_a_lora_of_which_a_part_fits_is_applied_with_a_warning(flux, lora_file, caplog):
     """A warning with counts, in the log and on the node; what fits is applied."""
     strange = {f"diffusion_model.no_such_layer.{part}.lora_up.weight": numbers(4, 4) for part in range(5)}
     name = lora_file("mixed", {**forms("lora"), **strange})
-    core, ours = pair(flux)
+    classic, ours = pair(flux)
     with caplog.at_level(logging.WARNING):
         output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0)
     (shown,) = output.ui.as_dict()["text"]
     assert shown in caplog.text
     assert shown.startswith(f"mixed.safetensors: {2 * len(SHAPES)} of {2 * len(SHAPES) + 5} tensors fit. 5 do not")
     assert shown.count("no_such_layer") == 3
-    (wanted, _) = comfy.sd.load_lora_for_models(core, None, forms("lora"), 1.0, 0)
+    (wanted, _) = comfy.sd.load_lora_for_models(classic, None, forms("lora"), 1.0, 0)
     assert_same(run(output.args[0]), run(wanted))
 
 
 @pytest.mark.parametrize("content", [b"no LoRA", b"\x10\0\0\0\0\0\0\0{}              ", b""])
-def test_a_broken_file(content, flux, models_dir):
+def test_a_broken_file_is_an_error_and_leaves_the_model_unpatched(content, flux, models_dir):
     _, ours = pair(flux)
     (models_dir / "loras" / "broken.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.safetensors: .*(cannot be read|no tensors).*Download it again"):
@@ -164,16 +164,16 @@ def test_a_broken_file(content, flux, models_dir):
     assert not ours.patches
 
 
-def test_a_missing_file(flux, lora_file):
+def test_a_missing_file_is_an_error_before_any_file_is_read(flux, lora_file):
     """Said before any other file is read."""
     _, ours = pair(flux)
     with pytest.raises(FileNotFoundError, match=r"no file 'gone\.safetensors' in .*loras"):
         stack(ours, (lora_file("there", forms("lora")), 1.0), ("gone.safetensors", 1.0))
 
 
-def test_a_file_is_read_once(flux, lora_file, models_dir, monkeypatch):
+def test_a_file_is_read_once_until_it_changes(flux, lora_file, models_dir, monkeypatch):
     """And again when it was written again."""
-    core, ours = pair(flux)
+    classic, ours = pair(flux)
     read, plain = [], comfy.utils.load_torch_file
     monkeypatch.setattr(
         comfy.utils, "load_torch_file", lambda path, **kwargs: read.append(path) or plain(path, **kwargs)
@@ -186,12 +186,12 @@ def test_a_file_is_read_once(flux, lora_file, models_dir, monkeypatch):
     lora_file("twice", forms("loha"))
     (model,) = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0).args
     assert len(read) == 2
-    wanted = comfy.sd.load_lora_for_models(core, None, forms("loha"), 1.0, 0)[0]
+    wanted = comfy.sd.load_lora_for_models(classic, None, forms("loha"), 1.0, 0)[0]
     assert_same(run(model), run(wanted))
 
 
 @pytest.mark.parametrize("kind", ["lora", "diff"])
-def test_one_of_a_stack_changes(kind, flux, lora_file):
+def test_only_the_weights_of_a_changed_lora_are_computed_again(kind, flux, lora_file):
     """The node runs as a whole, yet only the weights of the changed LoRA are computed again."""
     _, ours = pair(flux, 1.0)
     by_stem = {stem: {key: t for key, t in forms(kind).items() if key.startswith(stem)} for stem in SHAPES}

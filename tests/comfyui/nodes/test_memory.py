@@ -5,7 +5,7 @@ import json
 
 import comfy.model_management
 import execution
-import nodes as core_nodes
+import nodes as comfyui_nodes
 import pytest
 import torch
 
@@ -31,16 +31,16 @@ def ours(names):
     return SpillwayLoadCheckpoint.execute(names).result
 
 
-def classic(names):
-    return core_nodes.CheckpointLoaderSimple().load_checkpoint(names)
+def load_classic(names):
+    return comfyui_nodes.CheckpointLoaderSimple().load_checkpoint(names)
 
 
 # --- device control ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("action", [LOAD, UNLOAD, DROP])
-def test_on_models_that_were_never_loaded_and_twice(names, action):
-    for load in (ours, classic):
+def test_every_action_works_on_models_that_were_never_loaded_and_twice(names, action):
+    for load in (ours, load_classic):
         model, clip, vae = load(names)[:3]
         for _ in range(2):
             out = SpillwayDeviceControl.execute(action, "as it is", model, clip, vae, after="x").result
@@ -48,7 +48,7 @@ def test_on_models_that_were_never_loaded_and_twice(names, action):
             assert out[4].count("\n") == 2 and out[4].count(" -> ") == 12
 
 
-def test_ours_loads_unloads_and_gives_the_same_result(names):
+def test_a_dynamic_model_loads_unloads_and_gives_the_same_result(names):
     model = ours(names)[0]
     wanted = sampling.sample(model, steps=2)
     dynamic = model.dynamic
@@ -84,7 +84,7 @@ def test_loading_by_hand_leaves_the_traced_order(names):
 
 
 def test_a_classic_model_leaves_its_device_and_says_that_its_ram_stays(names):
-    model, _, vae = classic(names)
+    model, _, vae = load_classic(names)
     SpillwayDeviceControl.execute(LOAD, "as it is", model, vae=vae)
     assert {id(loaded.model.model) for loaded in comfy.model_management.current_loaded_models} >= {id(model.model)}
     report = SpillwayDeviceControl.execute(DROP, "as it is", model).result[4]
@@ -105,16 +105,16 @@ def test_devices_that_are_absent_or_ignored_are_errors(names, monkeypatch):
     out = SpillwayDeviceControl.execute(MOVE, "cpu", model, clip, vae).result
     assert out[0] is model and out[2].device == torch.device("cpu")
 
-    core = classic(names)[0]
-    core.load_device = torch.device("meta")  # as if it were another device
-    monkeypatch.setattr(core, "is_dynamic", lambda: True)
+    classic = load_classic(names)[0]
+    classic.load_device = torch.device("meta")  # as if it were another device
+    monkeypatch.setattr(classic, "is_dynamic", lambda: True)
     with pytest.raises(ValueError, match="would go on using meta"):
-        comfy_device.moved(core, "cpu")
+        comfy_device.moved(classic, "cpu")
 
 
 def test_a_moved_model_runs_where_it_was_moved(names, monkeypatch):
     """A second device does not exist here: the model comes from one that is none, and runs on the CPU."""
-    for load in (ours, classic):
+    for load in (ours, load_classic):
         model = load(names)[0]
         elsewhere = model.clone()
         elsewhere.load_device = torch.device("meta")
@@ -128,11 +128,11 @@ def test_a_moved_model_runs_where_it_was_moved(names, monkeypatch):
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def test_report(names):
+def test_the_memory_report_names_models_memory_and_cache(names):
     model = ours(names)[0]
-    core = classic(names)[0]
+    classic = load_classic(names)[0]
     sampling.sample(model, steps=1)
-    comfy.model_management.load_models_gpu([core])
+    comfy.model_management.load_models_gpu([classic])
     value, text, picture = SpillwayMemoryReport.execute("anything").result
     assert value == "anything"
     assert "(Spillway, cpu)" in text and "(ComfyUI, cpu)" in text and "Memory: process" in text
@@ -182,8 +182,8 @@ def cache(monkeypatch):
     monkeypatch.setattr(cache_install, "_current", None)
 
 
-def test_policy(cache, monkeypatch):
-    monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, "SpillwayCachePolicy", SpillwayCachePolicy)
+def test_the_cache_policy_node_sets_headroom_and_drops_entries(cache, monkeypatch):
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, "SpillwayCachePolicy", SpillwayCachePolicy)
     SpillwayCachePolicy.GET_SCHEMA()
 
     def run(**policy):
@@ -206,7 +206,7 @@ def test_policy(cache, monkeypatch):
     assert engine.evict(1 << 60).entries == 3 and not engine.entries
 
 
-def test_policy_with_a_bad_headroom_or_the_hosts_cache(monkeypatch, caplog):
+def test_a_bad_headroom_is_an_error_and_comfyuis_own_cache_is_left_alone(monkeypatch, caplog):
     with pytest.raises(ValueError, match=r"headroom_gb is -0.5; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -0.5, False)
     with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
@@ -233,9 +233,9 @@ class Full:
         return self.real(*args, **kwargs)
 
 
-@pytest.mark.parametrize("load", [ours, classic])
+@pytest.mark.parametrize("load", [ours, load_classic])
 @pytest.mark.parametrize(("times", "how"), [(0, "plain"), (1, "plain, after everything else"), (2, "tiled, 64 pixels")])
-def test_vae_decode_and_encode(names, monkeypatch, load, times, how):
+def test_a_vae_out_of_memory_falls_back_as_far_as_it_must(names, monkeypatch, load, times, how):
     vae, model = load(names)[2], load(names)[0]
     latent = torch.randn(1, 4, 8, 8)
     wanted = vae.decode(latent)
@@ -264,8 +264,8 @@ def test_other_errors_are_the_vaes_own(names):
         SpillwayVAEDecode.execute({"samples": torch.randn(1, 9, 8, 8)}, vae, 512)
 
 
-def test_the_hosts_tiling_is_named_as_such(names):
-    """If the host changes how it falls back, plain would no longer mean plain."""
+def test_comfyuis_tiling_is_refused_where_plain_is_asked_for(names):
+    """If ComfyUI changes how it falls back, plain would no longer mean plain."""
     vae = ours(names)[2]
     refusing = comfy_vae._without_tiling(vae)
     for name in ("decode_tiled_", "encode_tiled_"):

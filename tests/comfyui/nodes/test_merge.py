@@ -1,4 +1,4 @@
-"""Merged models: the core's merges bit for bit, quantised models too, and no memory for a second model."""
+"""Merged models: ComfyUI's merges bit for bit, quantised models too, and no memory for a second model."""
 
 import os
 
@@ -34,7 +34,7 @@ def merged(*models, mode=SUM, ratio=0.5, **others):
     return SpillwayMergeModels.execute(**given, mode=mode, ratio=ratio, **{**LIKE_RATIO, **others}).args[0]
 
 
-def core_merged(node, *models, **options):
+def comfyui_merged(node, *models, **options):
     return getattr(node(), node.FUNCTION)(*models, **options)[0]
 
 
@@ -56,37 +56,39 @@ def assert_same_weights(got, wanted):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
-def test_weighted_sum(fraction, paths):
+def test_a_weighted_sum_is_comfyuis_bit_for_bit(fraction, paths):
     """With LoRAs on both; run and saved."""
-    core = [comfy.sd.load_diffusion_model(path) for path in paths[:2]]
-    ours = [load_diffusion_model(path, policy=budget(core[0], fraction)) for path in paths[:2]]
-    core, ours = ([with_lora(one, forms("lora")), with_lora(other, forms("dora"))] for one, other in (core, ours))
-    # The core's ratio is the first model's share.
-    wanted = core_merged(ModelMergeSimple, *core, ratio=0.7)
+    classic = [comfy.sd.load_diffusion_model(path) for path in paths[:2]]
+    ours = [load_diffusion_model(path, policy=budget(classic[0], fraction)) for path in paths[:2]]
+    classic, ours = ([with_lora(one, forms("lora")), with_lora(other, forms("dora"))] for one, other in (classic, ours))
+    # ComfyUI's ratio is the first model's share.
+    wanted = comfyui_merged(ModelMergeSimple, *classic, ratio=0.7)
     got = merged(*ours, ratio=0.3)
     wanted_run = run(wanted)
-    assert not torch.equal(wanted_run, run(core[0]))
+    assert not torch.equal(wanted_run, run(classic[0]))
     assert torch.allclose(run(got), wanted_run, rtol=1e-4, atol=1e-5)  # 1 - 0.7 is not quite 0.3
-    exact = core_merged(ModelMergeSimple, *core, ratio=0.75)
+    exact = comfyui_merged(ModelMergeSimple, *classic, ratio=0.75)
     assert_same(run(merged(*ours, ratio=0.25)), run(exact))
     assert_same_weights(merged(*ours, ratio=0.25), exact)
-    assert_same_weights(merged(ours[0], core[1], ratio=0.25), exact)
-    assert_same_weights(merged(core[0], ours[1], ratio=0.25), exact)
-    assert_same(run(merged(*ours, ratio=0.0)), run(core[0]))
+    assert_same_weights(merged(ours[0], classic[1], ratio=0.25), exact)
+    assert_same_weights(merged(classic[0], ours[1], ratio=0.25), exact)
+    assert_same(run(merged(*ours, ratio=0.0)), run(classic[0]))
 
 
-def test_groups_of_a_u_net(checkpoint):
-    core, ours = (
+def test_the_groups_of_a_u_net_are_those_of_comfyuis_node(checkpoint):
+    classic, ours = (
         [load(checkpoint("sd15_unet", mult=(1,), dtype=torch.float32, seed=seed)) for seed in (0, 1)]
         for load in (comfy.sd.load_diffusion_model, load_diffusion_model)
     )
-    wanted = core_merged(
-        ModelMergeBlocks, *core, **{"input": 0.75, "middle": 0.5, "out": 0.25, "time": 1.0, "label": 1.0, "out.": 1.0}
+    wanted = comfyui_merged(
+        ModelMergeBlocks,
+        *classic,
+        **{"input": 0.75, "middle": 0.5, "out": 0.25, "time": 1.0, "label": 1.0, "out.": 1.0},
     )
     assert_same_weights(merged(*ours, early=0.25, middle=0.5, late=0.75, other=0.0), wanted)
 
 
-def test_groups_of_other_models(checkpoint):
+def test_the_groups_of_other_models_are_thirds_of_their_blocks(checkpoint):
     model = load_diffusion_model(checkpoint("flux", **{**SMALL, "depth": 2, "depth_single": 4}))
     group = group_of_keys(model.model.diffusion_model)
     blocks = ["double_blocks.0.", "double_blocks.1.", *(f"single_blocks.{index}." for index in range(4))]
@@ -94,7 +96,7 @@ def test_groups_of_other_models(checkpoint):
     assert group("img_in.weight") == group("final_layer.linear.weight") == "other"
 
 
-def test_three_models(paths):
+def test_three_models_are_summed_by_their_ratios(paths):
     ours = [load_diffusion_model(path) for path in paths]
     got = saved(merged(*ours, ratio=0.25, ratio3=0.5))
     one, two, three = (safetensors.torch.load_file(path) for path in paths)
@@ -105,10 +107,10 @@ def test_three_models(paths):
         merged(*ours, ratio=0.75, ratio3=0.5)
 
 
-def test_add_difference(paths):
-    core, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
-    wanted = core_merged(ModelAdd, core[0], core_merged(ModelSubtract, *core[1:], multiplier=0.5))
-    # The core multiplies what stands there too: (0.5 model2 - 0.5 model3) is added to model1.
+def test_an_added_difference_is_near_comfyuis(paths):
+    classic, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
+    wanted = comfyui_merged(ModelAdd, classic[0], comfyui_merged(ModelSubtract, *classic[1:], multiplier=0.5))
+    # ComfyUI multiplies what stands there too: (0.5 model2 - 0.5 model3) is added to model1.
     got = merged(*ours, mode=DIFFERENCE, ratio=0.5)
     assert torch.allclose(run(got), run(wanted), rtol=1e-3, atol=1e-4)
     assert_same(run(merged(ours[0], ours[1], ours[1], mode=DIFFERENCE, ratio=0.0)), run(ours[0]))
@@ -153,7 +155,7 @@ def test_the_others_files_stay_as_long_as_the_merge(paths):
     assert_same(run(again), wanted)
 
 
-def test_models_that_do_not_fit(checkpoint, paths):
+def test_models_that_do_not_fit_are_refused_with_the_reason(checkpoint, paths):
     first = load_diffusion_model(paths[0])
     with pytest.raises(ValueError, match=r"is \(128, 64\) in one model and \(256, 64\) in the other"):
         merged(first, load_diffusion_model(checkpoint("flux", **{**SMALL, "hidden": 256})))
@@ -161,7 +163,7 @@ def test_models_that_do_not_fit(checkpoint, paths):
         merged(first, load_diffusion_model(checkpoint("wan", layers=1)))
 
 
-def test_weights_that_only_one_has(checkpoint, paths, caplog):
+def test_a_weight_that_only_one_model_has_is_kept(checkpoint, paths, caplog):
     """Flux dev and schnell: the guidance embedding is dev's alone."""
     dev, schnell = load_diffusion_model(paths[0]), load_diffusion_model(checkpoint("flux", **SMALL, guidance=False))
     caplog.set_level("INFO")

@@ -25,16 +25,16 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_kinds(kind, checkpoint):
-    options, words, host_name = NAMES[kind]
+def test_the_kind_of_a_file_is_named_as_comfyui_loads_it(kind, checkpoint):
+    options, words, comfyui_name = NAMES[kind]
     path = checkpoint(kind, **options)
     lines = SpillwayProbeModel.execute(file=f"checkpoints/{os.path.basename(path)}").args[0].splitlines()
     assert lines[0] == f"{os.path.basename(path)}: {words}"
-    assert (lines[-1] == f"ComfyUI loads it as: {host_name}") == (host_name is not None)
+    assert (lines[-1] == f"ComfyUI loads it as: {comfyui_name}") == (comfyui_name is not None)
     assert f"checkpoints/{os.path.basename(path)}" in _files()
 
 
-def test_a_lora_and_a_quantised_model(checkpoint, models_dir, monkeypatch):
+def test_a_lora_and_a_quantised_model_are_described(checkpoint, models_dir, monkeypatch):
     import folder_paths
 
     path = checkpoint("flux", **SMALL)
@@ -50,7 +50,7 @@ def test_a_lora_and_a_quantised_model(checkpoint, models_dir, monkeypatch):
     assert "quantised: fp8_e4m3fn scaled (13 layers)" in report and "ComfyUI loads it as: Flux" in report
 
 
-def test_bad_files(checkpoint, models_dir):
+def test_a_bad_file_is_an_error_with_its_name(checkpoint, models_dir):
     checkpoints.truncated(models_dir / "checkpoints" / "bad.safetensors", build=checkpoints.flux, **SMALL)
     with pytest.raises(SourceError, match=r"bad\.safetensors: truncated"):
         SpillwayProbeModel.execute(file="checkpoints/bad.safetensors")

@@ -1,4 +1,4 @@
-"""DynamicModelPatcher as the core uses it: loading, clones, unloading, saving, and leaving no trace."""
+"""DynamicModelPatcher as ComfyUI uses it: loading, clones, unloading, saving, and leaving no trace."""
 
 import gc
 
@@ -12,7 +12,7 @@ import torch
 
 from kit.comfyui import sampling
 from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
-from kit.comfyui.pairs import SMALL, assert_same, budget, core_vae, pair, run
+from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
@@ -21,10 +21,10 @@ from spillway.patcher.policy import Policy
 CPU = torch.device("cpu")
 
 
-# --- what the core reads ----------------------------------------------------------------------------------------------
+# --- what ComfyUI reads ----------------------------------------------------------------------------------------------
 
 
-def test_sizes(flux):
+def test_the_sizes_that_comfyui_asks_for_follow_what_is_resident(flux):
     _, ours = pair(flux, 0.5)
     assert ours.is_dynamic() and not ours.model.model_lowvram
     assert ours.loaded_size() == ours.pinned_memory_size() == ours.loaded_ram_size() == 0
@@ -43,9 +43,9 @@ def test_sizes(flux):
     assert ours.partially_unload_ram(1e32) > 0 and ours.pinned_memory_size() == 0
 
 
-def test_clones(flux):
+def test_a_clone_has_patches_options_and_policy_of_its_own(flux):
     """A clone is another patcher of the same model: its patches, options and policy are its own."""
-    core, ours = pair(flux, 0.5)
+    classic, ours = pair(flux, 0.5)
     ours.policy = ours.policy.with_changes(priority=3)
     clone = ours.clone()
     assert type(clone) is DynamicModelPatcher and clone.is_clone(ours) and clone.model is ours.model
@@ -56,28 +56,28 @@ def test_clones(flux):
     patched.set_policy(Policy(vram_bytes=0))
     assert not ours.patches and "sampler_post_cfg_function" not in ours.model_options
     assert not patched.clone_has_same_weights(ours) and clone.policy.vram_bytes
-    assert_same(run(clone), run(core))
+    assert_same(run(clone), run(classic))
 
 
-def test_classic_clone(flux):
-    """`clone(disable_dynamic=True)`, as nodes that compile ask for: the core's patcher, with patches and options."""
-    core, ours = pair(flux, 0.0)
+def test_a_classic_clone_is_comfyuis_patcher_with_patches_and_options(flux):
+    """`clone(disable_dynamic=True)`, as nodes that compile ask for: ComfyUI's patcher, with patches and options."""
+    classic, ours = pair(flux, 0.0)
     for model in (ours, with_lora(ours, forms("lora"))):
-        classic = model.clone(disable_dynamic=True)
-        assert type(classic) is comfy.model_patcher.ModelPatcher and not classic.is_dynamic()
-        assert classic.model is not model.model
-        assert_same(run(classic), run(with_lora(core, forms("lora")) if model.patches else core))
-    assert_same(run(ours), run(core))
+        clone = model.clone(disable_dynamic=True)
+        assert type(clone) is comfy.model_patcher.ModelPatcher and not clone.is_dynamic()
+        assert clone.model is not model.model
+        assert_same(run(clone), run(with_lora(classic, forms("lora")) if model.patches else classic))
+    assert_same(run(ours), run(classic))
 
 
-def test_deepclone(flux):
+def test_a_clone_for_another_device_has_a_model_of_its_own(flux):
     if not hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"):
         pytest.skip("this ComfyUI has no clones for other devices")
-    core, ours = pair(flux, 0.5)
+    classic, ours = pair(flux, 0.5)
     ours = with_lora(ours, forms("lora"))
     other = ours.deepclone_multigpu(new_load_device=CPU)
     assert other.is_dynamic() and other.model is not ours.model
-    wanted = run(with_lora(core, forms("lora")))
+    wanted = run(with_lora(classic, forms("lora")))
     assert_same(run(other), wanted)
     assert_same(run(ours), wanted)
 
@@ -86,8 +86,8 @@ def test_deepclone(flux):
 
 
 def test_negative_memory_is_a_partial_unload(flux):
-    core, ours = pair(flux, 1.0)
-    wanted = run(core)
+    classic, ours = pair(flux, 1.0)
+    wanted = run(classic)
     assert_same(run(ours), wanted)
     before = ours.loaded_size()
     returned = ours.partially_load(CPU, extra_memory=-before // 2)
@@ -99,17 +99,17 @@ def test_negative_memory_is_a_partial_unload(flux):
 
 def test_patches_are_checked_before_a_partial_unload(flux):
     """A clone with other patches that is asked to shrink must not run with those of the one before it."""
-    core, ours = pair(flux, 1.0)
+    classic, ours = pair(flux, 1.0)
     run(ours)
     patched = with_lora(ours, forms("diff"))
     patched.partially_load(CPU, extra_memory=-ours.loaded_size() // 4)
     assert ours.model.current_weight_patches_uuid == patched.patches_uuid
     assert set(ours.state.patches) >= {f"{stem}.weight" for stem in SHAPES}
     mm.load_models_gpu([patched])
-    assert_same(run(patched), run(with_lora(core, forms("diff"))))
+    assert_same(run(patched), run(with_lora(classic, forms("diff"))))
 
 
-def test_uuid_of_the_patches(flux):
+def test_the_model_carries_the_uuid_of_the_patches_that_are_attached(flux):
     _, ours = pair(flux, 1.0)
     patched = with_lora(ours, forms("lora"))
     for model in (ours, patched, ours):
@@ -120,7 +120,7 @@ def test_uuid_of_the_patches(flux):
 
 
 def test_dynamic_models_do_not_unload_each_other(flux, checkpoint):
-    """They give way page by page, so the core leaves them where they are; for others they make room."""
+    """They give way page by page, so ComfyUI leaves them where they are; for others they make room."""
     first, second = (pair(path, 1.0)[1] for path in (flux, checkpoint("flux", **SMALL, seed=1)))
     run(first)
     run(second)
@@ -133,7 +133,7 @@ def test_dynamic_models_do_not_unload_each_other(flux, checkpoint):
     assert not {first, second} & set(mm.loaded_models())
 
 
-def test_keep_always(flux):
+def test_a_model_that_is_kept_always_gives_nothing_to_others(flux):
     """Other models get nothing of one that its policy keeps; to unload everything is still possible."""
     _, ours = pair(flux, 1.0)
     ours.set_policy(ours.policy.with_changes(keep="always"))
@@ -146,10 +146,10 @@ def test_keep_always(flux):
     assert ours.loaded_size() == 0
 
 
-def test_detach_and_again(flux):
-    core, ours = pair(flux, 0.5)
+def test_a_detached_model_is_the_files_again_and_can_run_again(flux):
+    classic, ours = pair(flux, 0.5)
     ours = with_lora(ours, forms("lora"))
-    wanted = run(with_lora(core, forms("lora")))
+    wanted = run(with_lora(classic, forms("lora")))
     counters, written = ours.dynamic.ledger.counters, []
     for _ in range(2):
         assert_same(run(ours), wanted)
@@ -169,7 +169,7 @@ def test_detach_and_again(flux):
 
 
 def traces(model):
-    """What an engine changes on the core's modules."""
+    """What an engine changes on ComfyUI's modules."""
     out = {}
     for name, module in model.named_modules():
         functions = [module.__dict__.get(attr, "class") for attr in ("weight_function", "bias_function")]
@@ -181,16 +181,16 @@ def traces(model):
 
 
 @pytest.mark.parametrize("how", ["loaded by us", "made dynamic"])
-def test_modules_are_the_cores_again(how, flux):
-    """When the last patcher of a model goes, its modules are as the core's loader left them."""
+def test_the_modules_are_comfyuis_again_when_the_last_patcher_goes(how, flux):
+    """When the last patcher of a model goes, its modules are as ComfyUI's loader left them."""
     if how == "loaded by us":
         ours = comfy_load.load_diffusion_model(flux)
     else:
         from spillway.patcher.comfyui.loading.adopt import dynamic_model
 
-        core = comfy.sd.load_diffusion_model(flux)
-        core.cached_patcher_init = None
-        ours = dynamic_model(core)
+        classic = comfy.sd.load_diffusion_model(flux)
+        classic.cached_patcher_init = None
+        ours = dynamic_model(classic)
         ours.state.close()
     model, before = ours.model, traces(ours.model)
     patched = with_lora(ours, forms("lora"))
@@ -210,8 +210,8 @@ def test_modules_are_the_cores_again(how, flux):
     assert not model.spillway_state.patchers and model.spillway_state.dynamic is None
 
 
-def test_dropped_model_is_freed(flux):
-    """Nothing keeps a model whose patchers are gone: not the core's lists, not the engine's, no thread, no file."""
+def test_a_dropped_model_is_freed(flux):
+    """Nothing keeps a model whose patchers are gone: not ComfyUI's lists, not the engine's, no thread, no file."""
     import weakref
 
     from spillway.ops.files.disk_map import open_maps
@@ -228,20 +228,23 @@ def test_dropped_model_is_freed(flux):
     assert len(list(open_maps())) == maps and len(dynamic.models) == models
 
 
-# --- the core's own dynamic VRAM --------------------------------------------------------------------------------------
+# --- ComfyUI's own dynamic VRAM --------------------------------------------------------------------------------------
 
 
-def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
-    """The core then makes its layers without weights and fills them from the file."""
+def test_models_loaded_while_dynamic_vram_is_on_are_right(checkpoint, flux, monkeypatch):
+    """ComfyUI then makes its layers without weights and fills them from the file."""
     if not hasattr(comfy.memory_management, "aimdo_enabled"):
         pytest.skip("this ComfyUI has no dynamic VRAM")
-    core, _ = pair(flux)
+    classic, _ = pair(flux)
     latent, text = sampling.latent(16, 32, 32), "a red house"
-    wanted = run(with_lora(core, forms("lora"))), sampling.text_encode(comfy.sd.load_clip([checkpoint("clip_l")]), text)
-    picture = sampling.vae_decode(core_vae(checkpoint("flux_vae")), latent)
+    wanted = (
+        run(with_lora(classic, forms("lora"))),
+        sampling.text_encode(comfy.sd.load_clip([checkpoint("clip_l")]), text),
+    )
+    picture = sampling.vae_decode(comfyui_vae(checkpoint("flux_vae")), latent)
     with monkeypatch.context() as patch:
         patch.setattr(comfy.memory_management, "aimdo_enabled", True)
-        ours = comfy_load.load_diffusion_model(flux, policy=budget(core, 0.25))
+        ours = comfy_load.load_diffusion_model(flux, policy=budget(classic, 0.25))
         clip = comfy_load.load_clip([checkpoint("clip_l")], policy=Policy(vram_bytes=0))
         vae = comfy_load.load_vae(checkpoint("flux_vae"), policy=Policy(vram_bytes=0))
     assert not any(parameter.is_meta for parameter in ours.model.parameters())
@@ -254,13 +257,13 @@ def test_loaded_while_dynamic_vram_is_on(checkpoint, flux, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"dtype": torch.bfloat16})])
-def test_save(dtype, options, checkpoint, tmp_path):
-    """What ModelSave writes of a patched model is what the core writes, in the file's dtype (the core: the model's)."""
+def test_comfyuis_save_node_writes_of_our_model_what_it_writes_of_its_own(dtype, options, checkpoint, tmp_path):
+    """What ModelSave writes of a patched model is what ComfyUI writes, in the file's dtype (ComfyUI: the model's)."""
     path = checkpoint("flux", **SMALL, dtype=dtype)
-    core = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
+    classic = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
     ours = with_lora(comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=1 << 20)), forms("lora"), 0.5)
     saved = []
-    for name, model in (("core", core), ("ours", ours)):
+    for name, model in (("core", classic), ("ours", ours)):
         comfy.sd.save_checkpoint(str(tmp_path / f"{name}.safetensors"), model)
         saved.append(comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors")))
     assert saved[0].keys() == saved[1].keys()
@@ -271,7 +274,7 @@ def test_save(dtype, options, checkpoint, tmp_path):
     assert sorted(changed) == sorted(f"{stem}.weight" for stem in SHAPES)
 
 
-def test_state_dict_is_the_files(flux):
+def test_the_state_dict_is_the_files(flux):
     """Other nodes read a model's weights by its state dict: they get the file's, patched or not, lent or not."""
     ours = with_lora(comfy_load.load_diffusion_model(flux), forms("lora"))
     original = comfy.utils.load_torch_file(flux)
@@ -287,12 +290,12 @@ def test_state_dict_is_the_files(flux):
 # --- VAE --------------------------------------------------------------------------------------------------------------
 
 
-def test_vae_in_tiles(checkpoint):
+def test_a_vae_in_tiles_gives_comfyuis_pictures(checkpoint):
     path = checkpoint("flux_vae")
-    core = core_vae(path)
+    classic = comfyui_vae(path)
     latent, picture = sampling.latent(16, 48, 48), sampling.image(48, 48)
     results = []
-    for vae in (core, *(comfy_load.load_vae(path, budget(core.patcher, fraction)) for fraction in (1.0, 0.0))):
+    for vae in (classic, *(comfy_load.load_vae(path, budget(classic.patcher, fraction)) for fraction in (1.0, 0.0))):
         decoded = vae.decode_tiled(latent, tile_x=4, tile_y=4, overlap=1)
         results.append((decoded, vae.encode_tiled(picture, tile_x=32, tile_y=32, overlap=8)))
     assert_same(results[1], results[0])

@@ -12,7 +12,7 @@ from kit.comfyui.pairs import SMALL
 
 
 @LINUX
-def test_the_same_bits_at_any_residency(checkpoint, tmp_path):
+def test_every_process_gives_the_same_bits_at_any_residency(checkpoint, tmp_path):
     """FP8 weights with a LoRA: rounded at random, with numbers that depend on the weight's name alone."""
     path = checkpoint("flux", **SMALL)
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path)

@@ -33,11 +33,11 @@ def sampled(model, positive=None, negative=None):
 
 @pytest.mark.parametrize("scope", EnumHookScope)
 @pytest.mark.parametrize("kind", [WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL])
-def test_wrappers(kind, scope, flux):
+def test_a_wrapper_hook_wraps_what_its_scope_says(kind, scope, flux):
     """A wrapper of one condition, or by its scope of all; beside a LoRA hook of the same condition."""
-    core, ours = pair(flux, 0.25)
+    classic, ours = pair(flux, 0.25)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         calls = []
 
         def wrapper(executor, x, *args, calls=calls, **kwargs):
@@ -53,15 +53,15 @@ def test_wrappers(kind, scope, flux):
     assert_same(results[1][0], results[0][0])
     assert results[1][1] == results[0][1]
     assert len(results[0][1]) == STEPS * (1 if scope is EnumHookScope.HookedOnly else 2)
-    assert not torch.equal(results[0][0], sampled(core, hook_lora()))
+    assert not torch.equal(results[0][0], sampled(classic, hook_lora()))
 
 
 @pytest.mark.parametrize("scope", EnumHookScope)
-def test_transformer_options(scope, flux):
+def test_transformer_options_of_a_hook_reach_what_its_scope_says(scope, flux):
     """A patch of a block, as attention and block patches are hooked."""
-    core, ours = pair(flux, 0.25)
+    classic, ours = pair(flux, 0.25)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
 
         def block(args, extra):
             out = extra["original_block"](args)
@@ -73,16 +73,16 @@ def test_transformer_options(scope, flux):
         group.add(comfy.hooks.TransformerOptionsHook(options, hook_scope=scope))
         results.append(sampled(model, group))
     assert_same(*results)
-    assert not torch.equal(results[0], sampled(core))
+    assert not torch.equal(results[0], sampled(classic))
 
 
 @pytest.mark.parametrize("ours_too", [False, True])
-def test_additional_models(ours_too, flux, checkpoint):
-    """A model that a hook brings is loaded for the run, and used by the hook's wrapper; a core's one or one of ours."""
-    core, ours = pair(flux, 0.25)
+def test_models_that_a_hook_brings_are_loaded(ours_too, flux, checkpoint):
+    """A model that a hook brings is loaded for the run, and used by the hook's wrapper; of ComfyUI's or of ours."""
+    classic, ours = pair(flux, 0.25)
     path = checkpoint("flux", **SMALL, seed=1)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         helper = comfy.sd.load_diffusion_model(path)
         if ours_too and model is ours:
             helper = comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=1 << 20))
@@ -103,11 +103,11 @@ def test_additional_models(ours_too, flux, checkpoint):
         if ours_too and model is ours:
             assert 0 < helper.dynamic.peak_resident_bytes <= 1 << 20
     assert_same(*results)
-    assert not torch.equal(results[0], sampled(core, hook_lora("loha", 0.5)))
+    assert not torch.equal(results[0], sampled(classic, hook_lora("loha", 0.5)))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_our_own_model_as_lora(fraction, flux, checkpoint):
+def test_a_model_of_ours_as_lora_gives_comfyuis_latents(fraction, flux, checkpoint):
     """The weights of one dynamic model, read where they lie, as a hook of another."""
     other = checkpoint("flux", **SMALL, seed=1)
     results = []
@@ -144,10 +144,10 @@ def failing(how, at, model):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("how", ["raises", "interrupted"])
-def test_a_hook_fails_in_the_middle_of_a_step(how, fraction, flux):
+def test_a_hook_that_fails_in_the_middle_of_a_step_leaves_nothing_behind(how, fraction, flux):
     """With its weights on. The next run, with and without hooks, is right; nothing stays behind."""
-    core, ours = pair(flux, fraction)
-    plain, wanted = sampled(core), sampled(core, hook_lora())
+    classic, ours = pair(flux, fraction)
+    plain, wanted = sampled(classic), sampled(classic, hook_lora())
     for at in (1, 2):
         group = comfy.hooks.HookGroup.combine_all_hooks([hook_lora("diff"), failing(how, at, ours)])
         tensors = [weakref.ref(t) for t in group.get_type(comfy.hooks.EnumHookType.Weight)[0].weights.values()]
@@ -166,13 +166,13 @@ def test_a_hook_fails_in_the_middle_of_a_step(how, fraction, flux):
     assert_same(sampled(other), plain)  # a clone that never heard of the hook
 
 
-def test_a_patch_that_raises(flux, monkeypatch):
+def test_a_patch_that_raises_leaves_the_next_run_right(flux, monkeypatch):
     """In the arithmetic of a hook's LoRA: the error comes out, and the bundle is not taken for a finished one."""
     import comfy.lora
 
-    core, ours = pair(flux, 0.0)
+    classic, ours = pair(flux, 0.0)
     ours.set_policy(ours.policy.with_changes(pinned_bytes=1 << 30))
-    plain, wanted = sampled(core), sampled(core, hook_lora())
+    plain, wanted = sampled(classic), sampled(classic, hook_lora())
     calculate, calls = comfy.lora.calculate_weight, []
 
     def once(*args, **kwargs):
@@ -191,11 +191,11 @@ def test_a_patch_that_raises(flux, monkeypatch):
     assert counters(ours).patched == before.patched
 
 
-def test_weights_are_the_files_again(flux):
+def test_the_weights_are_the_files_again_after_a_hooked_run(flux):
     """After hooks the model can be saved: idle weights are those of the file."""
-    core, ours = pair(flux, 0.25)
+    classic, ours = pair(flux, 0.25)
     sampled(ours, hook_lora())
-    saved, wanted = ours.model_state_dict_for_saving(), core.model_state_dict_for_saving()
+    saved, wanted = ours.model_state_dict_for_saving(), classic.model_state_dict_for_saving()
     for stem in SHAPES:
         key = f"{stem}.weight"
         assert torch.equal(torch.as_tensor(saved[key]).float(), torch.as_tensor(wanted[key]).float())

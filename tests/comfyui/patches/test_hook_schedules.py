@@ -4,7 +4,7 @@ import itertools
 
 import comfy.hooks
 import comfy.sd
-import nodes as core_nodes
+import nodes as comfyui_nodes
 import pytest
 import torch
 
@@ -27,7 +27,7 @@ def in_parts(model, conds, *bounds, steps=8):
     """KSamplerAdvanced nodes in a row, each from one bound to the next; the last one removes what noise is left."""
     latent = {"samples": sampling.empty_latent(model, 32, 32)}
     for start, end in itertools.pairwise(bounds):
-        (latent,) = core_nodes.KSamplerAdvanced().sample(
+        (latent,) = comfyui_nodes.KSamplerAdvanced().sample(
             model,
             "enable" if start == bounds[0] else "disable",
             0,
@@ -53,33 +53,33 @@ FRAMES = {
 
 @pytest.mark.parametrize("bounds", [(0, 8), (0, 3, 8), (0, 2, 5, 8), (2, 4, 7)], ids=str)
 @pytest.mark.parametrize("frames", FRAMES)
-def test_split_sampling(frames, bounds, flux):
+def test_a_schedule_over_several_samplers_gives_comfyuis_latents(frames, bounds, flux):
     """A schedule counts in sigmas of the whole run, guaranteed steps in those of each node."""
-    core, ours = pair(flux, 0.25)
+    classic, ours = pair(flux, 0.25)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         group = schedule(hook_lora(), *FRAMES[frames])
         results.append(in_parts(model, with_hooks(model, group), *bounds))
     assert_same(*results)
-    assert not torch.equal(results[0], in_parts(core, with_hooks(core), *bounds))
+    assert not torch.equal(results[0], in_parts(classic, with_hooks(classic), *bounds))
 
 
 def test_guaranteed_steps_count(flux):
     """What the other test compares is not all the same."""
-    core, _ = pair(flux)
+    classic, _ = pair(flux)
     results = [
-        in_parts(core, with_hooks(core, schedule(hook_lora(), *frames)), 0, 8)
+        in_parts(classic, with_hooks(classic, schedule(hook_lora(), *frames)), 0, 8)
         for frames in (FRAMES["guaranteed"], [(strength, start, 1) for strength, start, _ in FRAMES["guaranteed"]])
     ]
     assert not torch.equal(*results)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_several_hooks_of_one_condition(fraction, flux):
+def test_several_hooks_of_one_condition_keep_their_schedules(fraction, flux):
     """Each with a schedule of its own, on top of a LoRA of the model."""
-    core, ours = (with_lora(model, forms("loha"), 0.5) for model in pair(flux, fraction))
+    classic, ours = (with_lora(model, forms("loha"), 0.5) for model in pair(flux, fraction))
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         first = schedule(hook_lora("lora"), (1.0, 0.0, 1), (0.2, 0.5, 1))
         second = schedule(hook_lora("diff", 0.3), (0.0, 0.0, 2), (1.0, 0.2, 1))
         results.append(hooked(model, comfy.hooks.HookGroup.combine_all_hooks([first, second])))
@@ -87,7 +87,7 @@ def test_several_hooks_of_one_condition(fraction, flux):
 
 
 @pytest.mark.parametrize("kind", ["lora", "set"])
-def test_a_default_condition(kind, flux):
+def test_a_default_condition_has_hooks_of_its_own(kind, flux):
     """The condition that fills what masks leave has hooks of its own."""
     results = []
     for model in pair(flux, 0.25):
@@ -112,7 +112,7 @@ def switches(model, conds):
     return after.patch_changes - before.patch_changes, after.patched - before.patched, result
 
 
-def test_a_hooked_and_a_plain_condition(flux):
+def test_a_hooked_and_a_plain_condition_switch_the_hooked_weights_only(flux):
     """Two switches a step, of the hooked weights only, and no line in the log for each."""
     _, ours = pair(flux, 1.0)
     run(ours)
@@ -128,9 +128,9 @@ def test_a_hooked_and_a_plain_condition(flux):
 
 
 @pytest.mark.parametrize("how", ["one group", "clones", "two groups of one file"])
-def test_conditions_with_the_same_hooks_share_them(how, flux):
+def test_conditions_with_the_same_hooks_switch_once(how, flux):
     """The weights are switched once for all steps."""
-    core, ours = pair(flux, 1.0)
+    classic, ours = pair(flux, 1.0)
     group = hook_lora()
     run(ours)
     other = {"one group": group, "clones": group.clone()}.get(how)
@@ -140,10 +140,10 @@ def test_conditions_with_the_same_hooks_share_them(how, flux):
     conds = with_hooks(ours, group, other)
     changes, patched, result = switches(ours, conds)
     assert changes <= 2 and patched == len(SHAPES)  # on, and off at the end
-    assert_same(result, run(core, steps=STEPS, cfg=2.0, cond=conds))
+    assert_same(result, run(classic, steps=STEPS, cfg=2.0, cond=conds))
 
 
-def test_the_same_hooks_in_the_next_run(flux):
+def test_the_same_hooks_on_all_conditions_are_put_on_once_a_run(flux):
     """Both conditions hooked: nothing was switched in between, so nothing is computed again."""
     _, ours = pair(flux, 1.0)
     group = hook_lora()
@@ -156,13 +156,13 @@ def test_the_same_hooks_in_the_next_run(flux):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise", "scaled_fp8"])
-def test_hooks_on_a_quantised_file(kind, fraction, quantised_file):
-    """The core cannot do this. Hooks on every condition are to give what the same LoRA on the model gives."""
-    core, ours = pair(quantised_file(kind), fraction)
+def test_hooks_on_a_quantised_file_give_what_the_same_lora_gives(kind, fraction, quantised_file):
+    """ComfyUI cannot do this. Hooks on every condition are to give what the same LoRA on the model gives."""
+    classic, ours = pair(quantised_file(kind), fraction)
     conds = with_hooks(ours)
     plain = run(ours, steps=STEPS, cfg=2.0, cond=conds)
     group = hook_lora(strength=0.6)
     result = run(ours, steps=STEPS, cfg=2.0, cond=with_hooks(ours, group, group))
     assert not torch.equal(result, plain)
-    assert_same(result, run(with_lora(core, forms("lora"), 0.6), steps=STEPS, cfg=2.0, cond=conds))
+    assert_same(result, run(with_lora(classic, forms("lora"), 0.6), steps=STEPS, cfg=2.0, cond=conds))
     assert_same(run(ours, steps=STEPS, cfg=2.0, cond=conds), plain)

@@ -27,50 +27,50 @@ def masked(model, groups):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25, 0.0])
-def test_hook_lora(fraction, flux):
-    core, ours = pair(flux, fraction)
-    plain, wanted = run(core, steps=STEPS, cfg=2.0), hooked(core, hook_lora())
+def test_a_hooked_lora_gives_comfyuis_latents_and_leaves_the_model_plain(fraction, flux):
+    classic, ours = pair(flux, fraction)
+    plain, wanted = run(classic, steps=STEPS, cfg=2.0), hooked(classic, hook_lora())
     assert not torch.equal(plain, wanted)
     assert_same(hooked(ours, hook_lora()), wanted)
     assert_same(run(ours, steps=STEPS, cfg=2.0), plain)
 
 
-def test_keyframes(flux):
+def test_keyframes_give_comfyuis_latents(flux):
     frames = [(0.0, 0.0), (0.5, 0.3), (1.0, 0.7)]
-    core, ours = pair(flux, 0.5)
-    wanted = hooked(core, hook_lora(keyframes=frames))
-    assert not torch.equal(wanted, hooked(core, hook_lora()))
+    classic, ours = pair(flux, 0.5)
+    wanted = hooked(classic, hook_lora(keyframes=frames))
+    assert not torch.equal(wanted, hooked(classic, hook_lora()))
     assert_same(hooked(ours, hook_lora(keyframes=frames)), wanted)
 
 
-def test_masked_conditions(flux):
-    core, ours = pair(flux, 0.5)
-    wanted = masked(core, [hook_lora("lora"), hook_lora("loha", 0.5)])
-    assert not torch.equal(wanted, masked(core, [hook_lora("lora"), None]))
+def test_masked_conditions_have_loras_of_their_own(flux):
+    classic, ours = pair(flux, 0.5)
+    wanted = masked(classic, [hook_lora("lora"), hook_lora("loha", 0.5)])
+    assert not torch.equal(wanted, masked(classic, [hook_lora("lora"), None]))
     assert_same(masked(ours, [hook_lora("lora"), hook_lora("loha", 0.5)]), wanted)
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
-def test_hooks_on_top_of_a_lora(weight_dtype, flux):
-    """The LoRA is rounded before the hook comes on top of it, as the core does."""
-    core, ours = (with_lora(model, forms("diff"), 0.5) for model in pair(flux, 0.5, weight_dtype))
-    plain = run(core, steps=STEPS, cfg=2.0)
-    assert_same(hooked(ours, hook_lora()), hooked(core, hook_lora()))
+def test_a_hook_comes_on_top_of_the_rounded_lora(weight_dtype, flux):
+    """The LoRA is rounded before the hook comes on top of it, as ComfyUI does."""
+    classic, ours = (with_lora(model, forms("diff"), 0.5) for model in pair(flux, 0.5, weight_dtype))
+    plain = run(classic, steps=STEPS, cfg=2.0)
+    assert_same(hooked(ours, hook_lora()), hooked(classic, hook_lora()))
     assert_same(run(ours, steps=STEPS, cfg=2.0), plain)
 
 
-def test_model_as_lora(flux, checkpoint):
+def test_a_model_as_lora_gives_comfyuis_latents(flux, checkpoint):
     other = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL, seed=1))
     weights = comfy.hooks.get_patch_weights_from_model(other)
-    core, ours = pair(flux, 0.5)
-    wanted = hooked(core, comfy.hooks.create_hook_model_as_lora(weights, None, 0.3, 0))
-    assert not torch.equal(wanted, run(core, steps=STEPS, cfg=2.0))
+    classic, ours = pair(flux, 0.5)
+    wanted = hooked(classic, comfy.hooks.create_hook_model_as_lora(weights, None, 0.3, 0))
+    assert not torch.equal(wanted, run(classic, steps=STEPS, cfg=2.0))
     assert_same(hooked(ours, comfy.hooks.create_hook_model_as_lora(weights, None, 0.3, 0)), wanted)
 
 
-def test_one_copy_of_the_weights(flux):
-    """The core keeps hooked weights beside the plain ones; here one copy changes, within its budget."""
-    core, ours = pair(flux, 0.5)
+def test_hooked_runs_hold_one_copy_of_the_weights(flux):
+    """ComfyUI keeps hooked weights beside the plain ones; here one copy changes, within its budget."""
+    classic, ours = pair(flux, 0.5)
     peaks = []
 
     def watch(step, *_):
@@ -80,13 +80,13 @@ def test_one_copy_of_the_weights(flux):
     positive, negative = sampling.conds(ours)
     (positive,) = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=hook_lora())
     run(ours, steps=STEPS, cfg=2.0, cond=(positive, negative), callback=watch)
-    assert len(peaks) == STEPS and max(peaks) <= 0.5 * core.model_size()
+    assert len(peaks) == STEPS and max(peaks) <= 0.5 * classic.model_size()
     assert ours.get_non_dynamic_delegate() is ours and ours.is_dynamic()
 
 
 def test_an_interrupt_leaves_no_hook_behind(flux):
-    core, ours = pair(flux, 1.0)
-    wanted = run(core)
+    classic, ours = pair(flux, 1.0)
+    wanted = run(classic)
     positive, negative = sampling.conds(ours)
     (positive,) = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=hook_lora())
 
@@ -107,13 +107,13 @@ def clip_lora():
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_clip_hooks(scheduled, checkpoint):
+def test_hooks_of_a_text_encoder_give_comfyuis_conditioning(scheduled, checkpoint):
     """Set CLIP Hooks, with one encoding for all steps or one for each keyframe."""
     path = checkpoint("clip_l")
-    core = comfy.sd.load_clip([path])
-    ours = comfy_load.load_clip([path], policy=budget(core.patcher, 0.5))
+    classic = comfy.sd.load_clip([path])
+    ours = comfy_load.load_clip([path], policy=budget(classic.patcher, 0.5))
     results = []
-    for clip in (core, ours):
+    for clip in (classic, ours):
         group = comfy.hooks.create_hook_lora(clip_lora(), 0, 1.0)
         frames = comfy.hooks.HookKeyframeGroup()
         for factor, start in ((1.0, 0.0), (0.2, 0.5)):

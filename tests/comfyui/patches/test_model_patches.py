@@ -1,4 +1,4 @@
-"""The core's model patches (control nets beside the model) on the pack's models: equal latents, and dynamic
+"""ComfyUI's model patches (control nets beside the model) on the pack's models: equal latents, and dynamic
 themselves.
 """
 
@@ -14,7 +14,7 @@ from comfy_extras.nodes_model_patch import (
 )
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.pairs import assert_same, budget, core_vae, run
+from kit.comfyui.pairs import assert_same, budget, comfyui_vae, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading import load as comfy_load
 
@@ -43,7 +43,7 @@ class Case:
             self.path = checkpoint("flux", hidden=128, depth=1, depth_single=1)
         else:
             self.path = checkpoint("wan" if kind == "wan_uni3c" else "z_image")
-            self.vae = core_vae(checkpoint("flux_vae" if kind == "z_image_control" else "wan_vae"))
+            self.vae = comfyui_vae(checkpoint("flux_vae" if kind == "z_image_control" else "wan_vae"))
         self.patch = load_patch(models_dir, patches[kind][0], **patches[kind][1])
 
     def attach(self, model):
@@ -74,10 +74,10 @@ def patch_models(module):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
-def test_model_patch(fraction, case):
-    core = comfy.sd.load_diffusion_model(case.path)
-    ours = comfy_load.load_diffusion_model(case.path, policy=budget(core, fraction))
-    plain, wanted = run(core), run(case.attach(core))
+def test_a_model_patch_gives_comfyuis_latents_within_the_budget(fraction, case):
+    classic = comfy.sd.load_diffusion_model(case.path)
+    ours = comfy_load.load_diffusion_model(case.path, policy=budget(classic, fraction))
+    plain, wanted = run(classic), run(case.attach(classic))
     assert not torch.equal(plain, wanted)
     mm.unload_all_models()
     classes = patch_models(case.patch.model)
@@ -90,25 +90,25 @@ def test_model_patch(fraction, case):
     assert any(isinstance(module, DynamicLayer) for module in twin.model.modules())
     assert_same(run(ours), plain)
 
-    # The patch is the core's again as soon as a model of the core's uses it, and ours after that.
+    # The patch is ComfyUI's again as soon as a model of ComfyUI's uses it, and ours after that.
     for _ in range(2):
         if (
             case.kind == "wan_uni3c"
         ):  # in the middle of a step it loads all models again that were in use on this device
             mm.unload_all_models()
-        assert_same(run(case.attach(core)), wanted)
+        assert_same(run(case.attach(classic)), wanted)
         assert patch_models(case.patch.model) == classes
         assert_same(run(patched), wanted)
 
 
-def test_patch_that_the_core_has_loaded(case):
-    """A patch in use by a model of the core's goes over to one of ours, and back."""
-    core = case.attach(comfy.sd.load_diffusion_model(case.path))
+def test_a_patch_that_comfyui_has_loaded_goes_over_to_our_model(case):
+    """A patch in use by a model of ComfyUI's goes over to one of ours, and back."""
+    classic = case.attach(comfy.sd.load_diffusion_model(case.path))
     ours = case.attach(comfy_load.load_diffusion_model(case.path))
-    wanted = run(core)
+    wanted = run(classic)
     assert case.patch in mm.loaded_models()
     assert_same(run(ours), wanted)
     assert case.patch.loaded_size() == 0
     mm.unload_all_models()
     assert all(twin.loaded_size() == 0 for twin in ours.model_patches_models())
-    assert_same(run(core), wanted)
+    assert_same(run(classic), wanted)

@@ -1,4 +1,4 @@
-"""Every form of weight patch that the core knows, in every dtype of weights, against the core's classic patcher."""
+"""Every form of weight patch that ComfyUI knows, in every dtype of weights, against ComfyUI's classic patcher."""
 
 import logging
 
@@ -74,43 +74,43 @@ def file_of(form):
 
 
 def in_dtype(dtype, path, fraction, monkeypatch):
-    """A pair whose weights are in that dtype; without being told, the core takes fp32 for all of them on a CPU."""
+    """A pair whose weights are in that dtype; without being told, ComfyUI takes fp32 for all of them on a CPU."""
     monkeypatch.setitem(comfy_load.WEIGHT_DTYPES, dtype, {"dtype": DTYPES[dtype]})
-    core, ours = pair(path, fraction, dtype)
-    assert core.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.dtype == DTYPES[dtype]
-    return core, ours
+    classic, ours = pair(path, fraction, dtype)
+    assert classic.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.dtype == DTYPES[dtype]
+    return classic, ours
 
 
 @pytest.fixture(autouse=True)
 def no_error_in_the_log(caplog):
-    """The core logs what it cannot compute and goes on: equal results would then mean nothing."""
+    """ComfyUI logs what it cannot compute and goes on: equal results would then mean nothing."""
     yield
     assert not [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", low_rank(8, 8))
-def test_forms(form, dtype, checkpoint, monkeypatch):
-    core, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
+def test_every_form_of_patch_gives_comfyuis_latents(form, dtype, checkpoint, monkeypatch):
+    classic, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
     lora = file_of(form)
-    plain = run(core, steps=1)
+    plain = run(classic, steps=1)
     for strength in (1.0, -0.4):
-        wanted = run(with_lora(core, lora, strength), steps=1)
+        wanted = run(with_lora(classic, lora, strength), steps=1)
         assert not torch.equal(wanted, plain)
         assert_same(run(with_lora(ours, lora, strength), steps=1), wanted)
     assert_same(run(ours, steps=1), plain)
 
 
-def test_a_part_of_a_matrix(checkpoint, monkeypatch):
-    """LoRAs of diffusers have q, k and v by themselves: each patches some rows of the core's one matrix."""
+def test_patches_of_parts_of_a_matrix_give_comfyuis_latents(checkpoint, monkeypatch):
+    """LoRAs of diffusers have q, k and v by themselves: each patches some rows of ComfyUI's one matrix."""
     stem = "transformer.transformer_blocks.0.attn"
     lora = {}
     for part in ("to_q", "to_k", "to_v"):
         lora[f"{stem}.{part}.lora_A.weight"] = numbers(4, 128, seed=ord(part[-1]), scale=0.2)
         lora[f"{stem}.{part}.lora_B.weight"] = numbers(128, 4, seed=ord(part[-1]), scale=0.2)
-    core, ours = in_dtype("bf16", checkpoint("flux", **SMALL), 0.0, monkeypatch)
-    wanted = run(with_lora(core, lora))
-    assert not torch.equal(wanted, run(core))
+    classic, ours = in_dtype("bf16", checkpoint("flux", **SMALL), 0.0, monkeypatch)
+    wanted = run(with_lora(classic, lora))
+    assert not torch.equal(wanted, run(classic))
     patched = with_lora(ours, lora)
     assert [len(patches) for patches in patched.patches.values()] == [3]
     assert_same(run(patched), wanted)
@@ -121,7 +121,7 @@ CONV = "diffusion_model.input_blocks.1.0.in_layers.2"  # 320 -> 320, 3 x 3
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("form", ["locon", "tucker locon", "tucker loha", "lokr", "dora", "diff"])
-def test_convolutions(form, fraction, checkpoint):
+def test_patches_of_convolutions_give_comfyuis_latents(form, fraction, checkpoint):
     """Factors of four dimensions, with and without a core tensor (Tucker)."""
     rank = 4
     tensors = {
@@ -139,7 +139,7 @@ def test_convolutions(form, fraction, checkpoint):
             "hada_w2_b": (rank, 320),
             "hada_t2": (rank, rank, 3, 3),
         },
-        "lokr": {"lokr_w1": (8, 8), "lokr_w2": (40, 40, 3, 3)},  # the core cannot compute a Tucker LoKr
+        "lokr": {"lokr_w1": (8, 8), "lokr_w2": (40, 40, 3, 3)},  # ComfyUI cannot compute a Tucker LoKr
         "dora": {
             "lora_up.weight": (320, rank, 1, 1),
             "lora_down.weight": (rank, 320, 3, 3),
@@ -148,9 +148,9 @@ def test_convolutions(form, fraction, checkpoint):
         "diff": {"diff": (320, 320, 3, 3), "diff_b": (320,)},
     }[form]
     lora = {f"{CONV}.{key}": numbers(*shape, seed=len(key), scale=0.3) for key, shape in tensors.items()}
-    core, ours = pair(checkpoint("sd15_unet", mult=(1,)), fraction)
-    wanted = run(with_lora(core, lora), steps=1)
-    assert not torch.equal(run(core, steps=1), wanted)
+    classic, ours = pair(checkpoint("sd15_unet", mult=(1,)), fraction)
+    wanted = run(with_lora(classic, lora), steps=1)
+    assert not torch.equal(run(classic, steps=1), wanted)
     assert_same(run(with_lora(ours, lora), steps=1), wanted)
 
 
@@ -158,7 +158,7 @@ def test_convolutions(form, fraction, checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
-def test_merge_by_blocks_of_a_flux(dtype, checkpoint, monkeypatch):
+def test_a_merge_by_blocks_of_a_flux_gives_comfyuis_latents(dtype, checkpoint, monkeypatch):
     ratios = {"double_blocks.0.": 0.2, "single_blocks.0.": 0.7, "img_in": 1.0, "final_layer.": 0.0}
     results = []
     first = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
@@ -170,38 +170,38 @@ def test_merge_by_blocks_of_a_flux(dtype, checkpoint, monkeypatch):
     assert not torch.equal(results[0], run(first[0]))
 
 
-def test_merge_by_blocks_of_a_unet(checkpoint):
+def test_a_merge_by_blocks_of_a_unet_gives_comfyuis_latents(checkpoint):
     paths = [checkpoint("sd15_unet", mult=(1,)), checkpoint("sd15_unet", mult=(1,), seed=1)]
-    (core, ours), (core2, ours2) = (pair(path, 0.5) for path in paths)
+    (classic, ours), (classic2, ours2) = (pair(path, 0.5) for path in paths)
     results = [
         run(merging.ModelMergeBlocks().merge(one, other, input=0.3, middle=0.5, out=0.9)[0], steps=1)
-        for one, other in ((core, core2), (ours, ours2))
+        for one, other in ((classic, classic2), (ours, ours2))
     ]
     assert_same(*results)
-    assert not torch.equal(results[0], run(core, steps=1))
+    assert not torch.equal(results[0], run(classic, steps=1))
 
 
-def test_merge_of_text_encoders(checkpoint):
+def test_a_merge_of_text_encoders_gives_comfyuis_conditioning(checkpoint):
     paths = [checkpoint("clip_l", layers=12), checkpoint("clip_l", layers=12, seed=1)]
-    cores = [comfy.sd.load_clip([path]) for path in paths]
-    ours = [comfy_load.load_clip([path], policy=budget(cores[0].patcher, 0.5)) for path in paths]
+    classics = [comfy.sd.load_clip([path]) for path in paths]
+    ours = [comfy_load.load_clip([path], policy=budget(classics[0].patcher, 0.5)) for path in paths]
     for merge, arguments in ((merging.CLIPMergeSimple, (0.3,)), (merging.CLIPSubtract, (0.5,)), (merging.CLIPAdd, ())):
         results = [
             sampling.text_encode(getattr(merge(), merge.FUNCTION)(*clips, *arguments)[0], "a house")
-            for clips in (cores, ours)
+            for clips in (classics, ours)
         ]
         assert_same(*results)
-        assert not torch.equal(results[0][0], sampling.text_encode(cores[0], "a house")[0])
+        assert not torch.equal(results[0][0], sampling.text_encode(classics[0], "a house")[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])
-def test_a_model_as_lora(dtype, checkpoint, monkeypatch):
+def test_a_model_as_lora_differs_from_the_weight_in_the_models_dtype(dtype, checkpoint, monkeypatch):
     """The difference is to the weight in the model's own dtype, whatever the file has."""
-    core, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
+    classic, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
     other = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL, seed=1))
     weights = comfy.hooks.get_patch_weights_from_model(other)
     results = []
-    for model in (core, ours):
+    for model in (classic, ours):
         group = comfy.hooks.create_hook_model_as_lora(weights, None, 0.3, 0)
         positive, negative = sampling.conds(model)
         (positive,) = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=group)

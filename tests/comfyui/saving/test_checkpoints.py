@@ -8,8 +8,8 @@ import torch
 
 from kit.comfyui import checkpoints, sampling
 from kit.comfyui.loras import numbers
-from kit.comfyui.pairs import assert_same, core_vae
-from kit.comfyui.saving import assert_same_tensors, core_save, read, save
+from kit.comfyui.pairs import assert_same, comfyui_vae
+from kit.comfyui.saving import assert_same_tensors, comfyui_save, read, save
 from spillway.ops.files import deferred
 from spillway.patcher.comfyui.loading.load import load_checkpoint
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("output")
 TEXT = "text_model.encoder.layers.3.self_attn.q_proj"
 
 
-def test_checkpoint(checkpoint, tmp_path, small_parts):
-    """Model, text encoder and VAE, the first two with LoRAs; what the core's node writes, and it loads."""
+def test_a_saved_checkpoint_is_comfyuis_and_loads_there(checkpoint, tmp_path, small_parts):
+    """Model, text encoder and VAE, the first two with LoRAs; what ComfyUI's node writes, and it loads."""
     path = checkpoint("sd15")
     stem = "lora_te_" + TEXT.replace(".", "_")
     lora = {
@@ -27,14 +27,16 @@ def test_checkpoint(checkpoint, tmp_path, small_parts):
         "diffusion_model.input_blocks.1.0.in_layers.2.lora_up.weight": numbers(320, 4, 1, 1, scale=0.1),
         "diffusion_model.input_blocks.1.0.in_layers.2.lora_down.weight": numbers(4, 320, 3, 3),
     }
-    core = comfy.sd.load_checkpoint_guess_config(path)[:3]
+    classic = comfy.sd.load_checkpoint_guess_config(path)[:3]
     ours = load_checkpoint(path)[:3]
-    core, ours = ((*comfy.sd.load_lora_for_models(*three[:2], lora, 0.8, 0.6), three[2]) for three in (core, ours))
-    wanted, core_metadata = read(core_save(core[0], clip=core[1], vae=core[2]))
+    classic, ours = (
+        (*comfy.sd.load_lora_for_models(*three[:2], lora, 0.8, 0.6), three[2]) for three in (classic, ours)
+    )
+    wanted, comfyui_metadata = read(comfyui_save(classic[0], clip=classic[1], vae=classic[2]))
     saved = save(ours[0], clip=ours[1], vae=ours[2])
     got, metadata = read(saved)
-    assert metadata == core_metadata
-    for key in wanted:  # the core keeps fp32 copies of fp16 files on a CPU
+    assert metadata == comfyui_metadata
+    for key in wanted:  # ComfyUI keeps fp32 copies of fp16 files on a CPU
         assert torch.equal(got[key], wanted[key].to(got[key].dtype)), key
     assert set(got) == set(wanted) and {t.dtype for t in got.values() if t.dtype.is_floating_point} == {torch.float16}
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(saved)[:3]
@@ -55,25 +57,25 @@ def test_checkpoint(checkpoint, tmp_path, small_parts):
     ]
     assert unlike == ["input_blocks.1.0.in_layers.2.weight", f"clip_l.transformer.{TEXT}.weight"]
     latent = sampling.latent(4, 32, 32)
-    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(core[2], latent))
+    assert_same(sampling.vae_decode(vae, latent), sampling.vae_decode(classic[2], latent))
 
 
-def test_checkpoint_with_clip_vision(checkpoint):
+def test_a_saved_checkpoint_has_the_clip_vision(checkpoint):
     with checkpoints.small_clip_vision():
         path = checkpoint("unclip")
-        core = comfy.sd.load_checkpoint_guess_config(path, output_clipvision=True)
+        classic = comfy.sd.load_checkpoint_guess_config(path, output_clipvision=True)
         ours = load_checkpoint(path)
         clip = comfy.sd.load_clip([checkpoint("clip_l")])
-        vae = core_vae(checkpoint("sd_vae"))
+        vae = comfyui_vae(checkpoint("sd_vae"))
         saved = save(ours[0], clip=clip, vae=vae, clip_vision=ours[3], dtype="bf16")
         got, _ = read(saved)
-        vision = {key: tensor for key, tensor in core[3].get_sd().items() if tensor.dtype.is_floating_point}
+        vision = {key: tensor for key, tensor in classic[3].get_sd().items() if tensor.dtype.is_floating_point}
         assert len(vision) > 300
         for key, tensor in vision.items():
             assert torch.equal(got[f"embedder.model.visual.{key}"], tensor.bfloat16())
 
 
-def test_text_encoders_that_the_core_joins():
+def test_weights_that_comfyui_joins_are_joined_lazily():
     """SD 2's and SDXL's query, key and value are one tensor in a checkpoint."""
     from comfy.diffusers_convert import convert_text_enc_state_dict_v20
 

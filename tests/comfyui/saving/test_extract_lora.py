@@ -1,4 +1,4 @@
-"""Extracted LoRAs: the core's loader makes the tuned model of the base with them."""
+"""Extracted LoRAs: ComfyUI's loader makes the tuned model of the base with them."""
 
 import os
 
@@ -34,10 +34,10 @@ def near(got, wanted, plain, share=0.01):
     assert (got - wanted).abs().max() < share * (plain - wanted).abs().max()
 
 
-def test_a_lora_comes_back(checkpoint, caplog):
+def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
     """Of the rank that was put in; on three matrices, and on no other."""
     path = checkpoint("flux", **SMALL)
-    core, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    classic, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
     tuned = with_lora(ours, forms("lora"), 1.0)
     file, tensors = extract(tuned, ours)
     assert set(tensors) == {f"{stem}.lora_{side}.weight" for stem in (QKV, LINEAR, MLP) for side in ("up", "down")}
@@ -46,13 +46,13 @@ def test_a_lora_comes_back(checkpoint, caplog):
         difference = forms("lora")[f"{stem}.lora_up.weight"] @ forms("lora")[f"{stem}.lora_down.weight"] * 0.5
         found = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
         assert (found - difference).norm() < 1e-4 * difference.norm()
-    again = with_lora(core, comfy.utils.load_torch_file(file))
+    again = with_lora(classic, comfy.utils.load_torch_file(file))
     assert "NOT LOADED" not in caplog.text.upper()
-    near(run(again), run(tuned), run(core))
-    assert open(extract(tuned, core)[0], "rb").read() == open(file, "rb").read()  # noqa: SIM115
+    near(run(again), run(tuned), run(classic))
+    assert open(extract(tuned, classic)[0], "rb").read() == open(file, "rb").read()  # noqa: SIM115
 
 
-def test_everything_else_that_differs(checkpoint, caplog):
+def test_biases_norms_and_differences_of_full_rank_are_extracted(checkpoint, caplog):
     """Biases and norms as they differ; of a difference of full rank, what the rank holds."""
     path = checkpoint("flux", **SMALL)
     plain = load_diffusion_model(path)
@@ -68,7 +68,7 @@ def test_everything_else_that_differs(checkpoint, caplog):
     assert "not loaded" not in caplog.text.lower()
 
 
-def test_convolutions(checkpoint):
+def test_the_lora_of_a_convolution_comes_back(checkpoint):
     path = checkpoint("sd15_unet", mult=(1,))
     plain = load_diffusion_model(path)
     stem = "diffusion_model.input_blocks.1.0.in_layers.2"
@@ -84,7 +84,7 @@ def test_convolutions(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_dtypes(dtype, checkpoint):
+def test_the_file_has_the_dtype_asked_for(dtype, checkpoint):
     plain = load_diffusion_model(checkpoint("flux", **SMALL))
     _, tensors = extract(with_lora(plain, forms("lora"), 1.0), plain, dtype=dtype)
     assert {t.dtype for t in tensors.values()} == {
@@ -92,7 +92,7 @@ def test_dtypes(dtype, checkpoint):
     }
 
 
-def test_quantised_models(checkpoint):
+def test_what_quantisation_changes_is_a_difference(checkpoint):
     """What quantisation changes is a difference too."""
     plain = load_diffusion_model(checkpoint("flux", **SMALL))
     saved = SpillwaySaveDiffusionModel.execute(model=plain, filename_prefix="q", dtype="fp8_e4m3fn scaled").args[0]
@@ -107,7 +107,7 @@ def test_quantised_models(checkpoint):
     assert_same(run(quantised), before)
 
 
-def test_models_that_do_not_fit(checkpoint):
+def test_models_that_do_not_fit_are_refused_with_the_reason(checkpoint):
     flux = load_diffusion_model(checkpoint("flux", **SMALL))
     with pytest.raises(ValueError, match="are the same"):
         extract(flux, flux)

@@ -44,8 +44,8 @@ class Peak:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["as loaded", "fp8_e4m3fn scaled"])
-def test_memory(dtype, checkpoint, tmp_path, monkeypatch):
-    """With a LoRA on every layer, merged with a second model; the core would hold both twice, in fp32."""
+def test_saving_takes_a_few_parts_of_one_weight(dtype, checkpoint, tmp_path, monkeypatch):
+    """With a LoRA on every layer, merged with a second model; ComfyUI would hold both twice, in fp32."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     paths = [checkpoint("flux", **LARGE, seed=seed) for seed in (0, 1)]
     specs = [DiskMap(paths[0]).spec(key) for key in DiskMap(paths[0]).keys()]  # noqa: SIM118

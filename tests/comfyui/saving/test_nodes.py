@@ -21,7 +21,7 @@ from spillway.patcher.comfyui.loading.load import load_clip, load_diffusion_mode
 pytestmark = pytest.mark.usefixtures("output")
 
 
-def test_workflow_in_the_metadata(checkpoint, monkeypatch):
+def test_the_workflow_is_in_the_metadata_unless_that_is_turned_off(checkpoint, monkeypatch):
     model = load_diffusion_model(checkpoint("flux", **SMALL))
     hidden = types.SimpleNamespace(prompt={"1": {"class_type": "X"}}, extra_pnginfo={"workflow": {"nodes": []}})
     monkeypatch.setattr(SpillwaySaveDiffusionModel, "hidden", hidden)
@@ -32,7 +32,7 @@ def test_workflow_in_the_metadata(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["../evil", "a/../../evil", "/evil", "", " ", ".", "a/..", "..", "a\0b"])
-def test_names_outside_the_output_folder(prefix, checkpoint, tmp_path):
+def test_names_outside_the_output_folder_are_refused(prefix, checkpoint, tmp_path):
     model = load_diffusion_model(checkpoint("flux", **SMALL))
     before = sorted(tmp_path.parent.rglob("*evil*"))
     with pytest.raises(ValueError, match=r"outside the output folder|names no file"):
@@ -45,7 +45,7 @@ def test_a_subfolder_is_made(checkpoint, tmp_path):
     assert os.path.dirname(saved) == str(tmp_path / "a" / "b") and os.path.basename(saved).startswith("c20")
 
 
-def test_the_report(checkpoint):
+def test_the_report_says_name_size_and_speed(checkpoint):
     out = SpillwaySaveDiffusionModel.execute(
         model=load_diffusion_model(checkpoint("flux", **SMALL)), filename_prefix="x", dtype="as loaded"
     )
@@ -54,7 +54,7 @@ def test_the_report(checkpoint):
     assert words.startswith(f"x_00001_.safetensors: {size:,} bytes in ") and "MB/s" in words
 
 
-def test_the_stop_button(checkpoint, tmp_path):
+def test_the_stop_button_leaves_no_file(checkpoint, tmp_path):
     model = load_diffusion_model(checkpoint("flux", **SMALL))
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -62,7 +62,7 @@ def test_the_stop_button(checkpoint, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_progress(checkpoint, monkeypatch):
+def test_progress_counts_bytes_up_to_all(checkpoint, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
     saved = save(load_diffusion_model(checkpoint("flux", **SMALL)))
@@ -70,7 +70,7 @@ def test_progress(checkpoint, monkeypatch):
     assert seen[0] == (0, total) and seen[-1] == (total, total)
 
 
-def test_numbers_too_large_for_fp16(checkpoint):
+def test_numbers_too_large_for_fp16_are_an_error(checkpoint):
     model = load_diffusion_model(checkpoint("flux", **SMALL)).clone()
     model.add_patches({f"{QKV}.weight": ("set", (torch.full((384, 128), 1e6),))})
     with pytest.raises(SaveError, match=r"qkv\.weight' holds numbers up to 1e\+06; fp16 ends at 65504"):
@@ -79,7 +79,7 @@ def test_numbers_too_large_for_fp16(checkpoint):
         save(model, "fp9")
 
 
-def test_a_weight_that_the_file_lacks(checkpoint):
+def test_a_weight_that_the_file_lacks_is_an_error_with_its_name(checkpoint):
     lacking = "text_model.final_layer_norm.weight"
     clip = load_clip([checkpoint("clip_l", drop=(lacking,))])
     model, vae = load_diffusion_model(checkpoint("flux", **SMALL)), load_vae(checkpoint("flux_vae"))

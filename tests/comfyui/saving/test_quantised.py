@@ -10,7 +10,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from kit.comfyui.loras import QKV, forms, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, budget, run
-from kit.comfyui.saving import PREFIX, assert_same_tensors, cast, core_save, everywhere, like, read, save
+from kit.comfyui.saving import PREFIX, assert_same_tensors, cast, comfyui_save, everywhere, like, read, save
 from spillway.ops.files.disk_map import DiskMap
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.saving.save import QUANTISATIONS, SAVE_DTYPES
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name in QUANTISATIONS])
-def test_quantised(dtype, checkpoint, tmp_path, small_parts):
-    """The core's own quantisation of its own patched weights, in the blocks; it loads here and there, and runs."""
+def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkpoint, tmp_path, small_parts):
+    """ComfyUI's own quantisation of its own patched weights, in the blocks; it loads here and there, and runs."""
     path = checkpoint("flux", **SMALL)
     lora = everywhere(path, tmp_path)
-    core, ours = with_lora(comfy.sd.load_diffusion_model(path), lora), with_lora(load_diffusion_model(path), lora)
-    wanted, _ = read(core_save(core))
+    classic, ours = with_lora(comfy.sd.load_diffusion_model(path), lora), with_lora(load_diffusion_model(path), lora)
+    wanted, _ = read(comfyui_save(classic))
     saved = save(ours, dtype)
     got, _ = read(saved)
     algorithm = QUANTISATIONS[dtype]
@@ -39,15 +39,15 @@ def test_quantised(dtype, checkpoint, tmp_path, small_parts):
         pieces = {f"{layer}.{name}": got.pop(f"{layer}.{name}") for name in ("weight", "weight_scale")}
         assert_same_tensors(pieces, reference.state_dict(f"{layer}.weight"))
     assert_same_tensors(got, cast(wanted, torch.bfloat16))
-    before = run(core)
-    again = comfy.sd.load_diffusion_model(saved), load_diffusion_model(saved, policy=budget(core, 0.1))
+    before = run(classic)
+    again = comfy.sd.load_diffusion_model(saved), load_diffusion_model(saved, policy=budget(classic, 0.1))
     results = [run(model) for model in again]
     assert_same(*results)
     assert 0 < (results[0] - before).abs().mean() < 0.2 * before.abs().mean()
     # LoRAs on it, saved in its own quantisation and in another.
     patched = [with_lora(model, forms("lora"), 0.5) for model in again]
-    wanted, _ = read(core_save(patched[0]))
-    # Of what is not quantised the core makes fp32 copies on a CPU, of Linear layers in its loader also for us.
+    wanted, _ = read(comfyui_save(patched[0]))
+    # Of what is not quantised ComfyUI makes fp32 copies on a CPU, of Linear layers in its loader also for us.
     assert_same_tensors(like(read(save(again[1]))[0], got := read(saved)[0]), got)
     assert_same_tensors(like(read(save(patched[1]))[0], wanted), wanted)
     assert_same_tensors(read(save(patched[0]))[0], wanted)
@@ -62,7 +62,7 @@ def test_quantised(dtype, checkpoint, tmp_path, small_parts):
 
 @pytest.mark.parametrize("algorithm", [name for name in ("float8_e5m2", "mxfp8", "nvfp4") if name in QUANT_ALGOS])
 def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
-    """Files that others have quantised: unpatched as they are, patched as the core quantises them again."""
+    """Files that others have quantised: unpatched as they are, patched as ComfyUI quantises them again."""
     tensors, layer = dict(DiskMap(checkpoint("flux", **SMALL)).state_dict()), QKV[16:]
     quantised = QuantizedTensor.from_float(
         tensors.pop(f"{layer}.weight").float(), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], scale="recalculate"
@@ -72,15 +72,17 @@ def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
     tensors[f"{layer}.comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
     path = str(tmp_path / "quantised.safetensors")
     safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    core, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    classic, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
     got = read(save(ours))[0]
     wanted = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     pieces = [key for key in got if key.startswith(f"{PREFIX}{layer}.")]
     assert len(pieces) == len(quantised.state_dict("x")) + 2  # the bias, and the name of the format
     for key in pieces:
-        stored = wanted[key].to(got[key].dtype)  # the bias has been made fp32 by the core
+        stored = wanted[key].to(got[key].dtype)  # the bias has been made fp32 by ComfyUI
         assert torch.equal(got[key].reshape(-1).view(torch.uint8), stored.reshape(-1).view(torch.uint8)), key
-    files = [read(saver(with_lora(model, forms("lora"))))[0] for model, saver in ((core, core_save), (ours, save))]
+    files = [
+        read(saver(with_lora(model, forms("lora"))))[0] for model, saver in ((classic, comfyui_save), (ours, save))
+    ]
     assert_same_tensors(like(files[1], files[0]), files[0])
 
 
@@ -93,11 +95,11 @@ def test_a_matrix_of_zeros_is_quantised(checkpoint):
     assert bool((got[key].float() == 0).all()) and torch.isfinite(got[f"{key}_scale"])
 
 
-def test_the_cores_quantised_models(checkpoint, tmp_path):
-    """While another clone's patches are in the core's memory."""
+def test_quantised_models_of_comfyui_are_saved_whatever_is_loaded(checkpoint, tmp_path):
+    """While another clone's patches are in ComfyUI's memory."""
     plain = comfy.sd.load_diffusion_model(save(load_diffusion_model(checkpoint("flux", **SMALL)), "fp8_e4m3fn scaled"))
     one, other = with_lora(plain, forms("lora"), 0.7), with_lora(plain, forms("loha"), 1.0)
-    wanted = [read(core_save(model))[0] for model in (plain, one, other)]
+    wanted = [read(comfyui_save(model))[0] for model in (plain, one, other)]
     for loaded in (plain, one, other):
         run(loaded, steps=1)
         for model, tensors in zip((plain, one, other), wanted, strict=True):

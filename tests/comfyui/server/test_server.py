@@ -1,4 +1,4 @@
-"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give the core's pictures."""
+"""A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give ComfyUI's pictures."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def graph(loaders):
     return prompt
 
 
-CORE = {
+THEIRS = {
     "model": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
     "clip": node("CLIPLoader", clip_name="clip.safetensors", type="stable_diffusion"),
     "vae": node("VAELoader", vae_name="flux.safetensors"),
@@ -166,7 +166,7 @@ OURS = {
 }
 
 
-def test_nodes_are_known(server):
+def test_the_server_knows_our_nodes(server):
     known = server.get("object_info")
     ours = {name: info for name, info in known.items() if name.startswith("Spillway")}
     assert set(ours) >= {
@@ -180,13 +180,13 @@ def test_nodes_are_known(server):
     assert "IMPORT FAILED" not in server.said()
 
 
-def test_pictures(server):
-    """The pack's loaders; then its Make Dynamic behind the core's loaders: all give the core's pictures."""
-    wanted = server.pictures(graph(CORE))
+def test_our_loaders_and_make_dynamic_give_comfyuis_pictures(server):
+    """The pack's loaders; then its Make Dynamic behind ComfyUI's loaders: all give ComfyUI's pictures."""
+    wanted = server.pictures(graph(THEIRS))
     assert set(wanted) == {"flux", "sd15"} and all(image.std() > 1 for image in wanted.values())
     ours = server.pictures(graph(OURS))
 
-    made = graph(CORE)
+    made = graph(THEIRS)
     made["policy"] = POLICY
     made["dynamic"] = node(
         "SpillwayMakeDynamic",
@@ -206,7 +206,7 @@ def test_pictures(server):
     assert "[Spillway]" in server.said()
 
 
-def test_an_error_is_the_prompts_alone(server):
+def test_an_error_stops_its_own_prompt_only(server):
     """A node's error reaches the one who asked, and the next prompt runs."""
     prompt = graph(OURS)
     prompt["policy"] = node("SpillwayPolicy", vram_gb=-0.5, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0)
@@ -216,7 +216,7 @@ def test_an_error_is_the_prompts_alone(server):
     assert server.pictures(graph(OURS))
 
 
-def test_saving(server):
+def test_a_saved_file_has_the_workflow_and_is_listed(server):
     """The save node under the executor: the workflow is in the file, the report in the history; ComfyUI lists it."""
     prompt = {
         "model": OURS["model"],

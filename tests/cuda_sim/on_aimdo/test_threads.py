@@ -38,7 +38,7 @@ class Prompt(threading.Thread):
 
 
 class Freeing(threading.Thread):
-    """Frees memory, as a host does when something else needs it, and lets others take and return some."""
+    """Frees memory, as ComfyUI does when something else needs it, and lets others take and return some."""
 
     def __init__(self, machine, models, until):
         super().__init__(daemon=True)

@@ -57,7 +57,7 @@ class Sour(dict):
 
 
 def strange():
-    """The host itself looks into containers, but not into objects."""
+    """ComfyUI itself looks into containers, but not into objects."""
     found = types.SimpleNamespace(sour=Sour(x=1), images=tensor(1))
     found.itself, found.loop = found, [found]
     return found

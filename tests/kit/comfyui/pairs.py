@@ -1,4 +1,4 @@
-"""One file, loaded twice: by the core with everything in memory, and by the pack on a budget."""
+"""One file, loaded twice: by ComfyUI with everything in memory, and by the pack on a budget."""
 
 import dataclasses
 
@@ -15,17 +15,17 @@ SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
 
 
 def budget(reference, fraction):
-    """A policy whose budget is a fraction of what the core's patcher `reference` takes."""
+    """A policy whose budget is a fraction of what ComfyUI's patcher `reference` takes."""
     return Policy(vram_bytes=int(fraction * reference.model_size()))
 
 
 def pair(path, fraction=0.5, weight_dtype="default"):
-    """(the core's classic patcher, the pack's with a budget of `fraction` of that)."""
-    core = comfy.sd.load_diffusion_model(path, model_options=dict(comfy_load.WEIGHT_DTYPES[weight_dtype]))
-    return core, comfy_load.load_diffusion_model(path, weight_dtype, budget(core, fraction))
+    """(ComfyUI's classic patcher, the pack's with a budget of `fraction` of that)."""
+    classic = comfy.sd.load_diffusion_model(path, model_options=dict(comfy_load.WEIGHT_DTYPES[weight_dtype]))
+    return classic, comfy_load.load_diffusion_model(path, weight_dtype, budget(classic, fraction))
 
 
-def core_vae(path):
+def comfyui_vae(path):
     tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
     vae.throw_exception_if_invalid()

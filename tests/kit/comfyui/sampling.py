@@ -1,4 +1,4 @@
-"""Runs the core's real sampling, text encoding and VAE paths on small models."""
+"""Runs ComfyUI's real sampling, text encoding and VAE paths on small models."""
 
 import comfy.model_management
 import comfy.sample

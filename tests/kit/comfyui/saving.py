@@ -20,8 +20,8 @@ def save(model, dtype="as loaded", name="ours", **others):
     return node.execute(model=model, filename_prefix=name, dtype=dtype, **others).args[0]
 
 
-def core_save(model, name="core", **others):
-    """The path of the file that the core's node writes."""
+def comfyui_save(model, name="core", **others):
+    """The path of the file that ComfyUI's node writes."""
     target = save_nodes.checkpoint_target(model, name).path
     node = CheckpointSave() if others else ModelSave()
     node.output_dir = folder_paths.get_output_directory()

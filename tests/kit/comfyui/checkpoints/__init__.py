@@ -1,6 +1,6 @@
 """Writes small model files of real architectures, with seeded random weights.
 
-The names and shapes of a file are read off the core's own module, built on the meta device, so the core's own loaders
+The names and shapes of a file are read off ComfyUI's own module, built on the meta device, so ComfyUI's own loaders
 accept it.  Nothing of the model is ever held in memory: tensors are streamed one by one from a small pool of normal
 numbers, at about the speed of the disk, so a 2 GB file is cheap.  The statistics (linear weights ~ N(0, 1/fan_in),
 norm weights near 1, small biases) keep the activations finite and let the output depend on every tensor.

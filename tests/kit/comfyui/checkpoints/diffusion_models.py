@@ -67,7 +67,7 @@ def wan(path, dtype=torch.bfloat16, dim=256, ffn=512, layers=3, prefix="", seed=
 
 
 def lumina2(path, dtype=torch.bfloat16, dim=288, layers=2, context=128, prefix="", seed=0, drop=(), metadata=None):
-    """A Lumina Image 2.0.  ``dim``: a multiple of 96, three heads to a key/value head.  The core knows 2304 only (0.8
+    """A Lumina Image 2.0.  ``dim``: a multiple of 96, three heads to a key/value head.  ComfyUI knows 2304 only (0.8
     GB with one layer, as four refiner layers come with it); see accept_small_lumina for the others."""
     from comfy.ldm.lumina.model import NextDiT
 
@@ -92,7 +92,7 @@ def lumina2(path, dtype=torch.bfloat16, dim=288, layers=2, context=128, prefix="
 
 
 def z_image(path, dtype=torch.bfloat16, dim=256, layers=3, context=128, prefix="", seed=0, drop=(), metadata=None):
-    """A Z-Image.  ``dim``: a multiple of 128.  The core knows 3840 only (1.5 GB with no layer but the four refiner
+    """A Z-Image.  ``dim``: a multiple of 128.  ComfyUI knows 3840 only (1.5 GB with no layer but the four refiner
     layers, 0.36 GB more a layer); see accept_small_lumina for the others."""
     from comfy.ldm.lumina.model import NextDiT
 

@@ -1,4 +1,4 @@
-"""Control nets and projectors that the core's ModelPatchLoader reads."""
+"""Control nets and projectors that ComfyUI's ModelPatchLoader reads."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ def _cheap(operations, device="meta"):
 
 
 def patch_uso(path, dtype=torch.bfloat16, hidden=3072, seed=0, drop=(), metadata=None):
-    """USO's projector of SigLIP features (21 MB).  The core builds 3072 only; others load inside
+    """USO's projector of SigLIP features (21 MB).  ComfyUI builds 3072 only; others load inside
     small_patches(uso_hidden=...)."""
     from comfy_extras.nodes_model_patch import SigLIPMultiFeatProjModel
 
@@ -32,7 +32,7 @@ def patch_uso(path, dtype=torch.bfloat16, hidden=3072, seed=0, drop=(), metadata
 def patch_qwen_diffsynth(
     path, dtype=torch.bfloat16, dim=3072, layers=60, extra_channels=0, seed=0, drop=(), metadata=None
 ):
-    """A Qwen-Image DiffSynth control net.  The core builds (3072, 60) only, 2.3 GB in bf16; smaller files load inside
+    """A Qwen-Image DiffSynth control net.  ComfyUI builds (3072, 60) only, 2.3 GB in bf16; smaller files load inside
     small_patches(qwen_dim=..., qwen_layers=...)."""
     from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet
 
@@ -44,7 +44,7 @@ def patch_qwen_diffsynth(
 
 def patch_z_image_control(path, dtype=torch.bfloat16, dim=3840, layers=6, seed=0, drop=(), metadata=None):
     """A Z-Image Fun control net, split q, k and v as in the published file; with 3 or 15 layers one of the later
-    kind, for inpainting too.  The core builds a width of 3840 only, 3.1 GB; others load inside
+    kind, for inpainting too.  ComfyUI builds a width of 3840 only, 3.1 GB; others load inside
     small_patches(z_dim=...)."""
     from comfy.ldm.lumina.controlnet import ZImage_Control
 
@@ -79,7 +79,7 @@ def patch_z_image_control(path, dtype=torch.bfloat16, dim=3840, layers=6, seed=0
 def patch_wan_uni3c(
     path, dtype=torch.bfloat16, dim=128, ffn=256, layers=2, wan_dim=256, in_channels=36, seed=0, drop=(), metadata=None
 ):
-    """A Uni3C control net for a Wan of width ``wan_dim``, with separate to_q, to_k, to_v as published.  The core reads
+    """A Uni3C control net for a Wan of width ``wan_dim``, with separate to_q, to_k, to_v as published.  ComfyUI reads
     all its sizes from the file, but always builds 16 heads."""
     from comfy.ldm.wan.uni3c import WanUni3CControlnet
 
@@ -112,7 +112,7 @@ def patch_wan_uni3c(
 
 
 def patch_anima_lllite(path, dtype=torch.bfloat16, dim=64, blocks=2, cond=32, mlp=16, seed=0, drop=(), metadata=None):
-    """An Anima LLLite; the core reads all its sizes from the file."""
+    """An Anima LLLite; ComfyUI reads all its sizes from the file."""
     from comfy.ldm.anima.lllite import AnimaLLLite
 
     stub = {
@@ -131,7 +131,7 @@ def patch_anima_lllite(path, dtype=torch.bfloat16, dim=64, blocks=2, cond=32, ml
 
 @contextlib.contextmanager
 def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None, uso_hidden=None):
-    """While this lasts, the core builds the patches of fixed size in other sizes.
+    """While this lasts, ComfyUI builds the patches of fixed size in other sizes.
 
     It replaces the classes where ModelPatchLoader looks them up: a loader of one's own takes part if it does that too.
     """

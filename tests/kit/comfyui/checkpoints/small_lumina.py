@@ -1,13 +1,13 @@
-"""The core's detection, made to know small files of two kinds."""
+"""ComfyUI's detection, made to know small files of two kinds."""
 
 import functools
 
 
 def accept_small_lumina():
-    """Let the core's detection recognise Lumina 2 and Z-Image files of other widths than 2304 and 3840.
+    """Let ComfyUI's detection recognise Lumina 2 and Z-Image files of other widths than 2304 and 3840.
 
-    The core keeps the number of heads of these two by width and would build every other width wrongly (it fails an
-    assertion), so nothing that works without this works differently with it.  A small Z-Image becomes the core's
+    ComfyUI keeps the number of heads of these two by width and would build every other width wrongly (it fails an
+    assertion), so nothing that works without this works differently with it.  A small Z-Image becomes ComfyUI's
     `Lumina2` model with a Z-Image's options: its timestep shift is 6 instead of 3, the network is the same.
     """
     import comfy.model_detection as detection

@@ -1,4 +1,4 @@
-"""Text encoders, and the options that the core's loaders need for smaller ones."""
+"""Text encoders, and the options that ComfyUI's loaders need for smaller ones."""
 
 import math
 
@@ -38,14 +38,14 @@ T5XXL_SMALL = {
     "num_layers": 24,
     "vocab_size": 32128,
 }
-# model_options with which the core's loaders build the smaller sizes
+# model_options with which ComfyUI's loaders build the smaller sizes
 T5XXL_SMALL_OPTIONS = {"t5xxl_model_config": {name: T5XXL_SMALL[name] for name in ("d_model", "num_heads")}}
 
 
 def small_options(clip_layers=None, t5_layers=None, qwen_layers=None):
     """model_options (te_model_options for checkpoints) for files with fewer layers than the published ones.
 
-    Make them anew for each load: the core writes into them."""
+    Make them anew for each load: ComfyUI writes into them."""
     out = {}
     if clip_layers is not None:
         out["clip_l_model_config"] = {"num_hidden_layers": clip_layers}
@@ -80,12 +80,12 @@ def _t5(config, dtype):
 
 
 def t5_base(path, dtype=torch.bfloat16, layers=12, seed=0, drop=(), metadata=None):
-    """T5 base, real size (219 MB), which the core takes for Stable Audio's text encoder (CLIPType.STABLE_AUDIO)."""
+    """T5 base, real size (219 MB), which ComfyUI takes for Stable Audio's text encoder (CLIPType.STABLE_AUDIO)."""
     return write(path, _t5({**T5_BASE, "num_layers": layers}, dtype), seed, metadata, drop)
 
 
 def t5xxl_small(path, dtype=torch.bfloat16, seed=0, drop=(), metadata=None):
-    """A T5-XXL narrowed to 64 (100 MB): its 24 blocks and its d_ff are what the core knows it by.  Load it with
+    """A T5-XXL narrowed to 64 (100 MB): its 24 blocks and its d_ff are what ComfyUI knows it by.  Load it with
     model_options=T5XXL_SMALL_OPTIONS."""
     return write(path, _t5(T5XXL_SMALL, dtype), seed, metadata, drop)
 

@@ -26,7 +26,7 @@ def sd15(
 ):
     """A whole SD 1.5 checkpoint: UNet, CLIP-L and VAE.
 
-    The core asks for 320 model channels, a context of 768 and convolutions around the attention; how many levels and
+    ComfyUI asks for 320 model channels, a context of 768 and convolutions around the attention; how many levels and
     blocks there are it reads from the file.  ``mult=(1, 2, 4, 4), blocks=2, vae_decoder_channels=128`` is the real
     thing (2.1 GB), the default 0.5 GB, half of it CLIP-L's."""
     entries = prefixed(sd15_unet_entries(dtype, mult, blocks), "model.diffusion_model.")
@@ -53,7 +53,7 @@ SMALL_CLIP_VISION = {
 
 def unclip(path, dtype=torch.float16, mult=(1,), blocks=1, seed=0, drop=(), metadata=None):
     """An SD 2.1 unCLIP: a UNet and a CLIP vision model, no text encoder and no VAE.  The vision model is narrower than
-    the core knows it; the file loads inside small_clip_vision()."""
+    ComfyUI knows it; the file loads inside small_clip_vision()."""
     from comfy.clip_model import CLIPVisionModelProjection
 
     others = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
@@ -67,7 +67,7 @@ def unclip(path, dtype=torch.float16, mult=(1,), blocks=1, seed=0, drop=(), meta
 
 @contextlib.contextmanager
 def small_clip_vision():
-    """While this lasts, the core builds CLIP vision models as narrow as SMALL_CLIP_VISION."""
+    """While this lasts, ComfyUI builds CLIP vision models as narrow as SMALL_CLIP_VISION."""
     import comfy.clip_vision
 
     plain = comfy.clip_vision.ClipVisionModel

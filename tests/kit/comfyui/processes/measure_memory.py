@@ -44,7 +44,7 @@ def step(model):
 
 
 with torch.inference_mode():
-    model, _ = load(small)  # what every process needs once: kernels, threads, caches of the core
+    model, _ = load(small)  # what every process needs once: kernels, threads, caches of ComfyUI
     step(model)
     del model
     mm.unload_all_models()
