@@ -171,7 +171,7 @@ class DynamicModel:
 
     def _prioritize(self, residency: Residency) -> None:
         residency.vbar.prioritize()
-        above = [m for m in models if m.device == self.device and m.rank > self.rank]
+        above = [m for m in list(models) if m.device == self.device and m.rank > self.rank]
         for model in sorted(above, key=lambda m: m.rank):
             if model.residency is not None:
                 model.residency.vbar.prioritize()

@@ -152,7 +152,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 check_complete(self.model)
             if self.compile_request is not None:
                 self.state.lend_blocks()
-            others = [model for model in models if model is not self.dynamic]
+            own = self.dynamic
+            others = [model for model in list(models) if model is not own]
             free_ram(others, 2 * self.model_size())
             self.state.follow(self.policy)
             dynamic = self.dynamic
