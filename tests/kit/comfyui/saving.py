@@ -20,7 +20,7 @@ def save(model, dtype="as loaded", name="ours", **others):
     return node.execute(model=model, filename_prefix=name, dtype=dtype, **others).args[0]
 
 
-def comfyui_save(model, name="core", **others):
+def comfyui_save(model, name="comfyui", **others):
     """The path of the file that ComfyUI's node writes."""
     target = save_nodes.checkpoint_target(model, name).path
     node = CheckpointSave() if others else ModelSave()
