@@ -25,7 +25,7 @@ class Slice(Protocol):
 
 
 class VBAR(Protocol):
-    """What the caster needs; every implementation passes tests/test_vbar.py. All sizes in bytes.
+    """What the caster needs; every implementation passes tests/vbar. All sizes in bytes.
 
     failure: why every fault is refused from now on, in the driver's words; None while all is well.
     """
