@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import _report as report
 from _pack import ROOT
@@ -27,22 +25,18 @@ def contestant_parser(about: str | None, hidden: int, words: str) -> argparse.Ar
 
 
 def find_host() -> tuple[Path, Path]:
-    """ComfyUI's folder and the Python that runs it, found as for the host tests. Ends the program without them."""
-    dev = _developer_commands()
-    comfyui = dev.find_comfyui()
-    python = comfyui and dev.find_comfyui_python(comfyui)
-    if not python:
+    """ComfyUI's folder and the Python that runs it, found as for the tests in it. Ends the program without them."""
+    sys.path.append(str(ROOT / "tests"))
+    from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python
+
+    try:
+        comfyui = find_comfyui()
+        python = comfyui and find_comfyui_python(comfyui)
+    except WrongVariable as error:
+        sys.exit(str(error))
+    if not comfyui or not python:
         sys.exit("no ComfyUI found, or no Python for it: set COMFYUI_PATH and COMFYUI_PYTHON")
     return comfyui, python
-
-
-def _developer_commands() -> ModuleType:
-    """dev.py, which knows how to find ComfyUI and its Python."""
-    spec = importlib.util.spec_from_file_location("spillway_dev", ROOT / "dev.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # -- in ComfyUI's Python
@@ -51,7 +45,7 @@ def _developer_commands() -> ModuleType:
 def start_core(comfyui: Path, base: Path | None = None) -> None:
     """Import the core as ``main.py --cpu`` would have set it up. base: holds its folders; None: its own do."""
     sys.path.insert(0, str(comfyui))
-    sys.path.append(str(ROOT / "tests" / "host"))  # for checkpoints and sampling
+    sys.path.append(str(ROOT / "tests" / "kit" / "comfyui"))  # for checkpoints and sampling
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True

@@ -16,6 +16,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from kit.find_comfyui import is_comfyui
+
 START_SECONDS = 300  # the first start of an installation compiles and may look at many files
 HAS_GPU = (
     "import torch; b = getattr(torch.backends, 'mps', None); x = getattr(torch, 'xpu', None); "
@@ -59,8 +62,8 @@ class Server:
     """
 
     def __init__(self, comfyui: Path, python: str, base: Path, pack: Path, models: Path) -> None:
-        if not (comfyui / "main.py").is_file():
-            raise ServerError(f"{comfyui} has no main.py: pass the folder of a ComfyUI with --comfyui")
+        if not is_comfyui(comfyui):
+            raise ServerError(f"{comfyui} holds no ComfyUI: pass the folder of one with --comfyui")
         install(pack, base / "custom_nodes")
         paths = base / "extra_model_paths.yaml"
         # JSON is YAML too, and quotes a path as it should be.

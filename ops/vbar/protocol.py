@@ -20,7 +20,7 @@ Signature = Any
 
 
 class VBAR(Protocol):
-    """What the caster needs; every implementation passes tests/test_vbar.py. All sizes in bytes.
+    """What the caster needs; every implementation passes tests/vbar. All sizes in bytes.
 
     kind: its name in reports. failure: why every fault is refused from now on, in the driver's words; None while all is
     well. follows_free_memory: it gives way by itself when the computation allocates; where it does not, whoever has no

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from spillway.cache.choose import Candidates
 from spillway.cache.choose import choose as choose_places
 
-MIB = 1 << 20
-
 
 def candidate(name, freed, seconds, **options):
     return {"entries": (name,), "freed": freed, "seconds": seconds, **options}

@@ -1,4 +1,4 @@
-"""Loads one release of comfy-aimdo on the simulated driver. Once in a process: it cannot be started twice."""
+"""Load one release of comfy-aimdo on the simulated driver. Once in a process: it cannot be started twice."""
 
 from __future__ import annotations
 
@@ -93,10 +93,6 @@ class Aimdo:
         """Other processes hold that much of the device from now on, and comfy-aimdo notices."""
         self.driver.set(others=nbytes)
         self.poll()
-
-    def usage(self) -> int:
-        """Bytes that it counts as used: its pages, and what is allocated through the functions it hooks."""
-        return int(self.control.get_total_vram_usage())
 
 
 _aimdo: Aimdo | None = None

@@ -1,4 +1,4 @@
-"""Compiles the driver with the system's C compiler, once for each state of its source."""
+"""Compile the driver with the system's C compiler, once for each state of its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pytest plugin of the processes that test one comfy-aimdo release: writes what happens as it happens.
+"""A pytest plugin of the processes that test one comfy-aimdo release: it writes what happens as it happens.
 
 One JSON object a line, so that the last line names the test that was running when a process crashed.
 """

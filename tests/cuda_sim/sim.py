@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from . import build
 
-INVALID_VALUE, OUT_OF_MEMORY, NOT_READY, ILLEGAL_ADDRESS = 1, 2, 600, 700
+INVALID_VALUE, OUT_OF_MEMORY, NOT_READY = 1, 2, 600
 POISON = 0xFF  # NaN in fp8, fp16, bf16 and fp32
 FOR_EVER = -1
 

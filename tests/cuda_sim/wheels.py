@@ -1,4 +1,4 @@
-"""The comfy-aimdo releases that the pack is tested with, from the package index that pip uses."""
+"""Fetch the comfy-aimdo releases that the pack is tested with, from the package index that pip uses."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def inputs(batch=2, length=7, seed=0):
 
 
 def compiled(path, build=Net, dtype=torch.float32, device=None, backend="eager", prepare=None, **policy):
-    """A model of a file that this writes, compiled by blocks, and the plain module beside it."""
+    """Write a file, and return a model of it that is compiled by blocks and the plain module beside it."""
     state = nets.write(path, build(), dtype)
     with nets.skip_model_initialization():
         module = build()

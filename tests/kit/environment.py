@@ -1,4 +1,6 @@
-"""Set up the environments that dev.py needs: .venv, and pytest beside ComfyUI's Python. The standard library is enough.
+"""Set up the environments that dev.py needs: .venv, and pytest beside ComfyUI's Python.
+
+Imports the standard library alone, because the Python that runs dev.py may have nothing else.
 
 A folder in an environment has a stamp, which says for what it was installed. A second call finds that and does nothing.
 """
@@ -76,7 +78,7 @@ def install_engine() -> None:
 
 
 def install_bench() -> None:
-    """The peers depend on torch, and pip would gladly bring another one: it is held to just the one that .venv has."""
+    """Install the peers, and hold torch to the one that .venv has. Pip would else replace it by the newest."""
     asked = [str(venv_python()), "-c", "import importlib.metadata as m; print(m.version('torch'))"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     constraint = VENV / "bench-constraint.txt"

@@ -1,4 +1,6 @@
-"""Find a ComfyUI and the Python that runs it, for dev.py, tests and benchmarks. The standard library is enough for it.
+"""Find a ComfyUI and the Python that runs it, for dev.py, tests and benchmarks.
+
+Imports the standard library alone, because the Python that runs dev.py may have nothing else.
 
 COMFYUI_PATH      the ComfyUI; else the one whose custom_nodes holds this pack, else ~/comfy/ComfyUI
 COMFYUI_PYTHON    the Python that runs it; else a venv beside or inside it, else this one
@@ -23,7 +25,7 @@ def is_comfyui(folder: Path) -> bool:
 
 
 def find_comfyui() -> Path | None:
-    """Raises WrongVariable. A ComfyUI that was asked for is never replaced by another one."""
+    """Return None where there is none. Raise WrongVariable where COMFYUI_PATH names none."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
         folder = Path(named).expanduser().absolute()
@@ -36,7 +38,7 @@ def find_comfyui() -> Path | None:
 
 
 def find_comfyui_python(comfyui: Path) -> Path | None:
-    """Raises WrongVariable."""
+    """Return None where there is none. Raise WrongVariable where COMFYUI_PYTHON cannot be run."""
     named = os.environ.get("COMFYUI_PYTHON")
     if named:
         found = shutil.which(named)

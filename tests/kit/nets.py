@@ -84,7 +84,7 @@ class Blocks(torch.nn.Module):
 
 
 def random_state(module, dtype, seed=0):
-    """Tensors for all parameters and buffers, scaled so that every dtype holds them and activations stay finite."""
+    """Make tensors for parameters and buffers, scaled so that every dtype holds them and activations stay finite."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: (torch.randn(tensor.shape, generator=generator) * 0.2).to(dtype) if tensor.is_floating_point() else tensor
@@ -93,21 +93,21 @@ def random_state(module, dtype, seed=0):
 
 
 def write(path, module, dtype=torch.float32, seed=0):
-    """A safetensors file of random weights for a module; returns what it holds."""
+    """Write a safetensors file of random weights for a module, and return what it holds."""
     state = random_state(module, dtype, seed)
     save_file(state, path)
     return state
 
 
 def plain(build, state, dtype):
-    """The module with `state` cast to `dtype`: what a dynamic model must equal bit for bit."""
+    """Build the module with `state` cast to `dtype`. A dynamic model must equal it bit for bit."""
     module = build().to(dtype).requires_grad_(False)
     module.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return module
 
 
 def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, int8=None, **policy_fields):
-    """A dynamic model of `source`: a path, a Source, or None for the module's own parameters.
+    """Make a dynamic model of `source`: a path, a Source, or None for the module's own parameters.
 
     device: a simulated one, else the CPU. dtype: None leaves the module as it is built. int8: which weights are
     quantised.
@@ -126,12 +126,12 @@ def bits(tensor):
 
 
 def same(a, b):
-    """Bit equality, NaNs included."""
+    """Compare bit for bit, NaNs included."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
 def budget(model, fraction):
-    """Bytes of a fraction of the model; None stays None."""
+    """Count the bytes of a fraction of the model; None stays None."""
     return None if fraction is None else int(model.total_bytes * fraction)
 
 

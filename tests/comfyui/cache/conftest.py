@@ -1,17 +1,15 @@
-"""Fixtures of the tests of the output cache."""
+"""Fixtures of the tests of the output cache. They import ComfyUI when they are used: it may be missing."""
 
-import execution
-import nodes
 import pytest
-from comfy_execution import caching
-
-from kit.comfyui.executor import MIB, NODES, Executor
-from spillway.cache.comfyui import cache as comfy_cache
-from spillway.cache.comfyui import install as cache_install
 
 
 @pytest.fixture(autouse=True)
 def known_nodes(monkeypatch):
+    import nodes
+    from comfy_execution import caching
+
+    from kit.comfyui.executor import NODES
+
     for name, kind in NODES.items():
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
     caching.NODE_CLASS_CONTAINS_UNIQUE_ID.clear()
@@ -19,6 +17,12 @@ def known_nodes(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
+    import execution
+
+    from kit.comfyui.executor import MIB
+    from spillway.cache.comfyui import cache as comfy_cache
+    from spillway.cache.comfyui import install as cache_install
+
     for name in ("init_ram_cache", "init_classic_cache"):
         monkeypatch.setattr(execution.CacheSet, name, getattr(execution.CacheSet, name))
     monkeypatch.setattr(comfy_cache, "WORTH_ROOM", MIB)
@@ -27,4 +31,6 @@ def installed(monkeypatch):
 
 @pytest.fixture
 def executor(installed):
+    from kit.comfyui.executor import Executor
+
     return Executor()

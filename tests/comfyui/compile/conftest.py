@@ -1,17 +1,15 @@
-"""Fixtures of the tests of INT8 Lazy Torch Compile."""
+"""Fixtures of the tests of INT8 Lazy Torch Compile. They import ComfyUI when they are used: it may be missing."""
 
 import pytest
-import torch
-import torch._dynamo
-import torch._dynamo.utils
-
-from kit.comfyui import checkpoints
-from kit.comfyui.pairs import SMALL
-from spillway.ops.compile import block_compiler
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
+    import torch._dynamo
+    import torch._dynamo.utils
+
+    from spillway.ops.compile import block_compiler
+
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     block_compiler._recent.clear()
@@ -19,4 +17,7 @@ def nothing_compiled():
 
 @pytest.fixture
 def lora_path(checkpoint, models_dir):
+    from kit.comfyui import checkpoints
+    from kit.comfyui.pairs import SMALL
+
     return checkpoints.lora(str(models_dir / "loras" / "compile-quantised.safetensors"), checkpoint("flux", **SMALL))

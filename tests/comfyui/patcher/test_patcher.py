@@ -263,7 +263,7 @@ def test_comfyuis_save_node_writes_of_our_model_what_it_writes_of_its_own(dtype,
     classic = with_lora(comfy.sd.load_diffusion_model(path, model_options=options), forms("lora"), 0.5)
     ours = with_lora(comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=1 << 20)), forms("lora"), 0.5)
     saved = []
-    for name, model in (("core", classic), ("ours", ours)):
+    for name, model in (("comfyui", classic), ("ours", ours)):
         comfy.sd.save_checkpoint(str(tmp_path / f"{name}.safetensors"), model)
         saved.append(comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors")))
     assert saved[0].keys() == saved[1].keys()

@@ -29,13 +29,13 @@ FAILED = "INT8 Lazy Torch Compile: compile failed; running uncompiled."
 
 
 def as_stored(model, **changes):
-    """What the node gives for the values of a workflow file, which go to its inputs by position."""
+    """Run the node with the values of a workflow file, which go to its inputs by position."""
     values = dict(zip(ORDER[1:], STORED, strict=True))
     return INT8LazyTorchCompile.execute(model=model, **{**values, **changes}).args[0]
 
 
 def compiled(model, **changes):
-    """A clone that traces and guards, and runs what was traced as it is."""
+    """Clone a model so that it traces and guards, and runs the graphs as they were traced."""
     clone = model.clone()
     clone.compile_request = CompileRequest(**{"backend": "eager", **changes})
     return clone

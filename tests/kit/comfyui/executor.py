@@ -57,7 +57,7 @@ class Sour(dict):
 
 
 def strange():
-    """ComfyUI itself looks into containers, but not into objects."""
+    """Make an output that ComfyUI cannot look into: it knows containers, but no objects."""
     found = types.SimpleNamespace(sour=Sour(x=1), images=tensor(1))
     found.itself, found.loop = found, [found]
     return found
@@ -103,7 +103,7 @@ class Executor:
         return engine
 
     def run(self, graph, output="save"):
-        """What ran."""
+        """Run a graph to its end and name the nodes that ran."""
         self.count += 1
         RAN.clear()
         asyncio.run(self.real.execute_async(graph, str(self.count), {"client_id": "me"}, [output]))

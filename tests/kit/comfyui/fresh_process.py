@@ -14,7 +14,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="r
 
 
 def run_script(name, *arguments):
-    """What the script prints last, as JSON. It is given ComfyUI, the pack, the folder of models, and the arguments."""
+    """Give a script ComfyUI, the pack, the folder of models and the arguments. Return the JSON that it prints last."""
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "processes" / name, COMFYUI, ROOT, BASE, *arguments],
         capture_output=True,

@@ -10,7 +10,7 @@ STEPS = 4
 
 
 def hook_lora(kind="lora", strength=1.0, keyframes=()):
-    """A group of one hook; keyframes: (strength, start) pairs."""
+    """Make a group of one hook; keyframes: (strength, start) pairs."""
     group = comfy.hooks.create_hook_lora(forms(kind), strength, strength)
     if keyframes:
         frames = comfy.hooks.HookKeyframeGroup()

@@ -16,7 +16,7 @@ def numbers(*shape, seed=0, scale=1.0):
 
 
 def forms(name):
-    """State dicts of LoRA files of one kind, for three matrices of the small Flux."""
+    """Make the state dict of a LoRA file of one kind, for three matrices of the small Flux."""
     out = {}
     for stem, (rows, columns) in SHAPES.items():
         low_rank = {

@@ -1,4 +1,4 @@
-"""One file, loaded twice: by ComfyUI with everything in memory, and by the pack on a budget."""
+"""Load a file twice, by ComfyUI with everything in memory and by the pack on a budget, and compare the outputs."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
 
 
 def budget(reference, fraction):
-    """A policy whose budget is a fraction of what ComfyUI's patcher `reference` takes."""
+    """Make a policy whose budget is a fraction of what ComfyUI's patcher `reference` takes."""
     return Policy(vram_bytes=int(fraction * reference.model_size()))
 
 
 def pair(path, fraction=0.5, weight_dtype="default"):
-    """(ComfyUI's classic patcher, the pack's with a budget of `fraction` of that)."""
+    """Return ComfyUI's classic patcher, and the pack's with a budget of `fraction` of that."""
     classic = comfy.sd.load_diffusion_model(path, model_options=dict(comfy_load.WEIGHT_DTYPES[weight_dtype]))
     return classic, comfy_load.load_diffusion_model(path, weight_dtype, budget(classic, fraction))
 
@@ -37,7 +37,7 @@ def run(model, steps=2, **options):
 
 
 def assert_same(got, wanted):
-    """Bit for bit; tensors, or sequences of tensors and None."""
+    """Compare bit for bit: tensors, or sequences of tensors and None."""
     if torch.is_tensor(got):
         got, wanted = [got], [wanted]
     for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
@@ -51,6 +51,6 @@ def assert_same(got, wanted):
 
 
 def counters(patcher):
-    """A copy of the engine's counters."""
+    """Copy the counters of a patcher's engine."""
 
     return dataclasses.replace(patcher.dynamic.ledger.counters)

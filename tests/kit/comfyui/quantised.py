@@ -12,7 +12,7 @@ MATCH = ("attn.qkv", "mlp.0", "mlp.2", "linear1", "linear2")
 
 
 def quantised(path, base, kind):
-    """The file `base` with its large matrices quantised as `comfy_quant` files have them."""
+    """Write the file `base` with its large matrices quantised as `comfy_quant` files have them."""
     layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     out = {}
     for name, tensor in comfy.utils.load_torch_file(base).items():
@@ -27,7 +27,7 @@ def quantised(path, base, kind):
 
 
 def scaled_fp8(path, base):
-    """The older form: FP8 weights, each with a scale, and one tensor that says so."""
+    """Write the older form: FP8 weights, each with a scale, and one tensor that says so."""
     out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, tensor in comfy.utils.load_torch_file(base).items():
         out[name] = tensor

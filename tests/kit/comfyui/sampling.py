@@ -1,4 +1,4 @@
-"""Runs ComfyUI's real sampling, text encoding and VAE paths on small models."""
+"""Run ComfyUI's real sampling, text encoding and VAE paths on small models."""
 
 import comfy.model_management
 import comfy.sample

@@ -20,8 +20,8 @@ def save(model, dtype="as loaded", name="ours", **others):
     return node.execute(model=model, filename_prefix=name, dtype=dtype, **others).args[0]
 
 
-def comfyui_save(model, name="core", **others):
-    """The path of the file that ComfyUI's node writes."""
+def comfyui_save(model, name="comfyui", **others):
+    """Save with ComfyUI's node and return the path."""
     target = save_nodes.checkpoint_target(model, name).path
     node = CheckpointSave() if others else ModelSave()
     node.output_dir = folder_paths.get_output_directory()
@@ -30,7 +30,7 @@ def comfyui_save(model, name="core", **others):
 
 
 def read(path):
-    """(tensors, metadata), by the reference implementation."""
+    """Read tensors and metadata with the reference implementation."""
     with safetensors.safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 

@@ -27,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
 def _put_first_on_path(comfyui):
-    """ComfyUI's own top-level modules (`nodes`, `server`, ...) must win over anything in this repository."""
+    """Let ComfyUI's own top-level modules (`nodes`, `server`, ...) win over anything in this repository."""
 
     def keep(entry):
         try:
@@ -42,7 +42,7 @@ def _put_first_on_path(comfyui):
 
 
 def _import(comfyui, base):
-    """Import ComfyUI the way `main.py --cpu` would set it up.  None, or why it cannot be imported."""
+    """Import ComfyUI the way `main.py --cpu` would set it up. Return None, or why it cannot be imported."""
     try:
         import comfy.cli_args
     except ImportError as error:

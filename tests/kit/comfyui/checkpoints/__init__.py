@@ -1,4 +1,4 @@
-"""Writes small model files of real architectures, with seeded random weights.
+"""Write small model files of real architectures, with seeded random weights.
 
 The names and shapes of a file are read off ComfyUI's own module, built on the meta device, so ComfyUI's own loaders
 accept it.  Nothing of the model is ever held in memory: tensors are streamed one by one from a small pool of normal

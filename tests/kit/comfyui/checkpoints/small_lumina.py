@@ -1,4 +1,4 @@
-"""ComfyUI's detection, made to know small files of two kinds."""
+"""Make ComfyUI's detection know small files of two kinds."""
 
 import functools
 

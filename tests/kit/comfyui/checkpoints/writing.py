@@ -1,4 +1,4 @@
-"""Writing safetensors files of seeded random numbers, one tensor after the other, and reading their headers."""
+"""Write safetensors files of seeded random numbers, one tensor after the other, and read their headers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Files that are wrong."""
+"""Write files that are wrong."""
 
 import json
 import os
