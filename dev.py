@@ -39,6 +39,7 @@ TESTS = ROOT / "tests"  # tests/host holds the host tests, the rest are the engi
 HOST_TOOLS = ROOT / ".host-tools"
 REQUIREMENTS = ROOT / "requirements.txt"
 REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
+REQUIREMENTS_DEMO = ROOT / "benchmarks" / "demo" / "requirements.txt"
 REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
 ENGINE = ("patcher", "ops", "cache")
 DEFAULT_TORCH = "torch==2.13.0"
@@ -115,6 +116,7 @@ def lint(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
+    set_up_demo()
     return run_script(ROOT / "benchmarks" / "demo" / "run.py", arguments)
 
 
@@ -336,6 +338,11 @@ def set_up_engine() -> None:
     set_up("engine", [REQUIREMENTS], os.environ.get("SPILLWAY_TORCH", ""), install_engine)
 
 
+def set_up_demo() -> None:
+    set_up_engine()
+    set_up("demo", [REQUIREMENTS_DEMO], "", install_demo)
+
+
 def set_up_bench() -> None:
     set_up_engine()
     if REQUIREMENTS_BENCH.is_file():
@@ -377,6 +384,10 @@ def install_engine() -> None:
         torch = torch or [DEFAULT_TORCH]
         pip_install(venv_python(), torch, f"{' '.join(torch)} (can be large; SPILLWAY_TORCH chooses another)")
     pip_install(venv_python(), ["-r", str(REQUIREMENTS)], REQUIREMENTS.name)
+
+
+def install_demo() -> None:
+    pip_install(venv_python(), ["-r", str(REQUIREMENTS_DEMO)], f"{REQUIREMENTS_DEMO.name} of the demo")
 
 
 def install_bench() -> None:

@@ -72,7 +72,8 @@ def run_engine(args: argparse.Namespace) -> int:
         print("\nledger:")
         print("\n".join(f"  {line}" for line in offloaded["decisions"][-DECISIONS_SHOWN:]))
 
-    title = f"Flux, {offloaded['weights_bytes'] / 1e9:.2f} GB in {args.budget:.0%}: what was resident after each step"
+    size = f"{offloaded['weights_bytes'] / 1e9:.2f} GB in {args.budget:.0%} of its size"
+    title = f"Flux, {size}: what was resident after each step"
     panel = report.figures_for_picture(offloaded, full, difference)
     picture.draw(args.picture, offloaded["residency"], title, panel)
     print(f"\npicture: {args.picture}")
