@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pack import load_pack
 from torch import Tensor
 
 from demo.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, rotation, sinusoids
+
+from .pack import load_pack
 
 Model = Callable[..., Tensor]
 

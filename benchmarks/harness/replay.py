@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from .comfyui import Server
+
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -136,18 +138,10 @@ def node_class(kind: str, cost: dict[str, Any], names: set[str], machine: Machin
     return Node
 
 
-class Server:
-    """What the executor asks of a server that nobody is connected to."""
-
-    client_id = None
-    last_node_id = None
-
-    def send_sync(self, *_: Any) -> None:
-        pass
-
-
-def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: dict[str, float]) -> dict[str, Any]:
-    """Run all prompts; returns figures. contestant: 'ours' or 'core'; cache_type, cache_args: as for the executor."""
+def replay(
+    trace: dict[str, Any], cache_type: str, cache_args: dict[str, float], *, ours: bool = False
+) -> dict[str, Any]:
+    """Run all prompts; return figures. cache_type, cache_args: as for the executor; ours: its cache is Spillway's."""
     import execution
     import nodes
 
@@ -172,8 +166,8 @@ def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: 
     virtual_memory, psutil.virtual_memory = psutil.virtual_memory, machine.virtual_memory
     execution.execute = execute
     gc.collect()
-    gc.freeze()  # the host itself is garbage for nobody, and takes long to look at
-    if contestant == "ours":
+    gc.freeze()  # else each collection looks at all of ComfyUI's own objects, which live on anyway
+    if ours:
         use_ours(machine, cache_args)
     try:
         executor = execution.PromptExecutor(
