@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import random_weights
-from .random_weights import Fill
+from .. import random_weights
+from ..random_weights import Fill
 
 TEXT_ENCODER = "demo-clip-l.safetensors"
 VAE = "demo-vae.safetensors"
