@@ -51,7 +51,7 @@ def write_model(args: argparse.Namespace, laps: Laps) -> None:
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load by the node, then one run of ComfyUI's sampler, which waits for its turn between the steps."""
+    """Load by the node and run ComfyUI's sampler once, a turn for each step."""
     comfyui.start_comfyui(args.comfyui, args.base)
     import nodes
 
@@ -76,7 +76,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
 
 
 def with_budget(model: Any, share: float) -> Any:
-    """What the policy node does, with a share in place of gigabytes."""
+    """Do what the policy node does, with a share in place of gigabytes."""
     from spillway.patcher.policy import Policy
 
     model = model.clone()
@@ -134,7 +134,7 @@ KEYS = (
 
 
 def summary(races: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One row a contestant. Ratios pair what was measured in the same race, and steps in the same round of it."""
+    """Return a row for each contestant. Ratios pair what was measured in the same race, steps in the same round."""
     found = {REFERENCE: row([one["comfyui"] for entries in races.values() for one in entries])}
     for name, entries in races.items():
         ours, comfyuis = [one["ours"] for one in entries], [one["comfyui"] for one in entries]
@@ -159,7 +159,7 @@ def row(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Medians; in brackets the ratio to ComfyUI in the same race."""
+    """Show medians, and in brackets the ratio to ComfyUI in the same race."""
     columns = (
         ("load, s", "load_s", report.number),
         ("RSS growth at load, MB", "load_rss_growth_bytes", report.megabytes),

@@ -108,7 +108,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
         def image(
             strength: float, batch: int, wide: float, share: float, steps: int = STEPS
         ) -> list[tuple[float, float]]:
-            """Seconds of each step, and of CPU time."""
+            """Return the seconds of each step, and of its CPU time."""
             clone, times = model.clone(), []
             if fraction is not None:
                 total = model.dynamic.total_bytes

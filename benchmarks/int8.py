@@ -48,7 +48,7 @@ def warm_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, device: to
 
 
 def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Linear layers of normal numbers in floating point and in INT8: seconds, their ratio, and the relative error."""
+    """Measure linear layers of normal numbers in floating point and in INT8: seconds, ratio and relative error."""
     found = []
     for columns, rows in SHAPES:
         for tokens in TOKENS:
@@ -85,7 +85,7 @@ def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Steps of the demo's model in bf16 and in INT8 at several residencies, in turns."""
+    """Measure steps of the demo's model in bf16 and in INT8 at several residencies, in turns."""
     path = ensure_checkpoint(gb=args.gb)
     source = DiskMap(path)
     config = config_from_keys({key: source.spec(key) for key in source.keys()})  # noqa: SIM118 - no mapping

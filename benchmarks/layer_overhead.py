@@ -49,7 +49,7 @@ class Tiny(torch.nn.Module):
 
 
 def contestants(plain: Tiny) -> dict[str, Model]:
-    """Copies of one module, each with its hooks; what is not installed is left out."""
+    """Copy one module for each contestant and add its hooks; what is not installed is left out."""
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     found: dict[str, Model] = {PLAIN: plain, "Spillway, in place": dynamic(plain, weights)}
     # A final form of its own, as a cast or patched weight has: the layer is lent a view, not the file's tensor.
@@ -85,7 +85,7 @@ class TwoStreams(Backend):
 def dynamic(
     plain: Tiny, weights: int, *, dtype: torch.dtype | None = None, backend: Backend | None = None
 ) -> DynamicModel:
-    """Ours, with room for everything."""
+    """Make ours, with room for everything."""
     policy = Policy(vram_bytes=16 * weights + (1 << 20))
     wanted = None if dtype is None else lambda *_: dtype
     return DynamicModel(copy.deepcopy(plain), None, "cpu", policy, model_dtype=wanted, backend=backend)
@@ -103,7 +103,7 @@ def measure(models: Mapping[str, Model], x: torch.Tensor, rounds: int) -> dict[s
 
 
 def figures(seconds: Mapping[str, list[float]], layers: int) -> dict[str, dict[str, float]]:
-    """Microseconds by contestant: a whole layer, and what it takes over the plain module's."""
+    """Return each contestant's microseconds for a whole layer, and what it takes over the plain module's."""
     plain = seconds[PLAIN]
     found = {}
     for name, times in seconds.items():
@@ -117,7 +117,7 @@ def figures(seconds: Mapping[str, list[float]], layers: int) -> dict[str, dict[s
 
 
 def profile(model: Model, x: torch.Tensor, rounds: int) -> str:
-    """The functions of the pack that our time goes to, as text; the profiler makes calls look dearer than they are."""
+    """List the functions that our time goes to. The profiler makes calls look dearer than they are."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(rounds):

@@ -44,7 +44,7 @@ def write_files(args: argparse.Namespace, laps: Laps) -> None:
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load, put LoRAs on, and one run of ComfyUI's sampler, which waits for its turn between the steps."""
+    """Load, put LoRAs on, and run ComfyUI's sampler once, a turn for each step."""
     comfyui.start_comfyui(args.comfyui, args.base)
     import comfy.sd
     import comfy.utils

@@ -49,7 +49,7 @@ START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load, then steps until the parent wants no more; the latest output is left in a file."""
+    """Load, then compute steps until the parent wants no more; leave the latest output in a file."""
     job = job_of(args)
     kind, options = CONTESTANTS[args.contestant]
     contestant = kind(job, **options)
@@ -89,7 +89,7 @@ def scratch_of(name: str, out: Path) -> Path:
 
 
 def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """All figures by contestant."""
+    """Return all figures by contestant."""
 
     def command(name: str, *more: str) -> list[str]:
         return command_of(sys.executable, name, "--out", out, "--checkpoint", args.checkpoint, *more)
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[s
 def figures(
     name: str, all_starts: Mapping[str, Sequence[Contestant]], runs: Mapping[str, Contestant], out: Path
 ) -> dict[str, Any]:
-    """One contestant's figures; `failed` with the reason for one that cannot run here."""
+    """Return one contestant's figures, or `failed` with the reason for one that cannot run here."""
     starts, run = all_starts[name], runs.get(name)
     failed = next((one.failed for one in (*starts, run) if one is not None and one.failed), None)
     if failed is not None or run is None:
@@ -156,7 +156,7 @@ def figures(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures side by side; ratios are to the plain module of the same run."""
+    """Show the figures side by side. Ratios are to the plain module of the same run."""
     plain = results[REFERENCE]
     rows = []
     for name, row in results.items():

@@ -74,7 +74,7 @@ def replay_all(names: list[str] | None) -> dict[str, Any]:
 
 
 def best_lru(trace: dict[str, Any], room: float) -> dict[str, Any]:
-    """The run with the most entries that keeps no more than `room` GB."""
+    """Return the run with the most entries that keeps no more than `room` GB."""
     low, high, best = 1, MOST_ENTRIES, None
     while low <= high:
         count = (low + high) // 2
@@ -88,7 +88,7 @@ def best_lru(trace: dict[str, Any], room: float) -> dict[str, Any]:
 
 
 def speed() -> dict[str, float]:
-    """With 10,000 entries: milliseconds to choose, microseconds of a lookup in ours and in ComfyUI's. Least of 15."""
+    """Time a choice (ms) and lookups in ours and ComfyUI's (us), with 10,000 entries. The least of 15 counts."""
     import asyncio
 
     import torch
@@ -147,7 +147,7 @@ def speed() -> dict[str, float]:
 
 
 def table(traces: dict[str, Any]) -> str:
-    """Seconds for what had been made before, and in brackets the most that was alive at once."""
+    """Show seconds for what had been made before, and in brackets the most that was alive at once."""
     columns = (COMFYUI, ONE_HEADROOM, LRU, OURS)
     lines, sums = [], dict.fromkeys(columns, 0.0)
     for name, found in traces.items():

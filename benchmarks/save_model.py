@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import torch
 from comfyui_loader import CONTEXT, FILE, POOLED, model_path
-from safetensors import safe_open
 
 from harness import comfyui, report
 from harness.laps import Laps
@@ -150,8 +149,11 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 def largest_tensor(path: Path) -> int:
     """Return the bytes of a file's largest tensor."""
-    with safe_open(path, framework="pt") as file:
-        return max(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 - no mapping
+    load_pack()
+    from spillway.ops.files.disk_map import DiskMap
+
+    source = DiskMap(path)
+    return max(source.spec(key).nbytes for key in source.keys())  # noqa: SIM118 - no mapping
 
 
 def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:

@@ -29,7 +29,7 @@ COUNTERS = ("bytes_streamed", "faults", "evictions", "misses", "stalls")
 
 
 def measure(args: argparse.Namespace) -> tuple[dict, torch.Tensor]:
-    """Load the checkpoint under the budget and denoise; returns the figures and the final latents."""
+    """Load the checkpoint under the budget and denoise; return the figures and the final latents."""
     load_pack()
     from spillway.ops.files.disk_map import DiskMap
     from spillway.ops.skip_init import skip_model_initialization

@@ -23,7 +23,7 @@ TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (28, 20, 16))
 
 
 def group_of(name: str) -> str:
-    """The part of the model that a bundle belongs to: 'Inputs', 'Double 3', 'Single 12' or 'Final'."""
+    """Name the part of the model that a bundle belongs to: 'Inputs', 'Double 3', 'Single 12' or 'Final'."""
     match = re.match(r"(double|single)_blocks\.(\d+)\.", name)
     if match:
         return f"{match[1].capitalize()} {match[2]}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def combine(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> dict:
-    """One flat dictionary of both runs; the keys up to ``vbar`` are the ones that other programs rely on."""
+    """Put both runs into one flat dictionary. Other programs rely on the keys up to ``vbar``."""
     shared = (
         "budget_bytes",
         "peak_resident_bytes",
@@ -35,7 +35,7 @@ def combine(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> dict:
 
 
 def failures(result: Mapping) -> list[str]:
-    """What makes the demo fail, in words; empty when all is well."""
+    """Say in words what makes the demo fail; empty when all is well."""
     found = []
     if not result["latents_finite"]:
         found.append("the latents are not finite: the comparison says nothing")
@@ -52,7 +52,7 @@ def megabytes(count: int | None) -> str:
 
 
 def table(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> str:
-    """Both runs side by side."""
+    """Show both runs side by side."""
     kinds = {
         "load_s": ("load", lambda v: f"{v * 1000:,.0f} ms"),
         "first_step_s": ("first step", lambda v: f"{v:.2f} s"),
@@ -74,7 +74,7 @@ def table(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> str:
 
 
 def figures_for_picture(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> list[tuple[str, str]]:
-    """The short version, for the panel beside the picture: labels and values."""
+    """Return labels and values for the panel beside the picture."""
     return [
         ("Weights", megabytes(offloaded["weights_bytes"])),
         ("Budget", megabytes(offloaded["budget_bytes"])),

@@ -41,7 +41,7 @@ class Laps:
         self._label, self._began_cpu, self._began = label, time.process_time(), time.perf_counter()
 
     def stop(self) -> None:
-        """Stop the clock; the turn goes on."""
+        """Stop the clock. The turn goes on."""
         self._seconds = time.perf_counter() - self._began
         self._cpu_seconds = time.process_time() - self._began_cpu
         self._rss = psutil.Process().memory_info().rss
@@ -62,7 +62,7 @@ class Laps:
 
     @contextlib.contextmanager
     def lap(self, label: str) -> Iterator[None]:
-        """One timed turn."""
+        """Take one timed turn."""
         self.begin(label)
         yield
         self.stop()
@@ -78,7 +78,7 @@ class Laps:
 
 
 def contest(body: Callable[[Laps], None]) -> int:
-    """Run a contestant's body to its end; whatever it raises is told to the parent."""
+    """Run a contestant's body to its end, and tell the parent what it raises."""
     laps = Laps()
     try:
         body(laps)

@@ -1,4 +1,4 @@
-"""Replays a trace of prompts through ComfyUI's real executor and one of its output caches, with simulated nodes.
+"""Replay a trace of prompts through ComfyUI's real executor and one of its output caches, with simulated nodes.
 
 Runs in ComfyUI's own Python. A node takes no time: the clock that the caches read is moved on by the seconds that the
 trace gives it. Its outputs are real tensors and model patchers of the size that the trace gives, whose memory is never
@@ -34,7 +34,7 @@ class Machine:
         self.peak = self.settled = 0
 
     def settle(self) -> None:
-        """Between two nodes: what is alive now is what the cache chose to keep."""
+        """Note between two nodes that what is alive now is what the cache chose to keep."""
         self.settled = max(self.settled, self.alive)
 
     def hold(self, owner: Any, nbytes: int) -> None:
@@ -73,7 +73,7 @@ class Log:
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """A trace: its costs, and its prompts with every edit applied."""
+    """Read a trace, and apply every edit to its prompts."""
     trace = json.loads(path.read_text(encoding="utf-8"))
     graphs, prompts = json.loads(json.dumps(trace["workflows"])), []
     for workflow, edits in trace["prompts"]:
@@ -85,7 +85,7 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 
 def identity(graph: dict[str, Any], node: str) -> str:
-    """A text that is the same for nodes that must give the same output."""
+    """Return a text that is the same for nodes that must give the same output."""
     inputs = {
         name: [identity(graph, value[0]), value[1]] if isinstance(value, list) else value
         for name, value in graph[node]["inputs"].items()
@@ -94,8 +94,10 @@ def identity(graph: dict[str, Any], node: str) -> str:
 
 
 def node_class(kind: str, cost: dict[str, Any], names: set[str], machine: Machine, log: Log, running: Any) -> type:
-    """A node of a trace. cost: seconds; mb of a fresh output; model: it makes models of these MB; passes: it hands on
-    clones of the model that comes in, with patches of mb.
+    """Make a node of a trace. Its cost has `seconds`, and one of three more.
+
+    mb: of a fresh output. models: it makes models of these MB. passes: it hands on clones of the models that come in by
+    these names, with patches of mb.
     """
     import comfy.model_patcher
     import torch
@@ -199,7 +201,7 @@ def replay(
 
 
 def use_ours(machine: Machine, cache_args: dict[str, float]) -> None:
-    """Our cache in the executor's place, on the simulated clock and memory."""
+    """Put our cache in the executor's place, on the simulated clock and memory."""
     from spillway.cache import output_cache
     from spillway.cache.comfyui import cache as comfy_cache
     from spillway.ops.ram.available import Available

@@ -44,7 +44,7 @@ def make_graph(checkpoint: Path, text_encoder: Path, vae: Path, args: argparse.N
 
 
 def _run_graph(server: Server, graph: dict, steps: int) -> tuple[dict, float]:
-    """Queue the graph and wait for it; returns its history entry and the seconds it took."""
+    """Queue the graph and wait for it; return its history entry and the seconds it took."""
     begun = time.monotonic()
     prompt = server.queue(graph)
     with Bar("running the graph", steps, " steps") as bar:
@@ -63,7 +63,7 @@ def _texts(entry: dict) -> list[str]:
 
 
 def run(args: argparse.Namespace, checkpoint: Path) -> int:
-    """Start ComfyUI, run the graph, save the image, print what came back; returns the exit status."""
+    """Start ComfyUI, run the graph, save the image, print what came back; return the exit status."""
     comfyui = args.comfyui.expanduser().resolve()
     dev = developer_commands()
     python = args.comfyui_python or dev.find_comfyui_python(comfyui)
