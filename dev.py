@@ -46,6 +46,7 @@ from kit.environment import (  # noqa: E402
     run,
     say,
     set_up_bench,
+    set_up_demo,
     set_up_engine,
     set_up_tools,
     shell_code,
@@ -123,6 +124,7 @@ def lint(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
+    set_up_demo()
     return run_script(ROOT / "benchmarks" / "demo" / "run.py", arguments)
 
 

@@ -3,7 +3,7 @@
     python dev.py bench compile_step
     python dev.py bench compile_step --hidden 768 --size 512 --json result.json
 
-Runs in ComfyUI's own Python, found as for the host tests. Every contestant is a process of its own with a model and an
+Runs in ComfyUI's own Python, found as for its tests. Every contestant is a process of its own with a model and an
 empty compiler cache of its own, one after the other. Seconds of a step are medians, and given as CPU time of all its
 threads, too, which other programs change less. A run that takes longer than --limit seconds is ended, and its row says
 so.
@@ -17,26 +17,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
-from _host import contestant_parser, find_host, start_core
-from _pack import load_pack
-from _race import Contestant, Laps, contest
+
+from harness import comfyui, report
+from harness.laps import Laps
+from harness.pack import load_pack
+from harness.race import Contestant, must_have_run
 
 FILE, LORA = "flux.safetensors", "lora.safetensors"
-CORE, OURS = "core", "Spillway"
+COMFYUI, OURS = "ComfyUI", "Spillway"
+UNCOMPILED = "ComfyUI, uncompiled"
 # (name, whose loader, who compiles, resident fraction)
 CONTESTANTS = {
-    "core, uncompiled": (CORE, None, None),
-    "core, TorchCompileModel": (CORE, "core's node", None),
-    "core, our node, blocks": (CORE, "blocks", None),
+    UNCOMPILED: (COMFYUI, None, None),
+    "ComfyUI, TorchCompileModel": (COMFYUI, "ComfyUI's node", None),
+    "ComfyUI, our node, blocks": (COMFYUI, "blocks", None),
     "Spillway, uncompiled": (OURS, None, 1.0),
     "Spillway, our node": (OURS, "blocks", 1.0),
     "Spillway 25 %, our node": (OURS, "blocks", 0.25),
@@ -57,8 +55,8 @@ STEPS = 2  # of each image
 
 
 def write_files(args: argparse.Namespace, laps: Laps) -> None:
-    start_core(args.comfyui, args.base)
-    import checkpoints
+    comfyui.start_comfyui(args.comfyui, args.base)
+    from kit.comfyui import checkpoints
 
     with laps.lap("write"):
         model = checkpoints.flux(str(args.base / FILE), hidden=args.hidden)
@@ -72,7 +70,7 @@ def compiled(model: Any, who: str | None) -> Any:
 
     if who is None:
         return model
-    if who == "core's node":
+    if who == "ComfyUI's node":
         return TorchCompileModel.execute(model, "inductor").args[0]
     settings = {"compile_transformer_blocks_only": who == "blocks", "dynamo_cache_size_limit": 640}
     return INT8LazyTorchCompile.execute(
@@ -89,10 +87,11 @@ def compiled(model: Any, who: str | None) -> Any:
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    start_core(args.comfyui, args.base)
+    comfyui.start_comfyui(args.comfyui, args.base)
     import comfy.sd
     import comfy.utils
-    import sampling
+
+    from kit.comfyui import sampling
 
     load_pack()
     from spillway.ops.compile.compiled_function import compile_count
@@ -103,14 +102,14 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     torch.set_num_threads(args.threads)
     path = str(args.base / FILE)
     with torch.inference_mode():
-        model: Any = comfy.sd.load_diffusion_model(path) if loader == CORE else load_diffusion_model(path)
+        model: Any = comfy.sd.load_diffusion_model(path) if loader == COMFYUI else load_diffusion_model(path)
         model = compiled(model, who)
         lora = comfy.utils.load_torch_file(str(args.base / LORA))
 
         def image(
             strength: float, batch: int, wide: float, share: float, steps: int = STEPS
         ) -> list[tuple[float, float]]:
-            """Seconds of each step, and of CPU time."""
+            """Return the seconds of each step, and of its CPU time."""
             clone, times = model.clone(), []
             if fraction is not None:
                 total = model.dynamic.total_bytes
@@ -148,8 +147,8 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
 # -- in the parent
 
 
-def run(name: str, command: list[str], args: argparse.Namespace) -> Contestant:
-    """One contestant's laps, until it is through, fails, or has had its time."""
+def limited(name: str, command: list[str], args: argparse.Namespace) -> Contestant:
+    """Run one contestant alone until it is through, fails, or has had its time."""
     with tempfile.TemporaryDirectory(prefix="spillway-compile-cache-") as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         contestant = Contestant(name, command, args.threads)
@@ -187,11 +186,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         words = [f"{count} ({name})" for name, count in found["script_graphs"].items() if count]
         return (", ".join(words) or "0") + ("" if found["script_finished"] else ", not finished")
 
-    reference = rows["core, uncompiled"]["step_cpu_s"]
+    reference = rows[UNCOMPILED]["step_cpu_s"]
     columns: dict[str, Any] = {
         "step, s": lambda found: report.number(found["step_s"], "{:.3f}"),
         "CPU s": lambda found: report.number(found["step_cpu_s"], "{:.3f}"),
-        "/ core uncompiled": lambda found: report.number(found["step_cpu_s"] and found["step_cpu_s"] / reference),
+        "/ ComfyUI uncompiled": lambda found: report.number(found["step_cpu_s"] and found["step_cpu_s"] / reference),
         "first image, s": lambda found: report.number(found["first_image_s"], "{:.1f}"),
         "+ batch of 2, s": lambda found: report.number(found["warm_up_s"], "{:.1f}"),
         "graphs": lambda found: str(found["warm_up_graphs"]),
@@ -202,57 +201,25 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return report.table(("", *columns), lines)
 
 
-def parse() -> argparse.Namespace:
-    parser = contestant_parser(__doc__, 512, "512 is 57 MB (default)")
-    parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default %(default)s)")
-    parser.add_argument("--limit", type=float, default=150, help="seconds for one contestant (default %(default)s)")
-    return parser.parse_args()
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    nbytes = (args.base / FILE).stat().st_size
+    runs = {name: limited(name, command(name), args) for name in CONTESTANTS}
+    must_have_run(*runs.values())
+    rows = {name: row(contestant) for name, contestant in runs.items()}
+    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    about = f"Flux, {nbytes / 1e6:.0f} MB in bf16, 2 double and 2 single blocks; {words}"
+    script = [words for words, *_ in SCRIPT]
+    return comfyui.Outcome(
+        (about, table(rows)), {"file_bytes": nbytes, "size": args.size, "script": script, "results": rows}
+    )
 
 
 def main() -> int:
-    args = parse()
-    if args.contestant:
-        return contest(lambda laps: (write_files if args.contestant == "write" else run_contestant)(args, laps))
-    args.comfyui, python = find_host()
-
-    def command(name: str) -> list[str]:
-        told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)
-        return [
-            str(part)
-            for part in (
-                python,
-                __file__,
-                "--contestant",
-                name,
-                *told,
-                "--steps",
-                args.steps,
-                "--threads",
-                args.threads,
-            )
-        ]
-
-    with tempfile.TemporaryDirectory(prefix="spillway-compile-") as folder:
-        args.base = Path(folder)
-        written = Contestant("write", command("write"), args.threads)
-        written.turn()
-        written.close()
-        if written.failed is not None:
-            sys.exit(f"the files could not be written: {written.failed}")
-        nbytes = (args.base / FILE).stat().st_size
-        runs = {name: run(name, command(name), args) for name in CONTESTANTS}
-        for contestant in runs.values():
-            if contestant.failed is not None:
-                sys.exit(f"{contestant.name} failed: {contestant.failed}")
-        rows = {name: row(contestant) for name, contestant in runs.items()}
-    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
-    print(f"\nFlux, {nbytes / 1e6:.0f} MB in bf16, 2 double and 2 single blocks; {words}\n")
-    print(table(rows))
-    if args.json:
-        more = {"file_bytes": nbytes, "size": args.size, "script": [words for words, *_ in SCRIPT]}
-        report.write(args.json, report.result(**more, host=report.host_versions(args.comfyui, python), results=rows))
-    return 0
+    parser = comfyui.parser(__doc__)
+    comfyui.add_flux(parser, 512, "512 is 57 MB (default)", size=256)
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for one contestant (default %(default)s)")
+    return comfyui.run(parser.parse_args(), run_contestant, measure, write=write_files)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
 import torch.nn.functional as F
-from _pack import load_pack
 
 from demo.checkpoint import ensure_checkpoint
 from demo.flux import Flux, config_from_keys
 from demo.sampling import make_inputs, sample
+from harness import report
+from harness.pack import load_pack
+from harness.turns import seconds_in_turns
 
 load_pack()
 from spillway.ops.files.disk_map import DiskMap
@@ -45,28 +42,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 SHARES = {"bf16": None, "INT8": None, "INT8, 50 %": 0.5, "INT8, 0 %": 0.0}
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
-def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            synchronise(device)
-            began = time.perf_counter()
-            calls[name]()
-            synchronise(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+def warm_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time each call in each round, after a round that does not count."""
+    return {name: seconds[1:] for name, seconds in seconds_in_turns(calls, rounds + 1, device).items()}
 
 
 def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Linear layers of normal numbers in floating point and in INT8: seconds, their ratio, and the relative error."""
+    """Measure linear layers of normal numbers in floating point and in INT8: seconds, ratio and relative error."""
     found = []
     for columns, rows in SHAPES:
         for tokens in TOKENS:
@@ -85,7 +67,7 @@ def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "float": lambda x=x, weight=weight: F.linear(x, weight),
                     "int8": lambda x=x, quantised=quantised: F.linear(x, quantised),
                 }
-                seconds = in_turns(calls, args.rounds, args.device)
+                seconds = warm_seconds(calls, args.rounds, args.device)
                 wanted = F.linear(x.double(), weight.double())
                 found.append(
                     {
@@ -103,7 +85,7 @@ def linear_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Steps of the demo's model in bf16 and in INT8 at several residencies, in turns."""
+    """Measure steps of the demo's model in bf16 and in INT8 at several residencies, in turns."""
     path = ensure_checkpoint(gb=args.gb)
     source = DiskMap(path)
     config = config_from_keys({key: source.spec(key) for key in source.keys()})  # noqa: SIM118 - no mapping
@@ -126,7 +108,7 @@ def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         run(name)
         quantise_s[name] = time.perf_counter() - began
         run(name)
-    seconds = in_turns({name: lambda name=name: run(name) for name in models}, args.rounds, args.device)
+    seconds = warm_seconds({name: lambda name=name: run(name) for name in models}, args.rounds, args.device)
     latents = {name: run(name, 4).double().flatten() for name in models}
     rows = {}
     for name, model in models.items():
@@ -140,62 +122,48 @@ def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def layer_table(layers: list[dict[str, Any]]) -> str:
+    columns = ("weight", "tokens", "dtype", "float, ms", "INT8, ms", "gain", "error")
+    rows = [
+        (
+            f"{row['columns']} -> {row['rows']}",
+            str(row["tokens"]),
+            row["dtype"],
+            report.number(1e3 * row["float_s"]),
+            report.number(1e3 * row["int8_s"]),
+            report.number(row["gain"]),
+            f"{100 * row['error']:.2f} %",
+        )
+        for row in layers
+    ]
+    return report.table(columns, rows)
+
+
+def model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = ("", "MB", "first step, s", "step, s", "gain", "cosine to bf16")
+    keys = ("first_step_s", "step_s", "gain")
+    rows = [
+        (name, report.megabytes(row["bytes"]), *[report.number(row[key]) for key in keys], f"{row['cosine']:.6f}")
+        for name, row in models.items()
+    ]
+    return report.table(columns, rows)
+
+
+def main() -> int:
+    parser = report.parser(__doc__)
+    report.add_threads(parser)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--gb", type=float, default=1.1, help="size of the model in bf16 (default %(default)s)")
     parser.add_argument("--size", type=int, default=384, help="pixels per side (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
         layers = linear_layers(args)
-        rows = whole_model(args)
-    print(f"\nLinear layers on {args.device}, {args.threads} threads\n")
-    columns = ("weight", "tokens", "dtype", "float, ms", "INT8, ms", "gain", "error")
-    print(
-        report.table(
-            columns,
-            [
-                (
-                    f"{row['columns']} -> {row['rows']}",
-                    str(row["tokens"]),
-                    row["dtype"],
-                    report.number(1e3 * row["float_s"]),
-                    report.number(1e3 * row["int8_s"]),
-                    report.number(row["gain"]),
-                    f"{100 * row['error']:.2f} %",
-                )
-                for row in layers
-            ],
-        )
-    )
-    print(f"\nFlux in bf16, {args.size} x {args.size}\n")
-    print(
-        report.table(
-            ("", "MB", "first step, s", "step, s", "gain", "cosine to bf16"),
-            [
-                (
-                    name,
-                    report.megabytes(row["bytes"]),
-                    report.number(row["first_step_s"]),
-                    report.number(row["step_s"]),
-                    report.number(row["gain"]),
-                    f"{row['cosine']:.6f}",
-                )
-                for name, row in rows.items()
-            ],
-        )
-    )
-    if args.json:
-        report.write(args.json, report.result(device=str(args.device), linear_layers=layers, whole_model=rows))
-    return 0
+        models = whole_model(args)
+    about = f"Linear layers on {args.device}, {args.threads} threads"
+    lines = (about, layer_table(layers), f"Flux in bf16, {args.size} x {args.size}", model_table(models))
+    return report.publish(args.json, *lines, device=str(args.device), linear_layers=layers, whole_model=models)
 
 
 if __name__ == "__main__":

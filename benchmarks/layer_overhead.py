@@ -9,28 +9,27 @@ All contestants run in one process on one thread, in turns; the least of many ro
 
 from __future__ import annotations
 
-import argparse
 import copy
 import cProfile
 import pstats
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
-from _pack import ROOT, load_pack
+
+from harness import report
+from harness.pack import ROOT, load_pack
+from harness.turns import seconds_in_turns
 
 load_pack()
 from spillway.ops.device.backend import Backend
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
+PLAIN, CAST = "plain module", "Spillway, cast"
 KEYS = ("layer_us", "overhead_us", "overhead_median_us")
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,11 +49,11 @@ class Tiny(torch.nn.Module):
 
 
 def contestants(plain: Tiny) -> dict[str, Model]:
-    """Copies of one module, each with its hooks; what is not installed is left out."""
+    """Copy one module for each contestant and add its hooks; what is not installed is left out."""
     weights = sum(parameter.nbytes for parameter in plain.parameters())
-    found: dict[str, Model] = {"plain module": plain, "Spillway, in place": dynamic(plain, weights)}
-    # A finished form of its own, as a cast or patched weight has: the layer is lent a view, not the file's tensor.
-    found["Spillway, cast"] = dynamic(copy.deepcopy(plain).bfloat16(), weights, dtype=torch.float32)
+    found: dict[str, Model] = {PLAIN: plain, "Spillway, in place": dynamic(plain, weights)}
+    # A final form of its own, as a cast or patched weight has: the layer is lent a view, not the file's tensor.
+    found[CAST] = dynamic(copy.deepcopy(plain).bfloat16(), weights, dtype=torch.float32)
     found["Spillway, device caster"] = dynamic(plain, weights, backend=TwoStreams(torch.device("cpu")))
     try:
         import accelerate
@@ -86,35 +85,26 @@ class TwoStreams(Backend):
 def dynamic(
     plain: Tiny, weights: int, *, dtype: torch.dtype | None = None, backend: Backend | None = None
 ) -> DynamicModel:
-    """Ours, with room for everything."""
+    """Make ours, with room for everything."""
     policy = Policy(vram_bytes=16 * weights + (1 << 20))
     wanted = None if dtype is None else lambda *_: dtype
     return DynamicModel(copy.deepcopy(plain), None, "cpu", policy, model_dtype=wanted, backend=backend)
 
 
 def measure(models: Mapping[str, Model], x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every forward, in turns that begin elsewhere each round."""
-    names = list(models)
-    want = models[names[0]](x)
-    for name in names:
+    """Return the seconds of every forward, after some that do not count."""
+    want = models[PLAIN](x)
+    for name, model in models.items():
         for _ in range(3):
-            out = models[name](x)
-        if name != "Spillway, cast" and not torch.equal(out, want):
+            out = model(x)
+        if name != CAST and not torch.equal(out, want):
             raise SystemExit(f"{name} computes something else than the plain module")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in [*names[start:], *names[:start]]:
-            model = models[name]
-            began = time.perf_counter()
-            model(x)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return seconds_in_turns({name: partial(model, x) for name, model in models.items()}, rounds)
 
 
 def figures(seconds: Mapping[str, list[float]], layers: int) -> dict[str, dict[str, float]]:
-    """Microseconds by contestant: a whole layer, and what it takes over the plain module's."""
-    plain = next(iter(seconds.values()))
+    """Return each contestant's microseconds for a whole layer, and what it takes over the plain module's."""
+    plain = seconds[PLAIN]
     found = {}
     for name, times in seconds.items():
         over = [one - other for one, other in zip(times, plain, strict=True)]
@@ -127,7 +117,7 @@ def figures(seconds: Mapping[str, list[float]], layers: int) -> dict[str, dict[s
 
 
 def profile(model: Model, x: torch.Tensor, rounds: int) -> str:
-    """The functions of the pack that our time goes to, as text; the profiler makes calls look dearer than they are."""
+    """List the functions that our time goes to. The profiler makes calls look dearer than they are."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(rounds):
@@ -143,35 +133,29 @@ def profile(model: Model, x: torch.Tensor, rounds: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--layers", type=int, default=200)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--profile", action="store_true", help="also show where our own time goes")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.randn(4, args.width)
-    results, profiles = {}, {}
+    results, profiles = {}, []
     with torch.inference_mode():
         for kind in ("Linear", "LayerNorm"):
             models = contestants(Tiny(kind, args.layers, args.width))
             results[kind] = figures(measure(models, x, args.rounds), args.layers)
             if args.profile:
-                chosen = {name: model for name, model in models.items() if name.startswith("Spillway")}
-                profiles[kind] = {name: profile(model, x, 50) for name, model in chosen.items()}
-    print(f"{args.layers} layers of width {args.width}, {args.rounds} rounds, one thread; microseconds per layer\n")
+                ours = {name: model for name, model in models.items() if name.startswith("Spillway")}
+                profiles += [f"{kind}, {name}:\n{profile(model, x, 50)}" for name, model in ours.items()]
+    about = f"{args.layers} layers of width {args.width}, {args.rounds} rounds, one thread; microseconds per layer"
     rows = []
     for name in next(iter(results.values())):
         rows.append((name, *[f"{by_name[name][key]:.2f}" for by_name in results.values() for key in KEYS]))
-    print(report.table(("", *[f"{kind}{what}" for kind in results for what in ("", ", over plain", ", median")]), rows))
-    for kind, texts in profiles.items():
-        for name, text in texts.items():
-            print(f"\n{kind}, {name}:\n{text}")
-    if args.json:
-        options = {"layers": args.layers, "width": args.width, "rounds": args.rounds}
-        report.write(args.json, report.result(**options, results=results))
-    return 0
+    columns = ("", *[f"{kind}{what}" for kind in results for what in ("", ", over plain", ", median")])
+    options = {"layers": args.layers, "width": args.width, "rounds": args.rounds}
+    return report.publish(args.json, about, report.table(columns, rows), *profiles, **options, results=results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What LoRAs cost a step, at several shares of resident weights, beside the core's classic patcher; on the CPU.
+"""What LoRAs cost a step, at several shares of resident weights, beside ComfyUI's own patcher; on the CPU.
 
     python dev.py bench lora_cost                     # a Flux of 0.2 GB in bf16; needs about 10 GB of free RAM
     python dev.py bench lora_cost --hidden 256        # a small one, to see that it runs
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench lora_cost --json result.json
 
-Runs in ComfyUI's own Python, found as for the host tests. Every contestant is a process of its own with a model of its
+Runs in ComfyUI's own Python, found as for its tests. Every contestant is a process of its own with a model of its
 own, and all of them take turns: each ratio is of two steps of the same round. Pins may hold all weights, as on a GPU.
 """
 
@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
-from _host import contestant_parser, find_host, start_core
-from _pack import load_pack
-from _race import Contestant, Laps, contest, race, read_into_cache, solo
+
+from harness import comfyui, report
+from harness.laps import Laps
+from harness.pack import load_pack
+from harness.race import Contestant, difference, must_have_run, race, read_into_cache, slug
 
 RANK = 16
-CORE = "core"
+COMFYUI = "ComfyUI"
 SHARES = {"Spillway 100 %": 1.0, "Spillway 50 %": 0.5, "Spillway 25 %": 0.25}
 FILE = "flux.safetensors"
 SETTLE = 3  # load with the LoRAs, first step, and a second that uses what the first one learned
@@ -37,8 +34,8 @@ SETTLE = 3  # load with the LoRAs, first step, and a second that uses what the f
 
 
 def write_files(args: argparse.Namespace, laps: Laps) -> None:
-    start_core(args.comfyui, args.base)
-    import checkpoints
+    comfyui.start_comfyui(args.comfyui, args.base)
+    from kit.comfyui import checkpoints
 
     with laps.lap("write"):
         model = checkpoints.flux(str(args.base / FILE), hidden=args.hidden)
@@ -47,11 +44,10 @@ def write_files(args: argparse.Namespace, laps: Laps) -> None:
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load, put LoRAs on, and one run of the core's sampler, which waits for its turn between the steps."""
-    start_core(args.comfyui, args.base)
+    """Load, put LoRAs on, and run ComfyUI's sampler once, a turn for each step."""
+    comfyui.start_comfyui(args.comfyui, args.base)
     import comfy.sd
     import comfy.utils
-    import sampling
 
     load_pack()
     from spillway.patcher.comfyui.loading.load import load_diffusion_model
@@ -62,30 +58,30 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     path = str(args.base / FILE)
     with torch.inference_mode():
         with laps.lap("load"):
-            model: Any = comfy.sd.load_diffusion_model(path) if name == CORE else load_diffusion_model(path)
+            model: Any = comfy.sd.load_diffusion_model(path) if name == COMFYUI else load_diffusion_model(path)
             for index in range(int(count)):
                 lora = comfy.utils.load_torch_file(str(args.base / f"lora{index}.safetensors"))
                 model, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0)
-            if name != CORE:
+            if name != COMFYUI:
                 total = model.dynamic.total_bytes
                 model.set_policy(Policy(vram_bytes=int(total * SHARES[name]), pinned_bytes=2 * total))
 
-        def after_step(step: int, *_: Any) -> None:
-            laps.stop()
-            laps.tell(counters=None if name == CORE else model.dynamic.ledger.as_dict()["counters"])
-            if step + 1 < args.steps:
-                laps.begin("step")
+        def counters() -> dict[str, Any]:
+            return {"counters": None if name == COMFYUI else model.dynamic.ledger.as_dict()["counters"]}
 
-        laps.begin("first")
-        latents = sampling.sample(model, steps=args.steps, width=args.size, height=args.size, callback=after_step)
-        torch.save(latents, args.base / f"{args.contestant}.pt")
+        latents = comfyui.sample_in_turns(laps, model, args, counters)
+        torch.save(latents, latents_of(args.contestant, args.base))
+
+
+def latents_of(contestant: str, folder: Path) -> Path:
+    return folder / f"{slug(contestant)}.pt"
 
 
 # -- in the parent
 
 
 def moved(run: Contestant) -> list[int]:
-    """Bytes brought in each step after the first: to stay, or for one use."""
+    """Count the bytes brought in each step after the first: to stay, or for one use."""
     totals = [
         lap["counters"]["bytes_loaded"] + lap["counters"]["bytes_streamed"] for lap in run.laps if lap.get("counters")
     ]
@@ -93,13 +89,12 @@ def moved(run: Contestant) -> list[int]:
 
 
 def summary(runs: Mapping[str, Contestant], folder: Path) -> dict[str, dict[str, Any]]:
-    """By contestant: medians, the step's ratio to no LoRA and to the core with as many, and bytes a step."""
+    """Return each contestant's medians, the step's ratio to no LoRA and to ComfyUI with as many, and bytes a step."""
     found = {}
     for who, run in runs.items():
         name, _, count = who.rpartition(" + ")
         steps, cpu = run.seconds("step")[1:], run.seconds("step", "cpu_seconds")[1:]
-        bare, core = runs[f"{name} + 0"], runs[f"{CORE} + {count}"]
-        reference = torch.load(folder / f"{CORE} + {count}.pt")
+        bare, comfyuis = runs[f"{name} + 0"], runs[f"{COMFYUI} + {count}"]
         row = {
             "first_step_s": run.seconds("first")[0],
             "second_step_s": run.seconds("step")[0],
@@ -107,11 +102,11 @@ def summary(runs: Mapping[str, Contestant], folder: Path) -> dict[str, dict[str,
             "steps_cpu_s": report.median(cpu),
             "steps_s_to_no_lora": report.ratio(steps, bare.seconds("step")[1:]),
             "steps_cpu_s_to_no_lora": report.ratio(cpu, bare.seconds("step", "cpu_seconds")[1:]),
-            "first_step_s_to_core": run.seconds("first")[0] / core.seconds("first")[0],
-            "steps_s_to_core": report.ratio(steps, core.seconds("step")[1:]),
-            "max_abs_difference": float((torch.load(folder / f"{who}.pt") - reference).abs().max()),
+            "first_step_s_to_comfyui": run.seconds("first")[0] / comfyuis.seconds("first")[0],
+            "steps_s_to_comfyui": report.ratio(steps, comfyuis.seconds("step")[1:]),
+            "max_abs_difference": difference(latents_of(who, folder), latents_of(comfyuis.name, folder)),
         }
-        if name != CORE:
+        if name != COMFYUI:
             row["bytes_second_step"], *rest = moved(run)
             row["bytes_later_steps"] = sorted(set(rest))
         found[who] = row
@@ -125,13 +120,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     columns: dict[str, Any] = {
         "first step, s": lambda row: report.number(row["first_step_s"]),
-        "/ core": lambda row: report.number(row["first_step_s_to_core"]),
+        "/ ComfyUI": lambda row: report.number(row["first_step_s_to_comfyui"]),
         "later step, s": lambda row: report.number(row["steps_s"]),
-        "/ core ": lambda row: report.number(row["steps_s_to_core"]),
+        "/ ComfyUI ": lambda row: report.number(row["steps_s_to_comfyui"]),
         "/ no LoRA": lambda row: report.number(row["steps_s_to_no_lora"], "{:.3f}"),
         "CPU / no LoRA": lambda row: report.number(row["steps_cpu_s_to_no_lora"], "{:.3f}"),
         "MB brought a later step": bytes_of,
-        "max diff to core": lambda row: f"{row['max_abs_difference']:g}",
+        "max diff to ComfyUI": lambda row: f"{row['max_abs_difference']:g}",
     }
     lines = [
         (f"{who} LoRA{'' if who.endswith(' 1') else 's'}", *[show(row) for show in columns.values()])
@@ -140,46 +135,28 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return report.table(("", *columns), lines)
 
 
-def parse() -> argparse.Namespace:
-    parser = contestant_parser(__doc__, 1024, "1024 is 0.2 GB (default)")
-    parser.add_argument("--loras", type=int, nargs="+", default=[0, 1, 4], help="how many, for each row; 0 comes first")
-    parser.add_argument("--size", type=int, default=512, help="pixels per side (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="later steps of each contestant, in turns")
-    return parser.parse_args()
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    nbytes = (args.base / FILE).stat().st_size
+    read_into_cache(args.base / FILE)
+    names = [f"{name} + {count}" for name in (COMFYUI, *SHARES) for count in args.loras]
+    runs = race({name: command(name) for name in names}, args.rounds, args.threads, settle=SETTLE)
+    must_have_run(*runs.values())
+    rows = summary(runs, args.base)
+    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, LoRAs of rank {RANK} on every matrix; {words}"
+    return comfyui.Outcome(
+        (about, table(rows)), {"file_bytes": nbytes, "size": args.size, "rank": RANK, "results": rows}
+    )
 
 
 def main() -> int:
-    args = parse()
+    parser = comfyui.parser(__doc__)
+    comfyui.add_flux(parser, 1024, "1024 is 0.2 GB (default)", size=512)
+    parser.add_argument("--loras", type=int, nargs="+", default=[0, 1, 4], help="how many, for each row; 0 comes first")
+    parser.add_argument("--rounds", type=int, default=9, help="later steps of each contestant, in turns")
+    args = parser.parse_args()
     args.steps = SETTLE - 1 + args.rounds  # of one run of the sampler
-    if args.contestant:
-        return contest(lambda laps: (write_files if args.contestant == "write" else run_contestant)(args, laps))
-    args.comfyui, python = find_host()
-
-    def command(name: str) -> list[str]:
-        told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)
-        more = ("--rounds", args.rounds, "--threads", args.threads, "--loras", *args.loras)
-        return [str(part) for part in (python, __file__, "--contestant", name, *told, *more)]
-
-    with tempfile.TemporaryDirectory(prefix="spillway-lora-") as folder:
-        args.base = Path(folder)
-        written = solo("write", command("write"), 1, args.threads)
-        if written.failed is not None:
-            sys.exit(f"the files could not be written: {written.failed}")
-        nbytes = (args.base / FILE).stat().st_size
-        read_into_cache(args.base / FILE)
-        names = [f"{name} + {count}" for name in (CORE, *SHARES) for count in args.loras]
-        runs = race({name: command(name) for name in names}, args.rounds, args.threads, settle=SETTLE)
-        for run in runs.values():
-            if run.failed is not None:
-                sys.exit(f"{run.name} failed: {run.failed}")
-        rows = summary(runs, args.base)
-    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
-    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, LoRAs of rank {RANK} on every matrix; {words}\n")
-    print(table(rows))
-    if args.json:
-        more = {"file_bytes": nbytes, "size": args.size, "rank": RANK}
-        report.write(args.json, report.result(**more, host=report.host_versions(args.comfyui, python), results=rows))
-    return 0
+    return comfyui.run(args, run_contestant, measure, write=write_files)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Starts are measured alone, each in a fresh process; steps in turns, with all con
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -19,18 +20,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
-from _peers import CONTESTANTS, Job
-from _race import Contestant, Laps, contest, difference, drop_from_cache, progress, race, read_into_cache, solo
 from safetensors import safe_open
 
 from demo.checkpoint import DEFAULT_GB, ensure_checkpoint
 from demo.flux import config_from_keys
 from demo.sampling import make_inputs
+from harness import report
+from harness.laps import Laps, contest
+from harness.peers import CONTESTANTS, Job
+from harness.race import (
+    Contestant,
+    command_of,
+    difference,
+    drop_from_cache,
+    progress,
+    race,
+    read_into_cache,
+    slug,
+    solo,
+)
+from harness.turns import rotated
 
 REFERENCE = next(iter(CONTESTANTS))
 START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the first step learned
@@ -39,7 +49,7 @@ START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load, then steps until the parent wants no more; the latest output is left in a file."""
+    """Load, then compute steps until the parent wants no more; leave the latest output in a file."""
     job = job_of(args)
     kind, options = CONTESTANTS[args.contestant]
     contestant = kind(job, **options)
@@ -72,18 +82,17 @@ def job_of(args: argparse.Namespace) -> Job:
 
 
 def scratch_of(name: str, out: Path) -> Path:
-    return out / "".join(c if c.isalnum() else "-" for c in name)
+    return out / slug(name)
 
 
 # -- in the parent
 
 
 def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """All figures by contestant."""
+    """Return all figures by contestant."""
 
     def command(name: str, *more: str) -> list[str]:
-        told = ("--contestant", name, "--out", str(out), "--checkpoint", str(args.checkpoint), "--size", str(args.size))
-        return [sys.executable, __file__, *told, *more]
+        return command_of(sys.executable, name, "--out", out, "--checkpoint", args.checkpoint, *more)
 
     for name in names:
         kind, options = CONTESTANTS[name]
@@ -91,8 +100,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[s
             solo(name, command(name, "--prepare"), 1, args.threads)
     starts: dict[str, list[Contestant]] = {name: [] for name in names}
     for start in range(args.starts):
-        turn = start % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+        for name in rotated(names, start):
             if any(one.failed for one in starts[name]):
                 continue
             progress(f"start {start + 1} of {args.starts}: {name}")
@@ -112,7 +120,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[s
 def figures(
     name: str, all_starts: Mapping[str, Sequence[Contestant]], runs: Mapping[str, Contestant], out: Path
 ) -> dict[str, Any]:
-    """One contestant's figures; `failed` with the reason for one that cannot run here."""
+    """Return one contestant's figures, or `failed` with the reason for one that cannot run here."""
     starts, run = all_starts[name], runs.get(name)
     failed = next((one.failed for one in (*starts, run) if one is not None and one.failed), None)
     if failed is not None or run is None:
@@ -148,7 +156,7 @@ def figures(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures side by side; ratios are to the plain module of the same run."""
+    """Show the figures side by side. Ratios are to the plain module of the same run."""
     plain = results[REFERENCE]
     rows = []
     for name, row in results.items():
@@ -179,29 +187,31 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
+    report.add_threads(parser)
     parser.add_argument("--gb", type=float, default=DEFAULT_GB, help="size of the file (default %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="use this Flux.1 file in bf16, or make it there")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes for the time to the first step")
     parser.add_argument("--rounds", type=int, default=7, help="later steps of each contestant, in turns")
-    parser.add_argument("--threads", type=int, default=report.cores(), help="threads of torch (default %(default)s)")
     parser.add_argument("--only", action="append", help="only contestants whose name begins so; may be repeated")
     parser.add_argument("--cold", action="store_true", help="empty the file's page cache before each start (Linux)")
     parser.add_argument("--scratch", type=Path, help="folder for what peers write (default: the system's; a few GB)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.starts, args.rounds) < 1:
+        parser.error("--starts and --rounds must be at least 1")
+    if args.cold and not hasattr(os, "posix_fadvise"):
+        parser.error("--cold needs posix_fadvise, which this system lacks: leave it out")
+    return args
 
 
 def main() -> int:
     args = parse()
     if args.contestant:
         return contest(lambda laps: run_contestant(args, laps))
-    if min(args.starts, args.rounds) < 1:
-        sys.exit("--starts and --rounds must be at least 1")
     args.checkpoint = ensure_checkpoint(args.checkpoint, args.gb)
     wanted = tuple(args.only or ("",))
     names = [name for name in CONTESTANTS if name == REFERENCE or name.startswith(wanted)]
@@ -209,11 +219,9 @@ def main() -> int:
         results = measure(args, names, Path(out))
     nbytes = args.checkpoint.stat().st_size
     words = f"{args.size} x {args.size}, {args.threads} threads, {args.starts} starts, {args.rounds} rounds"
-    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, file {'on disk' if args.cold else 'in the page cache'}, {words}\n")
-    print(table(results))
-    if args.json:
-        report.write(args.json, report.result(file_bytes=nbytes, size=args.size, cold=args.cold, results=results))
-    return 0
+    about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, file {'on disk' if args.cold else 'in the page cache'}, {words}"
+    sizes = {"file_bytes": nbytes, "size": args.size, "cold": args.cold}
+    return report.publish(args.json, about, table(results), **sizes, results=results)
 
 
 if __name__ == "__main__":

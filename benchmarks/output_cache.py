@@ -1,78 +1,84 @@
-"""The output cache and the core's own on traces of prompts: seconds for what had been made before. Needs ComfyUI.
+"""The output cache and ComfyUI's own on traces of prompts: seconds for what had been made before. Needs ComfyUI.
 
     python dev.py bench output_cache                    # all traces
     python dev.py bench output_cache --only seeds       # one of them
 
-Runs in ComfyUI's own Python, found as for the host tests, in its real executor; see _replay.py for what is simulated.
-All get the same RAM: what a cache may keep is the trace's RAM less the headroom, which is the core's default for it.
+Runs in ComfyUI's own Python, found as for its tests, in its real executor; see replay.py for what is simulated.
+All get the same RAM: what a cache may keep is the trace's RAM less the headroom, which is ComfyUI's default for it.
 LRU counts entries and not bytes: it gets the largest count with which it keeps no more than that on the trace.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
-from _host import find_host, start_core
-from _pack import ROOT, load_pack
+from harness import comfyui, replay, report
+from harness.laps import Laps
+from harness.pack import ROOT, load_pack
+from harness.race import must_have_run, solo
 
 TRACES = sorted((ROOT / "benchmarks" / "traces").glob("*.json"))
-CORE, CORE_SAME, LRU, OURS = "core's default", "core, one headroom", "LRU", "Spillway"
+COMFYUI, ONE_HEADROOM, LRU, OURS = "ComfyUI's default", "ComfyUI, one headroom", "LRU", "Spillway"
 MOST_ENTRIES = 512
 
 
 def headroom(ram_gb: float) -> float:
-    """GB that the core keeps free by default."""
+    """Return the GB that ComfyUI keeps free by default."""
     return min(10.0, max(2.0, 0.1 * ram_gb))
 
 
 # -- in ComfyUI's Python
 
 
-def measure(paths: list[Path]) -> dict[str, Any]:
-    import _replay
+def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
+    comfyui.start_comfyui(args.comfyui)
+    load_pack()
+    logging.disable(logging.INFO)
+    laps.begin("traces")
+    traces, speeds = replay_all(args.only), speed()
+    laps.stop()
+    laps.tell(traces=traces, speed=speeds)
+
+
+def replay_all(names: list[str] | None) -> dict[str, Any]:
+    """Replay the traces with each of the caches. names: these traces only."""
     import execution
 
     from spillway.cache.comfyui import install
 
     found = {}
-    for path in paths:
-        trace = _replay.read_trace(path)
+    for path in TRACES:
+        if names and path.stem not in names:
+            continue
+        trace = replay.read_trace(path)
         ram = float(trace["ram_gb"])
         room = headroom(ram)
-        core = {"ram": room, "ram_inactive": min(128.0, ram)}
+        default = {"ram": room, "ram_inactive": min(128.0, ram)}
         rows = {
-            CORE: _replay.replay(trace, "core", "RAM_PRESSURE", core),
-            CORE_SAME: _replay.replay(trace, "core", "RAM_PRESSURE", {"ram": room, "ram_inactive": room}),
-            LRU: best_lru(_replay, trace, ram - room),
+            COMFYUI: replay.replay(trace, "RAM_PRESSURE", default),
+            ONE_HEADROOM: replay.replay(trace, "RAM_PRESSURE", {"ram": room, "ram_inactive": room}),
+            LRU: best_lru(trace, ram - room),
         }
         own = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
         assert install.install()
-        rows[OURS] = _replay.replay(trace, "ours", "RAM_PRESSURE", core)
+        rows[OURS] = replay.replay(trace, "RAM_PRESSURE", default, ours=True)
         execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache = own
         found[path.stem] = {"ram_gb": ram, "prompts": len(trace["prompts"]), "rows": rows}
-    return {"traces": found, "speed": speed()}
+    return found
 
 
-def best_lru(replay: ModuleType, trace: dict[str, Any], room: float) -> dict[str, Any]:
-    """The run with the most entries that keeps no more than `room` GB."""
+def best_lru(trace: dict[str, Any], room: float) -> dict[str, Any]:
+    """Return the run with the most entries that keeps no more than `room` GB."""
     low, high, best = 1, MOST_ENTRIES, None
     while low <= high:
         count = (low + high) // 2
-        run = replay.replay(trace, "core", "LRU", {"lru": count, "ram": 0.0, "ram_inactive": 0.0})
+        run = replay.replay(trace, "LRU", {"lru": count, "ram": 0.0, "ram_inactive": 0.0})
         if run["kept_gb"] <= room:
             best, low = {**run, "entries_allowed": count}, count + 1
         else:
@@ -82,7 +88,7 @@ def best_lru(replay: ModuleType, trace: dict[str, Any], room: float) -> dict[str
 
 
 def speed() -> dict[str, float]:
-    """With 10,000 entries: milliseconds to choose, microseconds of a lookup in ours and the core's. Least of 15."""
+    """Time a choice (ms) and lookups in ours and ComfyUI's (us), with 10,000 entries. The least of 15 counts."""
     import asyncio
 
     import torch
@@ -92,7 +98,7 @@ def speed() -> dict[str, float]:
     from spillway.cache.comfyui import install
 
     class Keys:
-        """Key sets are the core's work, and the same for all caches."""
+        """Key sets are ComfyUI's work, and the same for all caches."""
 
         def __init__(self, keys: dict[str, Any]) -> None:
             self.get_data_key = keys.get
@@ -100,8 +106,8 @@ def speed() -> dict[str, float]:
     keys = {str(i): frozenset([(0, frozenset([(0, "Node"), (1, i)]))]) for i in range(10_000)}
     rng = random.Random(1)
     ours = install.make_cache()
-    core = caching.LRUCache(caching.CacheKeySetInputSignature, max_size=20_000)
-    for cache in (ours, core):
+    comfyuis = caching.LRUCache(caching.CacheKeySetInputSignature, max_size=20_000)
+    for cache in (ours, comfyuis):
         cache.cache_key_set, cache.initialized = Keys(keys), True
     engine = ours.engine
     for number, (_, key) in enumerate(keys.items()):
@@ -111,7 +117,7 @@ def speed() -> dict[str, float]:
         parents = [keys[str(number - 1)]] if number % 5 else []
         kind = f"kind {number % 20}"
         engine.put(key, number, [tensor], seconds=rng.random() * 10, kind=kind, parents=parents)
-        core.cache[key] = number
+        comfyuis.cache[key] = number
 
     def chosen(share: float) -> float:
         times = []
@@ -133,7 +139,7 @@ def speed() -> dict[str, float]:
 
     found = {f"choose_{share:.1%}_ms": chosen(share) for share in (0.001, 0.1, 0.5)}
     found["lookup_ours_us"] = asyncio.run(lookups(ours))
-    found["lookup_core_us"] = asyncio.run(lookups(core))
+    found["lookup_comfyui_us"] = asyncio.run(lookups(comfyuis))
     return found
 
 
@@ -141,8 +147,8 @@ def speed() -> dict[str, float]:
 
 
 def table(traces: dict[str, Any]) -> str:
-    """Seconds for what had been made before, and in brackets the most that was alive at once."""
-    columns = (CORE, CORE_SAME, LRU, OURS)
+    """Show seconds for what had been made before, and in brackets the most that was alive at once."""
+    columns = (COMFYUI, ONE_HEADROOM, LRU, OURS)
     lines, sums = [], dict.fromkeys(columns, 0.0)
     for name, found in traces.items():
         cells = []
@@ -156,35 +162,20 @@ def table(traces: dict[str, Any]) -> str:
     return report.table(("trace", "RAM, GB", "prompts", *columns), lines)
 
 
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    run = solo("replay", command("replay"), 1, args.threads)
+    must_have_run(run)
+    traces, speeds = run.last()["traces"], run.last()["speed"]
+    words = "!: keeps more than it was given, as the outputs of one prompt alone take more"
+    times = "10,000 entries: " + ", ".join(f"{name} {value:.2f}" for name, value in speeds.items())
+    return comfyui.Outcome((table(traces), words, times), {"traces": traces, "speed": speeds})
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = comfyui.parser(__doc__)
     names = [path.stem for path in TRACES]
     parser.add_argument("--only", action="append", choices=names, help="this trace; may be repeated")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    paths = [path for path in TRACES if not args.only or path.stem in args.only]
-    if args.inside:
-        start_core(args.inside)
-        load_pack()
-        logging.disable(logging.INFO)
-        args.result.write_text(json.dumps(measure(paths)))
-        return 0
-    comfyui, python = find_host()
-    with tempfile.TemporaryDirectory(prefix="spillway-cache-") as folder:
-        result = Path(folder) / "result.json"
-        only = [part for path in paths for part in ("--only", path.stem)]
-        command = [str(python), __file__, "--inside", str(comfyui), "--result", str(result), *only]
-        if subprocess.run(command).returncode:
-            return 1
-        found = json.loads(result.read_text())
-    print(table(found["traces"]))
-    print("\n!: keeps more than it was given, as the outputs of one prompt alone take more")
-    print("\n10,000 entries: " + ", ".join(f"{name} {value:.2f}" for name, value in found["speed"].items()))
-    if args.json:
-        report.write(args.json, report.result(**found, host=report.host_versions(comfyui, python)))
-    return 0
+    return comfyui.run(parser.parse_args(), run_contestant, measure)
 
 
 if __name__ == "__main__":

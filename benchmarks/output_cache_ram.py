@@ -1,6 +1,6 @@
 """The output cache in little RAM, with real outputs: a limit of 4 GB, and 500 prompts in a row. Needs ComfyUI.
 
-    python dev.py bench output_cache_ram --limit      # outputs of 12 GB in 4 GB: ours, and the core's own cache
+    python dev.py bench output_cache_ram --limit      # outputs of 12 GB in 4 GB: ours, and ComfyUI's own cache
     python dev.py bench output_cache_ram --soak       # 500 prompts of mixed workflows; takes minutes
 
 The limit is a simulated one: a watcher kills the process when its private memory goes beyond 4 GB, as the system does
@@ -12,25 +12,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import logging
 import os
 import runpy
-import signal
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import psutil
-from _host import find_host, start_core
-from _pack import ROOT, load_pack
+
+from harness import comfyui
+from harness.laps import Laps
+from harness.memory import Peak
+from harness.pack import ROOT, load_pack
+from harness.race import Contestant, must_have_run
 
 GIB, MIB = 1 << 30, 1 << 20
 LIMIT_GB = 4
@@ -38,32 +35,36 @@ SOAK_GB = 5  # room for one of the two checkpoints, and for some of the images
 STEPS, STEP_MB = 24, 512
 PROMPTS, SETTLED = 500, 50
 LARGE = {"upscale_method": "bilinear", "width": 1024, "height": 1024, "crop": "disabled"}
-OURS, CORE = "Spillway", "core"
-
-
-class Server:
-    """What the executor asks of a server that nobody is connected to."""
-
-    client_id = None
-    last_node_id = None
-
-    def send_sync(self, *_: Any) -> None:
-        pass
+OURS, COMFYUI = "Spillway", "ComfyUI"
+LIMIT, SOAK = "limit", "soak"
+STRETCH = 50  # prompts of a turn of the soak
 
 
 # -- in ComfyUI's Python
 
 
-def executor(contestant: str) -> Any:
+def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
+    runpy.run_path(str(ROOT / "prestartup_script.py"))  # as main.py does, before torch is imported
+    comfyui.start_comfyui(args.comfyui, args.base)
+    load_pack()
+    logging.disable(logging.INFO)
+    part, who = args.contestant.split(", ")
+    if part == LIMIT:
+        run_limit(laps, who)
+    else:
+        run_soak(laps, args.base)
+
+
+def executor(who: str) -> Any:
     import execution
 
     from spillway.cache.comfyui import install
 
-    if contestant == OURS:
+    if who == OURS:
         assert install.install()
     total = psutil.virtual_memory().total / GIB
     cache_args = {"lru": 0, "ram": min(10.0, max(2.0, total / 10)), "ram_inactive": min(128.0, total)}
-    return execution.PromptExecutor(Server(), execution.CacheType.RAM_PRESSURE, cache_args)
+    return execution.PromptExecutor(comfyui.Server(), execution.CacheType.RAM_PRESSURE, cache_args)
 
 
 def run(running: Any, prompt: dict[str, Any], number: int, outputs: list[str]) -> None:
@@ -72,8 +73,8 @@ def run(running: Any, prompt: dict[str, Any], number: int, outputs: list[str]) -
         raise SystemExit(f"prompt {number} failed: {running.status_messages[-1][1].get('exception_message')}")
 
 
-def run_limit(contestant: str) -> dict[str, Any]:
-    """A chain of nodes whose outputs sum to 12 GB, each made from the one before."""
+def run_limit(laps: Laps, who: str) -> None:
+    """Run a chain of nodes whose outputs sum to 12 GB, each made from the one before."""
     import nodes
     import torch
 
@@ -87,10 +88,10 @@ def run_limit(contestant: str) -> dict[str, Any]:
             return {"required": {"step": ("INT", {})}, "optional": {"image": ("IMAGE", {})}}
 
         def run(self, step: int, image: Any = None) -> Any:
-            made = torch.full((STEP_MB * MIB // 4,), float(step))
+            output = torch.full((STEP_MB * MIB // 4,), float(step))
             if image is not None:
                 assert image[0] == step - 1 and image[-1] == step - 1
-            return (made,)
+            return (output,)
 
     nodes.NODE_CLASS_MAPPINGS["Grow"] = Grow
     prompt = {
@@ -100,15 +101,17 @@ def run_limit(contestant: str) -> dict[str, Any]:
         }
         for step in range(STEPS)
     }
-    running = executor(contestant)
+    running = executor(who)
+    laps.begin(LIMIT)
     run(running, prompt, 0, [str(STEPS - 1)])
+    laps.stop()
     engine = getattr(running.caches.outputs, "engine", None)
-    return {"evicted": engine.evicted if engine else None, "evicted_bytes": engine.freed_bytes if engine else None}
+    laps.tell(evicted=engine and engine.evicted, evicted_bytes=engine and engine.freed_bytes)
 
 
-def run_soak(base: Path) -> dict[str, Any]:
-    """Seeds, texts, sizes, two checkpoints, the core's loader and ours, in turns."""
-    import checkpoints
+def run_soak(laps: Laps, base: Path) -> None:
+    """Run prompts of changing seeds, texts and sizes with two checkpoints, by ComfyUI's loader and ours in turns."""
+    from kit.comfyui import checkpoints
 
     folder = base / "models" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,20 +126,21 @@ def run_soak(base: Path) -> dict[str, Any]:
     SpillwayLoadCheckpoint.GET_SCHEMA()
     torch.set_num_threads(2)
     running = executor(OURS)
-    rss, held, private = [], [], []
-    for number in range(PROMPTS):
-        run(running, soak_prompt(number), number, ["save"])
-        if number % 10 == 9:
-            gc.collect()
-        info = psutil.Process().memory_info()
-        rss.append(info.rss)
-        private.append(info.rss - info.shared)
-        held.append(running.caches.outputs.engine.ram_bytes())
-        if number % 50 == 49:
-            words = f"{number + 1}: RSS {rss[-1] / MIB:,.0f} MiB, cache {held[-1] / MIB:,.0f} MiB"
-            print(words, file=sys.stderr, flush=True)
-    engine = running.caches.outputs.engine
-    return {"rss": rss, "private": private, "held": held, "evicted": engine.evicted, "entries": len(engine.entries)}
+    for start in range(0, PROMPTS, STRETCH):
+        rss, held, private = [], [], []
+        laps.begin(SOAK)
+        for number in range(start, start + STRETCH):
+            run(running, soak_prompt(number), number, ["save"])
+            if number % 10 == 9:
+                gc.collect()
+            info = psutil.Process().memory_info()
+            rss.append(info.rss)
+            private.append(info.rss - info.shared)
+            held.append(running.caches.outputs.engine.ram_bytes())
+        laps.stop()
+        engine = running.caches.outputs.engine
+        evicted = {"evicted": engine.evicted, "entries": len(engine.entries)}
+        laps.tell(memory={"rss": rss, "private": private, "held": held}, **evicted)
 
 
 def soak_prompt(number: int) -> dict[str, Any]:
@@ -179,83 +183,97 @@ def soak_prompt(number: int) -> dict[str, Any]:
 # -- in the parent
 
 
-def watched(command: list[str], environment: dict[str, str], limit: int | None) -> dict[str, Any]:
-    """Run a command; kill it when its private memory goes beyond the limit, in bytes."""
-    begun, peak, killed = time.monotonic(), 0, False
-    process = subprocess.Popen(command, env={**os.environ, **environment})
-    try:
-        watch = psutil.Process(process.pid)
-        while process.poll() is None:
-            try:
-                info = watch.memory_info()
-            except psutil.NoSuchProcess:
+class Watched:
+    """A contestant whose private memory is watched, and which is killed when that goes beyond a limit in bytes."""
+
+    def __init__(self, name: str, command: list[str], threads: int, ram_gb: int, limit: int | None = None) -> None:
+        os.environ["SPILLWAY_RAM_GB"] = str(ram_gb)
+        self.begun, self.limit, self.killed = time.monotonic(), limit, False
+        self.contestant = Contestant(name, command, threads)
+        self.watch = psutil.Process(self.contestant.process.pid)
+        self.private = Peak(self.private_bytes, interval=0.005)
+
+    def private_bytes(self) -> int:
+        try:
+            info = self.watch.memory_info()
+        except psutil.NoSuchProcess:
+            return 0
+        private = info.rss - getattr(info, "shared", 0)
+        if self.limit is not None and private > self.limit:
+            self.killed = True
+            self.contestant.process.kill()
+        return private
+
+    def __enter__(self) -> Watched:
+        self.private.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.contestant.close()
+        self.private.__exit__()
+
+    def figures(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.begun
+        return {"killed": self.killed, "peak_bytes": self.private.peak, "seconds": seconds}
+
+
+def measure_limit(args: argparse.Namespace, command: Callable[[str], list[str]]) -> tuple[list[str], dict[str, Any]]:
+    lines, results = [], {}
+    for who in (OURS, COMFYUI):
+        name = f"{LIMIT}, {who}"
+        with Watched(name, command(name), args.threads, LIMIT_GB, LIMIT_GB * GIB) as run:
+            lap = run.contestant.turn() or {}
+        figures = results[who] = {**run.figures(), **{key: lap.get(key) for key in ("evicted", "evicted_bytes")}}
+        end = "killed" if run.killed else "ran to its end" if lap else "failed"
+        lines.append(
+            f"{STEPS * STEP_MB // 1024} GB of outputs in {LIMIT_GB} GB, {who}: {end}, "
+            f"peak {figures['peak_bytes'] / GIB:.2f} GiB, {figures['seconds']:.0f} s, evicted {figures['evicted']}"
+        )
+    return lines, results
+
+
+def measure_soak(args: argparse.Namespace, command: Callable[[str], list[str]]) -> tuple[list[str], dict[str, Any]]:
+    memory: dict[str, list[int]] = {"rss": [], "private": [], "held": []}
+    name = f"{SOAK}, {OURS}"
+    with Watched(name, command(name), args.threads, SOAK_GB) as run:
+        while len(memory["rss"]) < PROMPTS:
+            lap = run.contestant.turn()
+            if lap is None:
                 break
-            peak = max(peak, info.rss - getattr(info, "shared", 0))
-            if limit is not None and peak > limit:
-                process.send_signal(signal.SIGKILL)
-                killed = True
-                break
-            time.sleep(0.005)
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-    return {"code": code, "killed": killed, "peak_bytes": peak, "seconds": time.monotonic() - begun}
+            for kind, values in lap["memory"].items():
+                memory[kind] += values
+            rss, held = (memory[kind][-1] / MIB for kind in ("rss", "held"))
+            print(f"{len(memory['rss'])}: RSS {rss:,.0f} MiB, cache {held:,.0f} MiB", file=sys.stderr, flush=True)
+    must_have_run(run.contestant)
+    lines = []
+    for kind, values in memory.items():
+        first, last = values[SETTLED - 1], values[-1]
+        lines.append(
+            f"{kind}: {first / MIB:,.0f} MiB after {SETTLED} prompts, {last / MIB:,.0f} MiB after "
+            f"{len(values)} ({last / first - 1:+.1%})"
+        )
+    every_tenth = {kind: values[::10] + values[-1:] for kind, values in memory.items()}
+    ends = {key: run.contestant.last()[key] for key in ("evicted", "entries")}
+    return lines, {**run.figures(), **every_tenth, **ends}
+
+
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    lines, results = [], {}
+    for part, body in ((LIMIT, measure_limit), (SOAK, measure_soak)):
+        if getattr(args, part):
+            more, results[part] = body(args, command)
+            lines += more
+    return comfyui.Outcome(("\n".join(lines),), results)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = comfyui.parser(__doc__)
     parser.add_argument("--limit", action="store_true", help="outputs of 12 GB in 4 GB")
     parser.add_argument("--soak", action="store_true", help="500 prompts in a row")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    for hidden in ("--inside", "--base", "--result"):
-        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.inside:
-        runpy.run_path(str(ROOT / "prestartup_script.py"))  # as main.py does
-        start_core(args.inside, args.base)
-        load_pack()
-        logging.disable(logging.INFO)
-        found = run_limit(args.contestant) if args.limit else run_soak(args.base)
-        args.result.write_text(json.dumps(found))
-        return 0
     if not (args.limit or args.soak):
         parser.error("choose --limit, --soak or both")
-    comfyui, python = find_host()
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="spillway-cache-") as folder:
-        told = ["--inside", str(comfyui), "--base", folder, "--result", str(Path(folder) / "result.json")]
-
-        def child(contestant: str, part: str, limit: int | None) -> dict[str, Any]:
-            environment = {"SPILLWAY_RAM_GB": str(SOAK_GB if limit is None else LIMIT_GB)}
-            result = Path(folder) / "result.json"
-            result.unlink(missing_ok=True)
-            command = [str(python), __file__, part, "--contestant", contestant, *told]
-            seen = watched(command, environment, limit)
-            return {**seen, **(json.loads(result.read_text()) if result.exists() else {})}
-
-        if args.limit:
-            found["limit"] = {name: child(name, "--limit", LIMIT_GB * GIB) for name in (OURS, CORE)}
-            for name, run_ in found["limit"].items():
-                end = "killed" if run_["killed"] else "ran to its end" if run_["code"] == 0 else "failed"
-                print(
-                    f"{STEPS * STEP_MB // 1024} GB of outputs in {LIMIT_GB} GB, {name}: {end}, "
-                    f"peak {run_['peak_bytes'] / GIB:.2f} GiB, {run_['seconds']:.0f} s, evicted {run_.get('evicted')}"
-                )
-        if args.soak:
-            soak = found["soak"] = child(OURS, "--soak", None)
-            for name in ("rss", "private", "held"):
-                first, last = soak[name][SETTLED - 1], soak[name][-1]
-                print(
-                    f"{name}: {first / MIB:,.0f} MiB after {SETTLED} prompts, {last / MIB:,.0f} MiB after "
-                    f"{len(soak[name])} ({last / first - 1:+.1%})"
-                )
-            for name in ("rss", "private", "held"):
-                soak[name] = soak[name][::10] + soak[name][-1:]
-    if args.json:
-        report.write(args.json, report.result(**found, host=report.host_versions(comfyui, python)))
-    return 0
+    return comfyui.run(args, run_contestant, measure)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Saving a model with a LoRA on every layer: the core's ModelSave, Spillway's node, and a plain copy of the same bytes.
+"""Saving a model with a LoRA on every layer: ComfyUI's ModelSave, Spillway's node, and a plain copy of the same bytes.
 
-    python dev.py bench save_model                          # a 2 GB Flux in bf16; the core needs 15 GB of free RAM
-    python dev.py bench save_model --depth 8 --no-core      # 6 GB, without the core, which would need 45 GB
+    python dev.py bench save_model                          # a 2 GB Flux in bf16; ComfyUI's needs 15 GB of RAM
+    python dev.py bench save_model --depth 8 --no-comfyui   # 6 GB, without ComfyUI's node, which would need 45 GB
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench save_model --json result.json
 
-Runs in ComfyUI's own Python, found as for the host tests. Each contestant is a process of its own, and each round runs
+Runs in ComfyUI's own Python, found as for its tests. Each contestant is a process of its own, and each round runs
 all of them in turns. What is timed ends when the bytes are on the disk (fsync), for all. Memory is the largest resident
 set while saving, less that before it, sampled every 2 ms.
 """
@@ -14,42 +14,41 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import psutil
 import torch
-from _host import contestant_parser, find_host, start_core
-from _pack import load_pack
-from _race import Laps, contest, read_into_cache, solo
-from host_loader import CONTEXT, FILE, POOLED
+from comfyui_loader import CONTEXT, FILE, POOLED, model_path
 
-CORE, PLAIN, COPY = "core ModelSave", "Spillway, no LoRA", "plain copy"
+from harness import comfyui, report
+from harness.laps import Laps
+from harness.memory import Peak
+from harness.pack import load_pack
+from harness.race import must_have_run, read_into_cache, solo
+from harness.turns import rotated
+
+COMFYUI, PLAIN, COPY = "ComfyUI ModelSave", "Spillway, no LoRA", "plain copy"
 OURS = {"Spillway": "as loaded", "Spillway, fp8": "fp8_e4m3fn scaled", "Spillway, int8": "int8_tensorwise"}
 COPY_BUFFER = 8 << 20
 LORA = "lora.safetensors"
 RANK = 16
+KEYS = ("seconds", "cpu_seconds", "peak_growth_bytes", "bytes")
 
 # -- in ComfyUI's Python
 
 
-def write_model(args: argparse.Namespace) -> dict[str, Any]:
-    start_core(args.comfyui, args.base)
-    import checkpoints
+def write_model(args: argparse.Namespace, laps: Laps) -> None:
+    comfyui.start_comfyui(args.comfyui, args.base)
+    from kit.comfyui import checkpoints
 
-    path = args.base / "models" / "diffusion_models" / FILE
-    checkpoints.flux(str(path), hidden=args.hidden, depth=args.depth, context=CONTEXT, pooled=POOLED)
-    checkpoints.lora(str(args.base / LORA), str(path), rank=RANK)
-    entries = checkpoints.read_header(path).values()
-    sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries]
-    return {"file_bytes": path.stat().st_size, "largest_tensor_bytes": max(sizes)}
+    path = model_path(args.base)
+    with laps.lap("write"):
+        path.parent.mkdir(parents=True)
+        (args.base / "output").mkdir()
+        checkpoints.flux(str(path), hidden=args.hidden, depth=args.depth, context=CONTEXT, pooled=POOLED)
+        checkpoints.lora(str(args.base / LORA), str(path), rank=RANK)
 
 
 def model_of(args: argparse.Namespace) -> Any:
@@ -57,7 +56,7 @@ def model_of(args: argparse.Namespace) -> Any:
     import comfy.utils
     import nodes
 
-    if args.contestant == CORE:
+    if args.contestant == COMFYUI:
         model = nodes.UNETLoader().load_unet(FILE, "default")[0]
     else:
         load_pack()
@@ -72,15 +71,15 @@ def model_of(args: argparse.Namespace) -> Any:
 
 def saver_of(args: argparse.Namespace) -> Any:
     if args.contestant == COPY:
-        return lambda: copy_file(args.base / "models" / "diffusion_models" / FILE, args.base / "output" / "copy")
-    start_core(args.comfyui, args.base)
+        return lambda: copy_file(model_path(args.base), args.base / "output" / "copy")
+    comfyui.start_comfyui(args.comfyui, args.base)
     torch.set_num_threads(args.threads)
     model = model_of(args)
-    if args.contestant == CORE:
+    if args.contestant == COMFYUI:
         from comfy_extras.nodes_model_merging import ModelSave
 
         def save_and_sync() -> None:
-            ModelSave().save(model, "saved/core")
+            ModelSave().save(model, "saved/comfyui")
             for path in (args.base / "output" / "saved").iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
@@ -100,42 +99,19 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(written.fileno())
 
 
-class PeakMemory:
-    """The largest resident set while it is open, less that before."""
-
-    def __enter__(self) -> PeakMemory:
-        self._process = psutil.Process()
-        self._before = self._peak = self._process.memory_info().rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        return self._peak - self._before
-
-
-def run_contestant(args: argparse.Namespace) -> dict[str, Any]:
+def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
+    process = psutil.Process()
     with torch.inference_mode():
         save = saver_of(args)
-        with PeakMemory() as memory:
-            begun, begun_cpu = time.perf_counter(), time.process_time()
+        laps.begin("save")
+        with Peak(lambda: process.memory_info().rss, interval=0.002) as rss:
             save()
-            seconds, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
+        laps.stop()
     files = [path for path in (args.base / "output").rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     for path in files:
         path.unlink()
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_growth_bytes": memory.growth, "bytes": nbytes}
+    laps.tell(peak_growth_bytes=rss.peak - rss.begun, bytes=nbytes)
 
 
 # -- in the parent
@@ -159,7 +135,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds; the speed is bytes in a second to those of the copy in the same round."""
+    """Return medians over the rounds. The speed is bytes in a second to those of the copy in the same round."""
     found = {}
     for name in rounds[0]:
         entries = [one[name] for one in rounds]
@@ -171,59 +147,47 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     return found
 
 
-def parse() -> argparse.Namespace:
-    parser = contestant_parser(__doc__, 3072, "3072 is 2.05 GB at a depth of 2 (default)")
-    parser.add_argument("--depth", type=int, default=2, help="double blocks: 2 make 2.05 GB (default), 8 make 6.1 GB")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each saves (default %(default)s)")
-    parser.add_argument("--no-core", action="store_true", help="leave the core's node out")
-    return parser.parse_args()
+def largest_tensor(path: Path) -> int:
+    """Return the bytes of a file's largest tensor."""
+    load_pack()
+    from spillway.ops.files.disk_map import DiskMap
+
+    source = DiskMap(path)
+    return max(source.spec(key).nbytes for key in source.keys())  # noqa: SIM118 - no mapping
 
 
-def as_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    laps.begin("save")
-    laps.tell(facts=write_model(args) if args.contestant == "write" else run_contestant(args))
-    laps.stop()
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    path = model_path(args.base)
+    names = [COPY, PLAIN, *OURS, *(() if args.no_comfyui else (COMFYUI,))]
+    rounds = []
+    for number in range(args.rounds):
+        laps = {}
+        for name in rotated(names, number):
+            read_into_cache(path)
+            run = solo(name, command(name), 1, args.threads)
+            must_have_run(run)
+            laps[name] = {key: run.last()[key] for key in KEYS}
+            print(f"round {number + 1} of {args.rounds}: {name} done", file=sys.stderr)
+        rounds.append({name: laps[name] for name in names})
+    rows = summary(rounds)
+    sizes = {"file_bytes": path.stat().st_size, "largest_tensor_bytes": largest_tensor(path)}
+    limit = 2 * sizes["largest_tensor_bytes"] + (64 << 20)
+    about = (
+        f"Flux, {sizes['file_bytes'] / 1e9:.2f} GB in bf16, a LoRA of rank {RANK} on every layer, {args.threads} "
+        f"threads; twice the largest tensor and 64 MiB are {limit / 1e6:,.0f} MB"
+    )
+    return comfyui.Outcome(
+        (about, table(rows)), {**sizes, "memory_limit_bytes": limit, "results": rows, "rounds": rounds}
+    )
 
 
 def main() -> int:
-    args = parse()
-    if args.contestant:
-        return contest(lambda laps: as_contestant(args, laps))
-    args.comfyui, python = find_host()
-
-    def outcome(name: str) -> dict[str, Any]:
-        told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--depth", args.depth)
-        command = [str(part) for part in (python, __file__, "--contestant", name, *told, "--threads", args.threads)]
-        run = solo(name, command, 1, args.threads)
-        if run.failed is not None:
-            sys.exit(f"{name} failed: {run.failed}")
-        facts: dict[str, Any] = run.last()["facts"]
-        return facts
-
-    names = [COPY, PLAIN, *OURS, *(() if args.no_core else (CORE,))]
-    rounds = []
-    with tempfile.TemporaryDirectory(prefix="spillway-save-") as folder:
-        args.base = Path(folder)
-        for part in ("models/diffusion_models", "output"):
-            (args.base / part).mkdir(parents=True)
-        about = outcome("write")
-        for number in range(args.rounds):
-            order = names[number % len(names) :] + names[: number % len(names)]
-            found = {}
-            for name in order:
-                read_into_cache(args.base / "models" / "diffusion_models" / FILE)
-                found[name] = outcome(name)
-                print(f"round {number + 1} of {args.rounds}: {name} done", file=sys.stderr)
-            rounds.append({name: found[name] for name in names})
-    results = summary(rounds)
-    limit = 2 * about["largest_tensor_bytes"] + (64 << 20)
-    print(f"\nFlux, {about['file_bytes'] / 1e9:.2f} GB in bf16, a LoRA of rank {RANK} on every layer, ", end="")
-    print(f"{args.threads} threads; twice the largest tensor and 64 MiB are {limit / 1e6:,.0f} MB\n")
-    print(table(results))
-    if args.json:
-        more = {**about, "memory_limit_bytes": limit, "host": report.host_versions(args.comfyui, python)}
-        report.write(args.json, report.result(**more, results=results, rounds=rounds))
-    return 0
+    parser = comfyui.parser(__doc__)
+    comfyui.add_flux(parser, 3072, "3072 is 2.05 GB at a depth of 2 (default)")
+    parser.add_argument("--depth", type=int, default=2, help="double blocks: 2 make 2.05 GB (default), 8 make 6.1 GB")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each saves (default %(default)s)")
+    parser.add_argument("--no-comfyui", action="store_true", help="leave ComfyUI's node out")
+    return comfyui.run(parser.parse_args(), run_contestant, measure, write=write_model)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ WIDTHS = ((2.5, 1024), (5.0, 1536), (9.0, 2048), (float("inf"), 3072))
 
 
 def fills_of(config: FluxConfig) -> dict[str, Fill]:
-    """Every tensor of a Flux checkpoint of these sizes, in the order of the modules."""
+    """List every tensor of a Flux checkpoint of these sizes, in the order of the modules."""
     with torch.device("meta"):
         state = Flux(config).state_dict()
     return {key: _fill(key, tuple(tensor.shape)) for key, tensor in state.items()}
@@ -49,12 +49,12 @@ def _fill(key: str, shape: tuple[int, ...]) -> Fill:
 
 
 def nbytes_of(config: FluxConfig) -> int:
-    """Bytes of the checkpoint's tensors in bf16."""
+    """Count the bytes of the checkpoint's tensors in bf16."""
     return sum(fill.nbytes for fill in fills_of(config).values())
 
 
 def config_for(gb: float) -> FluxConfig:
-    """The smallest model of at least ``gb`` gigabytes (1e9 bytes) with about two single blocks to a double one."""
+    """Return the smallest model of at least ``gb`` gigabytes (1e9 bytes), about two single blocks to a double one."""
     if not MIN_GB <= gb <= MAX_GB:
         raise ValueError(f"a model of {gb:g} GB was asked for; expected {MIN_GB:g} to {MAX_GB:g}")
     width = next(width for limit, width in WIDTHS if gb < limit)

@@ -45,7 +45,7 @@ class FluxConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head: the positional axes share it out, so their sum fixes it."""
+        """Width of one head. The positional axes share it out, so their sum fixes it."""
         return sum(self.axes_dim)
 
     @property
@@ -78,7 +78,7 @@ def config_from_keys(specs: Mapping[str, Any]) -> FluxConfig:
 
 
 def sinusoids(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Times or guidance strengths (B,) as (B, 256) waves. The angles stay in fp32: bf16 has no digits for them."""
+    """Turn times or guidance strengths (B,) into (B, 256) waves. Angles stay in fp32: bf16 has no digits for them."""
     half = TIME_DIM // 2
     rates = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
     angles = 1000.0 * t.float()[:, None] * rates
@@ -86,7 +86,7 @@ def sinusoids(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotation(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, 1, L, D/2, fp32) of the rotary position embedding of the ids (B, L, axes)."""
+    """Return cosine and sine (B, 1, L, D/2, fp32) of the rotary position embedding of the ids (B, L, axes)."""
     # MPS has no fp64; the angles are tiny next to the model, so there they are computed on the CPU.
     home = torch.device("cpu") if ids.device.type == "mps" else ids.device
     positions, angles = ids.to(home, torch.float64), []
@@ -105,7 +105,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over heads (B, N, L, D) with rotated queries and keys; returns tokens (B, L, H)."""
+    """Attend over heads (B, N, L, D) with rotated queries and keys; return tokens (B, L, H)."""
     q, k, v = qkv
     out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
     return out.transpose(1, 2).flatten(2)
@@ -280,7 +280,7 @@ class Flux(Module):
         pooled: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, I, 64) for packed latents.
+        """Return the velocity (B, I, 64) for packed latents.
 
         ``img`` (B, I, 64), ``img_ids`` (B, I, 3), ``txt`` (B, T, context), ``txt_ids`` (B, T, 3), ``time`` (B,) from 1
         (noise) to 0 (image), ``pooled`` (B, vector), ``guidance`` (B,) for the guidance-distilled variant.

@@ -17,24 +17,19 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _pack import load_pack
 
 from demo.flux import Flux, config_from_keys
-from demo.memory import AnonymousPeak, peak_rss
 from demo.progress import Bar
 from demo.sampling import make_inputs, sample
+from harness.memory import Peak, anonymous_bytes, peak_rss
+from harness.pack import load_pack
+from harness.turns import synchronise
 
 COUNTERS = ("bytes_streamed", "faults", "evictions", "misses", "stalls")
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the clock sees the work and not its queueing."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def measure(args: argparse.Namespace) -> tuple[dict, torch.Tensor]:
-    """Load the checkpoint under the budget and denoise; returns the figures and the final latents."""
+    """Load the checkpoint under the budget and denoise; return the figures and the final latents."""
     load_pack()
     from spillway.ops.files.disk_map import DiskMap
     from spillway.ops.skip_init import skip_model_initialization
@@ -51,16 +46,16 @@ def measure(args: argparse.Namespace) -> tuple[dict, torch.Tensor]:
     with skip_model_initialization():
         module = Flux(config).to(torch.bfloat16)
     model = DynamicModel(module, source, device=args.device, policy=Policy(vram_bytes=budget))
-    _synchronize(device)
+    synchronise(device)
     load_s = time.perf_counter() - started
 
     noise, ids, conditioning = make_inputs(config, args.size, args.seed)
     snapshots, marks = [model.bundle_report()], [time.perf_counter()]
     counters = [_counters(model)]
-    with AnonymousPeak() as anonymous, Bar(f"denoising, {args.name}", args.steps, " steps") as bar:
+    with Peak(anonymous_bytes) as anonymous, Bar(f"denoising, {args.name}", args.steps, " steps") as bar:
 
         def after_step(step: int, _: torch.Tensor) -> None:
-            _synchronize(device)
+            synchronise(device)
             marks.append(time.perf_counter())
             snapshots.append(model.bundle_report())
             counters.append(_counters(model))

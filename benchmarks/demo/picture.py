@@ -1,101 +1,110 @@
-"""A picture of which bundles were resident after each step: rows are bundles in execution order, columns are steps."""
+"""A picture of what was resident after each step: rows are bundles in execution order, as high as they are large."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
-from .font import HEIGHT as FONT_HEIGHT
-from .font import draw_text, text_width
-from .png import write_png
+from PIL import Image, ImageDraw, ImageFont
 
 Residency = Sequence[tuple[str, int, bool]]  # (bundle, bytes, resident), in execution order
 
-WIDTH, MIN_HEIGHT = 1000, 600
-GRID_LEFT, GRID_RIGHT, GRID_TOP = 150, 650, 92
-PANEL_LEFT = 680
-PAPER, INK, FAINT = (250, 250, 247), (38, 44, 52), (214, 216, 212)
-RESIDENT, STREAMED = (32, 98, 166), (245, 178, 84)  # apart for every kind of colour vision, and in grey
-UNTOUCHED = (226, 226, 220)
-# Smaller bundles stay resident under any budget: hundreds of rows that would all look the same.
-SMALL = 16 << 10
+WIDTH, HEIGHT, MARGIN = 1360, 820, 36
+GRID_LEFT, GRID_RIGHT, GRID_TOP, GRID_BOTTOM = 150, 900, 130, 730
+PANEL_LEFT, PANEL_RIGHT = 950, WIDTH - MARGIN
+COLUMN_GAP = 10
+LABEL_PITCH, WORD_PITCH = 50, 80  # pixels from one column's label to the next, and with 'Step' in it
+PAPER, INK, FAINT = "#fafaf7", "#262c34", "#d0d2ce"
+RESIDENT, STREAMED, UNTOUCHED = "#2062a6", "#f5b254", "#e2e2dc"  # apart for all kinds of colour vision, and in grey
+TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (28, 20, 16))
 
 
 def group_of(name: str) -> str:
-    """The part of the model that a bundle belongs to: 'inputs', 'double 3', 'single 12' or 'final'."""
+    """Name the part of the model that a bundle belongs to: 'Inputs', 'Double 3', 'Single 12' or 'Final'."""
     match = re.match(r"(double|single)_blocks\.(\d+)\.", name)
     if match:
-        return f"{match[1]} {match[2]}"
-    return "final" if name.startswith("final") else "inputs"
+        return f"{match[1].capitalize()} {match[2]}"
+    return "Final" if name.startswith("final") else "Inputs"
 
 
-def draw(path: Path, snapshots: Sequence[Residency], title: str, figures: Sequence[str]) -> None:
-    """Write the picture: ``snapshots`` is the residency before the first step, then after each step, ``figures`` the
-    lines of text beside the grid (about 25 letters each)."""
-    # The last snapshot has the order that the steps ran in; the first, taken before any ran, can only guess at it.
-    rows = [name for name, nbytes, _ in snapshots[-1] if nbytes >= SMALL]
-    row_height = max(2, (MIN_HEIGHT - GRID_TOP - 60) // max(1, len(rows)))
-    bottom = GRID_TOP + row_height * len(rows)
-    canvas = np.full((max(MIN_HEIGHT, bottom + 60), WIDTH, 3), PAPER, dtype=np.uint8)
-    draw_text(canvas, 20, 20, title, INK, 2)
-    _draw_rows(canvas, rows, row_height)
-    _draw_columns(canvas, snapshots, rows, row_height, bottom)
-    _draw_panel(canvas, figures, len(snapshots[-1]) - len(rows))
-    write_png(path, canvas)
+def draw(path: Path, snapshots: Sequence[Residency], title: str, figures: Sequence[tuple[str, str]]) -> None:
+    """Write the picture. The first of the snapshots is from before the first step, the others from after each step.
+
+    The figures are labels and values for the panel beside the grid.
+    """
+    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    canvas = ImageDraw.Draw(image)
+    canvas.text((MARGIN, MARGIN), title, INK, TITLE)
+    # The last snapshot has the order that the steps ran in; the first can only guess at it.
+    rows = [(name, nbytes) for name, nbytes, _ in snapshots[-1]]
+    _draw_columns(canvas, rows, snapshots)
+    _draw_blocks(canvas, rows)
+    _draw_panel(canvas, figures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
 
 
-def _draw_rows(canvas: np.ndarray, rows: Sequence[str], row_height: int) -> None:
-    """Label the blocks down the left side, each with a line where it begins; crowded labels are left out."""
-    last_group, free_from = "", 0
-    for position, name in enumerate(rows):
-        group, y = group_of(name), GRID_TOP + position * row_height
-        if group == last_group:
-            continue
-        last_group = group
-        canvas[y, GRID_LEFT - 10 : GRID_LEFT] = INK
-        if y >= free_from:
-            draw_text(canvas, GRID_LEFT - 16 - text_width(group, 2), y, group, INK, 2)
-            free_from = y + 2 * FONT_HEIGHT + 3
+def _spans(rows: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, int]]:
+    """Share the grid's height out by bytes: (name, top, bottom); top and bottom are equal where it gets no pixel."""
+    pixels = (GRID_BOTTOM - GRID_TOP) / max(1, sum(nbytes for _, nbytes in rows))
+    done = 0
+    for name, nbytes in rows:
+        yield name, GRID_TOP + round(done * pixels), GRID_TOP + round((done + nbytes) * pixels)
+        done += nbytes
 
 
-def _draw_columns(
-    canvas: np.ndarray, snapshots: Sequence[Residency], rows: Sequence[str], row_height: int, bottom: int
-) -> None:
-    pitch = (GRID_RIGHT - GRID_LEFT) // len(snapshots)
-    width = max(4, pitch - 8)
+def _draw_columns(canvas: ImageDraw.ImageDraw, rows: Sequence[tuple[str, int]], snapshots: Sequence[Residency]) -> None:
+    pitch = (GRID_RIGHT - GRID_LEFT) / len(snapshots)
+    width = max(2, pitch - min(COLUMN_GAP, pitch / 4))
+    labelled = math.ceil(LABEL_PITCH / pitch)  # every how many columns
     for column, snapshot in enumerate(snapshots):
-        x = GRID_LEFT + 6 + column * pitch
-        absent = STREAMED if column else UNTOUCHED  # before the first step nothing has been read at all
+        left = GRID_LEFT + column * pitch
+        right, centre = left + width - 1, left + width / 2
+        absent = STREAMED if column else UNTOUCHED  # nothing is read before the first step
         resident = {name for name, _, is_resident in snapshot if is_resident}
-        last_group = ""
-        for position, name in enumerate(rows):
-            y = GRID_TOP + position * row_height
-            canvas[y : y + row_height, x : x + width] = RESIDENT if name in resident else absent
-            if group_of(name) != last_group:
-                canvas[y, x : x + width] = PAPER  # a hairline between blocks
-                last_group = group_of(name)
+        for name, top, bottom in _spans(rows):
+            if bottom > top:
+                canvas.rectangle((left, top, right, bottom - 1), RESIDENT if name in resident else absent)
+        if column % labelled:
+            continue
+        head = "Start" if column == 0 else f"Step {column}" if pitch > WORD_PITCH else f"{column}"
         total = sum(nbytes for _, nbytes, _ in snapshot)
         share = sum(nbytes for _, nbytes, is_resident in snapshot if is_resident) / max(1, total)
-        head = "load" if column == 0 else f"step {column}" if pitch > 80 else f"{column}"
-        for y, text in ((GRID_TOP - 24, head), (bottom + 10, f"{share:.0%}")):
-            draw_text(canvas, x + (width - text_width(text, 2)) // 2, y, text, INK, 2)
-    draw_text(canvas, GRID_LEFT + 6, bottom + 36, "share of the weight bytes that is resident", INK, 1)
+        canvas.text((centre, GRID_TOP - 12), head, INK, TEXT, anchor="ms")
+        canvas.text((centre, GRID_BOTTOM + 26), f"{share:.0%}", INK, TEXT, anchor="ms")
+    canvas.text((GRID_LEFT, GRID_BOTTOM + 54), "Share of the weights' bytes that is resident", INK, SMALL, anchor="ls")
 
 
-def _draw_panel(canvas: np.ndarray, figures: Sequence[str], hidden: int) -> None:
+def _draw_blocks(canvas: ImageDraw.ImageDraw, rows: Sequence[tuple[str, int]]) -> None:
+    """Draw a hairline where a block begins and its name beside it, where there is room for one."""
+    free_from = 0
+    for group, spans in groupby(_spans(rows), key=lambda span: group_of(span[0])):
+        members = list(spans)
+        top, bottom = members[0][1], members[-1][2]
+        if bottom == top:
+            continue
+        canvas.line((GRID_LEFT - 8, top, GRID_RIGHT, top), PAPER)
+        canvas.line((GRID_LEFT - 16, top, GRID_LEFT - 8, top), INK)
+        middle = (top + bottom) / 2
+        if middle - SMALL.size / 2 >= free_from:
+            canvas.text((GRID_LEFT - 22, middle), group, INK, SMALL, anchor="rm")
+            free_from = middle + SMALL.size / 2 + 2
+
+
+def _draw_panel(canvas: ImageDraw.ImageDraw, figures: Sequence[tuple[str, str]]) -> None:
     y = GRID_TOP
-    for colour, text in ((RESIDENT, "resident"), (STREAMED, "streamed when used"), (UNTOUCHED, "not read yet")):
-        canvas[y : y + 16, PANEL_LEFT : PANEL_LEFT + 26] = colour
-        draw_text(canvas, PANEL_LEFT + 36, y + 1, text, INK, 2)
-        y += 26
-    if hidden:
-        draw_text(canvas, PANEL_LEFT, y + 2, f"{hidden} bundles under 16 KiB not drawn", INK, 1)
-    y += 22
-    canvas[y, PANEL_LEFT : WIDTH - 20] = FAINT
-    y += 16
-    for line in figures:
-        draw_text(canvas, PANEL_LEFT, y, line, INK, 2)
-        y += 23
+    for colour, text in ((RESIDENT, "Resident"), (STREAMED, "Streamed when used"), (UNTOUCHED, "Not read yet")):
+        canvas.rectangle((PANEL_LEFT, y, PANEL_LEFT + 30, y + 20), colour)
+        canvas.text((PANEL_LEFT + 44, y + 10), text, INK, TEXT, anchor="lm")
+        y += 34
+    canvas.text((PANEL_LEFT, y + 10), "A row's height is its bundle's bytes", INK, SMALL, anchor="lm")
+    y += 36
+    canvas.line((PANEL_LEFT, y, PANEL_RIGHT, y), FAINT)
+    y += 24
+    for label, value in figures:
+        canvas.text((PANEL_LEFT, y), label, INK, TEXT, anchor="lm")
+        canvas.text((PANEL_RIGHT, y), value, INK, TEXT, anchor="rm")
+        y += 31

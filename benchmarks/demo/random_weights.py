@@ -52,7 +52,7 @@ def _header(fills: Mapping[str, Fill], note: Mapping[str, str], seed: int) -> by
 
 
 def is_complete(path: Path, fills: Mapping[str, Fill], note: Mapping[str, str], seed: int) -> bool:
-    """Whether ``path`` already holds exactly the file that ``write`` would make, judged by its header and its size."""
+    """Say whether ``path`` already holds exactly the file that ``write`` would make, by its header and its size."""
     header = _header(fills, note, seed)
     if not path.is_file() or path.stat().st_size != len(header) + sum(f.nbytes for f in fills.values()):
         return False
@@ -92,7 +92,7 @@ def write(path: Path, fills: Mapping[str, Fill], note: Mapping[str, str], seed: 
 
 
 def ensure(path: Path, fills: Mapping[str, Fill], note: Mapping[str, str], seed: int) -> Path:
-    """Write the file unless a complete one is there already; returns its path."""
+    """Write the file unless a complete one is there already; return its path."""
     if not is_complete(path, fills, note, seed):
         write(path, fills, note, seed)
     return path

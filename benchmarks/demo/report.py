@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def combine(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> dict:
-    """One flat dictionary of both runs; the keys up to ``vbar`` are the ones that other programs rely on."""
+    """Put both runs into one flat dictionary. Other programs rely on the keys up to ``vbar``."""
     shared = (
         "budget_bytes",
         "peak_resident_bytes",
@@ -35,7 +35,7 @@ def combine(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> dict:
 
 
 def failures(result: Mapping) -> list[str]:
-    """What makes the demo fail, in words; empty when all is well."""
+    """Say in words what makes the demo fail; empty when all is well."""
     found = []
     if not result["latents_finite"]:
         found.append("the latents are not finite: the comparison says nothing")
@@ -52,7 +52,7 @@ def megabytes(count: int | None) -> str:
 
 
 def table(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> str:
-    """Both runs side by side."""
+    """Show both runs side by side."""
     kinds = {
         "load_s": ("load", lambda v: f"{v * 1000:,.0f} ms"),
         "first_step_s": ("first step", lambda v: f"{v:.2f} s"),
@@ -73,23 +73,22 @@ def table(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> str:
     return "\n".join(lines)
 
 
-def figures_for_picture(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> list[str]:
-    """The short version, for the panel beside the picture."""
-    megabyte = 1e6
+def figures_for_picture(offloaded: Mapping, full: Mapping, max_abs_diff: float) -> list[tuple[str, str]]:
+    """Return labels and values for the panel beside the picture."""
     return [
-        f"weights    {offloaded['weights_bytes'] / megabyte:8.1f} MB",
-        f"budget     {offloaded['budget_bytes'] / megabyte:8.1f} MB",
-        f"peak       {offloaded['peak_resident_bytes'] / megabyte:8.1f} MB",
-        f"streamed   {offloaded['bytes_streamed'] / megabyte:8.1f} MB",
-        f"bundles    {len(offloaded['residency'][0]):8}",
-        f"faults     {offloaded['faults']:8}",
-        f"misses     {offloaded['misses']:8}",
-        f"evictions  {offloaded['evictions']:8}",
-        f"load       {offloaded['load_s'] * 1000:8.0f} ms",
-        f"first step {offloaded['first_step_s']:8.2f} s",
-        f"later steps{offloaded['step_s']:8.2f} s",
-        f"all loaded {full['step_s']:8.2f} s",
-        f"difference {max_abs_diff:8g}",
-        "",
-        f"{offloaded['device']}, {offloaded['vbar']} VBAR",
+        ("Weights", megabytes(offloaded["weights_bytes"])),
+        ("Budget", megabytes(offloaded["budget_bytes"])),
+        ("Peak resident", megabytes(offloaded["peak_resident_bytes"])),
+        ("Streamed", megabytes(offloaded["bytes_streamed"])),
+        ("Bundles", f"{len(offloaded['residency'][0]):,}"),
+        ("Faults", f"{offloaded['faults']:,}"),
+        ("Misses", f"{offloaded['misses']:,}"),
+        ("Evictions", f"{offloaded['evictions']:,}"),
+        ("Load", f"{offloaded['load_s'] * 1000:,.0f} ms"),
+        ("First step", f"{offloaded['first_step_s']:.2f} s"),
+        ("Later steps", f"{offloaded['step_s']:.2f} s"),
+        ("Later steps, all loaded", f"{full['step_s']:.2f} s"),
+        ("Largest difference", f"{max_abs_diff:g}"),
+        ("Device", offloaded["device"]),
+        ("VBAR", offloaded["vbar"]),
     ]

@@ -22,8 +22,9 @@ if __name__ == "__main__":
 
 import torch
 
-from demo import comfyui, picture, report
+from demo import picture, report
 from demo.checkpoint import CACHE, DEFAULT_GB, MAX_GB, MIN_GB, ensure_checkpoint
+from demo.comfyui import graph
 from demo.sampling import DEFAULT_SIZE, TOKEN_PIXELS
 
 MEASURE = Path(__file__).resolve().parent / "measure.py"
@@ -31,7 +32,7 @@ DECISIONS_SHOWN = 12
 
 
 def best_device() -> str:
-    """The fastest kind of device that torch can use here."""
+    """Return the fastest kind of device that torch can use here."""
     if torch.cuda.is_available():
         return "cuda"
     if hasattr(torch, "xpu") and torch.xpu.is_available():
@@ -42,7 +43,7 @@ def best_device() -> str:
 
 
 def run_child(name: str, folder: Path, args: argparse.Namespace, checkpoint: Path, budget: float | None) -> dict:
-    """Measure one run in a fresh process; returns its figures, with the latents under ``latents``."""
+    """Measure one run in a fresh process; return its figures, with the latents under ``latents``."""
     command = [sys.executable, str(MEASURE), "--name", name, "--folder", str(folder), "--checkpoint", str(checkpoint)]
     command += ["--device", args.device, "--steps", str(args.steps), "--size", str(args.size), "--seed", str(args.seed)]
     if budget is not None:
@@ -57,7 +58,7 @@ def run_child(name: str, folder: Path, args: argparse.Namespace, checkpoint: Pat
 
 
 def run_engine(args: argparse.Namespace) -> int:
-    """Run the engine with and without a budget, compare, report; returns the exit status."""
+    """Run the engine with and without a budget, compare, report; return the exit status."""
     checkpoint = ensure_checkpoint(args.checkpoint, args.gb)
     with tempfile.TemporaryDirectory(prefix="spillway-demo-") as folder:
         offloaded = run_child("offloaded", Path(folder), args, checkpoint, args.budget)
@@ -72,7 +73,8 @@ def run_engine(args: argparse.Namespace) -> int:
         print("\nledger:")
         print("\n".join(f"  {line}" for line in offloaded["decisions"][-DECISIONS_SHOWN:]))
 
-    title = f"Flux, {offloaded['weights_bytes'] / 1e9:.2f} GB in {args.budget:.0%}: what was resident after each step"
+    size = f"{offloaded['weights_bytes'] / 1e9:.2f} GB in {args.budget:.0%} of its size"
+    title = f"Flux, {size}: what was resident after each step"
     panel = report.figures_for_picture(offloaded, full, difference)
     picture.draw(args.picture, offloaded["residency"], title, panel)
     print(f"\npicture: {args.picture}")
@@ -100,8 +102,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--comfyui", type=Path, metavar="DIR", help="run a graph in this ComfyUI instead")
     parser.add_argument("--comfyui-python", metavar="PY", help="its Python (default: that of a venv in or beside it)")
-    parser.add_argument("--image", type=Path, default=comfyui.DEFAULT_IMAGE, help="with --comfyui: where to put it")
-    parser.add_argument("--core-loader", action="store_true", help="with --comfyui: the core's loader, to compare with")
+    parser.add_argument("--image", type=Path, default=graph.DEFAULT_IMAGE, help="with --comfyui: where to put it")
+    parser.add_argument("--comfyui-loader", action="store_true", help="with --comfyui: load by its own node instead")
     args = parser.parse_args(argv)
     if not 0 < args.budget <= 1:
         parser.error("--budget is a share of the weights' bytes: above 0, at most 1")
@@ -117,7 +119,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.comfyui:
-        return comfyui.run(args, ensure_checkpoint(args.checkpoint, args.gb))
+        return graph.run(args, ensure_checkpoint(args.checkpoint, args.gb))
     args.device = args.device or best_device()
     try:
         return run_engine(args)

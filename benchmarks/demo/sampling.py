@@ -27,7 +27,7 @@ class Conditioning:
 
 
 def image_ids(height: int, width: int) -> Tensor:
-    """Positions (1, I, 3) of a grid of ``height`` x ``width`` tokens: the image's index (0), the row, the column."""
+    """Return the positions (1, I, 3) of ``height`` x ``width`` tokens: the image's index (0), the row, the column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(1, -1, 3).float()
 
@@ -35,7 +35,7 @@ def image_ids(height: int, width: int) -> Tensor:
 def make_inputs(
     config: FluxConfig, size: int = DEFAULT_SIZE, seed: int = 0, text_tokens: int = TEXT_TOKENS
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """Noise (1, I, 64), its ids (1, I, 3) and a made-up prompt: fp32 on the CPU, so that every device gets the same."""
+    """Make noise (1, I, 64), its ids (1, I, 3) and a prompt, in fp32 on the CPU, so that every device gets the same."""
     if size <= 0 or size % TOKEN_PIXELS:
         raise ValueError(f"the size is {size} pixels; expected a positive multiple of {TOKEN_PIXELS}")
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def sample(
     steps: int = 4,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Follow the model's velocity from ``noise`` at time 1 to an image at time 0; returns latents (1, I, 64) in fp32.
+    """Follow the model's velocity from ``noise`` at time 1 to an image at time 0; return latents (1, I, 64) in fp32.
 
     The latents are kept in fp32 and given to the model in ``dtype``. ``callback(done, latents)`` runs after each step.
     """

@@ -23,7 +23,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 import torch
-from _pack import load_pack
+
+from harness.pack import load_pack
 
 load_pack()
 

@@ -20,6 +20,7 @@ VENV = ROOT / ".venv"
 HOST_TOOLS = ROOT / ".host-tools"
 REQUIREMENTS = ROOT / "requirements.txt"
 REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
+REQUIREMENTS_DEMO = ROOT / "benchmarks" / "demo" / "requirements.txt"
 REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
 DEFAULT_TORCH = "torch==2.13.0"
 RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.split('.')[:2]] < [2, 8])"
@@ -32,6 +33,11 @@ def set_up_tools() -> None:
 def set_up_engine() -> None:
     set_up_tools()
     set_up("engine", [REQUIREMENTS], os.environ.get("SPILLWAY_TORCH", ""), install_engine)
+
+
+def set_up_demo() -> None:
+    set_up_engine()
+    set_up("demo", [REQUIREMENTS_DEMO], "", install_demo)
 
 
 def set_up_bench() -> None:
@@ -75,6 +81,10 @@ def install_engine() -> None:
         torch = torch or [DEFAULT_TORCH]
         pip_install(venv_python(), torch, f"{' '.join(torch)} (can be large; SPILLWAY_TORCH chooses another)")
     pip_install(venv_python(), ["-r", str(REQUIREMENTS)], REQUIREMENTS.name)
+
+
+def install_demo() -> None:
+    pip_install(venv_python(), ["-r", str(REQUIREMENTS_DEMO)], f"{REQUIREMENTS_DEMO.name} of the demo")
 
 
 def install_bench() -> None:

@@ -45,7 +45,9 @@ def find_comfyui_python(comfyui: Path) -> Path | None:
         if found is None:
             raise WrongVariable(f"COMFYUI_PYTHON is {named}, which cannot be run.")
         return Path(found).absolute()
-    for venv in (comfyui.parent / "venv", comfyui / "venv", comfyui / ".venv"):
-        if venv_python(venv).is_file():
-            return venv_python(venv)
+    venvs = (comfyui.parent / "venv", comfyui / "venv", comfyui / ".venv")
+    portable = comfyui.parent / "python_embeded" / "python.exe"  # spelled so in ComfyUI's download for Windows
+    for python in (*map(venv_python, venvs), portable):
+        if python.is_file():
+            return python
     return Path(sys.executable) if succeeds([sys.executable, "-c", "import torch, aiohttp"]) else None

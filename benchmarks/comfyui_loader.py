@@ -1,11 +1,11 @@
-"""The core's loader and Spillway's in ComfyUI itself, on the CPU: load time, memory, first step, later steps.
+"""ComfyUI's loader and Spillway's, on the CPU: load time, memory, first step, later steps.
 
-    python dev.py bench host_loader                         # a 2 GB Flux in bf16; needs about 14 GB of free RAM
-    python dev.py bench host_loader --hidden 1024           # a small one
-    COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench host_loader --json result.json
+    python dev.py bench comfyui_loader                         # a 2 GB Flux in bf16; needs about 14 GB of free RAM
+    python dev.py bench comfyui_loader --hidden 1024           # a small one
+    COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench comfyui_loader --json result.json
 
-Runs in ComfyUI's own Python, found as for the host tests. Each contestant is a process of its own; one of ours at a
-time races the core's loader in turns.
+Runs in ComfyUI's own Python, found as for its tests. Each contestant is a process of its own; one of ours at a
+time races ComfyUI's loader in turns.
 """
 
 from __future__ import annotations
@@ -13,44 +13,47 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import _report as report
 import torch
-from _host import contestant_parser, find_host, start_core
-from _pack import load_pack
-from _race import Contestant, Laps, contest, difference, race, read_into_cache, solo
 
-REFERENCE = "core"
+from harness import comfyui, report
+from harness.laps import Laps
+from harness.pack import load_pack
+from harness.race import Contestant, difference, must_have_run, race, read_into_cache, slug
+from harness.turns import rotated
+
+REFERENCE = "ComfyUI"
 # Ours: the share of the weights' bytes, in the dtype that ComfyUI computes in, that may be resident.
 SHARES: dict[str, float | None] = {"Spillway, no budget": None, "Spillway 50 %": 0.5, "Spillway 25 %": 0.25}
 FILE = "flux.safetensors"
 SETTLE = 3  # load, first step, and a second that settles what the first one learned
 CONTEXT, POOLED = 4096, 768
 
+
+def model_path(base: Path) -> Path:
+    return base / "models" / "diffusion_models" / FILE
+
+
 # -- in ComfyUI's Python
 
 
 def write_model(args: argparse.Namespace, laps: Laps) -> None:
-    start_core(args.comfyui, args.base)
-    import checkpoints
+    comfyui.start_comfyui(args.comfyui, args.base)
+    from kit.comfyui import checkpoints
 
     with laps.lap("write"):
-        folder = args.base / "models" / "diffusion_models"
-        checkpoints.flux(str(folder / FILE), hidden=args.hidden, context=CONTEXT, pooled=POOLED)
+        path = model_path(args.base)
+        path.parent.mkdir(parents=True)
+        checkpoints.flux(str(path), hidden=args.hidden, context=CONTEXT, pooled=POOLED)
 
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
-    """Load by the node, then one run of the core's sampler, which waits for its turn between the steps."""
-    start_core(args.comfyui, args.base)
+    """Load by the node and run ComfyUI's sampler once, a turn for each step."""
+    comfyui.start_comfyui(args.comfyui, args.base)
     import nodes
-    import sampling
 
     if args.contestant != REFERENCE:
         load_pack()
@@ -68,19 +71,12 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
         with laps.lap("load"):
             model = nodes.UNETLoader().load_unet(FILE, "default")[0] if args.contestant == REFERENCE else ours()
 
-        def after_step(step: int, *_: Any) -> None:
-            laps.stop()
-            laps.tell(facts=facts_of(model))
-            if step + 1 < args.steps:
-                laps.begin("step")
-
-        laps.begin("first")
-        latents = sampling.sample(model, steps=args.steps, width=args.size, height=args.size, callback=after_step)
+        latents = comfyui.sample_in_turns(laps, model, args, lambda: {"facts": facts_of(model)})
         torch.save(latents, args.base / f"{slug(args.contestant)}.pt")
 
 
 def with_budget(model: Any, share: float) -> Any:
-    """What the policy node does, with a share in place of gigabytes."""
+    """Do what the policy node does, with a share in place of gigabytes."""
     from spillway.patcher.policy import Policy
 
     model = model.clone()
@@ -98,23 +94,18 @@ def facts_of(model: Any) -> dict[str, Any] | None:
 # -- in the parent
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
-def measure(args: argparse.Namespace, command: Any) -> dict[str, list[dict[str, Any]]]:
-    """By contestant of ours: the figures of each race against the core's loader."""
+def races_of(args: argparse.Namespace, command: Callable[[str], list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Race each contestant of ours against ComfyUI's loader; return the figures of each race."""
     races: dict[str, list[dict[str, Any]]] = {name: [] for name in SHARES}
     for start in range(args.starts):
         for name in SHARES:
-            names = [REFERENCE, name] if start % 2 == 0 else [name, REFERENCE]
-            read_into_cache(args.base / "models" / "diffusion_models" / FILE)
+            names = rotated([REFERENCE, name], start)
+            read_into_cache(model_path(args.base))
             runs = race({n: command(n) for n in names}, args.rounds, args.threads, settle=SETTLE)
-            for run in runs.values():
-                if run.failed is not None:
-                    raise SystemExit(f"{run.name} failed: {run.failed}")
+            must_have_run(*runs.values())
             diff = difference(args.base / f"{slug(name)}.pt", args.base / f"{slug(REFERENCE)}.pt")
-            races[name].append({"ours": figures(runs[name]), "core": figures(runs[REFERENCE]), "difference": diff})
+            both = {"ours": figures(runs[name]), "comfyui": figures(runs[REFERENCE])}
+            races[name].append({**both, "difference": diff})
             print(f"{name}, {start + 1} of {args.starts} done", file=sys.stderr)
     return races
 
@@ -143,15 +134,15 @@ KEYS = (
 
 
 def summary(races: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One row a contestant. Ratios pair what was measured in the same race, and steps in the same round of it."""
-    found = {REFERENCE: row([one["core"] for entries in races.values() for one in entries])}
+    """Return a row for each contestant. Ratios pair what was measured in the same race, steps in the same round."""
+    found = {REFERENCE: row([one["comfyui"] for entries in races.values() for one in entries])}
     for name, entries in races.items():
-        ours, core = [one["ours"] for one in entries], [one["core"] for one in entries]
+        ours, comfyuis = [one["ours"] for one in entries], [one["comfyui"] for one in entries]
         found[name] = row(ours)
         for key in KEYS:
-            found[name][f"{key}_ratio"] = report.ratio([o[key] for o in ours], [c[key] for c in core])
+            found[name][f"{key}_ratio"] = report.ratio([o[key] for o in ours], [c[key] for c in comfyuis])
         for key in ("steps_s", "steps_cpu_s"):
-            pairs = [pair for o, c in zip(ours, core, strict=True) for pair in zip(o[key], c[key], strict=True)]
+            pairs = [pair for o, c in zip(ours, comfyuis, strict=True) for pair in zip(o[key], c[key], strict=True)]
             found[name][f"{key}_ratio"] = report.ratio([o for o, _ in pairs], [c for _, c in pairs])
         found[name]["max_abs_difference"] = max(one["difference"] for one in entries)
     return found
@@ -168,7 +159,7 @@ def row(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Medians; in brackets the ratio to the core of the same race."""
+    """Show medians, and in brackets the ratio to ComfyUI in the same race."""
     columns = (
         ("load, s", "load_s", report.number),
         ("RSS growth at load, MB", "load_rss_growth_bytes", report.megabytes),
@@ -189,42 +180,25 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return report.table(("", *[head for head, _, _ in columns], "max diff"), lines)
 
 
-def parse() -> argparse.Namespace:
-    parser = contestant_parser(__doc__, 3072, "3072 is 2.05 GB (default)")
-    parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
-    parser.add_argument("--starts", type=int, default=3, help="races of each of ours against the core")
-    parser.add_argument("--rounds", type=int, default=5, help="later steps of each race, in turns")
-    return parser.parse_args()
+def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
+    races = races_of(args, command)
+    rows = summary(races)
+    nbytes = model_path(args.base).stat().st_size
+    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, {words}"
+    return comfyui.Outcome(
+        (about, table(rows)), {"file_bytes": nbytes, "size": args.size, "results": rows, "races": races}
+    )
 
 
 def main() -> int:
-    args = parse()
+    parser = comfyui.parser(__doc__)
+    comfyui.add_flux(parser, 3072, "3072 is 2.05 GB (default)", size=256)
+    parser.add_argument("--starts", type=int, default=3, help="races of each of ours against ComfyUI")
+    parser.add_argument("--rounds", type=int, default=5, help="later steps of each race, in turns")
+    args = parser.parse_args()
     args.steps = SETTLE - 1 + args.rounds  # of one run of the sampler
-    if args.contestant:
-        return contest(lambda laps: (write_model if args.contestant == "write" else run_contestant)(args, laps))
-    args.comfyui, python = find_host()
-
-    def command(name: str) -> list[str]:
-        told = ("--base", args.base, "--comfyui", args.comfyui, "--hidden", args.hidden, "--size", args.size)
-        more = ("--rounds", args.rounds, "--threads", args.threads)
-        return [str(part) for part in (python, __file__, "--contestant", name, *told, *more)]
-
-    with tempfile.TemporaryDirectory(prefix="spillway-host-") as folder:
-        args.base = Path(folder)
-        (args.base / "models" / "diffusion_models").mkdir(parents=True)
-        written = solo("write", command("write"), 1, args.threads)
-        if written.failed is not None:
-            sys.exit(f"the model could not be written: {written.failed}")
-        nbytes = (args.base / "models" / "diffusion_models" / FILE).stat().st_size
-        races = measure(args, command)
-    rows = summary(races)
-    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
-    print(f"\nFlux, {nbytes / 1e9:.2f} GB in bf16, {words}\n")
-    print(table(rows))
-    if args.json:
-        more = {"file_bytes": nbytes, "size": args.size, "host": report.host_versions(args.comfyui, python)}
-        report.write(args.json, report.result(**more, results=rows, races=races))
-    return 0
+    return comfyui.run(args, run_contestant, measure, write=write_model)
 
 
 if __name__ == "__main__":

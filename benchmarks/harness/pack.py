@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_pack(name: str = "spillway") -> ModuleType:
-    """Return the repository root as the imported package ``name``; the second call returns the first one's module."""
+    """Return the repository root as the package ``name``, imported by the first call."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import random_weights
-from .random_weights import Fill
+from .. import random_weights
+from ..random_weights import Fill
 
 TEXT_ENCODER = "demo-clip-l.safetensors"
 VAE = "demo-vae.safetensors"
@@ -32,7 +32,7 @@ def _norm(fills: dict[str, Fill], name: str) -> None:
 
 
 def clip_fills() -> dict[str, Fill]:
-    """The tensors of a CLIP ViT-L/14 text tower, 123 M parameters."""
+    """List the tensors of a CLIP ViT-L/14 text tower, 123 M parameters."""
     fills: dict[str, Fill] = {}
     embeddings = "text_model.embeddings"
     fills[f"{embeddings}.token_embedding.weight"] = Fill((CLIP_VOCABULARY, CLIP_WIDTH), 0.5)
@@ -63,7 +63,7 @@ def _residual(fills: dict[str, Fill], name: str) -> None:
 
 
 def vae_fills() -> dict[str, Fill]:
-    """The tensors of the tiny autoencoder for Flux latents: three halvings, three residual blocks after each."""
+    """List the tensors of the tiny autoencoder for Flux latents: three halvings, three residual blocks after each."""
     fills: dict[str, Fill] = {}
     encoder, decoder = "taesd_encoder", "taesd_decoder"
     _conv(fills, f"{encoder}.0", VAE_WIDTH, 3)

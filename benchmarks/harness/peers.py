@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pack import load_pack
 from torch import Tensor
 
 from demo.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, rotation, sinusoids
+
+from .pack import load_pack
 
 Model = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is loaded, and where scratch files may go; `shared` is the same folder for all processes of one run."""
+    """What is loaded, and where scratch files may go. `shared` is the same folder for all processes of one run."""
 
     checkpoint: Path
     config: FluxConfig
@@ -31,7 +32,7 @@ class Job:
     shared: Path
 
     def skeleton(self) -> Flux:
-        """The module without memory for its parameters."""
+        """Make the module without memory for its parameters."""
         with torch.device("meta"):
             return Flux(self.config).to(torch.bfloat16).eval()
 
@@ -51,7 +52,7 @@ class Plain:
 
 
 class Spillway:
-    """Our engine; share: of the weights' bytes that may be resident."""
+    """Our engine. share: of the weights' bytes that may be resident."""
 
     def __init__(self, job: Job, share: float) -> None:
         load_pack()
@@ -73,7 +74,7 @@ class Spillway:
         return self.model
 
     def facts(self) -> dict[str, Any]:
-        """What the ledger says at the end."""
+        """Return what the ledger says at the end."""
         return {"peak_resident": self.model.peak_resident_bytes, **self.model.ledger.as_dict()}
 
 
@@ -126,7 +127,7 @@ class Diffusers:
         self.folder = {"none": None, "new": job.scratch / "groups", "kept": job.shared / f"groups-{kind}"}[disk]
 
     def prepare(self) -> None:
-        """In a process of its own, before anything is measured."""
+        """Write the groups, in a process of its own, before anything is measured."""
         self.load()
 
     def load(self) -> Model:

@@ -1,7 +1,8 @@
-"""What all benchmarks write: a table for people, JSON for programs, and what they were measured on."""
+"""What all benchmarks take and write: their arguments, a table for people, JSON for programs, and the machine."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -15,18 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _pack import ROOT
+
+from .pack import ROOT
 
 PACKAGES = "torch safetensors accelerate diffusers RamTorch mmgp numpy comfy-aimdo comfy-kitchen".split()  # noqa: SIM905
 
 
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """Make a benchmark's arguments. about: its module's docstring."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="also write the figures to this file")
+    return made
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=cores(), help="threads of torch (default %(default)s)")
+
+
+def publish(path: Path | None, *lines: str, **figures: Any) -> int:
+    """Print the lines, and write the figures where a path was given; return the exit status."""
+    print("\n" + "\n\n".join(lines))
+    if path is not None:
+        write(path, result(**figures))
+    return 0
+
+
 def cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores, RAM and system."""
+    """Return the CPU, its cores, the RAM and the system."""
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -46,7 +67,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that matter, as far as they are installed in this process's Python."""
+    """Return the versions of Python and of the packages that matter, as far as this process's Python has them."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -56,8 +77,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def host_versions(comfyui: Path, python: Path) -> dict[str, str]:
-    """The versions of ComfyUI and of what its own Python has installed."""
+def comfyui_versions(comfyui: Path, python: Path) -> dict[str, str]:
+    """Return the versions of ComfyUI and of what its own Python has installed."""
     found = {}
     for line in (comfyui / "comfyui_version.py").read_text().splitlines():
         if line.startswith("__version__"):
@@ -72,10 +93,10 @@ def host_versions(comfyui: Path, python: Path) -> dict[str, str]:
 
 
 def result(**figures: Any) -> dict[str, Any]:
-    """The figures with their date, command, machine and versions."""
+    """Add the date, the command, the machine and the versions to the figures."""
     script, *arguments = sys.argv
     name = Path(script).stem
-    # Where the file lies is nobody's business.
+    # The folders of files are not recorded.
     shown = [Path(a).name if os.sep in a else a for a in arguments]
     return {
         "benchmark": name,
@@ -97,7 +118,7 @@ def write(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """Make a Markdown table with its first column aligned left and the others right."""
     rows = [list(columns), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
 
@@ -114,7 +135,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Median of the ratios, value by value: both were measured in the same round."""
+    """Return the median of the ratios of values that were measured in the same round."""
     return median([value / other for value, other in zip(values, reference, strict=False) if other])
 
 

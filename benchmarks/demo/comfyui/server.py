@@ -8,16 +8,12 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
-from kit.find_comfyui import is_comfyui
 
 START_SECONDS = 300  # the first start of an installation compiles and may look at many files
 HAS_GPU = (
@@ -34,7 +30,7 @@ class ServerError(RuntimeError):
 
 
 def has_gpu(python: str) -> bool:
-    """Whether the torch of that Python sees a device other than the CPU."""
+    """Say whether the torch of that Python sees a device other than the CPU."""
     answer = subprocess.run([python, "-c", HAS_GPU], capture_output=True, text=True, check=False)
     return answer.stdout.strip() == "1"
 
@@ -62,8 +58,6 @@ class Server:
     """
 
     def __init__(self, comfyui: Path, python: str, base: Path, pack: Path, models: Path) -> None:
-        if not is_comfyui(comfyui):
-            raise ServerError(f"{comfyui} holds no ComfyUI: pass the folder of one with --comfyui")
         install(pack, base / "custom_nodes")
         paths = base / "extra_model_paths.yaml"
         # JSON is YAML too, and quotes a path as it should be.
@@ -98,7 +92,7 @@ class Server:
             self.process.wait()
 
     def log(self) -> str:
-        """Everything that the server has printed, without its colours."""
+        """Return everything that the server has printed, without its colours."""
         return COLOURS.sub("", self.log_path.read_text(encoding="utf-8", errors="replace"))
 
     def _fetch(self, path: str, body: dict | None = None) -> bytes:
@@ -106,13 +100,13 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data=data, headers={"Content-Type": "application/json"}
         )
-        # A proxy of the user's has no business with this machine's own server.
+        # A user's proxy cannot reach this machine's own server.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as answer:
             return answer.read()
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of the log, for an error message."""
+        """Return the end of the log, for an error message."""
         return "\n".join(self.log().splitlines()[-lines:])
 
     def check_alive(self) -> None:
@@ -122,7 +116,7 @@ class Server:
             raise ServerError(f"ComfyUI ended with status {status}; the end of its log:\n{self.log_tail()}")
 
     def started(self) -> bool:
-        """Whether it answers yet."""
+        """Say whether it answers yet."""
         self.check_alive()
         try:
             self._fetch("/system_stats")
@@ -141,18 +135,18 @@ class Server:
             time.sleep(0.3)
 
     def node_types(self) -> set[str]:
-        """The ids of the nodes it has."""
+        """Return the ids of the nodes it has."""
         return set(json.loads(self._fetch("/object_info")))
 
     def queue(self, graph: dict) -> str:
-        """Queue an API-format graph; returns the prompt's id."""
+        """Queue an API-format graph; return the prompt's id."""
         try:
             return json.loads(self._fetch("/prompt", {"prompt": graph}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise ServerError(f"ComfyUI refused the graph: {error.read().decode(errors='replace')}") from None
 
     def result(self, prompt: str) -> dict | None:
-        """The history entry of a prompt; None while it is waiting or running. Raises ServerError if it failed."""
+        """Return the history entry of a prompt; None while it waits or runs. Raise ServerError if it failed."""
         self.check_alive()
         entry = json.loads(self._fetch(f"/history/{prompt}")).get(prompt)
         if entry is not None and entry["status"]["status_str"] != "success":
@@ -167,13 +161,3 @@ class Server:
         """Download an image that a result names."""
         keys = ("filename", "subfolder", "type")
         return self._fetch("/view?" + urllib.parse.urlencode({key: image[key] for key in keys}))
-
-
-def python_of(comfyui: Path) -> str:
-    """The Python that belongs to a ComfyUI folder: the one of a venv in or beside it, else this one."""
-    name = Path("Scripts/python.exe") if sys.platform == "win32" else Path("bin/python")
-    places = (comfyui / "venv", comfyui / ".venv", comfyui.parent / "venv", comfyui.parent / "python_embeded")
-    for candidate in [place / name for place in places] + [comfyui.parent / "python_embeded" / "python.exe"]:
-        if candidate.is_file():
-            return str(candidate)
-    return sys.executable

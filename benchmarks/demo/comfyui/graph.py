@@ -1,4 +1,4 @@
-"""The demo's second half: the same checkpoint in a real ComfyUI, as a graph queued over HTTP."""
+"""Run the demo's checkpoint in a real ComfyUI, as a graph queued over HTTP."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from .checkpoint import CACHE
-from .comfy_server import Server, ServerError, python_of
-from .companions import ensure_companions
-from .progress import Bar
+from harness.comfyui import comfyui_finder
+from harness.pack import ROOT
 
-PACK = Path(__file__).resolve().parents[2]
+from ..checkpoint import CACHE
+from ..progress import Bar
+from .companions import ensure_companions
+from .server import Server, ServerError
+
 WORKFLOW = Path(__file__).resolve().parent / "workflow_api.json"
 DEFAULT_IMAGE = CACHE / "comfyui.png"
-OUR_LOADER, CORE_LOADER = "SpillwayLoadDiffusionModel", "UNETLoader"
+OUR_LOADER, COMFYUI_LOADER = "SpillwayLoadDiffusionModel", "UNETLoader"
 SAMPLER_STEP = re.compile(r"(\d+)/(\d+) \[")  # the step counter of the sampler's own bar in the log
 
 
 def make_graph(checkpoint: Path, text_encoder: Path, vae: Path, args: argparse.Namespace) -> dict:
-    """The workflow file with names, size, steps and seed filled in wherever a node has such an input."""
+    """Fill names, size, steps and seed into the workflow file wherever a node has such an input."""
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     values = {
         "unet_name": checkpoint.name,
@@ -36,13 +38,13 @@ def make_graph(checkpoint: Path, text_encoder: Path, vae: Path, args: argparse.N
     }
     for node in graph.values():
         node["inputs"] = {name: values.get(name, value) for name, value in node["inputs"].items()}
-        if args.core_loader and node["class_type"] == OUR_LOADER:
-            node["class_type"] = CORE_LOADER
+        if args.comfyui_loader and node["class_type"] == OUR_LOADER:
+            node["class_type"] = COMFYUI_LOADER
     return graph
 
 
 def _run_graph(server: Server, graph: dict, steps: int) -> tuple[dict, float]:
-    """Queue the graph and wait for it; returns its history entry and the seconds it took."""
+    """Queue the graph and wait for it; return its history entry and the seconds it took."""
     begun = time.monotonic()
     prompt = server.queue(graph)
     with Bar("running the graph", steps, " steps") as bar:
@@ -55,23 +57,24 @@ def _run_graph(server: Server, graph: dict, steps: int) -> tuple[dict, float]:
 
 
 def _texts(entry: dict) -> list[str]:
-    """All text that the graph's nodes returned to the interface, in the order of the nodes."""
-    found = []
-    for output in entry["outputs"].values():
-        for item in output.get("text", []):
-            found.append(item if isinstance(item, str) else json.dumps(item, indent=2))
-    return found
+    """Return all text that the graph's nodes returned to the interface, in the order of the nodes."""
+    items = [item for output in entry["outputs"].values() for item in output.get("text", [])]
+    return [item if isinstance(item, str) else json.dumps(item, indent=2) for item in items]
 
 
 def run(args: argparse.Namespace, checkpoint: Path) -> int:
-    """Start ComfyUI, run the graph, save the image, print what came back; returns the exit status."""
+    """Start ComfyUI, run the graph, save the image, print what came back; return the exit status."""
     comfyui = args.comfyui.expanduser().resolve()
-    python = args.comfyui_python or python_of(comfyui)
+    finder = comfyui_finder()
+    python = args.comfyui_python or finder.find_comfyui_python(comfyui)
+    if not finder.is_comfyui(comfyui) or not python:
+        print(f"{comfyui} is no ComfyUI, or has no Python: see --comfyui and --comfyui-python", file=sys.stderr)
+        return 1
     text_encoder, vae = ensure_companions(checkpoint.parent)
     graph = make_graph(checkpoint, text_encoder, vae, args)
     with tempfile.TemporaryDirectory(prefix="spillway-comfyui-", ignore_cleanup_errors=True) as base:
         try:
-            with Server(comfyui, python, Path(base), PACK, checkpoint.parent) as server:
+            with Server(comfyui, str(python), Path(base), ROOT, checkpoint.parent) as server:
                 with Bar("starting ComfyUI", 1) as bar:
                     server.wait_until_started(lambda waited: bar.update(0, f"{waited:.0f} s"))
                     bar.update(1)

@@ -1,4 +1,4 @@
-"""Replays a trace of prompts through ComfyUI's real executor and one of its output caches, with simulated nodes.
+"""Replay a trace of prompts through ComfyUI's real executor and one of its output caches, with simulated nodes.
 
 Runs in ComfyUI's own Python. A node takes no time: the clock that the caches read is moved on by the seconds that the
 trace gives it. Its outputs are real tensors and model patchers of the size that the trace gives, whose memory is never
@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from .comfyui import Server
+
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -32,7 +34,7 @@ class Machine:
         self.peak = self.settled = 0
 
     def settle(self) -> None:
-        """Between two nodes: what is alive now is what the cache chose to keep."""
+        """Note between two nodes that what is alive now is what the cache chose to keep."""
         self.settled = max(self.settled, self.alive)
 
     def hold(self, owner: Any, nbytes: int) -> None:
@@ -71,7 +73,7 @@ class Log:
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """A trace: its costs, and its prompts with every edit applied."""
+    """Read a trace, and apply every edit to its prompts."""
     trace = json.loads(path.read_text(encoding="utf-8"))
     graphs, prompts = json.loads(json.dumps(trace["workflows"])), []
     for workflow, edits in trace["prompts"]:
@@ -83,7 +85,7 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 
 def identity(graph: dict[str, Any], node: str) -> str:
-    """A text that is the same for nodes that must give the same output."""
+    """Return a text that is the same for nodes that must give the same output."""
     inputs = {
         name: [identity(graph, value[0]), value[1]] if isinstance(value, list) else value
         for name, value in graph[node]["inputs"].items()
@@ -92,8 +94,10 @@ def identity(graph: dict[str, Any], node: str) -> str:
 
 
 def node_class(kind: str, cost: dict[str, Any], names: set[str], machine: Machine, log: Log, running: Any) -> type:
-    """A node of a trace. cost: seconds; mb of a fresh output; model: it makes models of these MB; passes: it hands on
-    clones of the model that comes in, with patches of mb.
+    """Make a node of a trace. Its cost has `seconds`, and one of three more.
+
+    mb: of a fresh output. models: it makes models of these MB. passes: it hands on clones of the models that come in by
+    these names, with patches of mb.
     """
     import comfy.model_patcher
     import torch
@@ -136,18 +140,10 @@ def node_class(kind: str, cost: dict[str, Any], names: set[str], machine: Machin
     return Node
 
 
-class Server:
-    """What the executor asks of a server that nobody is connected to."""
-
-    client_id = None
-    last_node_id = None
-
-    def send_sync(self, *_: Any) -> None:
-        pass
-
-
-def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: dict[str, float]) -> dict[str, Any]:
-    """Run all prompts; returns figures. contestant: 'ours' or 'core'; cache_type, cache_args: as for the executor."""
+def replay(
+    trace: dict[str, Any], cache_type: str, cache_args: dict[str, float], *, ours: bool = False
+) -> dict[str, Any]:
+    """Run all prompts; return figures. cache_type, cache_args: as for the executor; ours: its cache is Spillway's."""
     import execution
     import nodes
 
@@ -172,8 +168,8 @@ def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: 
     virtual_memory, psutil.virtual_memory = psutil.virtual_memory, machine.virtual_memory
     execution.execute = execute
     gc.collect()
-    gc.freeze()  # the host itself is garbage for nobody, and takes long to look at
-    if contestant == "ours":
+    gc.freeze()  # else each collection looks at all of ComfyUI's own objects, which live on anyway
+    if ours:
         use_ours(machine, cache_args)
     try:
         executor = execution.PromptExecutor(
@@ -205,7 +201,7 @@ def replay(trace: dict[str, Any], contestant: str, cache_type: str, cache_args: 
 
 
 def use_ours(machine: Machine, cache_args: dict[str, float]) -> None:
-    """Our cache in the executor's place, on the simulated clock and memory."""
+    """Put our cache in the executor's place, on the simulated clock and memory."""
     from spillway.cache import output_cache
     from spillway.cache.comfyui import cache as comfy_cache
     from spillway.cache.comfyui import install

@@ -1,0 +1,1 @@
+"""The demo's second half: the same checkpoint in a real ComfyUI."""
