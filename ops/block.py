@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .layer import is_out_of_memory
+from .repeat import may_repeat
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -54,8 +55,6 @@ class Block:
         try:
             return plain(*args, **kwargs)
         except Exception as error:
-            # Blocks write into what they are given, so only a single op can be run again.
-            single = next(module.children(), None) is None
-            if not single or not is_out_of_memory(error) or not caster.make_room(self.bundle, error):
+            if not is_out_of_memory(error) or not caster.make_room(self.bundle, error, again=may_repeat(module)):
                 raise
         return plain(*args, **kwargs)

@@ -153,18 +153,22 @@ class Caster:
             raise
         return loan
 
-    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        """After an out-of-memory error in a layer: evict what is not in use. False where nothing was freed."""
+    def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
+        """After an out-of-memory error in a layer: evict what is not in use. Returns whether to run it again.
+
+        again: it may be (see `may_repeat`). It is not where nothing was freed.
+        """
         freed = self.free()
         if not freed:
             return False
-        self.counters.retries += 1
+        self.counters.retries += again
+        done = "and ran it again" if again else "for whoever tries next; it cannot be run again half way"
         self.ledger.decide(
-            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights and ran it again. "
+            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}. "
             "A larger headroom avoids this.",
             level=logging.WARNING,
         )
-        return True
+        return again
 
     def free(self, nbytes: int = 1 << 62) -> int:
         """Evict what is not in use until that much is free; returns the bytes freed. For any thread."""

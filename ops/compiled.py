@@ -138,11 +138,11 @@ class CompiledFunction:
         tensors: list[torch.Tensor],
         args: tuple,
         kwargs: dict[str, Any],
-        retry: Callable[[BaseException], bool],
+        retry: Callable[[BaseException, bool], bool],
         note: Callable[[CompiledFunction, int, float], None],
         passes: tuple[type[BaseException], ...],
     ) -> Any:
-        """Run a block. Raises Failed with `args` as they were; exceptions of type `passes` go through."""
+        """Run a block. Raises Failed with `args` as they were, else what the block raised."""
         given: list[torch.Tensor] = []
         key = (describe((args, kwargs), given), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         written = self._seen.get(key)
@@ -153,18 +153,24 @@ class CompiledFunction:
             for index, copy in zip(at_risk, kept, strict=True):
                 given[index].copy_(copy)
 
+        def as_given() -> bool:
+            """Only tensors are copied: a block that took an entry out of a list cannot be run again."""
+            now: list[torch.Tensor] = []
+            same = describe((args, kwargs), now) == key[0]
+            return same and all(one is other for one, other in zip(now, given, strict=True))
+
         before, broken, start = compile_count(), graph_breaks(), time.perf_counter()
         try:
             try:
                 result = self._call(written is None, names, tensors, args, kwargs)
             except Exception as error:
                 put_back()
-                if isinstance(error, passes) or not is_out_of_memory(error) or not retry(error):
+                if isinstance(error, passes) or not is_out_of_memory(error) or not retry(error, as_given()):
                     raise
                 result = self._call(written is None, names, tensors, args, kwargs)
         except Exception as error:
             put_back()
-            if isinstance(error, passes) or is_out_of_memory(error):
+            if isinstance(error, passes) or is_out_of_memory(error) or not as_given():
                 raise
             raise Failed(reason_of(error)) from error
         finally:
@@ -253,8 +259,8 @@ class BlockCompiler:
         tensors = [as_argument(store[attr]) for store, attr, _ in places]
         names = [name for _, _, name in places]
 
-        def retry(error: BaseException) -> bool:
-            return caster.make_room(block.bundle, error)
+        def retry(error: BaseException, again: bool) -> bool:
+            return caster.make_room(block.bundle, error, again)
 
         try:
             result = function(names, tensors, *prepared, retry, self._note, self.passes)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo
 
+from .repeat import may_repeat, register_pure
+
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .caster import Caster
@@ -18,6 +20,8 @@ COMPILED_BY_OTHERS = (
     "another node compiles this model: what lies between its layers is compiled, the layers are not, as their weights "
     "come and go. INT8 Lazy Torch Compile compiles whole blocks of it instead."
 )
+
+register_pure(__name__)  # DynamicLayer only borrows; the class that it is mixed into decides
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
@@ -56,7 +60,7 @@ class DynamicLayer:
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         except Exception as error:
-            if not is_out_of_memory(error) or not caster.make_room(bundle, error):
+            if not is_out_of_memory(error) or not caster.make_room(bundle, error, again=may_repeat(self)):
                 raise
         finally:
             caster.exit(bundle)

@@ -17,6 +17,7 @@ from ..ops.bundle import Bundle, Param
 from ..ops.disk_map import SourceError
 from ..ops.gather import is_wrapper
 from ..ops.ledger import in_words
+from ..ops.repeat import register_pure
 from ..ops.saved_attributes import MISSING, SavedAttributes
 from .attach import Int8Choice
 from .comfy_blocks import block_names
@@ -31,6 +32,9 @@ from .dynamic import DynamicModel
 from .policy import Policy
 
 log = logging.getLogger("spillway")
+
+# ComfyUI's op classes, quantised ones too. Architectures derive their own from them, which are judged by themselves.
+register_pure("comfy.ops")
 
 
 class HostState:

@@ -96,18 +96,18 @@ class DynamicModel:
     # -- running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward; once more, with everything evicted, where an allocation of the computation failed."""
-        try:
-            return self._run(*args, **kwargs)
-        except Exception as error:
-            if self.caster is None or not is_out_of_memory(error) or not self.caster.make_room(self.bundles[0], error):
-                raise
-        return self._run(*args, **kwargs)
+        """The module's forward. Where it runs out of memory, all weights are evicted before the error goes on.
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        A model is not run again by itself: it may have changed what it was given. Single ops are, in their layer.
+        """
         try:
             with self.backend.current():
                 return self.module(*args, **kwargs)
+        except Exception as error:
+            freed = self.free() if is_out_of_memory(error) else 0
+            if freed:
+                self.ledger.decide(f"out of memory: freed {in_words(freed)} of weights for whoever tries next")
+            raise
         finally:
             self.after_run()
 

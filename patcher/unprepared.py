@@ -31,5 +31,5 @@ class Unprepared:
     def exit(self, bundle: Bundle) -> None:
         bundle.module.spillway_caster.exit(bundle)  # type: ignore[union-attr, operator]
 
-    def make_room(self, bundle: Bundle, error: BaseException) -> bool:
-        return bool(bundle.module.spillway_caster.make_room(bundle, error))  # type: ignore[union-attr, operator]
+    def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
+        return bool(bundle.module.spillway_caster.make_room(bundle, error, again))  # type: ignore[union-attr, operator]
