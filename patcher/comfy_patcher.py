@@ -202,10 +202,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> int:
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            # Checked first: a clone with other patches must never be shrunk with the old ones attached.
-            changed = self.model.current_weight_patches_uuid != self.patches_uuid
-            if extra_memory < 0 and not changed:
-                return -self.partially_unload(self.offload_device, int(-extra_memory))
+            # Also before a model is shrunk: equal weight patches do not make it this clone's. Object patches, wrappers,
+            # callbacks, the policy and the compile request are others, and on a full card every load is a shrinking.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
             try:
