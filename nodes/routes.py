@@ -13,6 +13,7 @@ from aiohttp import web
 
 from ..cache import comfy_cache
 from ..patcher import dynamic
+from ..patcher.comfy_loaded import forget_unloaded
 from .memory_report import memory_report, take_snapshot
 
 MAX_BODY_BYTES = 4096
@@ -101,6 +102,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 queue.set_flag("unload_models", True)
                 put_off.append("models")
             else:
+                forget_unloaded()
                 comfy.model_management.unload_all_models()
                 for model in list(dynamic.models):
                     model.free()

@@ -21,6 +21,7 @@ from ..ops.layer import is_out_of_memory
 from ..ops.safetensors_header import PICKLES
 from ..ops.saved_attributes import SavedAttributes
 from ..ops.skip_init import skip_model_initialization
+from .comfy_loaded import forget_unloaded
 from .comfy_patcher import DynamicModelPatcher
 from .policy import Policy
 
@@ -79,6 +80,7 @@ def building(policy: Policy | None) -> Iterator[Opened]:
 
     Afterwards, parameters that the files lack are on the meta device.
     """
+    forget_unloaded()  # a CLIP is loaded as soon as it is built
     with _lock, skip_model_initialization(KEEP_BELOW):
         opened = Opened()
         saved = SavedAttributes()

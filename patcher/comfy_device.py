@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 
 from .comfy_load import is_ours
+from .comfy_loaded import forget_unloaded
 from .load_now import load_now as engine_load_now
 
 
@@ -31,6 +32,7 @@ def device_names() -> list[str]:
 
 def load_now(patcher: Any) -> None:
     """Bring a model onto its device, as far as there is room."""
+    forget_unloaded()
     comfy.model_management.load_models_gpu([patcher])
     if is_ours(patcher):
         bar = comfy.utils.ProgressBar(len(patcher.dynamic.bundles))
@@ -39,6 +41,7 @@ def load_now(patcher: Any) -> None:
 
 def unload(patcher: Any) -> None:
     """Take a model off its device; its pins and RAM stay. Does nothing where it is not loaded."""
+    forget_unloaded()
     if is_ours(patcher):
         if patcher.state.dynamic is not None:
             patcher.state.dynamic.free()
@@ -54,11 +57,11 @@ def drop(patcher: Any) -> str | None:
 
     A dynamic model comes again from its file when it is next used. A classic one has its only copy in RAM.
     """
+    unload(patcher)
     if is_ours(patcher):
         if patcher.state.dynamic is not None:
             patcher.state.dynamic.release()
         return None
-    unload(patcher)
     if patcher.is_dynamic():
         patcher.partially_unload_ram(1e30)
         return None

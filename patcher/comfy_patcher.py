@@ -25,6 +25,7 @@ from .comfy_compile import CompileRequest, SharedCompilers, refuse_compiled
 from .comfy_fixed import place_fixed, place_read_idle
 from .comfy_int8 import quantise_with_progress
 from .comfy_int8_lora import place_loras
+from .comfy_loaded import forget_unloaded
 from .comfy_patches import HostPatch, idle_function, rounded
 from .comfy_pins import PIN_SUBSETS, pin_state
 from .comfy_ram import free_ram
@@ -192,6 +193,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def set_in_use_by_current_prompt(self, in_use: bool) -> None:
         self.model.dynamic_pins[self.load_device]["current_prompt"] = in_use
+        forget_unloaded()  # after a prompt ComfyUI may unload everything, where nobody catches what that raises
         if not in_use and self.policy.keep == "free after use" and self.state.dynamic is not None:
             self.state.dynamic.release()
 

@@ -18,6 +18,7 @@ from ..ops.gather import is_wrapper
 from ..ops.safetensors_writer import SaveError
 from ..ops.save_pipeline import save
 from .comfy_finished import FinishedWeight, Plain, Quantised, Requantised
+from .comfy_loaded import forget_unloaded
 from .comfy_patcher import DynamicModelPatcher, model_dtype
 from .comfy_patches import HostPatch
 
@@ -95,6 +96,7 @@ def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None
     """Have the host free device memory for the largest weight: in float32, its patch, their product and the result."""
     if device.type != "cpu":
         largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+        forget_unloaded()
         comfy.model_management.free_memory(4 * 4 * largest, device)
 
 

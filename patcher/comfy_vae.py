@@ -13,6 +13,7 @@ import torch
 
 from ..ops.layer import is_out_of_memory
 from . import dynamic
+from .comfy_loaded import forget_unloaded
 
 log = logging.getLogger("spillway")
 
@@ -65,6 +66,7 @@ def _in_turn(
     tile_size: int,
     evict: Callable[[], Any],
 ) -> tuple[torch.Tensor, str]:
+    forget_unloaded()
     comfy.model_management.free_memory(_estimated(vae, estimate, work), vae.device)
     only_plain = _without_tiling(vae)
     for how in (PLAIN, AFTER_EVICTION):
@@ -121,6 +123,7 @@ def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
     """All models off all devices, their pins, and, where the VAE computes in RAM, what `evict` frees."""
+    forget_unloaded()
     comfy.model_management.unload_all_models()
     for model in list(dynamic.models):
         model.free()
