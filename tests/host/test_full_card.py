@@ -4,8 +4,9 @@ import copy
 
 import comfy.model_management as mm
 import pytest
+import torch
 from comfy.patcher_extension import CallbacksMP
-from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from pairs import SMALL, assert_same, pair, run
 from test_lora import QKV, forms, with_lora
 
@@ -34,7 +35,7 @@ def full(monkeypatch):
 
 
 def sampled_otherwise(model):
-    return ModelSamplingFlux().patch(model, 4.0, 0.5, 4096, 4096)[0]
+    return ModelSamplingDiscrete().patch(model, "lcm", False)[0]
 
 
 def object_replaced(model):
@@ -63,7 +64,8 @@ def test_each_clone_runs_as_itself(flux, full, change):
     """Whatever tells two clones apart: each gives what it gives with ComfyUI's own patcher, turn by turn."""
     core, ours = pair(flux, 1.0)
     wanted = run(core), run(change(core))
-    assert not all((one == other).all() for one, other in zip(*wanted, strict=True)), "the change does something"
+    assert all(one.isfinite().all() for one in wanted)
+    assert not torch.equal(*wanted), "the change does something"
     full.clear()
     models = (ours, change(ours))
     for turn in (0, 1, 0, 0, 1, 1):
