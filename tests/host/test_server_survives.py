@@ -1,6 +1,7 @@
 """What must never take a ComfyUI server down: settings, files and prompts that make no sense."""
 
 import json
+import os
 
 import pytest
 from running_server import Server, node
@@ -15,6 +16,69 @@ def simple(text="a"):
         "report": node("SpillwayMemoryReport", value=["image", 0]),
         "save": node("SaveImage", images=["image", 0], filename_prefix=text),
     }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    base = tmp_path_factory.mktemp("server")
+    files = {"checkpoints/sd15": checkpoint("sd15"), "vae/flux": checkpoint("flux_vae")}
+    for name, path in files.items():
+        (base / "models" / name).parent.mkdir(parents=True)
+        os.symlink(path, base / "models" / f"{name}.safetensors")
+    with Server(base) as running:
+        yield running
+
+
+def make_dynamic(**given):
+    """A prompt that uses what Make Dynamic gives."""
+    wires = {"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], **given}
+    return {
+        "load": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+        "dynamic": node("SpillwayMakeDynamic", **wires),
+        "report": node("SpillwayMemoryReport", value=["dynamic", 0]),
+    }
+
+
+def load_vae(policy):
+    return {
+        "any": node("SpillwayCachePolicy", value="always", headroom_gb=-1.0, never_evict=False, disk_gb=-1.0),
+        "load": node("SpillwayLoadVAE", vae_name="flux.safetensors", policy=policy),
+        "report": node("SpillwayMemoryReport", value=["load", 0]),
+    }
+
+
+WRONG = {
+    "Make Dynamic, policy": (
+        make_dynamic(policy="x"),
+        "the input 'policy' is 'x' (str); expected a wire of type SPILLWAY_POLICY",
+    ),
+    "Make Dynamic, model": (make_dynamic(model=7), "the input 'model' is 7 (int); expected a wire of type MODEL"),
+    "Make Dynamic, clip": (
+        make_dynamic(clip={"a": 1}),
+        "the input 'clip' is {'a': 1} (dict); expected a wire of type CLIP",
+    ),
+    "Load VAE, policy": (load_vae(True), "the input 'policy' is True (bool); expected a wire of type SPILLWAY_POLICY"),
+    "by a wire of any type": (load_vae(["any", 0]), "the input 'policy' is 'always' (str)"),
+    "wrapped": (load_vae({"__value__": [1]}), "the input 'policy' is [1] (list)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_literal_in_place_of_a_wire(server, name):
+    """Its prompt says what is wrong, and the next ones run."""
+    prompt, words = WRONG[name]
+    status = server.run(prompt)["status"]
+    assert status["status_str"] == "error"
+    (error,) = [said for kind, said in status["messages"] if kind == "execution_error"]
+    assert words in error["exception_message"] and "Connect it to" in error["exception_message"]
+    assert len(server.pictures(simple(f"after {list(WRONG).index(name)}"))) == 1
+
+
+def test_a_policy_node_that_leads_nowhere(server):
+    """ComfyUI checks no input of a node that no output needs; the output cache reads the policies of all."""
+    prompt = {**simple("policy"), "policy": node("SpillwayCachePolicy", value="x", headroom_gb=1e999, disk_gb={})}
+    assert len(server.pictures(prompt)) == 1
+    assert len(server.pictures(simple("after the policy"))) == 1
 
 
 def settings_file(base, text):
