@@ -215,7 +215,7 @@ def test_routes_that_fail_say_so(monkeypatch):
 )
 def test_a_start_that_fails_in_part_has_the_rest(monkeypatch, broken):
     done = []
-    for owner, name in ((comfy_cache, "install"), (routes, "install"), (extension, "sweep_noted")):
+    for owner, name in STEPS:
         monkeypatch.setattr(owner, name, lambda *_, step=(owner, name): done.append(step) or [])
     monkeypatch.setattr(*broken, fails)
     asyncio.run(extension.SpillwayExtension().on_load())
