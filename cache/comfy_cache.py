@@ -20,6 +20,7 @@ from comfy_execution.graph_utils import is_link
 from ..ops.allocator import what_was_done
 from ..ops.available import available_ram
 from ..ops.ledger import Ledger, in_words
+from ..ops.never_raises import never_raises
 from . import comfy_disk, comfy_settings
 from .books import Entry
 from .comfy_models import model_getter
@@ -45,7 +46,10 @@ def current() -> SpillwayCache | None:
 
 
 class SpillwayCache(caching.BasicCache):
-    """What the executor asks of an output cache. Entries are the executor's own named tuples of UI and outputs."""
+    """What the executor asks of an output cache. Entries are the executor's own named tuples of UI and outputs.
+
+    Nothing that the executor calls raises: an output that is not kept is made again.
+    """
 
     def __init__(
         self, key_class: Any, engine: OutputCache, host_headroom: int = 0, inactive_headroom: int | None = None
@@ -71,8 +75,18 @@ class SpillwayCache(caching.BasicCache):
         self._expanded: dict[str, list[str]] = {}
         self._last_asked = 0.0
 
+    @property
+    def ledger(self) -> Ledger:
+        """Where decisions and failures are told."""
+        return self.engine.ledger
+
     # -- a prompt
 
+    def _sit_out(self, *_: Any) -> None:
+        """This prompt runs without a cache: under keys that are not its own it would be given what others made."""
+        self.initialized = False
+
+    @never_raises("output cache: beginning a prompt", _sit_out)
     async def set_prompt(self, dynprompt: Any, node_ids: Iterable[str], is_changed_cache: Any) -> None:
         await super().set_prompt(dynprompt, node_ids, is_changed_cache)
         self.active_evictions = self.full_evictions = False
@@ -81,11 +95,17 @@ class SpillwayCache(caching.BasicCache):
         if HISTORY_NEEDS_A_CLIENT:
             self._forget_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
-        self._apply_policies(node_ids)
+        with never_raises("output cache: a policy of this prompt"):
+            self._apply_policies(node_ids)
+
+    @never_raises("output cache: listing nodes", lambda *_: set())
+    def all_node_ids(self) -> Any:
+        return super().all_node_ids()
 
     def clean_unused(self) -> None:
         """Nothing goes for being unused: RAM decides."""
 
+    @never_raises("output cache: nodes that a node became", lambda cache, *_: cache)
     async def ensure_subcache_for(self, node_id: str, children_ids: Iterable[str]) -> SpillwayCache:
         """Nodes that a node expanded into live in the same cache."""
         children = list(children_ids)
@@ -96,6 +116,7 @@ class SpillwayCache(caching.BasicCache):
         return self
 
     def _key(self, node_id: str) -> Any:
+        """None for a node that the cache was not told of."""
         return self.cache_key_set.get_data_key(node_id)
 
     def _forget_old_outputs(self, node_ids: Iterable[str]) -> None:
@@ -160,10 +181,13 @@ class SpillwayCache(caching.BasicCache):
 
     # -- lookup and store
 
+    @never_raises("output cache: a lookup")
     async def get(self, node_id: str) -> Any:
         if not self.initialized:
             return None
-        key = self.cache_key_set.get_data_key(node_id)
+        key = self._key(node_id)
+        if key is None:
+            return None
         value = self.cache.get(key)
         if value is None:
             # The executor asks for all nodes as a prompt begins, and for each again right before it runs it.
@@ -177,16 +201,26 @@ class SpillwayCache(caching.BasicCache):
         self._done.add(node_id)
         return value
 
+    @never_raises("output cache: a lookup")
     def get_local(self, node_id: str) -> Any:
         if not self.initialized:
             return None
         self._asked.add(node_id)
-        key = self.cache_key_set.get_data_key(node_id)
-        value = self.cache.get(key)
+        key = self._key(node_id)
+        value = self.cache.get(key) if key is not None else None
         # Asked for from the outputs upwards, so nothing is read that nothing needs.
         return value if value is not None or self.disk is None else self._read(node_id, key)
 
+    def _drop_unbooked(self, node_id: str, _: Any) -> None:
+        """A value without an entry is never evicted."""
+        key = self._key(node_id)
+        if key not in self.engine.entries:
+            self.cache.pop(key, None)
+
+    @never_raises("output cache: keeping an output", _drop_unbooked)
     async def set(self, node_id: str, value: Any) -> None:
+        if not self.initialized or self._key(node_id) is None:
+            return
         now = time.perf_counter()
         seconds = now - self._started.pop(node_id, now)
         for child in self._expanded.get(node_id, ()):
@@ -197,10 +231,11 @@ class SpillwayCache(caching.BasicCache):
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
 
+    @never_raises("output cache: keeping an output", _drop_unbooked)
     def set_local(self, node_id: str, value: Any) -> None:
         """A node that ran puts back what it read; it may have been evicted since."""
-        key = self._key(node_id)
-        if self.cache.get(key) is value:
+        key = self._key(node_id) if self.initialized else None
+        if key is None or self.cache.get(key) is value:
             return
         self._adopt(node_id, key, value, self.engine.seconds_of(key))
 
@@ -235,6 +270,7 @@ class SpillwayCache(caching.BasicCache):
         if expected >= WORTH_ROOM:
             self.engine.relieve(self.engine.headroom + expected, self.needed)
 
+    @never_raises("output cache: making room", lambda *_, **__: 0)
     def ram_release(self, target: int, free_active: bool = False, min_entry_size: int = 0) -> int:
         """What the executor and its pins ask for; returns the bytes freed.
 
@@ -342,6 +378,7 @@ def install() -> bool:
         return False
     own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
 
+    @never_raises("output cache: putting it in place of ComfyUI's own", lambda *_: False)
     def use(caches: Any, host_headroom: float = 0.0) -> bool:
         off = comfy_settings.cache_turned_off()
         if off is not None:

@@ -10,12 +10,13 @@ from comfy_api.latest import io
 from ..cache import comfy_cache
 from ..ops.ledger import in_words
 from .gigabytes import AUTO, gigabytes_input, given
+from .inputs import CheckedNode
 from .types import CATEGORY
 
 log = logging.getLogger("spillway")
 
 
-class SpillwayCachePolicy(io.ComfyNode):
+class SpillwayCachePolicy(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..patcher.comfy_compile import WHO, WRAPPER_KEY, CompileRequest, compile_other
 from ..patcher.comfy_load import is_ours
+from .inputs import CheckedNode
 from .types import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -17,7 +18,7 @@ log = logging.getLogger("spillway")
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
-class INT8LazyTorchCompile(io.ComfyNode):
+class INT8LazyTorchCompile(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         # Workflow files keep values by position: the order of the inputs never changes.

@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from ..cache import comfy_cache
+from ..ops.never_raises import never_raises
 from ..ops.partial_file import sweep_noted
 from ..patcher.comfy_save_target import journal
 from . import routes
@@ -32,10 +33,13 @@ class SpillwayExtension(ComfyExtension):
 
         And what an earlier run was killed while it saved is removed.
         """
-        comfy_cache.install()
-        routes.install()
-        for path in sweep_noted(journal()):
-            log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
+        with never_raises("output cache: putting it in place of ComfyUI's own"):
+            comfy_cache.install()
+        with never_raises("adding /spillway/memory and /spillway/free to the server"):
+            routes.install()
+        with never_raises("removing what an earlier run left unfinished"):
+            for path in sweep_noted(journal()):
+                log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfy_load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
+from .inputs import CheckedNode
 from .types import CATEGORY, policy_input
 
 NONE = "none"
@@ -26,7 +27,7 @@ def model_path(folder: str, name: str) -> str:
         ) from None
 
 
-class SpillwayLoadDiffusionModel(io.ComfyNode):
+class SpillwayLoadDiffusionModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -63,7 +64,7 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(model, ui=ui.PreviewText(words) if words else None)
 
 
-class SpillwayLoadCheckpoint(io.ComfyNode):
+class SpillwayLoadCheckpoint(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -95,7 +96,7 @@ class SpillwayLoadCheckpoint(io.ComfyNode):
         return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
 
 
-class SpillwayLoadCLIP(io.ComfyNode):
+class SpillwayLoadCLIP(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = folder_paths.get_filename_list("text_encoders")
@@ -142,7 +143,7 @@ class SpillwayLoadCLIP(io.ComfyNode):
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
 
-class SpillwayLoadVAE(io.ComfyNode):
+class SpillwayLoadVAE(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

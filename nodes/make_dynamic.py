@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patcher.comfy_adopt import dynamic_clip, dynamic_model, dynamic_vae
+from .inputs import CheckedNode
 from .types import CATEGORY, policy_input
 
 
-class SpillwayMakeDynamic(io.ComfyNode):
+class SpillwayMakeDynamic(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -10,6 +10,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..patcher.comfy_load import is_ours
 from ..patcher.policy import Policy
 from .gigabytes import gigabytes_input, given
+from .inputs import CheckedNode
 from .types import CATEGORY, PolicyType
 
 GIB = 1 << 30
@@ -24,7 +25,7 @@ def _bytes(name: str, gigabytes: float) -> int | None:
     return None if amount is None else int(amount * GIB)
 
 
-class SpillwayPolicy(io.ComfyNode):
+class SpillwayPolicy(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

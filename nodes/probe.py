@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfy_probe import probe_file
+from .inputs import CheckedNode
 from .load import model_path
 from .types import CATEGORY
 
@@ -25,7 +26,7 @@ def _files() -> list[str]:
     ]
 
 
-class SpillwayProbeModel(io.ComfyNode):
+class SpillwayProbeModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

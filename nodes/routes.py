@@ -12,6 +12,7 @@ import comfy.model_management
 from aiohttp import web
 
 from ..cache import comfy_cache
+from ..ops.never_raises import never_raises
 from ..patcher import dynamic
 from ..patcher.comfy_loaded import forget_unloaded
 from .memory_report import memory_report, take_snapshot
@@ -36,11 +37,13 @@ def install() -> bool:
         return False
 
     @running.routes.get("/spillway/memory")
+    @never_raises("GET /spillway/memory", failed)
     async def get_memory(request: web.Request) -> web.Response:
         report = await asyncio.get_running_loop().run_in_executor(None, memory_report)
         return web.json_response(report)
 
     @running.routes.post("/spillway/free")
+    @never_raises("POST /spillway/free", failed)
     async def post_free(request: web.Request) -> web.Response:
         if not is_same_origin(request):
             return web.json_response({"error": "only pages of this server may free its memory."}, status=403)
@@ -52,6 +55,11 @@ def install() -> bool:
         return web.json_response(done)
 
     return True
+
+
+def failed(_: web.Request) -> web.Response:
+    """The answer where something of ours failed."""
+    return web.json_response({"error": "this failed; the server's log says why."}, status=500)
 
 
 def is_same_origin(request: web.Request) -> bool:

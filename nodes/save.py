@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..patcher.comfy_save import AS_LOADED, SAVE_DTYPES, Saved, save_model
 from ..patcher.comfy_save_target import checkpoint_target, journal
+from .inputs import CheckedNode
 from .types import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -59,7 +60,7 @@ def path_output() -> io.Output:
     return io.String.Output("path", tooltip="The path of the file that was written.")
 
 
-class SpillwaySaveDiffusionModel(io.ComfyNode):
+class SpillwaySaveDiffusionModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -84,7 +85,7 @@ class SpillwaySaveDiffusionModel(io.ComfyNode):
         return _save(cls, filename_prefix, dtype, model)
 
 
-class SpillwaySaveCheckpoint(io.ComfyNode):
+class SpillwaySaveCheckpoint(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

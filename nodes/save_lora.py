@@ -9,11 +9,12 @@ from comfy_api.latest import io
 from ..patcher.comfy_extract import save_lora
 from ..patcher.comfy_save import DTYPES
 from ..patcher.comfy_save_target import journal, next_name, workflow_metadata
+from .inputs import CheckedNode
 from .save import Progress, path_output, prefix_input, report
 from .types import CATEGORY
 
 
-class SpillwaySaveLora(io.ComfyNode):
+class SpillwaySaveLora(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -16,7 +16,8 @@ from comfy.patcher_extension import CallbacksMP
 from ..ops.bundle import Bundle, Param
 from ..ops.disk_map import SourceError
 from ..ops.gather import is_wrapper
-from ..ops.ledger import in_words
+from ..ops.ledger import Ledger, in_words
+from ..ops.never_raises import never_raises
 from ..ops.repeat import register_pure
 from ..ops.saved_attributes import MISSING, SavedAttributes
 from .attach import Int8Choice
@@ -26,6 +27,7 @@ from .comfy_fixed import place_fixed, place_read_idle
 from .comfy_int8 import quantise_with_progress
 from .comfy_int8_lora import place_loras
 from .comfy_loaded import forget_unloaded
+from .comfy_outside import in_a_node
 from .comfy_patches import HostPatch, idle_function, rounded
 from .comfy_pins import PIN_SUBSETS, pin_state
 from .comfy_ram import free_ram
@@ -60,10 +62,12 @@ class HostState:
     def close(self) -> None:
         """Give all memory back; the modules are the host's again."""
         dynamic, self.dynamic, self.lends_blocks = self.dynamic, None, False
-        if dynamic is not None:
-            dynamic.close()
-        self.patches = {}
-        self.attributes.restore()
+        try:
+            if dynamic is not None:
+                dynamic.close()
+        finally:
+            self.patches = {}
+            self.attributes.restore()
 
 
 def model_dtype(module: torch.nn.Module, attr: str, parameter: torch.Tensor) -> torch.dtype:
@@ -105,6 +109,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             model.dynamic_pins = {}
         model.dynamic_pins.setdefault(load_device, pin_state())
 
+    @never_raises("giving up a model that nothing uses any more")
     def __del__(self) -> None:
         state = getattr(getattr(self, "model", None), "spillway_state", None)
         if state is None:
@@ -117,6 +122,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def state(self) -> HostState:
         """Shared by all clones."""
         return self.model.spillway_state  # type: ignore[no-any-return]
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The engine's; None before there is one."""
+        return self.state.dynamic.ledger if self.state.dynamic is not None else None
 
     @property
     def dynamic(self) -> DynamicModel:
@@ -169,6 +179,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             cloned.compile_request = self.compile_request
         return cloned
 
+    @never_raises("measuring a model", lambda _: 0, unless=in_a_node)
     def loaded_size(self) -> int:
         dynamic = self.state.dynamic
         return dynamic.resident_bytes + dynamic.fixed_bytes if dynamic is not None else 0
@@ -191,6 +202,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def loaded_ram_size(self) -> int:
         return self.pinned_memory_size()
 
+    @never_raises("marking a model as in use, or not")
     def set_in_use_by_current_prompt(self, in_use: bool) -> None:
         self.model.dynamic_pins[self.load_device]["current_prompt"] = in_use
         forget_unloaded()  # after a prompt ComfyUI may unload everything, where nobody catches what that raises
@@ -410,6 +422,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # -- unloading
 
+    @never_raises("giving device memory back", lambda *_, **__: 0, unless=in_a_node)
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
@@ -422,6 +435,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 
+    @never_raises("giving RAM back", lambda *_, **__: 0, unless=in_a_node)
     def partially_unload_ram(self, ram_to_unload: float, subsets: Any = PIN_SUBSETS) -> int:
         dynamic = self.state.dynamic
         if dynamic is None or "weights" not in subsets:
@@ -440,6 +454,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 dynamic.release(pins=False)  # they give way to whoever needs RAM
             self.model.current_weight_patches_uuid = None
 
+    @never_raises("unloading a model", lambda patcher, *_, **__: patcher.model, unless=in_a_node)
     def detach(self, unpatch_all: bool = True) -> Any:
         model = super().detach(unpatch_all)
         if self.origin is not None:  # the next to use the model may be the classic patcher
@@ -461,6 +476,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # -- model patches
 
+    @never_raises("finding the models attached to a model", lambda _: [], unless=in_a_node)
     def model_patches_models(self) -> list[Any]:
         """Models attached to this one (ControlNet-like model patches): managed dynamically too."""
         return [dynamic_twin(patcher, self.policy) for patcher in super().model_patches_models()]

@@ -11,6 +11,7 @@ from test_lora import forms, numbers, with_lora
 
 from spillway.nodes.make_dynamic import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
+from spillway.patcher.comfy_adopt import dynamic_model
 from spillway.patcher.comfy_patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
@@ -155,4 +156,4 @@ def test_a_model_that_comfyui_has_mapped(checkpoint, monkeypatch):
 
 def test_not_a_patcher():
     with pytest.raises(Unsupported, match=r"a dict is no model patcher that Spillway knows.*Spillway loaders"):
-        make_dynamic({"model": None})
+        dynamic_model({"model": None})
