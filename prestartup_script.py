@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def _load_early(name: str, file: str) -> object:
+def _load_early(name: str, file: str) -> Any:
     """A file of the pack as a module by its own: the pack's __init__ and its packages lead to torch."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent / file)
     assert spec is not None and spec.loader is not None
@@ -18,4 +19,6 @@ def _load_early(name: str, file: str) -> object:
 
 
 if "torch" not in sys.modules:
-    _load_early("spillway_allocator", "ops/ram/allocator.py").tune()  # type: ignore[attr-defined]
+    settings = _load_early("spillway_settings", "ops/settings.py")
+    wanted = settings.variable(settings.ALLOCATOR)
+    _load_early("spillway_allocator", "ops/ram/allocator.py").tune(wanted is not False)

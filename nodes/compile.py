@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..patcher.comfyui.compile.classic_models import compile_other
 from ..patcher.comfyui.compile.dynamic_models import WHO, WRAPPER_KEY, CompileRequest
 from ..patcher.comfyui.loading.load import is_ours
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -18,7 +19,7 @@ log = logging.getLogger("spillway")
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
-class INT8LazyTorchCompile(io.ComfyNode):
+class INT8LazyTorchCompile(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         # Workflow files keep values by position. Another order of inputs would give each of them the value of another.

@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep_noted
+from ..ops.never_raises import never_raises
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import INT8LazyTorchCompile
@@ -35,10 +36,13 @@ class SpillwayExtension(ComfyExtension):
 
         ComfyUI calls this before it builds the executor, which gets the cache unless a flag or a setting says no.
         """
-        output_cache.install()
-        routes.install()
-        for path in sweep_noted(journal()):
-            log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
+        with never_raises("output cache: putting it in place of ComfyUI's own"):
+            output_cache.install()
+        with never_raises("adding /spillway/memory and /spillway/free to the server"):
+            routes.install()
+        with never_raises("removing what an earlier run left unfinished"):
+            for path in sweep_noted(journal()):
+                log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
+from .checked_node import CheckedNode
 from .inputs import CATEGORY, policy_input
 
 NONE = "none"
@@ -27,7 +28,7 @@ def model_path(folder: str, name: str) -> str:
         ) from None
 
 
-class SpillwayLoadDiffusionModel(io.ComfyNode):
+class SpillwayLoadDiffusionModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -64,7 +65,7 @@ class SpillwayLoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
 
 
-class SpillwayLoadCheckpoint(io.ComfyNode):
+class SpillwayLoadCheckpoint(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -96,7 +97,7 @@ class SpillwayLoadCheckpoint(io.ComfyNode):
         return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
 
 
-class SpillwayLoadCLIP(io.ComfyNode):
+class SpillwayLoadCLIP(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = folder_paths.get_filename_list("text_encoders")
@@ -143,7 +144,7 @@ class SpillwayLoadCLIP(io.ComfyNode):
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
 
-class SpillwayLoadVAE(io.ComfyNode):
+class SpillwayLoadVAE(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -168,7 +169,7 @@ class SpillwayLoadVAE(io.ComfyNode):
         return io.NodeOutput(load_vae(model_path("vae", vae_name), policy))
 
 
-class SpillwayMakeDynamic(io.ComfyNode):
+class SpillwayMakeDynamic(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.patches.lora import apply_lora
 from ..patcher.comfyui.progress import Progress
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 from .load import NONE, model_path
 
@@ -55,7 +56,7 @@ def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tu
     return model, clip, ui.PreviewText("\n".join(warnings)) if warnings else None
 
 
-class SpillwayLoraLoader(io.ComfyNode):
+class SpillwayLoraLoader(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -86,7 +87,7 @@ class SpillwayLoraLoader(io.ComfyNode):
         return io.NodeOutput(model, clip, ui=shown)
 
 
-class SpillwayLoraLoaderModelOnly(io.ComfyNode):
+class SpillwayLoraLoaderModelOnly(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -110,7 +111,7 @@ class SpillwayLoraLoaderModelOnly(io.ComfyNode):
         return io.NodeOutput(model, ui=shown)
 
 
-class SpillwayLoraStack(io.ComfyNode):
+class SpillwayLoraStack(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = [NONE, *folder_paths.get_filename_list("loras")]

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..cache.comfyui.models import model_bytes, patcher_of
 from ..ops.ledger import in_words
 from ..patcher.comfyui import device as devices
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 from .memory_report import in_lines, memory_report, residency_picture
 
@@ -16,7 +17,7 @@ LOAD, UNLOAD, DROP, MOVE = "load now", "unload to RAM", "drop RAM and pins too",
 KEEP_DEVICE = "as it is"
 
 
-class SpillwayDeviceControl(io.ComfyNode):
+class SpillwayDeviceControl(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -97,7 +98,7 @@ def _line(patcher: Any, action: str, before: dict[str, int], note: str | None) -
     return f"{words} ({note})" if note else words
 
 
-class SpillwayMemoryReport(io.ComfyNode):
+class SpillwayMemoryReport(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

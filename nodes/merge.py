@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patcher.comfyui.merge import GROUPS, merge
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 SUM, DIFFERENCE = "weighted sum", "add difference"
@@ -21,7 +22,7 @@ def _share(name: str, tooltip: str) -> io.Input:
     return _ratio(name, AS_RATIO, f"{tooltip} -1 takes the value of ratio.", least=AS_RATIO)
 
 
-class SpillwayMergeModels(io.ComfyNode):
+class SpillwayMergeModels(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -12,6 +12,7 @@ from ..cache.comfyui.install import current_cache
 from ..ops.ledger import in_words
 from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy
+from .checked_node import CheckedNode
 from .inputs import AUTO, CATEGORY, PolicyType, gigabytes_input, given
 
 log = logging.getLogger("spillway")
@@ -28,7 +29,7 @@ def _bytes(name: str, gigabytes: float) -> int | None:
     return None if amount is None else int(amount * GIB)
 
 
-class SpillwayPolicy(io.ComfyNode):
+class SpillwayPolicy(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -103,7 +104,7 @@ class SpillwayPolicy(io.ComfyNode):
         return io.NodeOutput(model, policy)
 
 
-class SpillwayCachePolicy(io.ComfyNode):
+class SpillwayCachePolicy(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

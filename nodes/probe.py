@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.loading.probe import probe_file
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 from .load import model_path
 
@@ -25,7 +26,7 @@ def _files() -> list[str]:
     ]
 
 
-class SpillwayProbeModel(io.ComfyNode):
+class SpillwayProbeModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

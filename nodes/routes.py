@@ -12,7 +12,9 @@ import comfy.model_management
 from aiohttp import web
 
 from ..cache.comfyui.install import current_cache
+from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
+from ..patcher.comfyui.running import drop_unloaded
 from .memory_report import memory_report, take_snapshot
 
 MAX_BODY_BYTES = 4096
@@ -35,11 +37,13 @@ def install() -> bool:
         return False
 
     @running.routes.get("/spillway/memory")
+    @never_raises("GET /spillway/memory", failed)
     async def get_memory(request: web.Request) -> web.Response:
         report = await asyncio.get_running_loop().run_in_executor(None, memory_report)
         return web.json_response(report)
 
     @running.routes.post("/spillway/free")
+    @never_raises("POST /spillway/free", failed)
     async def post_free(request: web.Request) -> web.Response:
         if not is_same_origin(request):
             return web.json_response({"error": "only pages of this server may free its memory."}, status=403)
@@ -51,6 +55,11 @@ def install() -> bool:
         return web.json_response(done)
 
     return True
+
+
+def failed(_: web.Request) -> web.Response:
+    """Answer where something of ours failed."""
+    return web.json_response({"error": "this failed; the server's log says why."}, status=500)
 
 
 def is_same_origin(request: web.Request) -> bool:
@@ -102,6 +111,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 queue.set_flag("unload_models", True)
                 put_off.append("models")
             else:
+                drop_unloaded()
                 comfy.model_management.unload_all_models()
                 for model in list(dynamic.models):
                     model.free()

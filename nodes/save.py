@@ -11,6 +11,7 @@ from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.extract_lora import save_lora
 from ..patcher.comfyui.saving.save import AS_LOADED, DTYPES, SAVE_DTYPES, Saved, save_model
 from ..patcher.comfyui.saving.target import checkpoint_target, journal, next_name, workflow_metadata
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
@@ -47,7 +48,7 @@ def path_output() -> io.Output:
     return io.String.Output("path", tooltip="The path of the file that was written.")
 
 
-class SpillwaySaveDiffusionModel(io.ComfyNode):
+class SpillwaySaveDiffusionModel(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -72,7 +73,7 @@ class SpillwaySaveDiffusionModel(io.ComfyNode):
         return _save(cls, filename_prefix, dtype, model)
 
 
-class SpillwaySaveCheckpoint(io.ComfyNode):
+class SpillwaySaveCheckpoint(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -125,7 +126,7 @@ def _save(node: Any, prefix: str, dtype: str, model: Any, *others: Any) -> io.No
     )
 
 
-class SpillwaySaveLora(io.ComfyNode):
+class SpillwaySaveLora(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..cache.comfyui.install import current_cache
 from ..patcher.comfyui import vae as tiled_last
+from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 
@@ -34,7 +35,7 @@ def _evict() -> None:
         cache.engine.evict(1 << 62, cache.needed(), reason="a VAE ran out of memory")
 
 
-class SpillwayVAEDecode(io.ComfyNode):
+class SpillwayVAEDecode(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -60,7 +61,7 @@ class SpillwayVAEDecode(io.ComfyNode):
         return io.NodeOutput(*tiled_last.decode(vae, latent, tile_size, _evict))
 
 
-class SpillwayVAEEncode(io.ComfyNode):
+class SpillwayVAEEncode(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

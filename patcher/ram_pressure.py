@@ -36,10 +36,7 @@ class PinHolder(Protocol):
 
 
 def available_ram() -> int:
-    """Bytes of RAM that this process can have now, by the least of what the machine and its container allow.
-
-    Raises ValueError for a malformed SPILLWAY_RAM_GB.
-    """
+    """Bytes of RAM that this process can have now, by the least of what the machine and its container allow."""
     return available.available_ram().available
 
 

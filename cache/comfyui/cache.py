@@ -14,6 +14,8 @@ import nodes
 from comfy_execution import caching
 from comfy_execution.graph_utils import is_link
 
+from ...ops.ledger import Ledger
+from ...ops.never_raises import never_raises
 from ..disk_tier import DiskTier
 from ..holdings import Entry
 from ..output_cache import OutputCache
@@ -43,7 +45,10 @@ class Prompt:
 
 
 class SpillwayCache(caching.BasicCache):
-    """Answers the executor's calls to an output cache. Its values are ComfyUI's named tuples of UI and outputs."""
+    """Answers the executor's calls to an output cache. Its values are ComfyUI's named tuples of UI and outputs.
+
+    Nothing that the executor calls raises: an output that is not kept is made again.
+    """
 
     def __init__(
         self, key_class: Any, engine: OutputCache, executor_headroom: int = 0, inactive_headroom: int | None = None
@@ -68,8 +73,18 @@ class SpillwayCache(caching.BasicCache):
         self._prompt = Prompt()
         self._last_asked = 0.0
 
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that decisions and failures are told to."""
+        return self.engine.ledger
+
     # -- a prompt
 
+    def _sit_out(self, *_: Any) -> None:
+        """Run this prompt without a cache. Under keys that are not its own it would be given what others made."""
+        self.initialized = False
+
+    @never_raises("output cache: beginning a prompt", _sit_out)
     async def set_prompt(self, dynprompt: Any, node_ids: Iterable[str], is_changed_cache: Any) -> None:
         await super().set_prompt(dynprompt, node_ids, is_changed_cache)
         self.active_evictions = self.full_evictions = False
@@ -77,11 +92,17 @@ class SpillwayCache(caching.BasicCache):
         if HISTORY_NEEDS_A_CLIENT:
             self._drop_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
-        self._apply_policies(node_ids)
+        with never_raises("output cache: a policy of this prompt"):
+            self._apply_policies(node_ids)
+
+    @never_raises("output cache: listing nodes", lambda *_: set())
+    def all_node_ids(self) -> Any:
+        return super().all_node_ids()
 
     def clean_unused(self) -> None:
         """Keep outputs that this prompt does not use. RAM decides."""
 
+    @never_raises("output cache: nodes that a node became", lambda cache, *_: cache)
     async def ensure_subcache_for(self, node_id: str, children_ids: Iterable[str]) -> SpillwayCache:
         """Keep the outputs of the nodes that a node expanded into in this cache too."""
         children = list(children_ids)
@@ -92,6 +113,7 @@ class SpillwayCache(caching.BasicCache):
         return self
 
     def _key(self, node_id: str) -> Any:
+        """Return a node's key. None for a node that the cache was not told of."""
         return self.cache_key_set.get_data_key(node_id)
 
     def _drop_old_outputs(self, node_ids: Iterable[str]) -> None:
@@ -157,10 +179,13 @@ class SpillwayCache(caching.BasicCache):
 
     # -- lookup and store
 
+    @never_raises("output cache: a lookup")
     async def get(self, node_id: str) -> Any:
         if not self.initialized:
             return None
-        key = self.cache_key_set.get_data_key(node_id)
+        key = self._key(node_id)
+        if key is None:
+            return None
         value = self.cache.get(key)
         if value is None:
             # The executor asks for all nodes when a prompt begins, and for each node again right before running it.
@@ -174,16 +199,26 @@ class SpillwayCache(caching.BasicCache):
         self._prompt.done.add(node_id)
         return value
 
+    @never_raises("output cache: a lookup")
     def get_local(self, node_id: str) -> Any:
         if not self.initialized:
             return None
         self._prompt.asked.add(node_id)
-        key = self.cache_key_set.get_data_key(node_id)
-        value = self.cache.get(key)
+        key = self._key(node_id)
+        value = self.cache.get(key) if key is not None else None
         # The executor asks from the outputs upwards, so only outputs that are needed are read from disk.
         return value if value is not None or self.disk is None else self._read(node_id, key)
 
+    def _drop_unbooked(self, node_id: str, _: Any) -> None:
+        """Drop a value without an entry, which would never be evicted."""
+        key = self._key(node_id)
+        if key not in self.engine.entries:
+            self.cache.pop(key, None)
+
+    @never_raises("output cache: keeping an output", _drop_unbooked)
     async def set(self, node_id: str, value: Any) -> None:
+        if not self.initialized or self._key(node_id) is None:
+            return
         now = time.perf_counter()
         seconds = now - self._prompt.started.pop(node_id, now)
         for child in self._prompt.expanded.get(node_id, ()):
@@ -194,10 +229,11 @@ class SpillwayCache(caching.BasicCache):
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
 
+    @never_raises("output cache: keeping an output", _drop_unbooked)
     def set_local(self, node_id: str, value: Any) -> None:
         """Store a value that the executor read before. It may have been evicted since."""
-        key = self._key(node_id)
-        if self.cache.get(key) is value:
+        key = self._key(node_id) if self.initialized else None
+        if key is None or self.cache.get(key) is value:
             return
         self._adopt(node_id, key, value, self.engine.seconds_of(key))
 
@@ -232,6 +268,7 @@ class SpillwayCache(caching.BasicCache):
         if expected >= WORTH_ROOM:
             self.engine.relieve(self.engine.headroom + expected, self.needed)
 
+    @never_raises("output cache: making room", lambda *_, **__: 0)
     def ram_release(self, target: int, free_active: bool = False, min_entry_size: int = 0) -> int:
         """Free RAM for the executor and its pins. Returns the bytes freed.
 

@@ -24,10 +24,11 @@ MODEL_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", "
 
 def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
     """The tier with a cap in GB (None: as the settings say), or None where it is off, as it is by default."""
-    cap = settings.setting(settings.DISK_GB_SETTING, 0.0) if gigabytes is None else gigabytes
+    # All settings are looked at, so that one that makes no sense is named also while the tier is off.
+    cap, seconds = settings.disk_gigabytes(), settings.disk_seconds()
+    cap = cap if gigabytes is None else gigabytes
     if not 0 < cap < 1e6:
         return None
-    seconds = settings.setting(settings.DISK_SECONDS_SETTING, settings.DISK_SECONDS)
     return DiskTier(folder(), int(cap * GIB), seconds, ledger, room=lambda: available_ram().available)
 
 

@@ -12,6 +12,7 @@ from comfy.cli_args import args
 from comfy_execution import caching
 
 from ...ops.ledger import Ledger, in_words
+from ...ops.never_raises import never_raises
 from ...ops.ram.allocator import what_was_done
 from ...ops.ram.available import available_ram
 from ..output_cache import OutputCache
@@ -99,6 +100,7 @@ def install() -> bool:
         return False
     own_ram, own_classic = execution.CacheSet.init_ram_cache, execution.CacheSet.init_classic_cache
 
+    @never_raises("output cache: putting it in place of ComfyUI's own", lambda *_: False)
     def use(caches: Any, executor_headroom: float = 0.0) -> bool:
         off = settings.cache_turned_off()
         if off is not None:

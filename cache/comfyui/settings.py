@@ -1,42 +1,48 @@
-"""The pack's settings: environment variables, and what the user set in ComfyUI's settings."""
+"""The pack's settings in ComfyUI: what its default user set, and whether the output cache is turned off."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
-log = logging.getLogger("spillway")
+from ...ops import settings
 
-CACHE_VARIABLE = "SPILLWAY_CACHE"
-CACHE_SETTING = "Spillway.Cache.Enabled"
-DISK_GB_SETTING = "Spillway.Cache.DiskGB"
-DISK_SECONDS_SETTING = "Spillway.Cache.DiskSeconds"
 DISK_SECONDS = 10.0
 
 
-def setting(name: str, default: Any) -> Any:
-    """A value from the settings of ComfyUI's default user; `default` where there is none, or none of its type."""
+def setting(kind: settings.Number | settings.Switch) -> Any:
+    """Read a setting of ComfyUI's default user. None where there is none, or none that makes sense."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get(name, default)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return default
-    except (OSError, ValueError, AttributeError) as error:
-        log.warning("[Spillway] %s cannot be read (%s): the default of %s is used.", path, error, name)
-        return default
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if isinstance(value, type(default)) else default
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        settings.warn_once(f"{path} cannot be read ({error}): the defaults of Spillway's settings are used.")
+        return None
+    if not isinstance(values, dict):
+        settings.warn_once(f"{path} cannot be read (no JSON object): the defaults of Spillway's settings are used.")
+        return None
+    return settings.setting(kind, values)
+
+
+def disk_gigabytes() -> float:
+    """Return the cap of the disk tier in GB. 0 where it is off, as it is by default."""
+    return setting(settings.DISK_GB) or 0.0
+
+
+def disk_seconds() -> float:
+    """Return how long an output must have taken to make to be worth a file."""
+    found = setting(settings.DISK_SECONDS)
+    return DISK_SECONDS if found is None else found
 
 
 def cache_turned_off() -> str | None:
-    """Why the output cache is turned off, in words; None where it is on. The variable goes before the setting."""
-    variable = os.environ.get(CACHE_VARIABLE, "").strip()
-    if variable:
-        return f"{CACHE_VARIABLE}={variable}" if variable in ("0", "off", "false") else None
-    return None if setting(CACHE_SETTING, True) else "turned off in the settings"
+    """Say why the output cache is turned off. None where it is on. The variable goes before the setting."""
+    wanted = settings.variable(settings.CACHE)
+    if wanted is not None:
+        return None if wanted else f"{settings.CACHE.name}=0"
+    return "turned off in the settings" if setting(settings.CACHE_ENABLED) is False else None

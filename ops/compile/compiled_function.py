@@ -129,11 +129,11 @@ class CompiledFunction:
         tensors: list[torch.Tensor],
         args: tuple,
         kwargs: dict[str, Any],
-        make_room: Callable[[BaseException], bool],
+        make_room: Callable[[BaseException, bool], bool],
         note: Callable[[CompiledFunction, int, float], None],
         passes: tuple[type[BaseException], ...],
     ) -> Any:
-        """Run a block. Raises Failed with `args` as they were; exceptions of type `passes` go through."""
+        """Run a block. Raises Failed with `args` as they were, else what the block raised."""
         given: list[torch.Tensor] = []
         key = (describe((args, kwargs), given), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         written = self._seen.get(key)
@@ -144,18 +144,24 @@ class CompiledFunction:
             for index, copy in zip(at_risk, kept, strict=True):
                 given[index].copy_(copy)
 
+        def as_given() -> bool:
+            """Only tensors are copied: a block that took an entry out of a list cannot be run again."""
+            now: list[torch.Tensor] = []
+            same = describe((args, kwargs), now) == key[0]
+            return same and all(one is other for one, other in zip(now, given, strict=True))
+
         before, broken, start = compile_count(), graph_breaks(), time.perf_counter()
         try:
             try:
                 result = self._call(written is None, names, tensors, args, kwargs)
             except Exception as error:
                 put_back()
-                if isinstance(error, passes) or not make_room(error):
+                if isinstance(error, passes) or not make_room(error, as_given()):
                     raise
                 result = self._call(written is None, names, tensors, args, kwargs)
         except Exception as error:
             put_back()
-            if isinstance(error, passes) or is_out_of_memory(error):
+            if isinstance(error, passes) or is_out_of_memory(error) or not as_given():
                 raise
             raise Failed(reason_of(error)) from error
         finally:

@@ -60,6 +60,6 @@ class Block(Bundle):
                 raise
         return forward(*args, **kwargs)
 
-    def make_room(self, error: BaseException, again: bool = True) -> bool:
+    def make_room(self, error: BaseException, again: bool) -> bool:
         """While the block is lent, as `Lending.make_room`."""
         return self._lending is not None and self._lending.make_room(self, error, again)

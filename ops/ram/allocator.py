@@ -15,7 +15,6 @@ from typing import Any
 
 # How prestartup_script.py leaves its copy of this module behind.
 EARLY = "spillway_allocator"
-VARIABLE = "SPILLWAY_ALLOCATOR"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # From this size on a block is a map of its own, and freeing it gives it back at once. glibc starts at 128 KiB but
 # raises the threshold to 32 MiB as blocks are freed; images and latents then stay in its arenas.
@@ -38,17 +37,17 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def tune() -> str:
-    """Fix glibc's mmap threshold; says what was done, or why nothing was."""
+def tune(wanted: bool = True) -> str:
+    """Fix glibc's mmap threshold; says what was done, or why nothing was. wanted: what SPILLWAY_ALLOCATOR says."""
     global done
-    done = _tune()
+    done = _tune(wanted)
     return done
 
 
-def _tune() -> str:
+def _tune(wanted: bool) -> str:
     global tuned
-    if os.environ.get(VARIABLE, "1") == "0":
-        return f"left alone: {VARIABLE}=0"
+    if not wanted:
+        return "left alone: SPILLWAY_ALLOCATOR=0"
     own = [name for name in USERS_OWN if os.environ.get(name)]
     if own:
         return f"left alone: {own[0]} is set"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from .. import settings
 from ..ledger import in_words
 from . import cgroup
 
 GIB = 1 << 30
-LIMIT_VARIABLE = "SPILLWAY_RAM_GB"
 # Share of the last ten seconds in which some, or all, of the tasks waited for memory. From the first on only a part of
 # what is called available can be had without waiting, from the second on none of it.
 PRESSURE_BEGINS, PRESSURE_FULL = 0.10, 0.40
@@ -32,7 +31,7 @@ class Available:
 def available_ram(root: Path = Path("/")) -> Available:
     """Host memory, cgroup limits, memory pressure, the commit limit and SPILLWAY_RAM_GB: the least of what each allows.
 
-    root: where /proc and the mounted file systems are looked for. Raises ValueError for a malformed variable.
+    root: where /proc and the mounted file systems are looked for.
     """
     group = cgroup.tightest(root) if sys.platform == "linux" else None
     least = min(_limits(group), key=lambda one: one.available)
@@ -47,7 +46,7 @@ def available_ram(root: Path = Path("/")) -> Available:
 def total_ram(root: Path = Path("/")) -> int:
     """Bytes that this process may have in all: the least of what the machine, its cgroup and the variable allow.
 
-    root, errors: as for `available_ram`.
+    root: as for `available_ram`.
     """
     return min(one.total for one in _limits(cgroup.tightest(root) if sys.platform == "linux" else None))
 
@@ -64,22 +63,14 @@ def _limits(group: cgroup.Group | None) -> list[Available]:
     limit = limit_of_variable()
     if limit is not None:
         rest = max(0, limit - process_bytes())
-        found.append(Available(rest, limit, f"{LIMIT_VARIABLE}, {in_words(limit)}"))
+        found.append(Available(rest, limit, f"{settings.RAM_GB.name}, {in_words(limit)}"))
     return found
 
 
 def limit_of_variable() -> int | None:
-    """Bytes that SPILLWAY_RAM_GB allows this process, or None where it is not set. Raises ValueError."""
-    text = os.environ.get(LIMIT_VARIABLE, "").strip()
-    if not text:
-        return None
-    try:
-        gigabytes = float(text)
-    except ValueError:
-        gigabytes = -1.0
-    if not 0 < gigabytes < 1e6:
-        raise ValueError(f"{LIMIT_VARIABLE} is '{text}'; expected a number of gigabytes above 0, such as 16.")
-    return int(gigabytes * GIB)
+    """Bytes that SPILLWAY_RAM_GB allows this process; None where it is not set, or makes no sense."""
+    gigabytes = settings.variable(settings.RAM_GB)
+    return None if gigabytes is None else int(gigabytes * GIB)
 
 
 def process_bytes() -> int:

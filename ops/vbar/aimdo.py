@@ -1,4 +1,4 @@
-"""The VBAR of comfy-aimdo (0.4.5 and later): device pages mapped by its native library.
+"""The VBAR of comfy-aimdo (0.3.0 and later): device pages mapped by its native library.
 
 Nothing here initialises devices that ComfyUI has initialised already: a second initialisation tears live hooks down.
 """

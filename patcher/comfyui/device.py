@@ -11,6 +11,7 @@ import torch
 from ..preload import load_now as engine_load_now
 from .loading.load import is_ours
 from .progress import Progress
+from .running import drop_unloaded
 
 
 class DeviceIgnored(ValueError):
@@ -31,6 +32,7 @@ def device_names() -> list[str]:
 
 def load_now(patcher: Any) -> None:
     """Bring a model onto its device, as far as there is room."""
+    drop_unloaded()
     comfy.model_management.load_models_gpu([patcher])
     if is_ours(patcher):
         engine_load_now(patcher.dynamic, Progress())
@@ -38,6 +40,7 @@ def load_now(patcher: Any) -> None:
 
 def unload(patcher: Any) -> None:
     """Take a model off its device; its pins and RAM stay. Does nothing where it is not loaded."""
+    drop_unloaded()
     if is_ours(patcher):
         if patcher.state.dynamic is not None:
             patcher.state.dynamic.free()
@@ -53,11 +56,11 @@ def drop(patcher: Any) -> str | None:
 
     A dynamic model comes again from its file when it is next used. A classic one has its only copy in RAM.
     """
+    unload(patcher)
     if is_ours(patcher):
         if patcher.state.dynamic is not None:
             patcher.state.dynamic.release()
         return None
-    unload(patcher)
     if patcher.is_dynamic():
         patcher.partially_unload_ram(1e30)
         return None

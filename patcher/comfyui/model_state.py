@@ -92,10 +92,12 @@ class ModelState:
     def close(self) -> None:
         """Give all memory back. The modules are as ComfyUI made them."""
         dynamic, self.dynamic, self.lends_blocks = self.dynamic, None, False
-        if dynamic is not None:
-            dynamic.close()
-        self.patches = {}
-        self.attributes.restore()
+        try:
+            if dynamic is not None:
+                dynamic.close()
+        finally:
+            self.patches = {}
+            self.attributes.restore()
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:

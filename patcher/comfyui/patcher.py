@@ -13,7 +13,9 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...ops.gather import is_wrapper
-from ...ops.ledger import in_words
+from ...ops.ledger import Ledger, in_words
+from ...ops.lending.repeat import register_pure
+from ...ops.never_raises import never_raises
 from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
@@ -24,6 +26,10 @@ from .loading.loader_overrides import check_complete
 from .model_state import PIN_SUBSETS, ModelState, model_dtype, register_pins, shared_state, state_of
 from .patches.weight_patch import rounded
 from .progress import Progress
+from .running import drop_unloaded, in_a_node
+
+# ComfyUI's op classes, quantised ones too. Architectures derive their own from them, which are judged by themselves.
+register_pure("comfy.ops")
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -50,6 +56,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         shared_state(model).join(self)
         register_pins(model, load_device)
 
+    @never_raises("giving up a model that nothing uses any more")
     def __del__(self) -> None:
         state = state_of(getattr(self, "model", None))
         if state is not None:
@@ -59,6 +66,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def state(self) -> ModelState:
         """What all clones share."""
         return self.model.spillway_state  # type: ignore[no-any-return]
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The engine's ledger. None before there is an engine."""
+        return self.state.dynamic.ledger if self.state.dynamic is not None else None
 
     @property
     def dynamic(self) -> DynamicModel:
@@ -92,6 +104,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             cloned.compile_request = self.compile_request
         return cloned
 
+    @never_raises("measuring a model", lambda _: 0, unless=in_a_node)
     def loaded_size(self) -> int:
         dynamic = self.state.dynamic
         return dynamic.resident_bytes + dynamic.permanent_bytes if dynamic is not None else 0
@@ -109,8 +122,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     def loaded_ram_size(self) -> int:
         return self.pinned_memory_size()
 
+    @never_raises("marking a model as in use, or not")
     def set_in_use_by_current_prompt(self, in_use: bool) -> None:
         self.model.dynamic_pins[self.load_device]["current_prompt"] = in_use
+        drop_unloaded()  # after a prompt ComfyUI may unload everything, where nobody catches what that raises
         if not in_use and self.policy.keep == "free after use" and self.state.dynamic is not None:
             self.state.dynamic.release()
 
@@ -121,10 +136,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> int:
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            # Checked first: a clone with other patches must never be shrunk with the old ones attached.
-            changed = self.model.current_weight_patches_uuid != self.patches_uuid
-            if extra_memory < 0 and not changed:
-                return -self.partially_unload(self.offload_device, int(-extra_memory))
+            # Also before a model is shrunk: equal weight patches do not make it this clone's. Object patches, wrappers,
+            # callbacks, the policy and the compile request are others, and on a full card every load is a shrinking.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
             try:
@@ -233,6 +246,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # -- unloading
 
+    @never_raises("giving device memory back", lambda *_, **__: 0, unless=in_a_node)
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
@@ -245,6 +259,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             return int(min(memory_to_free, 1 << 60))
         return dynamic.free(None if memory_to_free >= 1 << 60 else int(memory_to_free))
 
+    @never_raises("giving RAM back", lambda *_, **__: 0, unless=in_a_node)
     def partially_unload_ram(self, ram_to_unload: float, subsets: Any = PIN_SUBSETS) -> int:
         dynamic = self.state.dynamic
         if dynamic is None or "weights" not in subsets:
@@ -263,6 +278,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 dynamic.release(pins=False)  # they give way to whoever needs RAM
             self.model.current_weight_patches_uuid = None
 
+    @never_raises("unloading a model", lambda patcher, *_, **__: patcher.model, unless=in_a_node)
     def detach(self, unpatch_all: bool = True) -> Any:
         model = super().detach(unpatch_all)
         if self.origin is not None:  # the next to use the model may be the classic patcher
@@ -284,6 +300,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # -- model patches
 
+    @never_raises("finding the models attached to a model", lambda _: [], unless=in_a_node)
     def model_patches_models(self) -> list[Any]:
         """List the models attached to this one (model patches like ControlNets), as dynamic ones."""
         return [dynamic_twin(patcher, self.policy) for patcher in super().model_patches_models()]

@@ -13,6 +13,7 @@ import torch
 
 from ...ops.device.out_of_memory import is_out_of_memory
 from .. import dynamic_model as dynamic
+from .running import drop_unloaded
 
 log = logging.getLogger("spillway")
 
@@ -65,6 +66,7 @@ def _in_turn(
     tile_size: int,
     evict: Callable[[], Any],
 ) -> tuple[torch.Tensor, str]:
+    drop_unloaded()
     comfy.model_management.free_memory(_estimated(vae, estimate, work), vae.device)
     refusing = _without_tiling(vae)
     for how in (PLAIN, AFTER_EVICTION):
@@ -124,6 +126,7 @@ def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
     """Take all models off all devices and free their pins. Call `evict` too where the VAE computes in RAM."""
+    drop_unloaded()
     comfy.model_management.unload_all_models()
     for model in list(dynamic.models):
         model.free()

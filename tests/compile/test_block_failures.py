@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from kit.compiled_net import WIDTH, Block, Net, inputs, nothing_lent, said
+from kit.compiled_net import DEPTH, WIDTH, Block, Net, inputs, nothing_lent, said
 from kit.pack import ROOT
 from kit.sim_device import SimDevice
 from spillway.ops.compile.compiled_function import CompileSettings
@@ -91,6 +91,41 @@ def test_out_of_memory_in_a_compiled_block_runs_it_again_on_what_it_was_given(ma
         assert torch.equal(model(inputs(*shape)), plain(inputs(*shape)))
     assert model.ledger.counters.retries == 2
     assert not said(model, "compile failed")
+
+
+class Taking(Block):
+    """Takes an entry out of a list that it is given, and leaves the graph before it goes on."""
+
+    def forward(self, x, options=None):
+        y = options.pop()
+        torch._dynamo.graph_break()
+        return super().forward(x + y)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("simulated: out of memory"), RuntimeError("broken code")])
+def test_a_block_that_took_something_out_of_a_list_is_not_run_again(make, error):
+    left = [0]
+
+    def backend(graph, examples):
+        def run(*args):
+            if left[0] and len(examples) > 4:  # what comes after the break, with the weights
+                left[0] -= 1
+                raise error
+            return graph(*args)
+
+        return run
+
+    def given():
+        return [inputs(seed=seed) for seed in range(2 * DEPTH)]
+
+    model, plain = make(lambda: Net(Taking), backend=CompileSettings(backend=backend))
+    wanted = plain(inputs(), options=given())
+    assert torch.equal(model(inputs(), options=given()), wanted)
+    left[0] = 1
+    with pytest.raises(type(error), match=str(error)):
+        model(inputs(), options=given())
+    assert not left[0] and model.ledger.counters.retries == 0
+    assert torch.equal(model(inputs(), options=given()), wanted)
 
 
 def test_out_of_memory_in_an_uncompiled_block_repeats_one_layer(make):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import CACHE, Unavailable
 
-VERSIONS = ("0.4.5", "0.4.13", "0.5.6", "0.6.0")
+VERSIONS = ("0.3.0", "0.4.5", "0.4.13", "0.5.6", "0.6.0")
 
 
 def package(version: str) -> Path:

@@ -20,6 +20,7 @@ from ....ops.gather import inner_tensors
 from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
+from ..running import drop_unloaded
 
 # Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
@@ -77,6 +78,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
 
     Afterwards, parameters that the files lack are on the meta device.
     """
+    drop_unloaded()  # a CLIP is loaded as soon as it is built
     opened = Opened()
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

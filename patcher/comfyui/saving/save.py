@@ -19,6 +19,7 @@ from ....ops.files.save_pipeline import save
 from ....ops.gather import is_wrapper
 from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
+from ..running import drop_unloaded
 from .recipes import Cast, FinalWeight, Quantised, Requantised
 
 AS_LOADED = "as loaded"
@@ -95,6 +96,7 @@ def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None
     """Have ComfyUI free device memory for the largest weight, its patch, their product and the result in float32."""
     if device.type != "cpu":
         largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+        drop_unloaded()
         comfy.model_management.free_memory(4 * 4 * largest, device)
 
 

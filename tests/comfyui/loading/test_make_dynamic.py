@@ -11,6 +11,7 @@ from kit.comfyui.loras import forms, numbers, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.load import SpillwayMakeDynamic
 from spillway.patcher.attach import Unsupported
+from spillway.patcher.comfyui.loading.adopt import dynamic_model
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
@@ -155,4 +156,4 @@ def test_a_model_that_comfyui_has_mapped_is_refused(checkpoint, monkeypatch):
 
 def test_what_is_no_patcher_is_refused():
     with pytest.raises(Unsupported, match=r"a dict is no model patcher that Spillway knows.*Spillway loaders"):
-        make_dynamic({"model": None})
+        dynamic_model({"model": None})

@@ -2,94 +2,21 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
-from PIL import Image
 
-from kit.comfyui.start import COMFYUI, ROOT
+from kit.comfyui.running_server import Server, node
 
 FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
-
-
-class Server:
-    def __init__(self, base):
-        self.base = base
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = open(base / "server.log", "w+b")  # noqa: SIM115 - open as long as the server
-        options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
-        self.process = subprocess.Popen(
-            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:"],
-            cwd=COMFYUI,
-            env={**os.environ, "PYTHONPATH": ""},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def said(self):
-        self.log.flush()
-        return Path(self.log.name).read_text(errors="replace")
-
-    def get(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or b"null")
-
-    def wait(self, what, seconds):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.said()
-            try:
-                found = what()
-            except OSError:
-                found = None
-            if found:
-                return found
-            time.sleep(0.2)
-        raise AssertionError(f"nothing after {seconds} s\n{self.said()}")
-
-    def run(self, prompt):
-        """Queue a prompt; returns its history when it has ended."""
-        number = self.get("prompt", {"prompt": prompt})["prompt_id"]
-        return self.wait(lambda: self.get(f"history/{number}").get(number), 240)
-
-    def pictures(self, prompt):
-        """{node: picture} of a prompt that must succeed."""
-        history = self.run(prompt)
-        assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
-        return {
-            node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
-            for node, output in history["outputs"].items()
-            for image in output.get("images", [])
-        }
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, checkpoint):
     base = tmp_path_factory.mktemp("server")
-    (base / "custom_nodes").mkdir()
-    os.symlink(ROOT, base / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
     files = {
         "diffusion_models/flux": checkpoint("flux", **FLUX),
         "checkpoints/sd15": checkpoint("sd15"),
@@ -99,16 +26,8 @@ def server(tmp_path_factory, checkpoint):
     for name, path in files.items():
         (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(path, base / "models" / f"{name}.safetensors")
-    running = Server(base)
-    try:
-        running.wait(lambda: running.get("system_stats"), 180)
+    with Server(base) as running:
         yield running
-    finally:
-        running.stop()
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def picture(prompt, name, model, positive, negative, latent, vae, cfg):
@@ -244,15 +163,9 @@ def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
     for path, data in ((unfinished, b"half"), (note, str(unfinished).encode())):
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
-    (tmp_path / "custom_nodes").mkdir()
-    os.symlink(ROOT, tmp_path / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
-    running = Server(tmp_path)
-    try:
-        running.wait(lambda: running.get("system_stats"), 180)
+    with Server(tmp_path) as running:
         assert not unfinished.exists() and not note.exists()
         assert f"removed {unfinished}, which an earlier run left unfinished" in running.said()
-    finally:
-        running.stop()
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""A ComfyUI server with the pack in its custom_nodes, in a process and a folder of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kit.comfyui.start import COMFYUI, ROOT
+
+
+class Server:
+    """base: an empty folder for its models, settings and outputs. variables: of its environment."""
+
+    def __init__(self, base, **variables):
+        self.base = base
+        if not (base / "custom_nodes").exists():
+            (base / "custom_nodes").mkdir()
+            os.symlink(ROOT, base / "custom_nodes" / "ComfyUI-Spillway", target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = open(base / "server.log", "w+b")  # noqa: SIM115 - open as long as the server
+        options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:"],
+            cwd=COMFYUI,
+            env={**os.environ, "PYTHONPATH": "", **variables},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text(errors="replace")
+
+    def get(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def wait(self, what, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.said()
+            try:
+                found = what()
+            except OSError:
+                found = None
+            if found:
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"nothing after {seconds} s\n{self.said()}")
+
+    def run(self, prompt):
+        """Queue a prompt; returns its history when it has ended."""
+        number = self.get("prompt", {"prompt": prompt})["prompt_id"]
+        return self.wait(lambda: self.get(f"history/{number}").get(number), 240)
+
+    def pictures(self, prompt):
+        """{node: picture} of a prompt that must succeed."""
+        history = self.run(prompt)
+        assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
+        return {
+            node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
+            for node, output in history["outputs"].items()
+            for image in output.get("images", [])
+        }
+
+    def __enter__(self):
+        try:
+            self.wait(lambda: self.get("system_stats"), 180)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
