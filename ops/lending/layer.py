@@ -11,11 +11,14 @@ import torch
 from torch._compile import _disable_dynamo
 
 from .bundle import Bundle
+from .repeat import register_pure
 
 COMPILED_BY_OTHERS = (
     "another node compiles this model: what lies between its layers is compiled, the layers are not, as their weights "
     "come and go. INT8 Lazy Torch Compile compiles whole blocks of it instead."
 )
+
+register_pure(__name__)  # DynamicLayer only borrows; the class that it is mixed into decides
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 

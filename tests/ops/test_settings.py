@@ -5,14 +5,13 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from kit.pack import ROOT
 from spillway.ops import settings
 from spillway.ops.ram import available
 
-ROOT = Path(__file__).resolve().parent.parent
 JUNK = ["16GB", "0x10", "-1", "nan", "-nan", "inf", "-inf", "1e400", "much", "\0", "💾" * 1000, "[]", "1 2"]
 NUMBERS = [one for one in (*settings.VARIABLES, *settings.IN_COMFYUI) if isinstance(one, settings.Number)]
 

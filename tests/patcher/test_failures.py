@@ -59,7 +59,7 @@ def fraction(request):
 @pytest.fixture
 def known(monkeypatch):
     """The layers of these tests count as pure, as torch's own and ComfyUI's do."""
-    monkeypatch.setattr(repeat, "_pure_modules", {*repeat._pure_modules, "nets", __name__})
+    monkeypatch.setattr(repeat, "_pure_modules", {*repeat._pure_modules, "kit.nets", __name__})
 
 
 class Run:

@@ -2,9 +2,9 @@
 
 import ast
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from kit.pack import ROOT
+
 # What ComfyUI 0.22 to 0.33 pin, or choose by the device. Another version breaks ComfyUI, not only the pack.
 COMFYUIS = {
     "comfy-aimdo",
