@@ -153,7 +153,7 @@ def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
     """(identity, bytes of RAM, bytes of device memory) of a tensor's storage; views of one storage share all three.
 
     The identity is None for what takes no memory. Memory that is a file's page cache counts no RAM: the system takes
-    it back by itself.
+    it back by itself, unless it was written into.
     """
     data = tensor.untyped_storage()
     nbytes = data.nbytes()
@@ -161,7 +161,9 @@ def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
         return None, 0, 0
     if data.device.type != "cpu":
         return ("storage", str(data.device), data.data_ptr()), 0, nbytes
-    mapped = getattr(data, "_comfy_tensor_file_slice", None) is not None or locate(tensor) is not None
+    place = locate(tensor)
+    in_file = place is not None and not place[0].written(*place[1:])
+    mapped = in_file or getattr(data, "_comfy_tensor_file_slice", None) is not None
     return ("storage", "cpu", data.data_ptr()), 0 if mapped else nbytes, 0
 
 

@@ -109,6 +109,9 @@ class Bundle:
         self.form = [param.form for param in self.params]
         self.store_bytes = gathered_bytes(self.store)
         self.nbytes = gathered_bytes(self.form)
+        # Tensors that were made in inference mode do not count writes.
+        self._counting = [part for source in self.store for part in inner_tensors(source) if not part.is_inference()]
+        self.writes = self.count_writes()  # that the finished form knows of
         self.version = 0  # counts changes of the finished form
         self.pinned_version: int | None = None  # of the finished form that its pin holds
         self.place = "auto"
@@ -198,6 +201,13 @@ class Bundle:
                     f"'{param.key}' ({tuple(param.source.shape)}) is needed by {type(self.module).__name__} "
                     f"'{self.name}', but the file has no such tensor. It is incomplete or of another architecture."
                 )
+
+    def count_writes(self) -> int:
+        """A number that grows with every write of torch into a source."""
+        total = 0
+        for part in self._counting:
+            total += part._version
+        return total
 
     def drop_pages(self) -> None:
         """Give the pages of the memory map behind this bundle back to the system."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ..ops.copy_before_write import CopyBeforeWrite
 from ..ops.disk_map import DiskMap, SourceError, locate
 from ..ops.gather import inner_tensors
 from ..ops.layer import is_out_of_memory
@@ -81,8 +82,8 @@ def building(policy: Policy | None) -> Iterator[Opened]:
     Afterwards, parameters that the files lack are on the meta device.
     """
     forget_unloaded()  # a CLIP is loaded as soon as it is built
-    with _lock, skip_model_initialization(KEEP_BELOW):
-        opened = Opened()
+    with _lock, skip_model_initialization(KEEP_BELOW), ExitStack() as guards:
+        opened, guard = Opened(), CopyBeforeWrite()
         saved = SavedAttributes()
         thread = threading.get_ident()
         core_patcher = comfy.model_patcher.CoreModelPatcher
@@ -104,6 +105,10 @@ def building(policy: Policy | None) -> Iterator[Opened]:
             disk_map = DiskMap(path)
             opened.maps.append(disk_map)
             tensors = disk_map.state_dict()
+            if disk_map.read_only:  # the core's conversions write into some tensors
+                if not guard.watched:
+                    guards.enter_context(guard)
+                guard.watch(tensors.values())
             with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
             return (tensors, disk_map.metadata) if with_metadata else tensors
 

@@ -29,6 +29,7 @@ from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
 from .policy import Policy
 from .ram_pressure import available_ram, ease
 from .unprepared import Unprepared
+from .writes import follow_writes, note_kept
 
 GIB = 1 << 30
 
@@ -90,6 +91,7 @@ class DynamicModel:
         self._traced = False
         self._resized = False  # bundles are not as large as the addresses that they were given
         attach(self.bundles)
+        note_kept(self.bundles, self.ledger)
         self._use(Unprepared(self))
         models.add(self)
 
@@ -252,6 +254,8 @@ class DynamicModel:
         self.note_peak()
         self.last_used = time.monotonic()
         ease(models)
+        if follow_writes(self.bundles, self.caster):
+            note_kept(self.bundles, self.ledger)
         failure = self.caster.vbar.failure
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self._aimdo_failure = failure

@@ -210,9 +210,10 @@ def test_routes_that_fail_say_so(monkeypatch):
         assert answer.status == 500 and "the server's log says why" in json.loads(answer.body)["error"]
 
 
-@pytest.mark.parametrize(
-    "broken", [(comfy_cache, "install"), (routes, "install"), (extension, "sweep_noted")], ids=range(3)
-)
+STEPS = ((comfy_cache, "install"), (routes, "install"), (extension, "sweep_noted"))
+
+
+@pytest.mark.parametrize("broken", STEPS, ids=range(3))
 def test_a_start_that_fails_in_part_has_the_rest(monkeypatch, broken):
     done = []
     for owner, name in STEPS:
