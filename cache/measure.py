@@ -155,7 +155,7 @@ def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
     """Return (identity, bytes of RAM, bytes of device memory) of a tensor's storage. Its views share all three.
 
     The identity of a storage without memory is None. A file's page cache counts no RAM, as the system takes it back by
-    itself.
+    itself, unless it was written into.
     """
     data = tensor.untyped_storage()
     nbytes = data.nbytes()
@@ -163,7 +163,9 @@ def storage(tensor: torch.Tensor) -> tuple[Hashable | None, int, int]:
         return None, 0, 0
     if data.device.type != "cpu":
         return ("storage", str(data.device), data.data_ptr()), 0, nbytes
-    mapped = getattr(data, "_comfy_tensor_file_slice", None) is not None or locate(tensor) is not None
+    place = locate(tensor)
+    in_file = place is not None and not place[0].written(*place[1:])
+    mapped = in_file or getattr(data, "_comfy_tensor_file_slice", None) is not None
     return ("storage", "cpu", data.data_ptr()), 0 if mapped else nbytes, 0
 
 

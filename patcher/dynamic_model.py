@@ -26,6 +26,7 @@ from .load_plan import LoadPlan
 from .policy import Policy
 from .ram_pressure import available_ram, relieve
 from .residency import Remembered, Residency, headroom_bytes, use_cost
+from .writes import follow_writes, note_kept
 
 # Every dynamic model that is alive, for the memory report and for freeing.
 models: weakref.WeakSet[DynamicModel] = weakref.WeakSet()
@@ -75,6 +76,7 @@ class DynamicModel:
         self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
         self._peak = 0  # of the residencies that have ended
         attach(self.bundles)
+        note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
         models.add(self)
 
@@ -136,6 +138,8 @@ class DynamicModel:
         self.ledger.counters.steps += 1
         self.last_used = time.monotonic()
         relieve(models)
+        if follow_writes(self.bundles, residency.caster):
+            note_kept(self.bundles, self.ledger)
         residency.begin_step()
         if residency.vbar.loaded_size() < self.total_bytes:
             self._prioritize(residency)

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import BinaryIO
 
 import torch
 
+from .available import available_ram
+from .private_pages import has_private_pages
 from .safetensors_header import Header, SourceError, open_file, parse_header
 
 DTYPES: dict[str, torch.dtype] = {
@@ -79,25 +82,30 @@ def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
         before, end = key, spec.offset + spec.nbytes
 
 
-def _map(file: BinaryIO) -> mmap.mmap:
-    """Map a whole file, however large.
+def _map(file: BinaryIO, file_bytes: int) -> tuple[mmap.mmap, bool]:
+    """Map a whole file, however large; and whether the map is read-only.
 
-    A private writable map keeps a stray write in this process and off the file. But the system reserves memory for all
-    of it unless told not to, which a model larger than RAM would fail; where it cannot be told, the map is read-only.
+    A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
+    unless told not to, which a model larger than RAM would fail. Windows cannot be told: there the map is writable
+    while that leaves as much again to others. Else it is read-only, and whoever writes ends the process.
     """
-    if sys.platform != "win32":
-        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
-        try:
-            return mmap.mmap(
-                file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        except OSError:  # a system that never overcommits
-            pass
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        if sys.platform != "win32":
+            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
+            flags, prot = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot), False
+        if 2 * file_bytes <= available_ram().available:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), False
+    except OSError:  # a system that never overcommits
+        pass
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), True
 
 
 class DiskMap:
     """A safetensors file; tensors are views of its memory map.
+
+    They may be written into: that stays in this process, and in memory. Pages of a range that was written into are not
+    dropped, for they are the only copy.
 
     keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
     cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for anything that
@@ -126,10 +134,16 @@ class DiskMap:
                         raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
                     self._specs[name] = _spec(header, key)
             _check_overlap(self.path, self._specs)
-            self._map = _map(file)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.address = self._bytes.data_ptr()
+            self._map, self.read_only = _map(file, self.file_bytes)
+        self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
+        # Every tensor of a key shares one version counter with what lies here: a write into any of them shows.
+        self._lent: dict[str, torch.Tensor] = {}
+        self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
+        self._offsets = [self._offset(key) for key in self._order]
         _open_maps.add(self)
+
+    def _offset(self, key: str) -> int:
+        return self._specs[key].offset
 
     def keys(self) -> Iterable[str]:
         """The keys, in file order."""
@@ -154,12 +168,19 @@ class DiskMap:
         if not spec.nbytes:
             view = torch.empty(spec.shape, dtype=spec.dtype)
         else:
-            count = spec.nbytes // spec.dtype.itemsize
-            view = self._view(spec.dtype, count, spec.offset).view(spec.shape)
+            view = self._lend(key, spec).view(spec.shape)
         return view.to(self.dtype) if self.dtype is not None and spec.dtype.is_floating_point else view
 
+    def _lend(self, key: str, spec: TensorSpec) -> torch.Tensor:
+        lent = self._lent.get(key)
+        if lent is None:
+            lent = self._view(spec.dtype, spec.nbytes // spec.dtype.itemsize, spec.offset)
+            lent = self._lent.setdefault(key, lent)  # another thread's, if it was first
+        return lent
+
     def _view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
-        with warnings.catch_warnings():
+        # Tensors that are made in inference mode do not count writes.
+        with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
@@ -167,38 +188,55 @@ class DiskMap:
         """All tensors as views of the map."""
         return {key: self.tensor(key) for key in self._specs}
 
+    def written(self, offset: int, nbytes: int) -> bool:
+        """Whether torch has written into a tensor that lies in this range: it is memory, and no longer the file."""
+        first = max(0, bisect_right(self._offsets, offset) - 1)
+        for key in self._order[first : bisect_left(self._offsets, offset + nbytes)]:
+            lent = self._lent.get(key)
+            if lent is not None and lent._version:
+                return True
+        return False
+
     def drop(self, offset: int, nbytes: int) -> None:
-        """Give the whole pages of a range back to the system; a later read brings them again."""
-        self._advise("MADV_DONTNEED", offset, nbytes, inward=True)
+        """Give the whole pages of a range back to the system; a later read brings them again.
 
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Ask the system to read a range ahead."""
-        self._advise("MADV_WILLNEED", offset, nbytes, inward=False)
-
-    def _advise(self, advice: str, offset: int, nbytes: int, *, inward: bool) -> None:
-        option = getattr(mmap, advice, None)
+        A range that was written into stays. Writes that torch does not count (through `.data`, numpy or an address)
+        are seen where the kernel tells of them, which Linux does.
+        """
+        option = getattr(mmap, "MADV_DONTNEED", None)
         if option is None:  # Windows: the system trims working sets by itself
             return
         page = mmap.PAGESIZE
-        start = -(-offset // page) * page if inward else offset // page * page
-        end = (offset + nbytes) // page * page if inward else offset + nbytes
-        if end > start:
-            self._map.madvise(option, start, end - start)
+        start, end = -(-offset // page) * page, (offset + nbytes) // page * page
+        if end <= start or self.written(offset, nbytes) or has_private_pages(self.address + start, end - start):
+            return
+        self._map.madvise(option, start, end - start)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Ask the system to read a range ahead."""
+        option = getattr(mmap, "MADV_WILLNEED", None)
+        if option is not None and nbytes > 0:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(option, start, offset + nbytes - start)
 
 
 _open_maps: weakref.WeakSet[DiskMap] = weakref.WeakSet()
 
 
+def map_of(tensor: torch.Tensor) -> DiskMap | None:
+    """The map that the elements of a plain tensor lie in."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return None
+    address = tensor.data_ptr()
+    return next((m for m in _open_maps if 0 <= address - m.address < m.file_bytes), None)
+
+
 def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
     """The map, offset and bytes that a plain contiguous tensor is a view of, or None for ordinary memory."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    disk_map = map_of(tensor)
+    if disk_map is None or not tensor.is_contiguous():
         return None
-    address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    for disk_map in _open_maps:
-        offset = address - disk_map.address
-        if 0 <= offset and offset + nbytes <= disk_map.file_bytes:
-            return disk_map, offset, nbytes
-    return None
+    return disk_map, tensor.data_ptr() - disk_map.address, tensor.numel() * tensor.element_size()
 
 
 def open_maps() -> Iterator[DiskMap]:

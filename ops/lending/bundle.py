@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from ..files.disk_map import DiskMap, SourceError
-from ..gather import gathered_bytes, is_wrapper
+from ..gather import gathered_bytes, inner_tensors, is_wrapper
 from ..int8.weight import PART_BYTES
 from ..ledger import Ledger
 from .param import Param
@@ -71,6 +71,9 @@ class Bundle:
         self.final = [param.final for param in self.params]
         self.source_bytes = gathered_bytes(self.source)
         self.nbytes = gathered_bytes(self.final)
+        # Tensors that were made in inference mode do not count writes.
+        self._counting = [part for source in self.source for part in inner_tensors(source) if not part.is_inference()]
+        self.writes = self.count_writes()  # that the final form knows of; written by follow_writes
         self.version = 0  # counts changes of the final form; written by `invalidate`
         self.pinned_version: int | None = None  # of the final form that its pin holds; written by Pins
         self.offload_to = "auto"  # where its rule keeps it while offloaded; written once, by collect_bundles
@@ -214,6 +217,13 @@ class Bundle:
                 )
 
     # -- the file behind it
+
+    def count_writes(self) -> int:
+        """Return a number that grows with every write of torch into a source."""
+        total = 0
+        for part in self._counting:
+            total += part._version
+        return total
 
     def drop_pages(self) -> None:
         """Give the pages of the memory map behind this bundle back to the system."""

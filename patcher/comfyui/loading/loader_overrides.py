@@ -6,7 +6,7 @@ ComfyUI decides dtypes, architectures and conversions. Which patcher it makes an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_patcher
@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 
 from ....ops.device.out_of_memory import is_out_of_memory
+from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES
 from ....ops.gather import inner_tensors
@@ -79,7 +80,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
     Afterwards, parameters that the files lack are on the meta device.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
-    opened = Opened()
+    opened, guard = Opened(), CopyBeforeWrite()
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         patcher = dynamic_patcher(model, *args, **kwargs)
@@ -94,6 +95,10 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         disk_map = DiskMap(path)
         opened.maps.append(disk_map)
         tensors = disk_map.state_dict()
+        if disk_map.read_only:  # ComfyUI's conversions write into some tensors
+            if not guard.watched:
+                guards.enter_context(guard)
+            guard.watch(tensors.values())
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
         return (tensors, disk_map.metadata) if with_metadata else tensors
 
@@ -112,6 +117,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         return result
 
     with (
+        ExitStack() as guards,
         skip_model_initialization(KEEP_BELOW),
         overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
         overridden(comfy.utils, "load_torch_file", by=load_file),

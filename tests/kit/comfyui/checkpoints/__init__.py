@@ -8,7 +8,7 @@ norm weights near 1, small biases) keep the activations finite and let the outpu
 Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
 """
 
-from .diffusion_models import flux, lumina2, sd15_unet, wan, z_image
+from .diffusion_models import flux, flux_as_diffusers, lumina2, sd15_unet, wan, z_image
 from .loras import lora
 from .model_patches import (
     patch_anima_lllite,
@@ -31,6 +31,7 @@ __all__ = [
     "accept_small_lumina",
     "clip_l",
     "flux",
+    "flux_as_diffusers",
     "flux_vae",
     "lora",
     "lumina2",

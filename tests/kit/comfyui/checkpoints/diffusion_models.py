@@ -1,5 +1,7 @@
 """Diffusion models alone."""
 
+from pathlib import Path
+
 import torch
 
 from .writing import OPS, entries_of, write
@@ -45,6 +47,27 @@ def flux(
     )
     entries = entries_of(module, dtype, prefix, lambda name: name.replace("_norm.weight", "_norm.scale"))
     return write(path, entries, seed, metadata, drop)
+
+
+def flux_as_diffusers(path, dtype=torch.bfloat16, hidden=256, depth=2, depth_single=2, **others):
+    """The same model with the names, the split weights and the order of scale and shift of diffusers' files."""
+    import safetensors.torch
+    from comfy.utils import flux_to_diffusers
+
+    plain = Path(flux(path, dtype, hidden, depth, depth_single, **others))
+    tensors = safetensors.torch.load(plain.read_bytes())  # not a map: the file is written anew
+    shape = {"depth": depth, "depth_single_blocks": depth_single, "hidden_size": hidden}
+    entries, used = {}, set()
+    for name, target in flux_to_diffusers(shape).items():
+        target, place, convert, *_ = *((target,) if isinstance(target, str) else target), None, None
+        target = target.replace("_norm.weight", "_norm.scale")
+        if target not in tensors or (place is None and target in used):  # of other models, or by another name
+            continue
+        used.add(target)
+        part = tensors[target] if place is None else tensors[target].narrow(*place)
+        entries[name] = part if convert is None else convert(part)
+    assert used == set(tensors)
+    return write(path, entries)
 
 
 def wan(path, dtype=torch.bfloat16, dim=256, ffn=512, layers=3, prefix="", seed=0, drop=(), metadata=None):
