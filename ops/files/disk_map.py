@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 
-from .available import available_ram
+from ..ram.available import available_ram
 from .private_pages import has_private_pages
 from .safetensors_header import Header, SourceError, open_file, parse_header
 
