@@ -1,4 +1,4 @@
-"""What must happen before torch is imported. ComfyUI runs this file by itself, earlier than the rest of the pack."""
+"""Does what must happen before torch is imported. ComfyUI runs this file by itself, before the rest of the pack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _load_early(name: str, file: str) -> Any:
-    """A file of the pack as a module by its own: the pack's __init__ and its packages lead to torch."""
+    """Load a file of the pack as a module by itself. The pack's __init__ and its packages would import torch."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

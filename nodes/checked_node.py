@@ -1,7 +1,7 @@
-"""What comes in through a node's wires, checked before the node runs.
+"""Checks what comes in through a node's wires before the node runs.
 
-ComfyUI lets any literal through where a prompt has one in the place of a wire, and so does a wire of any type. Kept in
-a model, such a thing would be met long after the node had ended, where no error is allowed.
+ComfyUI lets any literal through that a prompt has in the place of a wire. A wire of any type brings any value too. Kept
+in a model, a wrong value would raise long after the node had ended, where no error is allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def _has(*names: str) -> Callable[[Any], bool]:
     return lambda value: all(hasattr(value, name) for name in names)
 
 
-# By type: whether a value is one (other packs have classes of their own), and where it comes from.
+# By wire type: a test of the value and where such a value comes from. Other packs have classes of their own, so most
+# tests look at attributes.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     PolicyType.io_type: (lambda value: isinstance(value, Policy), "a Spillway Policy node"),
     io.Model.io_type: (_has("model", "clone"), "a node that loads a model"),
@@ -39,7 +40,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class CheckedNode(io.ComfyNode):
-    """A node that is given what its schema says, or not run: ValueError then names the input."""
+    """Runs a node only with what its schema says. Otherwise raises ValueError, which names the input."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -50,7 +51,7 @@ class CheckedNode(io.ComfyNode):
 
 def _checked(node: type[io.ComfyNode], execute: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(execute)
-    # Not before it runs: a schema lists files.
+    # Define the schema when the node first runs, not at import: a schema lists files.
     schema = functools.cache(node.define_schema)
 
     @functools.wraps(execute)
@@ -65,9 +66,9 @@ def _checked(node: type[io.ComfyNode], execute: Callable[..., Any]) -> Callable[
 
 
 def _check(node: str, entry: io.Input, value: Any) -> None:
-    is_one, source = KINDS[entry.io_type]
-    if is_one(value) or (value is None and entry.optional):
+    accepts, source = KINDS[entry.io_type]
+    if accepts(value) or (value is None and entry.optional):
         return
-    found = "empty" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
+    given = "empty" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
     advice = f"Connect it to {source}" + (", or leave it unconnected." if entry.optional else ".")
-    raise ValueError(f"{node}: the input '{entry.id}' is {found}; expected a wire of type {entry.io_type}. {advice}")
+    raise ValueError(f"{node}: the input '{entry.id}' is {given}; expected a wire of type {entry.io_type}. {advice}")

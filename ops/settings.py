@@ -1,8 +1,8 @@
-"""What the user may set: environment variables, and values in ComfyUI's settings.
+"""Reads what the user may set: environment variables, and values in ComfyUI's settings.
 
-A value that makes no sense is named once in the log, with what is accepted, and is then as good as not set: the server
-must run prompts whatever it is. prestartup_script.py runs this file by its path, before torch: it imports the standard
-library alone.
+A value that makes no sense is named once in the log, with what is accepted, and then ignored. The server must run
+prompts whatever the value is. prestartup_script.py runs this file by its path before torch is imported, so this file
+imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def warn_once(text: str) -> None:
 
 
 class Number(NamedTuple):
-    """A number from `least` to `most`; `above`: `least` itself is none."""
+    """Describes a number from `least` to `most`. above: `least` itself is not accepted."""
 
     name: str
     least: float
@@ -36,7 +36,7 @@ class Number(NamedTuple):
     above: bool = False
 
     def parse(self, value: Any) -> float | None:
-        """The number; None where the value is none of these."""
+        """Read the number. None where the value is no such number."""
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             return None
         try:
@@ -49,13 +49,13 @@ class Number(NamedTuple):
 
 
 class Switch(NamedTuple):
-    """Something that is on or off."""
+    """Describes a setting that is on or off."""
 
     name: str
     expected: str
 
     def parse(self, value: Any) -> bool | None:
-        """On or off; None where the value is neither."""
+        """Read on or off. None where the value is neither."""
         word = str(value).strip().lower()
         return True if word in ON else False if word in OFF else None
 
@@ -72,20 +72,20 @@ VARIABLES: tuple[Number | Switch, ...] = (RAM_GB, CACHE, ALLOCATOR)
 IN_COMFYUI: tuple[Number | Switch, ...] = (CACHE_ENABLED, DISK_GB, DISK_SECONDS)
 
 
-def variable(kind: Number | Switch) -> Any:
-    """What an environment variable says; None where it is not set, or makes no sense."""
-    text = os.environ.get(kind.name, "").strip()
-    return _checked(kind, text) if text else None
+def variable(entry: Number | Switch) -> Any:
+    """Read an environment variable. None where it is not set or makes no sense."""
+    text = os.environ.get(entry.name, "").strip()
+    return _checked(entry, text) if text else None
 
 
-def setting(kind: Number | Switch, values: Mapping[str, Any]) -> Any:
-    """What ComfyUI's settings say; None where they say nothing, or what makes no sense."""
-    value = values.get(kind.name)
-    return _checked(kind, value) if value is not None else None
+def setting(entry: Number | Switch, values: Mapping[str, Any]) -> Any:
+    """Read a value of ComfyUI's settings. None where it is not set or makes no sense."""
+    value = values.get(entry.name)
+    return _checked(entry, value) if value is not None else None
 
 
-def _checked(kind: Number | Switch, value: Any) -> Any:
-    found = kind.parse(value)
-    if found is None:
-        warn_once(f"{kind.name} is {str(value)[:100]!r}; expected {kind.expected}. It is ignored.")
-    return found
+def _checked(entry: Number | Switch, value: Any) -> Any:
+    parsed = entry.parse(value)
+    if parsed is None:
+        warn_once(f"{entry.name} is {str(value)[:100]!r}; expected {entry.expected}. It is ignored.")
+    return parsed

@@ -1,1 +1,1 @@
-"""Who decides: the policy, the load plan, the dynamic model. Only the comfy_*.py files import ComfyUI."""
+"""Decides what stays on the device: the policy, the load plan, the dynamic model. Only `comfyui/` imports ComfyUI."""

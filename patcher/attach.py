@@ -1,4 +1,4 @@
-"""Turning a module into a dynamic one: its classes, its bundles, its idle parameters."""
+"""Turns a module tree into a dynamic one: its classes, its bundles, its idle parameters."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..ops.lending.param import Param
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
-# (module, its name, its weight) -> how many scales a row of that weight has in INT8; 0: it is not quantised.
+# (module, its name, its weight) -> the number of scales per row of that weight in INT8, or 0 to keep its dtype.
 Int8Choice = Callable[[torch.nn.Module, str, torch.Tensor], int]
 
 
 class Unsupported(TypeError):
-    """A module that cannot be made dynamic, and why."""
+    """Names a module that cannot be made dynamic, and says why."""
 
 
 def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
-    # Integers, indices and packed weights keep their bits; only numbers are cast.
+    # Cast floating-point numbers only. Integers, indices and packed weights keep their bits.
     return wanted if source.is_floating_point() else source.dtype
 
 
-# Stock modules that read their children's weights without calling the children: they are borrowed for as a whole.
+# Stock modules that read their children's weights without calling the children. Each gets one bundle for its tree.
 WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 
 
 def _owner(modules: Mapping[str, torch.nn.Module], name: str, blocks: Collection[str] = ()) -> str:
-    """The module whose forward needs the parameters of module `name`."""
+    """Name the module whose forward needs the parameters of module `name`."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         above = ".".join(parts[:end])
@@ -53,14 +53,16 @@ def collect_bundles(
     int8: Int8Choice | None = None,
     blocks: Collection[str] = (),
 ) -> list[Bundle]:
-    """The bundles of a module tree, in registration order.
+    """Make the bundles of a module tree, in registration order.
 
-    A module that can be called gets a bundle of its own parameters; those of a container that cannot (a ParameterList)
-    go to the nearest module above that can. Parameters are looked up in `source` by name; without one they are their
-    own source. model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's.
-    int8: which weights are quantised. blocks: names of modules that get one bundle for all that is in them, and for
-    which residency rules go by that name alone.
-    Raises SourceError where the source lacks a parameter or has another shape, Unsupported for unknown tensor classes.
+    A module that can be called gets a bundle of its own parameters. Parameters of a container that cannot be called (a
+    ParameterList) go to the nearest module above that can. `source` has parameters by name. Without it, each parameter
+    is its own source.
+    model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's. int8: which weights
+    are quantised. blocks: names of modules that get one bundle for all that is in them. Residency rules go by the
+    block's name alone.
+    Raises SourceError where the source lacks a parameter or has another shape. Raises Unsupported for recurrent layers
+    and for unknown tensor classes.
     """
     where = getattr(source, "path", "the source")
     modules = dict(root.named_modules())
@@ -133,13 +135,16 @@ def collect_bundles(
 
 
 def _members(block: torch.nn.Module, params: list[Param]) -> list[torch.nn.Module]:
-    """The modules in a block that can be called and have parameters of their own."""
+    """List the modules in a block that can be called and have parameters of their own."""
     owners = dict.fromkeys(param.owner for param in params)
     return [module for module in owners if module is not block and has_forward(module)]
 
 
 def load_buffers(root: torch.nn.Module, source: Source) -> None:
-    """Fill persistent buffers that the source has; they are small and stay where the module is."""
+    """Fill persistent buffers that the source has. Buffers are small and stay where the module is.
+
+    Raises SourceError where the shapes differ.
+    """
     where = getattr(source, "path", "the source")
     for name, module in root.named_modules():
         for attr, buffer in list(module._buffers.items()):
@@ -156,7 +161,7 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
 
 
 def move_buffers(root: torch.nn.Module, device: torch.device) -> None:
-    """Buffers are small and stay on the device. What has no data, on the meta device, stays there."""
+    """Move buffers to the device for good, as they are small. Buffers on the meta device stay there."""
     for module in root.modules():
         for attr, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device and not buffer.is_meta:
@@ -164,7 +169,7 @@ def move_buffers(root: torch.nn.Module, device: torch.device) -> None:
 
 
 def attach(bundles: list[Bundle]) -> None:
-    """Make the bundles' modules borrow: their classes are swapped, their parameters are the idle ones."""
+    """Make the bundles' modules borrow. Swaps their classes and makes their parameters the idle ones."""
     for bundle in bundles:
         for module in bundle.borrowers():
             module.__class__ = dynamic_class(type(module))
@@ -173,7 +178,7 @@ def attach(bundles: list[Bundle]) -> None:
 
 
 def detach(bundles: list[Bundle]) -> None:
-    """The modules are what they were, with the idle parameters."""
+    """Undo `attach`: give the modules their original classes and parameters back."""
     for bundle in bundles:
         for param in bundle.params:
             param.idle = param.original

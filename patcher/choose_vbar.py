@@ -1,4 +1,4 @@
-"""Which VBAR holds a model's weights, and why."""
+"""Chooses the VBAR that holds a model's weights, and says why."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def choose_vbar(
     may_init: bool,
     failure: str | None = None,
 ) -> VBAR:
-    """Make the VBAR for `nbytes` of bundles. failure: why comfy-aimdo's, which this model had, is not to be used again.
+    """Make the VBAR for `nbytes` bytes of bundles, their alignment included.
 
-    Raises RuntimeError where the policy forces one that cannot be had.
+    headroom: bytes to keep free on the device. may_init: initialise comfy-aimdo where nobody has. failure: why this
+    model has given comfy-aimdo's VBAR up. Raises RuntimeError where the policy forces a VBAR that cannot be had,
+    DeviceError where the device fails.
     """
     if failure is not None:
         served, reason = False, f"comfy-aimdo's failed ({failure})"
@@ -32,7 +34,7 @@ def choose_vbar(
         if policy.vbar == "aimdo" and not served:
             raise RuntimeError(f"the policy asks for comfy-aimdo's VBAR, but {reason}. Choose 'auto' or 'software'.")
     if served and policy.vbar != "software":
-        # Addresses cost nothing: room for the alignment of every bundle and a page more.
+        # Ask for a page more than the bundles need, as addresses cost nothing.
         vbar = _reserve(backend, nbytes + PAGE, ledger)
         if vbar is not None:
             ledger.decide_once(f"comfy-aimdo VBAR of {in_words(vbar.capacity)}: {reason}", level=logging.INFO)
@@ -44,7 +46,7 @@ def choose_vbar(
 
 
 def _reserve(backend: Backend, nbytes: int, ledger: Ledger) -> AimdoVBAR | None:
-    """comfy-aimdo's VBAR; None where it cannot be had in two attempts."""
+    """Make comfy-aimdo's VBAR. Returns None after two failed attempts. Raises DeviceError where the device fails."""
     errors = (MemoryError, RuntimeError)
     try:
         return backend.retry_once(AimdoVBAR, backend, nbytes, ledger, errors=errors)

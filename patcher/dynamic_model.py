@@ -1,4 +1,4 @@
-"""The dynamic model: a module whose weights come when they are used and give way when memory is wanted."""
+"""Runs a module whose weights come when they are used and give way when memory is wanted."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ models: weakref.WeakSet[DynamicModel] = weakref.WeakSet()
 class DynamicModel:
     """Runs `module` with weights from `source` on `device`, within `policy`.
 
-    Making one reads nothing and maps nothing: memory is reserved in the first forward. `source` None takes the module's
-    own parameters. Calling it calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a device of
-    another kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError, Unsupported or
-    DeviceError where module, source and device do not fit together.
+    The constructor reads and maps nothing. The first forward reserves memory. `source` None takes the module's own
+    parameters. A call of the model calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a
+    device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError,
+    Unsupported or DeviceError where module, source and device do not fit together.
 
     residency: set while the model is prepared, that is from its first forward until `release`.
     """
@@ -66,15 +66,15 @@ class DynamicModel:
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
             load_buffers(module, source)
-        # Everything that can fail on a device goes through CarefulBackend; on a CPU nothing can.
+        # CarefulBackend stands around every device call that can fail. On a CPU none can.
         self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self._may_init = may_init
         self._remembered = Remembered(self.bundles)
         self.residency: Residency | None = None
-        self.pins: Pins | None = None  # they may outlive a residency
+        self.pins: Pins | None = None  # may outlive a residency
         self.last_used = 0.0  # time.monotonic() of the last step
         self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
-        self._peak = 0  # of the residencies that have ended
+        self._peak = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
@@ -83,9 +83,9 @@ class DynamicModel:
     # -- running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward. Where it runs out of memory, all weights are evicted before the error goes on.
+        """Run the module's forward. Where it runs out of memory, evict all weights before the error goes on.
 
-        A model is not run again by itself: it may have changed what it was given. Single ops are, in their layer.
+        The forward is not run again, as it may have changed its inputs. Single ops are, in their layer.
         """
         try:
             with self.backend.current():
@@ -99,14 +99,14 @@ class DynamicModel:
             self.after_run()
 
     def after_run(self) -> None:
-        """A forward has ended, well or not."""
+        """Note the peak after a forward, also a failed one. Release where the policy says so."""
         if self.residency is not None:
             self.residency.note_peak()
         if self.policy.keep == "free after use":
             self.release()
 
     def prepare(self) -> Residency:
-        """Reserve addresses and choose the residency plan. Done by the first forward."""
+        """Reserve addresses and choose the residency plan, in the first forward. Raises what `Residency` raises."""
         if self.residency is None:
             if self.pins is None:
                 self.pins = Pins(self._device, self._pin_budget(), self._remembered.order)
@@ -124,7 +124,7 @@ class DynamicModel:
                 self.residency = residency
                 move_buffers(self.module, self.device)
             except BaseException:
-                self.release()  # else the next forward would take it for prepared
+                self.release()  # otherwise the next forward would take the model for prepared
                 raise
             self._lend_through(residency.caster)
         return self.residency
@@ -134,7 +134,7 @@ class DynamicModel:
             bundle.lender = lender
 
     def _on_step(self, residency: Residency) -> None:
-        """A step begins: learn from the one before, then use a budget that has grown."""
+        """Begin a step: learn from the step before, then use a budget that has grown."""
         self.ledger.counters.steps += 1
         self.last_used = time.monotonic()
         relieve(models)
@@ -154,23 +154,24 @@ class DynamicModel:
 
     @property
     def headroom(self) -> int:
-        """Bytes kept free on the device for the computation."""
+        """Give the bytes to keep free on the device for the computation."""
         return headroom_bytes(self.policy, self._device)
 
     def cost(self, bundle: Bundle) -> int:
-        """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
+        """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
         return use_cost(bundle, self._device)
 
     def _pin_budget(self) -> int:
         if self.policy.pinned_bytes is not None:
             return self.policy.pinned_bytes
-        # Half of what the machine has left: pins are a cache of the file, never a reason to swap. On a CPU they hold
-        # nothing but patched weights for which the budget has no room, which would be computed at every use.
+        # Take at most half of the available RAM. Pins are a cache of the file, and more of them could make the machine
+        # swap. On a CPU, pins hold only patched weights for which the budget has no room. Without a pin these would be
+        # computed at every use.
         return min(self.total_bytes, available_ram() // 2)
 
     @property
     def rank(self) -> float:
-        """The order in which models give way, the lowest first; among equals the least recently used."""
+        """Rank models for giving way, the lowest first. Among equals the least recently used gives way first."""
         return float("inf") if self.policy.keep == "always" else self.policy.priority
 
     def _prioritize(self, residency: Residency) -> None:
@@ -181,9 +182,10 @@ class DynamicModel:
                 model.residency.vbar.prioritize()
 
     def set_policy(self, policy: Policy) -> None:
-        """Change what the model may take; between steps, at once, up and down.
+        """Change what the model may take, up or down. It takes effect at once. Call it between steps.
 
-        A change of rules needs a new model: it raises ValueError. RuntimeError: a kind of VBAR that cannot be had.
+        Raises ValueError for a change of rules, which needs a new model. Raises RuntimeError where the policy forces a
+        VBAR that cannot be had.
         """
         if policy.rules != self.policy.rules:
             raise ValueError(
@@ -202,9 +204,10 @@ class DynamicModel:
     # -- patches
 
     def set_patches(self, patches: Mapping[str, Patch], changed: Iterable[str] | None = None) -> int:
-        """Attach functions by parameter key: weight in the model's dtype -> patched weight. Replaces all earlier ones.
+        """Attach functions by parameter key, and drop all earlier ones. Each maps the weight, in the model's dtype, to
+        the patched weight.
 
-        changed: keys whose patch is not what it was (default: every key that has or had one). Only their bundles are
+        changed: keys whose patch has changed (default: every key that has or had a patch). Only their bundles are
         gathered and patched again. Returns the number of bundles touched.
         """
         if changed is None:
@@ -219,7 +222,7 @@ class DynamicModel:
                 param.set_patch(patches.get(param.key))
         for bundle in touched:
             if bundle.invalidate() and residency is not None:
-                bundle.move_to(None)  # its range has the old size
+                bundle.move_to(None)  # its slice has the old size
                 residency.resized = True
         return len(touched)
 
@@ -227,22 +230,25 @@ class DynamicModel:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all bundles in their final form."""
+        """Count the bytes of all bundles in their final form."""
         return sum(bundle.nbytes for bundle in self.bundles)
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the VBAR that are mapped now."""
+        """Count the bytes of the VBAR that are mapped now."""
         return self.residency.vbar.loaded_size() if self.residency is not None else 0
 
     @property
     def peak_resident_bytes(self) -> int:
-        """The most bytes of the VBAR that were mapped, ever."""
+        """Count the most bytes of the VBAR that were ever mapped."""
         return max(self._peak, self.residency.peak_bytes if self.residency is not None else 0)
 
     @property
     def resident_ram_bytes(self) -> int:
-        """RAM that resident weights take beside their file's pages; 0 on devices with memory of their own."""
+        """Count the bytes of RAM that resident weights take beside their file's pages.
+
+        0 on devices with memory of their own.
+        """
         residency = self.residency
         if residency is None or not self.backend.in_place:
             return 0
@@ -250,35 +256,35 @@ class DynamicModel:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes held in pins."""
+        """Count the bytes held in pins."""
         return self.pins.held if self.pins is not None else 0
 
     @property
     def caster(self) -> Caster | None:
-        """Who lends; None before the first forward."""
+        """Give the caster, which lends. None before the first forward."""
         return self.residency.caster if self.residency is not None else None
 
     @property
     def plan(self) -> LoadPlan | None:
-        """What is, or was last, to stay on the device; None before the first forward."""
+        """Give the current or last plan of what stays on the device. None before the first forward."""
         return self._remembered.plan
 
     @property
     def vbar_kind(self) -> str:
-        """'aimdo', 'software', or 'none' before the first forward."""
+        """Name the VBAR's kind: 'aimdo', 'software', or 'none' before the first forward."""
         return self.residency.vbar.kind if self.residency is not None else "none"
 
     @property
     def blocks(self) -> list[Block]:
-        """The bundles that are lent as whole blocks."""
+        """List the bundles that are lent as whole blocks."""
         return [bundle for bundle in self.bundles if isinstance(bundle, Block)]
 
     def execution_order(self) -> list[Bundle]:
-        """The bundles in the order of the last step; as registered before the first."""
+        """List the bundles in the order of the last step, or as registered before the first step."""
         return self.residency.execution_order() if self.residency is not None else list(self.bundles)
 
     def bundle_report(self) -> list[tuple[str, int, bool]]:
-        """(bundle, bytes, resident) in execution order."""
+        """List (bundle name, bytes, resident) in execution order."""
         residency = self.residency
         return [
             (bundle.name, bundle.nbytes, residency is not None and residency.is_resident(bundle))
@@ -288,12 +294,15 @@ class DynamicModel:
     def free(self, nbytes: int | None = None) -> int:
         """Evict weights from the device until `nbytes` are free (None: all). Returns the bytes freed.
 
-        Safe between steps and from another thread: what is lent stays.
+        Safe between steps and from another thread, as lent bundles stay.
         """
         return self.residency.free(nbytes) if self.residency is not None else 0
 
     def free_pins(self, nbytes: float = float("inf"), wait: bool = True) -> int:
-        """Give pinned host memory back; returns the bytes freed. wait: while a loan begins or ends, else return 0."""
+        """Give pinned host memory back. Returns the bytes freed.
+
+        wait: False returns 0 where a loan begins or ends at this moment. True waits for it.
+        """
         if self.pins is None:
             return 0
         caster = self.caster
@@ -307,10 +316,10 @@ class DynamicModel:
             caster.lock.release()
 
     def release(self, pins: bool = True) -> None:
-        """Give back all memory of the device, and of pins too unless told not to. The next forward begins anew.
+        """Give back all memory of the device, and the pins too where `pins` is True. The next forward begins anew.
 
         With its pins kept, a model whose patches stay the same is back with one transfer for each bundle. Raises
-        DeviceError where the device does not answer; what can be given back has been, all the same.
+        DeviceError where the device does not answer, after giving back all that it can.
         """
         residency = self.residency
         if residency is not None:
@@ -325,7 +334,10 @@ class DynamicModel:
             self.pins = None
 
     def close(self) -> None:
-        """Release everything; the module is an ordinary one again, with its weights where the source has them."""
+        """Release everything and make the module an ordinary one again, with its weights where the source has them.
+
+        Raises DeviceError where the device does not answer. The module is an ordinary one all the same.
+        """
         try:
             self.release()
         finally:

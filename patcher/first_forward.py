@@ -1,4 +1,4 @@
-"""The lender that stands in until the first forward: it prepares the model and hands over to the caster."""
+"""Stands in for the caster until the first forward, then prepares the model and hands over."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from ..ops.lending.bundle import Bundle, Lending
 
 
 class FirstForward:
-    """prepare: a bound method that makes every bundle's lender the caster. Held weakly, as the model holds this."""
+    """Prepares the model at its first loan.
+
+    prepare: a bound method that makes every bundle's lender the caster. Held weakly, as the model holds this object.
+    """
 
     def __init__(self, prepare: Callable[[], object], ledger: Ledger) -> None:
         self._prepare = weakref.WeakMethod(prepare)
         self.ledger = ledger
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is an ordinary one."""
+        """Leave the lender out of copies. A copy of a dynamic module is an ordinary one."""
 
     def enter(self, bundle: Bundle) -> Lending:
+        """Prepare the model and lend through its caster. Raises RuntimeError where the model was dropped."""
         prepare = self._prepare()
         if prepare is None:
             raise RuntimeError(f"the dynamic model of '{bundle.name}' was dropped while its module is still in use.")

@@ -1,8 +1,7 @@
-"""Which layers of a diffusion model are kept in INT8.
+"""Chooses the layers of a diffusion model that are kept in INT8.
 
-What every token passes through once for each block carries nearly all of the arithmetic, and stands rounding.
-Embeddings, modulation, norms and the first and last projections carry little, and every error of theirs goes
-everywhere.
+Layers that every token passes through once for each block carry nearly all of the arithmetic, and stand rounding.
+Embeddings, modulation, norms and the first and last projections carry little, and their errors spread everywhere.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SENSITIVE = (
     "proj_in",
     "proj_out",
 )
-# What else does, by the class of the diffusion model.
+# Further such parts, by the class of the diffusion model.
 SENSITIVE_IN: dict[str, tuple[str, ...]] = {
     "Chroma": ("distilled_guidance_layer",),
     "ChromaRadiance": ("distilled_guidance_layer", "nerf*"),
@@ -46,12 +45,12 @@ SENSITIVE_IN: dict[str, tuple[str, ...]] = {
     "UNetModel": ("skip_connection",),
     "WanModel": ("time_projection", "img_emb"),
 }
-# A narrower layer has nothing to gain.
+# A layer with fewer inputs or outputs gains nothing.
 NARROWEST = 64
 
 
 class Int8Layers:
-    """How many scales a row of a layer's weight has in INT8; 0 for layers that keep their dtype.
+    """Gives the number of scales per row of a layer's weight in INT8, 0 for layers that keep their dtype.
 
     architecture: the class name of the diffusion model. prefix: what the names of its layers begin with.
     """
@@ -61,7 +60,7 @@ class Int8Layers:
         self.patterns = SENSITIVE + SENSITIVE_IN.get(architecture, ())
 
     def __call__(self, module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
-        """weight: as stored. Linear layers of the repeated blocks, wide enough and not sensitive."""
+        """Choose linear layers of the repeated blocks, wide enough and not sensitive. weight: (out, in), as stored."""
         if not hasattr(module, "in_features") or weight.dim() != 2 or not weight.is_floating_point():
             return 0
         if min(weight.shape) < NARROWEST or weight.shape[0] % 8 or weight.shape[1] % 8:
@@ -69,7 +68,7 @@ class Int8Layers:
         return group_count(weight.shape[1], self.device_type) if self.covers(name) else 0
 
     def covers(self, name: str) -> bool:
-        """Whether a layer of that name stands rounding."""
+        """Say whether a layer of that name stands rounding."""
         if not name.startswith(self.prefix):
             return False
         parts = name[len(self.prefix) :].split(".")

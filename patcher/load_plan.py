@@ -1,4 +1,4 @@
-"""How much of a model stays on the device, and in which address order its bundles lie."""
+"""Plans how much of a model stays on the device, and in which address order its bundles lie."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Cost = Callable[[Bundle], int]
 
 
 class LoadState(Enum):
-    """How much of a model can be resident."""
+    """Says how much of a model can be resident."""
 
     NONE = "none"
     PARTIAL = "partial"
@@ -29,7 +29,10 @@ class LoadState(Enum):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """limit: bytes that may be resident. reserve: bytes of temporary memory that offloading needs beside them."""
+    """Says what stays resident.
+
+    limit: bytes that may be resident. reserve: bytes of temporary memory that offloading needs beside them.
+    """
 
     state: LoadState
     limit: int
@@ -39,7 +42,7 @@ class LoadPlan:
     offloaded_bytes: int
 
     def in_words(self, total: int, reason: str) -> str:
-        """The plan as a line of the ledger. total: bytes of all bundles; reason: what limits them."""
+        """Write the plan as a line of the ledger. total: bytes of all bundles. reason: what limits them."""
         count = self.resident + self.offloaded
         if self.state is LoadState.FULL:
             return f"all {count} bundles may stay resident ({in_words(total)}): {reason}"
@@ -50,14 +53,14 @@ class LoadPlan:
 
 
 def _buffer(offloaded: Sequence[Bundle], streams: int, cost: Cost) -> int:
-    """Temporary memory that offloading needs: the bundle in use and one on each stream, at their costliest."""
+    """Sum the temporary bytes that offloading needs: the bundle in use and one on each stream, at their costliest."""
     return sum(sorted((cost(bundle) for bundle in offloaded), reverse=True)[: 1 + streams])
 
 
 def plan_load(order: Sequence[Bundle], budget: int, streams: int, cost: Cost) -> LoadPlan:
-    """Which of the bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
+    """Plan which bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
 
-    The buffers are summed over the upcoming bundles, not the largest multiplied.
+    The buffers are the sum of the costliest offloaded bundles, not a multiple of the largest.
     """
     total = sum(aligned(bundle.nbytes) for bundle in order)
     if total <= budget:
@@ -81,9 +84,9 @@ def plan_load(order: Sequence[Bundle], budget: int, streams: int, cost: Cost) ->
 
 
 def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: int, cost: Cost) -> int:
-    """Bytes to evict so that `nbytes` more are free: the same sum from the other end of the address order.
+    """Count the bytes to evict so that `nbytes` more are free. Sums from the high end of the address order.
 
-    resident: what is resident, in address order; what lies highest goes first, and its buffers count against it.
+    resident: the resident bundles, in address order. The highest goes first, and its buffers count against it.
     """
     freed = 0
     for index in range(len(resident) - 1, -1, -1):
@@ -95,11 +98,11 @@ def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: 
 
 
 def interleave(order: Sequence[Bundle], cost: Cost) -> list[Bundle]:
-    """The address order of bundles that run in `order`: any prefix of it is spread evenly over the execution.
+    """Order bundles that run in `order` by address, so that any prefix is spread evenly over the execution.
 
-    Small bundles lie lowest, so they are resident whenever anything is. Of the others the first to run lies lowest;
-    then again and again the one in the middle, by offload cost, of the longest stretch that is left. So every transfer
-    has resident neighbours to hide behind, however much of the order is resident.
+    Small bundles lie lowest, so they are resident whenever anything is. Of the others the first to run lies lowest.
+    Each next bundle is the middle, by offload cost, of the longest stretch that is left. So every transfer has resident
+    neighbours to hide behind, however much of the order is resident.
     """
     small = [bundle for bundle in order if bundle.nbytes < SMALL_BYTES]
     large = [bundle for bundle in order if bundle.nbytes >= SMALL_BYTES]

@@ -1,4 +1,4 @@
-"""What a model may take, and where its weights stay while they are not in use."""
+"""Says what a model may take, and where its weights stay while they are not in use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _check_choice(what: str, fields: Any, name: str, allowed: Any) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the modules whose names match `pattern` (shell wildcards) are kept, in the four states of DiffSynth-Studio.
+    """Says how modules with names that match `pattern` (shell wildcards) are kept, in DiffSynth-Studio's four states.
 
-    offload: where the weight lies while not in use; disk: only in its file, ram: in ordinary memory, pin: page-locked.
-    storage_dtype: what stays on the device (onload). compute_dtype: what the op is given (preparing, computation).
-    resident: False streams these modules always.
+    offload: where the weight lies while not in use. 'disk' is only its file, 'ram' ordinary memory, 'pin' page-locked.
+    storage_dtype: of the weight on the device (onload). compute_dtype: of the weight that the op gets (preparing,
+    computation). resident: False streams these modules always. Raises ValueError for an unknown offload.
     """
 
     pattern: str
@@ -41,14 +41,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """All sizes in bytes; None leaves the choice to the pack.
+    """Says what one model may take. All sizes are in bytes, and None leaves the choice to Spillway.
 
-    vram_bytes: the most that the weights may hold on the device (on a CPU: of its memory). 0 streams everything.
+    vram_bytes: the most that the weights may hold on the device (on a CPU, in host memory). 0 streams everything.
     headroom_bytes: kept free on the device for the computation.
     pinned_bytes: host memory for pins. prefetch: bundles begun ahead. streams: offload streams.
     keep: 'always' never gives way to other models, 'free after use' gives everything back after each run.
     priority: models of higher priority are evicted later. int8_lora: LoRAs on INT8 weights are merged and quantised
-    once more, or stay beside them in floating point; 'auto' merges while that rounds no worse.
+    once more, or stay beside them in floating point. 'auto' merges while that rounds no worse.
+    Raises ValueError for a value that a field does not take.
     """
 
     vram_bytes: int | None = None
@@ -76,9 +77,9 @@ class Policy:
         _check_choice("policy", self, "int8_lora", Int8LoRA)
 
     def rule_for(self, name: str) -> Rule | None:
-        """The first rule whose pattern matches a module's name."""
+        """Find the first rule whose pattern matches a module's name, or None."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
 
     def with_changes(self, **changes: Any) -> Policy:
-        """A copy with some fields changed."""
+        """Copy the policy with some fields changed. Raises ValueError for a value that a field does not take."""
         return replace(self, **changes)

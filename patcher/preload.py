@@ -1,4 +1,4 @@
-"""Bringing a dynamic model's weights, or quantising them, before a forward asks for them."""
+"""Brings a dynamic model's weights, or quantises them, before a forward asks for them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _ignore(done: int, total: int) -> None: ...
 def load_now(model: DynamicModel, progress: Progress = _ignore) -> int:
     """Bring every bundle that may stay and has room, without disturbing the order that a forward has traced.
 
-    progress: told the bundles done and of how many. Returns the resident bytes.
+    progress(done, total): told counts of bundles. Returns the resident bytes.
     """
     caster = model.prepare().caster
-    caster.vbar.prioritize()  # an eviction closed its upper part
+    caster.vbar.prioritize()  # opens its upper part, which an eviction closed
     with model.backend.current(), torch.no_grad():
         for done, bundle in enumerate(model.bundles):
             progress(done, len(model.bundles))
@@ -32,10 +32,10 @@ def load_now(model: DynamicModel, progress: Progress = _ignore) -> int:
 
 
 def quantise_now(model: DynamicModel, progress: Progress = _ignore) -> int:
-    """Make every INT8 weight that has somewhere to stay: on the device, or in a pin. Returns how many were made.
+    """Make every INT8 weight that can stay on the device or in a pin. Returns the number of bundles made.
 
-    The others are made at each use. At most one bundle is held beside those that stay. progress: told the bundles done
-    and of how many, before each; what it raises ends this with everything in order.
+    The others are made at each use. At most one bundle is held beside those that stay. progress(done, total): told
+    counts of bundles before each bundle. An error that it raises passes, with the model in order.
     """
     caster = model.prepare().caster
     model.rebuild_if_resized()

@@ -1,4 +1,4 @@
-"""Pins give way when the machine runs short of RAM: those of the model that was used longest ago first."""
+"""Makes pins give way when the machine runs short of RAM. The model that was used longest ago goes first."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..ops.ram import available
 from .policy import Policy
 
 GIB = 1 << 30
-# Where there are cgroups, a look at what is available takes up to a millisecond.
+# Reading the available RAM takes up to a millisecond where there are cgroups.
 POLL_SECONDS = 0.05
 _looked = -POLL_SECONDS  # time.monotonic() of the last look
 
 
 class PinHolder(Protocol):
-    """A model as far as its pins go. rank: the lowest gives way first; last_used: time.monotonic() of its last step."""
+    """Holds pins, as a model does. rank: the lowest gives way first. last_used: time.monotonic() of the last step."""
 
     pins: Pins | None
     policy: Policy
@@ -36,18 +36,18 @@ class PinHolder(Protocol):
 
 
 def available_ram() -> int:
-    """Bytes of RAM that this process can have now, by the least of what the machine and its container allow."""
+    """Count the bytes of RAM that this process can have now, the least of what machine and container allow."""
     return available.available_ram().available
 
 
 @functools.cache
 def ram_reserve() -> int:
-    """Bytes that pins leave to everybody else: a sixteenth of what there is in all, between 0.5 and 2 GiB."""
+    """Count the bytes that pins leave to everybody else: a sixteenth of all RAM, between 0.5 and 2 GiB."""
     return min(max(available.total_ram() // 16, GIB // 2), 2 * GIB)
 
 
 def relieve(models: Iterable[PinHolder]) -> int:
-    """Let pins go where less than the reserve is available; returns the bytes freed.
+    """Free pins where less than the reserve is available. Returns the bytes freed.
 
     Called at every step, and looks at most once in POLL_SECONDS.
     """
@@ -62,18 +62,19 @@ def relieve(models: Iterable[PinHolder]) -> int:
 
 
 def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
-    """Let the models' pins go until `nbytes` of RAM are available; returns the bytes freed.
+    """Free the models' pins until `nbytes` of RAM are available. Returns the bytes freed.
 
-    For a model that is about to be loaded. Callers ask for twice its size: its pages in the cache, and its pins.
+    Makes room for a model that is about to be loaded. Callers ask for twice its size, for its pages in the cache and
+    for its pins.
     """
     short = nbytes - available_ram()
     return _free_pins(models, short, "another model needs RAM") if short > 0 else 0
 
 
 def _free_pins(models: Iterable[PinHolder], nbytes: int, reason: str) -> int:
-    """Free that many bytes of pins: by rank, then by last use. Models that are always kept keep theirs.
+    """Free `nbytes` of pins, by rank and then by last use. Models that are always kept keep theirs.
 
-    The budgets shrink with the pins, or the next step would take the memory again. Returns the bytes freed.
+    The budgets shrink with the pins. Otherwise the next step would take the memory again. Returns the bytes freed.
     """
     freed = 0
     for model in sorted(models, key=lambda model: (model.rank, model.last_used)):
@@ -81,7 +82,7 @@ def _free_pins(models: Iterable[PinHolder], nbytes: int, reason: str) -> int:
             break
         if model.policy.keep == "always" or model.pins is None or not model.pins.held:
             continue
-        # Not waiting: two models that step at once would wait for each other.
+        # Do not wait for the caster's lock. Two models that step at once would wait for each other for ever.
         given = model.free_pins(nbytes - freed, wait=False)
         if not given:
             continue

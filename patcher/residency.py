@@ -1,7 +1,6 @@
-"""Which bundles of one model stay on the device: the VBAR that they lie in, the plan, and how both follow what happens.
+"""Decides which bundles of one model stay on the device. Holds their VBAR and the plan, and keeps both up to date.
 
-A `Residency` exists only while its model is prepared, so everything in it is there. Pins, and what is `Remembered`,
-outlive it.
+A `Residency` exists only while its model is prepared, so all its fields are set. Pins and `Remembered` outlive it.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ GIB = 1 << 30
 
 
 def default_headroom(device: Backend) -> int:
-    """Bytes kept free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
+    """Give the bytes to keep free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
     _, total = device.memory()
     return min(max(total // 20, GIB // 2), 2 * GIB)
 
 
 def headroom_bytes(policy: Policy, device: Backend) -> int:
-    """Bytes kept free on the device for the computation."""
+    """Give the bytes to keep free on the device for the computation."""
     return default_headroom(device) if policy.headroom_bytes is None else policy.headroom_bytes
 
 
 def use_cost(bundle: Bundle, device: Backend) -> int:
-    """Bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
+    """Count the bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
     if not device.in_place:
         return bundle.offload_cost()
     return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
@@ -45,10 +44,10 @@ def use_cost(bundle: Bundle, device: Backend) -> int:
 
 @dataclass
 class Remembered:
-    """What a model remembers from one residency to the next.
+    """Keeps what a model knows from one residency to the next.
 
-    order: the bundles as they run; as registered until a step was traced. aimdo_failure: why this model has given
-    comfy-aimdo's VBAR up. plan: the last one that the ledger was told of.
+    order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
+    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of.
     """
 
     order: Sequence[Bundle]
@@ -75,7 +74,7 @@ class Residency:
     ) -> None:
         self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
         self.ledger, self.remembered, self.may_init = ledger, remembered, may_init
-        self.resized = False  # a bundle is not as large as the addresses that it was given
+        self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
         vbar = self._choose_vbar()
@@ -96,16 +95,16 @@ class Residency:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all bundles in their final form."""
+        """Count the bytes of all bundles in their final form."""
         return sum(bundle.nbytes for bundle in self.bundles)
 
     @property
     def headroom(self) -> int:
-        """Bytes kept free on the device for the computation."""
+        """Give the bytes to keep free on the device for the computation."""
         return headroom_bytes(self.policy, self.device)
 
     def cost(self, bundle: Bundle) -> int:
-        """Bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
+        """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
         return use_cost(bundle, self.device)
 
     # -- layout
@@ -143,7 +142,7 @@ class Residency:
         with caster.lock:
             caster.cancel_prefetch()
             self.note_peak()
-            vbar = self._choose_vbar()  # first: it may be refused
+            vbar = self._choose_vbar()  # before the old VBAR goes, as a new one may be refused
             self._give_vbar_back()
             caster.vbar = vbar
             self._lay_out()
@@ -162,11 +161,11 @@ class Residency:
     # -- budget
 
     def budget(self) -> int | None:
-        """Bytes that the weights may hold on the device now; None where only what is free limits them."""
+        """Give the bytes that the weights may hold on the device now. None where only free memory limits them."""
         return self.policy.vram_bytes
 
     def _new_plan(self) -> LoadPlan:
-        """What fits now. Changes of the pins up to here are taken note of."""
+        """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
         budget = self.budget()
         available = max(0, self.vbar.within_reach()) if budget is None else budget
@@ -194,25 +193,26 @@ class Residency:
             )
 
     def _raise_limit(self) -> None:
-        """Use what was set aside for computing patches that are now computed and pinned.
+        """Use memory that was set aside for computing patches that are now computed and pinned.
 
-        The limit never shrinks here: patches that change at every step would evict what they do not touch.
+        The limit never shrinks here. Otherwise patches that change at every step would evict bundles that they do not
+        touch.
         """
         plan = self._new_plan()
         if plan.limit > self.plan.limit:
             self._apply(plan)
 
     def _follow_free_memory(self) -> None:
-        """Without a budget: shrink at once when the headroom is gone, grow when clearly more is free."""
+        """Shrink a plan without a budget at once when the headroom is gone, grow it when clearly more is free."""
         allowed = self.vbar.within_reach()
         grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
         if allowed < min(self.plan.limit, self.total_bytes) or grown:
             self._apply(self._new_plan())
 
     def set_policy(self, policy: Policy) -> None:
-        """Follow another policy at once. RuntimeError where it forces a kind of VBAR that cannot be had."""
+        """Follow another policy at once. Raises RuntimeError where it forces a VBAR that cannot be had."""
         before, self.policy = self.policy, policy
-        self.caster.cancel_prefetch()  # what was started ahead could not be evicted
+        self.caster.cancel_prefetch()  # prefetched bundles could not be evicted
         if policy.vbar != before.vbar:
             try:
                 self._rebuild()
@@ -228,7 +228,7 @@ class Residency:
     # -- steps
 
     def begin_step(self) -> None:
-        """Take note of the step before: a VBAR that failed, bundles of another size, the order in which they ran."""
+        """Follow the step before: a VBAR that failed, bundles of another size, the order in which they ran."""
         self.note_peak()
         failure = self.vbar.failure
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
@@ -239,7 +239,7 @@ class Residency:
             self._follow_trace()
 
     def follow_budget(self) -> None:
-        """Use a budget that has grown; give way where free memory has shrunk and the VBAR does not see it."""
+        """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""
         if self.pins.changes != self._planned_for:
             self._raise_limit()
         elif self.budget() is None and not self.vbar.follows_free_memory:
@@ -257,13 +257,16 @@ class Residency:
             self._rebuild()
 
     def _advise_reading_ahead(self) -> None:
-        """A file that fits into the free memory is in the page cache after one step: no call is worth its time."""
+        """Let the caster advise the system to read ahead only where the files take more than half of the free memory.
+
+        Smaller files are in the page cache after one step, so the calls would cost time for nothing.
+        """
         if isinstance(self.caster, HostCaster):
             maps = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
             self.caster.advise = sum(m.file_bytes for m in maps) > self.device.memory()[0] // 2
 
     def execution_order(self) -> list[Bundle]:
-        """The bundles in the order of the last step; those that did not run come last."""
+        """List the bundles in the order of the last step. Bundles that did not run come last."""
         order: dict[Bundle, None] = {}
         bundle = self.caster.first
         while bundle is not None and bundle not in order:
@@ -274,21 +277,24 @@ class Residency:
     # -- memory
 
     def note_peak(self) -> None:
-        """Remember the most that was resident, before its VBAR goes or shrinks."""
+        """Remember the most bytes that were resident, before the VBAR goes or shrinks."""
         self._peak = max(self._peak, self.vbar.peak_size())
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that were mapped since this began."""
+        """Count the most bytes that were mapped since this residency began."""
         self.note_peak()
         return self._peak
 
     def is_resident(self, bundle: Bundle) -> bool:
-        """Whether the bundle's slice has memory now."""
+        """Say whether the bundle's slice has memory now."""
         return bundle.vbar_slice is not None and self.vbar.resident(bundle.vbar_slice)
 
     def free(self, nbytes: int | None = None) -> int:
-        """Evict until `nbytes` are free (None: all). Returns the bytes freed. For any thread; what is lent stays."""
+        """Evict until `nbytes` are free (None: all). Returns the bytes freed. Any thread may call it.
+
+        Lent bundles stay.
+        """
         with self.caster.lock:
             self.note_peak()
             if nbytes is None:
@@ -298,7 +304,7 @@ class Residency:
             return self.vbar.free_memory(wanted)
 
     def close(self) -> None:
-        """Give all memory of the device back. Raises DeviceError where it does not answer; all else is given back."""
+        """Give all memory of the device back. Raises DeviceError where it fails, after giving back all else."""
         with self.caster.lock:
             self.note_peak()
             try:
@@ -310,7 +316,7 @@ class Residency:
 
 
 class Evicted:
-    """For the VBAR to call when it takes the memory of a bundle back."""
+    """Tells a bundle that the VBAR has taken its memory back."""
 
     __slots__ = ("bundle", "ledger")
 

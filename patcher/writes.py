@@ -1,4 +1,4 @@
-"""Weights that somebody writes into while the model has them: what was made of them is made again."""
+"""Follows writes into the weights of a model: bundles whose weights were written into are made again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..ops.lending.caster import Caster
 
 
 def follow_writes(bundles: Iterable[Bundle], caster: Caster) -> bool:
-    """Let writes count from now on, also where a copy of the weight is kept. Returns whether there were any.
+    """Make writes count from now on, also where a copy of the weight is kept. Returns whether there were any.
 
-    A bundle that is lent is looked at the next time.
+    A lent bundle is left for the next call.
     """
     written = [bundle for bundle in bundles if bundle.count_writes() != bundle.writes and bundle.loan is None]
     if written:
-        caster.cancel_prefetch()  # what was started ahead holds what was there before
+        caster.cancel_prefetch()  # prefetched bundles hold the values from before the write
     for bundle in written:
         bundle.writes = bundle.count_writes()
         caster.pins.drop(bundle)
@@ -25,8 +25,8 @@ def follow_writes(bundles: Iterable[Bundle], caster: Caster) -> bool:
 
 
 def note_kept(bundles: Iterable[Bundle], ledger: Ledger) -> None:
-    """Say how much of the model is in memory because its file no longer has it."""
-    places = [place for bundle in bundles for param in bundle.params for place in param.where]
-    kept = sum(nbytes for disk_map, offset, nbytes in places if disk_map.written(offset, nbytes))
+    """Log the bytes of the model that stay in memory because the file no longer has them."""
+    ranges = [file_range for bundle in bundles for param in bundle.params for file_range in param.where]
+    kept = sum(nbytes for disk_map, offset, nbytes in ranges if disk_map.written(offset, nbytes))
     if kept:
         ledger.decide(f"{in_words(kept)} of weights were written into after they were read: they stay in memory.")

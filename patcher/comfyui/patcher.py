@@ -28,7 +28,7 @@ from .patches.weight_patch import rounded
 from .progress import Progress
 from .running import drop_unloaded, in_a_node
 
-# ComfyUI's op classes, quantised ones too. Architectures derive their own from them, which are judged by themselves.
+# ComfyUI's op classes, quantised ones too. Classes that architectures derive from them are judged by themselves.
 register_pure("comfy.ops")
 
 
@@ -40,7 +40,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # A twin's classic patcher: see dynamic_twin.
     origin: weakref.ref[comfy.model_patcher.ModelPatcher] | None = None
-    # Set by the node that compiles: transformer blocks are lent as a whole, and compiled as the request says.
+    # Set by the node that compiles. Transformer blocks are then lent as a whole, and compiled as the request says.
     compile_request: CompileRequest | None = None
 
     def __init__(
@@ -64,17 +64,17 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     @property
     def state(self) -> ModelState:
-        """What all clones share."""
+        """Give the state that all clones share."""
         return self.model.spillway_state  # type: ignore[no-any-return]
 
     @property
     def ledger(self) -> Ledger | None:
-        """The engine's ledger. None before there is an engine."""
+        """Give the engine's ledger. None before there is an engine."""
         return self.state.dynamic.ledger if self.state.dynamic is not None else None
 
     @property
     def dynamic(self) -> DynamicModel:
-        """The engine. The first use makes it, or raises Unsupported or SourceError."""
+        """Give the engine. The first use makes it, or raises Unsupported or SourceError."""
         return self.state.engine(self.model, self.load_device, self.policy, blocks=self.compile_request is not None)
 
     def add_object_patch(self, name: str, obj: Any) -> None:
@@ -116,7 +116,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.state.dynamic.pinned_bytes if self.state.dynamic is not None else 0
 
     def resident_ram_bytes(self) -> int:
-        """Count the RAM that resident weights take beside their file's pages. 0 on devices with memory of their own."""
+        """Count the bytes of RAM that resident weights take beside their file's pages.
+
+        0 on devices with memory of their own.
+        """
         return self.state.dynamic.resident_ram_bytes if self.state.dynamic is not None else 0
 
     def loaded_ram_size(self) -> int:
@@ -125,7 +128,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     @never_raises("marking a model as in use, or not")
     def set_in_use_by_current_prompt(self, in_use: bool) -> None:
         self.model.dynamic_pins[self.load_device]["current_prompt"] = in_use
-        drop_unloaded()  # after a prompt ComfyUI may unload everything, where nobody catches what that raises
+        drop_unloaded()  # ComfyUI may unload everything after a prompt, where an error ends the prompt thread
         if not in_use and self.policy.keep == "free after use" and self.state.dynamic is not None:
             self.state.dynamic.release()
 
@@ -136,8 +139,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> int:
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            # Also before a model is shrunk: equal weight patches do not make it this clone's. Object patches, wrappers,
-            # callbacks, the policy and the compile request are others, and on a full card every load is a shrinking.
+            # Unpatch also before a model is shrunk, which on a full card is every load. A clone with equal weight
+            # patches may have loaded it. That clone's object patches, wrappers, callbacks, policy and compile request
+            # would stay.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
             try:
@@ -275,13 +279,13 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_weights:
             dynamic = self.state.dynamic
             if dynamic is not None:
-                dynamic.release(pins=False)  # they give way to whoever needs RAM
+                dynamic.release(pins=False)  # pins give way to whoever needs RAM
             self.model.current_weight_patches_uuid = None
 
     @never_raises("unloading a model", lambda patcher, *_, **__: patcher.model, unless=in_a_node)
     def detach(self, unpatch_all: bool = True) -> Any:
         model = super().detach(unpatch_all)
-        if self.origin is not None:  # the next to use the model may be the classic patcher
+        if self.origin is not None:  # the classic patcher may use the model next
             self.state.close()
         return model
 
