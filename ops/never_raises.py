@@ -1,8 +1,8 @@
-"""The line between what may raise and what may not.
+"""The line between calls that may raise and calls that may not.
 
-An error inside a node's execution ends that prompt, and its author is told. What ComfyUI calls outside of one (as a
-prompt starts or ends, of the output cache, when an object dies, at start-up) has nobody to catch it: an error there
-ends the thread that runs prompts, and the server answers for ever without running one.
+An error inside a node's execution ends that prompt, and its author is told. Outside of a node's execution (as a prompt
+starts or ends, in the output cache, when an object dies, at start-up) nobody catches an error. It would end the thread
+that runs prompts, and the server would answer for ever without running any.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .ledger import Ledger, first_line
 
 log = logging.getLogger("spillway")
 
-# Causes that were logged: what failed, with which error, raised where.
+# Causes that were logged, as (what, error, file, line).
 _logged: set[tuple[str, str, str, int]] = set()
 
 
@@ -27,11 +27,11 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 class never_raises:
-    """Log what fails instead of raising it; interrupts and exits still pass.
+    """Log errors instead of raising them. Interrupts and exits still pass.
 
-    what: what failed, for people. otherwise: called with the function's arguments, gives the result in its place.
-    unless: where this is true an error is raised after all: a node is running, and its author must see it. The ledger
-    of the first argument, where it has one, gets a line too.
+    what: the call that failed, for people. otherwise: called with the function's arguments, returns the result in its
+    place. unless: where it returns True the error is raised after all, since a node is running and its author must see
+    the error. The ledger of the first argument, where there is one, gets a line too.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class never_raises:
         pass
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if not isinstance(error, Exception) or self.unless():
             return False
@@ -94,7 +94,7 @@ class never_raises:
 
 def _ledger_of(owner: Any) -> Ledger | None:
     try:
-        found = getattr(owner, "ledger", None)
-    except Exception:  # what has just failed may be what the ledger is reached by
+        ledger = getattr(owner, "ledger", None)
+    except Exception:  # the failed call may be the way to the ledger
         return None
-    return found if isinstance(found, Ledger) else None
+    return ledger if isinstance(ledger, Ledger) else None
