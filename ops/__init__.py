@@ -1,1 +1,1 @@
-"""Who moves and computes: sources, bundles, VBARs, offload streams, pins, the caster. Never imports ComfyUI."""
+"""The engine: sources, bundles, VBARs, offload streams, pins, the caster. Never imports ComfyUI."""

@@ -17,22 +17,22 @@ ALIGNMENT = 512
 
 
 def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to the alignment of a bundle's parts."""
+    """Return `nbytes` rounded up to the alignment of a bundle's parts."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements, a wrapper's inner tensors included."""
+    """Return the bytes of a tensor's elements, a wrapper's inner tensors included."""
     return sum(part.numel() * part.element_size() for part in inner_tensors(tensor))
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether a tensor keeps its data in inner tensors."""
+    """Say whether a tensor keeps its data in inner tensors."""
     return hasattr(tensor, "__tensor_flatten__")
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that hold the data, in the order in which they are gathered."""
+    """Return the ordinary tensors that hold the data, in the order in which they are gathered."""
     if not is_wrapper(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -40,12 +40,12 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A template of the same shape in another dtype: a tensor without memory. Wrappers keep their own form."""
+    """Return a template of the same shape in another dtype: a tensor without memory. Wrappers keep their own form."""
     return tensor if is_wrapper(tensor) else torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
 def gathered_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
-    """Bytes of the buffer that holds all tensors."""
+    """Return the bytes of the buffer that holds all tensors."""
     total = 0
     for tensor in tensors:
         if tensor is not None:
@@ -54,7 +54,7 @@ def gathered_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
 
 
 def interpret_gathered_like(tensors: Sequence[torch.Tensor | None], buffer: torch.Tensor) -> list[torch.Tensor | None]:
-    """Views of `buffer` with the shapes, dtypes and wrappers of `tensors`; None stays None.
+    """Return views of `buffer` with the shapes, dtypes and wrappers of `tensors`; None stays None.
 
     `buffer` is one-dimensional uint8. Raises ValueError where it is not, or is too small.
     """

@@ -1,4 +1,4 @@
-"""The ledger: what was done to a model's weights, in numbers and in words. Logs, nodes and tests read it."""
+"""The ledger of a model's weights, in numbers and in words. Logs, nodes and tests read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("spillway")
 
 @dataclass
 class Counters:
-    """Count since the model was made. All sizes in bytes."""
+    """Count since the model was created. All sizes in bytes."""
 
     bytes_loaded: int = 0  # put into the VBAR, to stay
     bytes_streamed: int = 0  # brought for one use only
@@ -77,12 +77,12 @@ class Ledger:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines of advice that torch puts below it."""
+    """Return the first line of an error, without the advice that torch puts below it."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def in_words(nbytes: float) -> str:
-    """A size for a person: '3.1 GiB', '12.0 MiB', '512 B'."""
+    """Return a size for a person: '3.1 GiB', '12.0 MiB', '512 B'."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(nbytes) >= scale:
             return f"{nbytes / scale:.1f} {unit}"

@@ -11,10 +11,10 @@ SEED = 0x5F111
 
 
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up [rows, k], down [k, columns]) with k = min(rank, rows, columns); up @ down is nearest to the matrix.
+    """Return (up [rows, k], down [k, columns]), k = min(rank, rows, columns), whose product is nearest to the matrix.
 
-    Both have the same share of its size. float32 in and out; the same bits for the same matrix. Where the rank is
-    small the decomposition is found by random projection: exact for matrices of that rank, and near to the best for
+    Both have the same share of its size. float32 in and out, with the same bits for the same matrix. Where the rank is
+    small, random projection finds the decomposition. It is exact for matrices of that rank, and near to the best for
     others.
     """
     rows, columns = matrix.shape
@@ -31,7 +31,7 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _range_of(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """An orthonormal basis [rows, width] of the directions in which the matrix is largest."""
+    """Return an orthonormal basis [rows, width] of the directions in which the matrix is largest."""
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     basis, _ = torch.linalg.qr(matrix @ start)

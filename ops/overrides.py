@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# None is a value that an attribute can have.
+# Stands for an attribute that did not exist, since None is a value that an attribute can have.
 MISSING = object()
 
 
 class SavedAttributes:
-    """Sets attributes and remembers what they were, also where they did not exist."""
+    """Sets attributes and remembers their old values, also where they did not exist."""
 
     def __init__(self) -> None:
         self._saved: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def set(self, target: Any, name: str, value: Any) -> None:
-        """Set an attribute; `restore` puts the present state back."""
+        """Set an attribute. `restore` puts the present state back."""
         before = getattr(target, "__dict__", {}).get(name, MISSING)
         self._saved.setdefault((id(target), name), (target, before))
         setattr(target, name, value)
@@ -41,7 +41,7 @@ class _Switch:
         original: Callable[..., Any] = getattr(owner, name)
         by_thread: dict[int, list[Callable[..., Any]]] = {}
 
-        # A function, so that it binds where it is a method.
+        # A function, so that a method's switch binds to its object.
         def switch(*args: Any, **kwargs: Any) -> Any:
             call = original
             for by in by_thread.get(threading.get_ident(), ()):
@@ -80,7 +80,7 @@ def overridden(owner: Any, name: str, *, by: Callable[..., Any]) -> Iterator[Non
             switch.by_thread[thread].remove(by)
             if not switch.by_thread[thread]:
                 del switch.by_thread[thread]
-            # The last one out puts the original back, also where another thread came first.
+            # The last thread puts the original back, also where another thread came first.
             if not switch.by_thread:
                 switch.remove()
                 del _switches[key]

@@ -1,8 +1,8 @@
-"""Reads what the user may set: environment variables, and values in ComfyUI's settings.
+"""The user's settings: environment variables, and values in ComfyUI's settings.
 
-A value that makes no sense is named once in the log, with what is accepted, and then ignored. The server must run
-prompts whatever the value is. prestartup_script.py runs this file by its path before torch is imported, so this file
-imports the standard library alone.
+A value that makes no sense is named once in the log, with the values that are accepted, and then counts as not set. The
+server must run prompts whatever the value. prestartup_script.py runs this file by its path, before torch, so it imports
+the standard library alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def warn_once(text: str) -> None:
 
 
 class Number(NamedTuple):
-    """Describes a number from `least` to `most`. above: `least` itself is not accepted."""
+    """A number from `least` to `most`. above: `least` itself is refused."""
 
     name: str
     least: float
@@ -36,7 +36,7 @@ class Number(NamedTuple):
     above: bool = False
 
     def parse(self, value: Any) -> float | None:
-        """Read the number. None where the value is no such number."""
+        """Return the number; None where the value is not in the range or no number."""
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             return None
         try:
@@ -49,13 +49,13 @@ class Number(NamedTuple):
 
 
 class Switch(NamedTuple):
-    """Describes a setting that is on or off."""
+    """A setting that is on or off."""
 
     name: str
     expected: str
 
     def parse(self, value: Any) -> bool | None:
-        """Read on or off. None where the value is neither."""
+        """Return True for on, False for off, None for any other value."""
         word = str(value).strip().lower()
         return True if word in ON else False if word in OFF else None
 
@@ -72,20 +72,20 @@ VARIABLES: tuple[Number | Switch, ...] = (RAM_GB, CACHE, ALLOCATOR)
 IN_COMFYUI: tuple[Number | Switch, ...] = (CACHE_ENABLED, DISK_GB, DISK_SECONDS)
 
 
-def variable(entry: Number | Switch) -> Any:
-    """Read an environment variable. None where it is not set or makes no sense."""
-    text = os.environ.get(entry.name, "").strip()
-    return _checked(entry, text) if text else None
+def variable(option: Number | Switch) -> Any:
+    """Return the value of an environment variable; None where it is not set, or makes no sense."""
+    text = os.environ.get(option.name, "").strip()
+    return _checked(option, text) if text else None
 
 
-def setting(entry: Number | Switch, values: Mapping[str, Any]) -> Any:
-    """Read a value of ComfyUI's settings. None where it is not set or makes no sense."""
-    value = values.get(entry.name)
-    return _checked(entry, value) if value is not None else None
+def setting(option: Number | Switch, values: Mapping[str, Any]) -> Any:
+    """Return the value in ComfyUI's settings; None where it is not set, or makes no sense."""
+    value = values.get(option.name)
+    return _checked(option, value) if value is not None else None
 
 
-def _checked(entry: Number | Switch, value: Any) -> Any:
-    parsed = entry.parse(value)
+def _checked(option: Number | Switch, value: Any) -> Any:
+    parsed = option.parse(value)
     if parsed is None:
-        warn_once(f"{entry.name} is {str(value)[:100]!r}; expected {entry.expected}. It is ignored.")
+        warn_once(f"{option.name} is {str(value)[:100]!r}; expected {option.expected}. It is ignored.")
     return parsed

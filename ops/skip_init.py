@@ -13,7 +13,7 @@ from .overrides import overridden
 
 @contextmanager
 def skip_model_initialization(keep_below: int = 0) -> Iterator[None]:
-    """Parameters made inside this block live on the meta device: no memory, and their initialisers do nothing.
+    """Let parameters created inside this block live on the meta device: no memory, and no work for initialisers.
 
     keep_below: parameters smaller than this many bytes stay real, with their initial values (a file may lack them).
     Buffers are always real, since their values are often computed when the module is built. Other threads are not
@@ -29,7 +29,7 @@ def skip_model_initialization(keep_below: int = 0) -> Iterator[None]:
         return make(cls, data, requires_grad)
 
     def load_as_given(load: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Loading by assignment makes parameters too, of data that is meant to stay.
+        # Loading by assignment creates parameters too. Their data would be lost on the meta device.
         nonlocal loading
         loading += 1
         try:

@@ -16,20 +16,21 @@ from ..lending.block import Block
 from .compiled_function import CompiledFunction, CompileSettings, Failed, as_argument, reason_of
 from .skeleton import Untraceable, lifted, signature
 
-# (block, arguments, keywords) -> the arguments without what the result does not depend on; a str says why the block
-# cannot be compiled this time.
+# (block, arguments, keywords) -> the arguments that the result depends on, or a str that says why the block cannot be
+# compiled this time.
 Prepare = Callable[[torch.nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, Any]] | str"]
 
 # Functions of all models that are alive, by settings and signature.
 _functions: weakref.WeakValueDictionary[Hashable, CompiledFunction] = weakref.WeakValueDictionary()
-# The last ones outlive their models: a model that is loaded again is compiled already.
+# The last functions outlive their models, so a model that is loaded again is compiled already.
 _recent: deque[CompiledFunction] = deque(maxlen=32)
 
 
 class BlockCompiler:
     """Compiles the blocks of one dynamic model as they are first used. Blocks of equal signature share a function.
 
-    who: how failures are introduced. prepare: see Prepare. passes: exceptions that are no failures (an interrupt).
+    who: the name that failures are logged under. prepare: see Prepare. passes: exceptions that are no failures (an
+    interrupt).
     """
 
     def __init__(
@@ -48,16 +49,16 @@ class BlockCompiler:
         self._functions: dict[Block, tuple[Hashable, CompiledFunction | None, list[tuple[dict, str, str]]]] = {}
 
     def attach(self, blocks: list[Block]) -> None:
-        """These blocks run compiled from now on."""
+        """Let these blocks run compiled from now on."""
         for block in blocks:
             block.compute = partial(self.run, block)
 
     def refresh(self) -> None:
-        """Attributes of modules may have changed: signatures are read again."""
+        """Read signatures again, since attributes of modules may have changed."""
         self.generation += 1
 
     def run(self, block: Block, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The block's forward, compiled where that can be; while it is lent."""
+        """Run the block's forward, compiled where possible, while the block is lent."""
         function, places = self._function(block)
         if function is None or function.failed is not None:
             return forward(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Blocks compiled with their weights lifted out: one function for all blocks of a shape, given the lent tensors.
+"""Blocks compiled with their weights lifted out: one function for all blocks of a signature, given the lent tensors.
 
-Residency, patches and their strength never reach a guard: a function is traced over a skeleton that owns nothing, and
-every tensor of a block is an argument. What could fail is made harmless: before a call that may compile, the arguments
-are copied, so that a block that began and failed is run again, uncompiled, on what it was given.
+Residency, patches and their strength never reach a guard, since a function is traced over a skeleton that owns nothing
+and every tensor of a block is an argument. Before a call that may compile, the arguments are copied. So a block that
+began and failed runs again, uncompiled, on the arguments that it was given.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..device.out_of_memory import is_out_of_memory
 from ..gather import is_wrapper
 from .skeleton import skeleton
 
-# Described inputs that one function remembers; a schedule of floats would otherwise fill memory.
+# Described inputs that a function remembers. A schedule of floats would otherwise fill memory.
 REMEMBERED = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileSettings:
-    """What torch.compile is told. dynamic None: torch finds out which sizes change."""
+    """Arguments of torch.compile. dynamic None: torch finds out which sizes change."""
 
     backend: str = "inductor"
     mode: str = "default"
@@ -36,14 +36,14 @@ class CompileSettings:
 
 
 def compile_count() -> int:
-    """Graphs that torch has compiled in this process."""
+    """Return the number of graphs that torch has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def graph_breaks() -> set[str]:
-    """Why torch has compiled functions in pieces in this process."""
+    """Return the reasons why torch has split functions into several graphs in this process."""
     from torch._dynamo.utils import counters
 
     return set(counters["graph_break"])
@@ -51,7 +51,7 @@ def graph_breaks() -> set[str]:
 
 @contextlib.contextmanager
 def compiler_settings(limit: int) -> Iterator[None]:
-    """The number of graphs a function may have; and sizes that happen to be equal are not taken for one."""
+    """Set the number of graphs that a function may have. Sizes that happen to be equal stay separate symbols."""
     import torch._dynamo
     import torch.fx.experimental._config as shapes
 
@@ -66,7 +66,7 @@ def compiler_settings(limit: int) -> Iterator[None]:
 
 
 def describe(value: Any, tensors: list[torch.Tensor], depth: int = 0) -> Hashable:
-    """What torch could base a guard on, as a key; the tensors in `value` are appended to `tensors`."""
+    """Return all that torch could base a guard on, as a key. Appends the tensors in `value` to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return value.dtype, value.device, tuple(value.shape), value.stride(), value.requires_grad
@@ -82,13 +82,13 @@ def describe(value: Any, tensors: list[torch.Tensor], depth: int = 0) -> Hashabl
 
 
 def as_argument(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as torch guards on it: as made in the present inference mode, and with a fixed shape."""
+    """Return a tensor of the same memory as torch guards on it: of the present inference mode and of a fixed shape."""
     if not is_wrapper(tensor):
         tensor = tensor.detach() if type(tensor) is not torch.Tensor else tensor
         if tensor.is_inference() != torch.is_inference_mode_enabled():
             shape, stride = tensor.shape, tensor.stride()
-            made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            tensor = made.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, stride)  # type: ignore[call-overload]
+            argument = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            tensor = argument.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, stride)  # type: ignore[call-overload]
     if not hasattr(tensor, "_dynamo_static_indices"):
         torch._dynamo.mark_static(tensor)
     return tensor
@@ -108,14 +108,14 @@ class CompiledFunction:
         self.graphs = 0
         self.shapes: list[tuple[int, ...]] = []  # of the tensors that the last call was given
         body = skeleton(block)
-        # Which of the described inputs has run, and which of its tensors the block wrote into.
+        # Described inputs that have run -> the indices of the tensors that the block wrote into.
         self._seen: dict[Hashable, list[int]] = {}
 
         def run(names: list[str], tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
             given = dict(zip(names, tensors, strict=True))
             return torch.func.functional_call(body, given, args, kwargs, tie_weights=False)
 
-        # torch keeps what it compiled by code object, and limits it by that: each function has its own.
+        # torch keeps and limits its graphs by code object, so each function has a code object of its own.
         code = run.__code__.replace(co_name=f"spillway_{self.name}")
         own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
         mode = settings.mode if settings.mode != "default" and settings.backend == "inductor" else None
@@ -133,7 +133,7 @@ class CompiledFunction:
         note: Callable[[CompiledFunction, int, float], None],
         passes: tuple[type[BaseException], ...],
     ) -> Any:
-        """Run a block. Raises Failed with `args` as they were, else what the block raised."""
+        """Run a block. Raises Failed with `args` as they were, else the error of the block."""
         given: list[torch.Tensor] = []
         key = (describe((args, kwargs), given), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         written = self._seen.get(key)
@@ -145,7 +145,7 @@ class CompiledFunction:
                 given[index].copy_(copy)
 
         def as_given() -> bool:
-            """Only tensors are copied: a block that took an entry out of a list cannot be run again."""
+            """Say whether the arguments are as given. Only tensors are put back, not an entry taken out of a list."""
             now: list[torch.Tensor] = []
             same = describe((args, kwargs), now) == key[0]
             return same and all(one is other for one, other in zip(now, given, strict=True))
@@ -165,11 +165,11 @@ class CompiledFunction:
                 raise
             raise Failed(reason_of(error)) from error
         finally:
-            made = compile_count() - before
-            if made:
-                self.graphs += made
+            graphs = compile_count() - before
+            if graphs:
+                self.graphs += graphs
                 self.shapes = [tuple(tensor.shape) for tensor in given]
-                note(self, made, time.perf_counter() - start)
+                note(self, graphs, time.perf_counter() - start)
         if written is None:
             if len(self._seen) >= REMEMBERED:
                 self._seen.clear()
@@ -180,7 +180,7 @@ class CompiledFunction:
         return result
 
     def _check_pieces(self, tensors: list[torch.Tensor], broken: set[str]) -> None:
-        """A quantised weight that broke the graph would break it in every layer, and at every other size again."""
+        """Give up where a quantised weight broke the graph, as it would in every layer and at every other size."""
         packages = {type(tensor).__module__.partition(".")[0] for tensor in tensors if is_wrapper(tensor)}
         for package in packages - {"torch"}:
             if any(package in text for text in broken):
@@ -194,7 +194,7 @@ class CompiledFunction:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first cause of an error, in one line."""
+    """Return the first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,6 +1,6 @@
-"""What a block is, apart from its tensors: a signature that equal blocks share, and a copy on the meta device.
+"""A block apart from its tensors: a signature that equal blocks share, and a copy on the meta device.
 
-A compiled function must not own weights: it is traced over a copy that no model owns, and is given the tensors. Two
+A compiled function must not own weights, so it is traced over a copy that no model owns, and is given the tensors. Two
 blocks may share one such function only if everything that the trace can see in them is equal, so the signature takes
 in every attribute of every module, by value where that is possible and by identity where it is not.
 """
@@ -17,7 +17,7 @@ import torch
 from ..gather import inner_tensors, is_wrapper
 
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-# What torch keeps in a module beside its configuration; `training` is configuration.
+# Attributes that torch keeps in a module beside its configuration. `training` is configuration.
 INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -27,12 +27,12 @@ class Untraceable(TypeError):
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The class that a module has when nobody lends to it."""
+    """Return the class that a module has when nobody lends to it."""
     return getattr(type(module), "spillway_original_class", type(module))
 
 
 def owned(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """The attributes that are a module's own configuration: neither torch's bookkeeping nor Spillway's."""
+    """Return the attributes that are a module's own configuration, neither torch's bookkeeping nor Spillway's."""
     return [(k, v) for k, v in module.__dict__.items() if k not in INTERNAL and not k.startswith("spillway_")]
 
 
@@ -49,16 +49,16 @@ def _value(value: Any, where: str, depth: int = 0) -> Hashable:
 
 
 def _settings(module: torch.nn.Module, where: str) -> dict[str, Hashable]:
-    found = {}
+    settings = {}
     for name, value in owned(module):
         if isinstance(value, torch.Tensor):
             continue
         known = _value(value, f"{where}.{name}")
-        # An attribute that was set to what its class has anyway makes no difference.
+        # An attribute that equals its class's makes no difference.
         default = getattr(plain_class(module), name, INTERNAL)
         if default is INTERNAL or _value(default, f"{where}.{name}") != known:
-            found[name] = known
-    return found
+            settings[name] = known
+    return settings
 
 
 def _tensor(tensor: torch.Tensor | None) -> Hashable:
@@ -69,11 +69,11 @@ def _tensor(tensor: torch.Tensor | None) -> Hashable:
 
 
 def signature(block: torch.nn.Module) -> Hashable:
-    """Equal for two blocks that a compiled function cannot tell apart. Read while the block is lent.
+    """Return a key, equal for two blocks that a compiled function cannot tell apart. Read while the block is lent.
 
-    Raises Untraceable where a module holds what cannot be lifted out: hooks, a forward of its own, hidden tensors.
+    Raises Untraceable where a module holds hooks, a forward of its own or hidden tensors, which cannot be lifted out.
     """
-    found: list[Hashable] = []
+    modules: list[Hashable] = []
     for name, module in block.named_modules(remove_duplicate=False):
         where = f"'{name}' ({plain_class(module).__name__})" if name else plain_class(module).__name__
         if "forward" in module.__dict__:
@@ -85,12 +85,12 @@ def signature(block: torch.nn.Module) -> Hashable:
         hidden = tuple((k, _tensor(v)) for k, v in owned(module) if isinstance(v, torch.Tensor))
         settings = tuple(sorted(_settings(module, where).items(), key=lambda entry: entry[0]))
         children = tuple(module._modules)
-        found.append((name, plain_class(module), parameters, buffers, hidden, settings, children))
-    return tuple(found)
+        modules.append((name, plain_class(module), parameters, buffers, hidden, settings, children))
+    return tuple(modules)
 
 
 def lifted(block: torch.nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where a block's tensors stand, as (dictionary, key, qualified name): parameters, buffers, attributes."""
+    """Return where a block's parameters, buffers and other tensors stand, as (dictionary, key, qualified name)."""
     places: list[tuple[dict[str, Any], str, str]] = []
     for name, module in block.named_modules():
         for store in (module._parameters, module._buffers, module.__dict__):
@@ -101,7 +101,7 @@ def lifted(block: torch.nn.Module) -> list[tuple[dict[str, Any], str, str]]:
 
 
 def skeleton(block: torch.nn.Module) -> torch.nn.Module:
-    """A copy with its original classes and every tensor on the meta device, as parameters and buffers of its own."""
+    """Return a copy with its original classes, and every tensor on the meta device as its own parameter or buffer."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         for store in (module._parameters, module._buffers, module.__dict__):
@@ -110,17 +110,17 @@ def skeleton(block: torch.nn.Module) -> torch.nn.Module:
                     memo[id(value)] = _meta(value)
         for _, value in owned(module):
             _share(value, memo)
-    made = copy.deepcopy(block, memo)
+    copied = copy.deepcopy(block, memo)
     originals = dict(block.named_modules())
-    for name, module in made.named_modules():
+    for name, module in copied.named_modules():
         original = originals[name]
         module.__class__ = plain_class(original)
         for key in [key for key in module.__dict__ if key.startswith("spillway_")]:
             del module.__dict__[key]
-        if module is made:
-            for hooks in HOOKS:  # they run around the call of the block itself, which is not compiled
+        if module is copied:
+            for hooks in HOOKS:  # hooks run around the call of the block itself, which is not compiled
                 getattr(module, hooks).clear()
-        # One for each name: tied ones would be merged.
+        # A parameter for each name: tied parameters would be merged.
         for attr, value in original._parameters.items():
             if value is not None:
                 module._parameters[attr] = torch.nn.Parameter(_meta(value), requires_grad=False)
@@ -131,11 +131,11 @@ def skeleton(block: torch.nn.Module) -> torch.nn.Module:
             if isinstance(value, torch.Tensor):
                 del module.__dict__[attr]
                 module.register_buffer(attr, _meta(value), persistent=False)
-    return made
+    return copied
 
 
 def _share(value: Any, memo: dict[int, Any]) -> None:
-    """Objects of the configuration are not copied: the signature knows them by identity, and they must stay alive."""
+    """Keep objects of the configuration uncopied and alive, since the signature knows them by identity."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):

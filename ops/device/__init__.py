@@ -1,1 +1,1 @@
-"""What a device can do, and what is done when it fails."""
+"""The backends of devices, and the answers to a device that fails."""

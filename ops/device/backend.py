@@ -1,7 +1,7 @@
-"""What a device can do: allocate, copy on side streams, wait. One class per kind of device, chosen by `backend_for`.
+"""Backends: allocate, copy on side streams, wait. One class per type of device, chosen by `backend_for`.
 
-The protocol is what a CUDA device does; a test puts a simulated device in its place whose copies take effect only when
-something waits for them.
+The protocol is that of a CUDA device. Tests put a simulated device in its place, whose copies take effect only when an
+event is waited for.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def synchronize(self) -> None:
-        """Block this thread until that work is done."""
+        """Block this thread until the work before the event is done."""
 
     def query(self) -> bool:
-        """Whether all of that work is done."""
+        """Say whether the work before the event is done."""
 
 
 class Backend:
-    """A device whose transfers are synchronous: MPS, DirectML and whatever torch reports without streams.
+    """A device whose transfers are synchronous: MPS, DirectML and every other device without streams.
 
     in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
     aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
-    unwrapped: the backend itself, without what is wrapped around it for one model.
+    unwrapped: the backend itself, without the CarefulBackend around it.
     """
 
     in_place = False
@@ -46,7 +46,7 @@ class Backend:
         self.unwrapped: Backend = self
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialised uint8 memory on the device.
+        """Return `nbytes` of uninitialised uint8 memory on the device.
 
         Never an inference tensor, which later code outside inference mode could not write to.
         """
@@ -54,26 +54,26 @@ class Backend:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        """Host memory that the device copies from; page-locked where that helps. Raises RuntimeError where refused."""
+        """Return uint8 host memory, page-locked where the device gains from it. Raises RuntimeError where refused."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def stream(self) -> Any:
-        """A new offload stream; None on a device without."""
+        """Return a new offload stream; None on a device without streams."""
         return None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Enqueue target <- source on the stream."""
+        """Enqueue target <- source on the stream; None is the main stream."""
         target.copy_(source)
 
     def record(self, stream: Any) -> Event | None:
-        """An event after what the stream has been given so far; stream None is the main stream."""
+        """Return an event after the work that the stream has been given so far; None is the main stream."""
         return None
 
     def wait(self, event: Event | None, stream: Any) -> None:
-        """Let work given to `stream` from now on (None: the main stream) wait for the event. This thread goes on."""
+        """Let later work of `stream` (None is the main stream) wait for the event. This thread goes on."""
 
     def synchronize(self) -> None:
-        """Block this thread until the device has done everything."""
+        """Block this thread until the device has done all work."""
 
     def retry_once(
         self,
@@ -82,10 +82,10 @@ class Backend:
         errors: tuple[type[Exception], ...] = (RuntimeError,),
         then: Callable[[Exception], None] | None = None,
     ) -> T:
-        """The call's result; where it raises one of `errors`, that of a second call, with everything waited for.
+        """Return the call's result. Where the call raises one of `errors`, synchronise and call once more.
 
-        then: told of the first error, once synchronised. Raises what the second call raises, and DeviceError
-        where the device cannot be synchronised.
+        then: told of the first error, once synchronised. Raises the error of the second call, and DeviceError where the
+        device cannot be synchronised.
         """
         try:
             return call(*arguments)
@@ -96,11 +96,11 @@ class Backend:
         return call(*arguments)
 
     def current(self) -> AbstractContextManager[Any]:
-        """Makes this the current device: driver calls, and comfy-aimdo's look at free memory, ask the current one."""
+        """Make this the current device, which driver calls and comfy-aimdo's look at free memory ask."""
         return nullcontext()
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes that weights could take on the device."""
+        """Return (free, total) bytes that weights could take on the device."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
@@ -111,7 +111,7 @@ class CpuBackend(Backend):
     in_place = True
 
 
-# cudaHostRegisterPortable: locked for every device, not for the current one alone.
+# cudaHostRegisterPortable: locked for every device, not for the current device alone.
 PORTABLE = 1
 
 
@@ -144,7 +144,7 @@ class StreamBackend(Backend):
         return code == 0
 
     def _forget_error(self) -> None:
-        """The driver hands a failure to the next call as well, whoever makes it: let that be one of ours."""
+        """Make a call that takes the driver's failure, which would else be raised in a call of somebody else."""
         with suppress(RuntimeError):
             torch.ones(1, device=self.device)
 
@@ -173,7 +173,7 @@ class StreamBackend(Backend):
 
     def memory(self) -> tuple[int, int]:
         free, total = self._module.mem_get_info(self.device)
-        # What torch's allocator holds but does not use is as good as free.
+        # Memory that torch's allocator holds but does not use is as good as free.
         idle = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
         return free + max(0, idle), total
 
@@ -183,7 +183,7 @@ class DeviceError(RuntimeError):
 
 
 def backend_for(device: str | torch.device) -> Backend:
-    """The backend of a device. Raises DeviceError, with what there is, for a device that does not exist."""
+    """Return the backend of a device. Raises DeviceError, with the devices there are, for any other."""
     asked = device
     try:
         device = torch.device(device)
@@ -191,11 +191,11 @@ def backend_for(device: str | torch.device) -> Backend:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu"]
-        for kind in ("cuda", "xpu", "mps"):
-            module = getattr(torch, kind, None)
+        for device_type in ("cuda", "xpu", "mps"):
+            module = getattr(torch, device_type, None)
             if module is not None and module.is_available():
                 count = module.device_count() if hasattr(module, "device_count") else 1
-                there += [f"{kind}:{index}" for index in range(count)]
+                there += [f"{device_type}:{index}" for index in range(count)]
         raise DeviceError(
             f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(there)}."
         ) from None

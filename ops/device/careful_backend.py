@@ -1,7 +1,7 @@
 """A backend for a device that may fail: it synchronises, tries once more, and then asks less of the device.
 
-What is asynchronous on a sound device is done step by step on one whose streams, events or copies fail for good, and
-where no memory can be page-locked any more, it is pageable: slower, and as right.
+Where streams, events or copies fail for good, transfers are synchronous from then on. Where memory cannot be
+page-locked any more, host memory is pageable. Both are slower and as right.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CarefulBackend(Backend):
         self.unwrapped, self.ledger = unwrapped, ledger
         self.in_place, self.streams, self.aimdo_device = unwrapped.in_place, unwrapped.streams, unwrapped.aimdo_device
         self.synchronous = self.pageable = False
-        self._unsettled = False  # a synchronisation failed: nobody knows what is done
+        self._unsettled = False  # a synchronisation failed, so no transfer is known to be done
 
     def _retry_once(self, call: Callable[..., T], *arguments: Any) -> T:
         return self.retry_once(call, *arguments, then=self._note)
@@ -52,7 +52,7 @@ class CarefulBackend(Backend):
         self.ledger.decide_once(f"the device failed once ({first_line(error)}): synchronised, and tried again.")
 
     def order(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What only puts work in order. Where it fails for good, synchronising does the same; None then."""
+        """Make a call that only puts work in order. Where it fails for good, synchronise instead and return None."""
         if self.synchronous:
             return None
         try:
@@ -71,7 +71,7 @@ class CarefulBackend(Backend):
         )
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        # Being out of memory is not for here: whoever runs the model makes room.
+        # Out of memory is not tried again here: the caster makes room.
         return self.unwrapped.empty(nbytes)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:

@@ -9,31 +9,31 @@ from collections.abc import Callable
 
 import torch
 
-# Pages that a driver did not unlock when it was asked to: it may still use them.
+# Pages that a driver refused to unlock. The driver may still use them, so they are never freed.
 _stuck: list[mmap.mmap] = []
 
 
 def anonymous(nbytes: int) -> mmap.mmap:
-    """Zeroed pages of this process alone."""
+    """Return `nbytes` of zeroed pages of this process alone."""
     if sys.platform == "win32":
         return mmap.mmap(-1, nbytes)
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def locked(nbytes: int, lock: Callable[[int, int], None], unlock: Callable[[int], bool]) -> torch.Tensor:
-    """Host memory as a uint8 tensor; `lock(address, nbytes)` is called now, `unlock(address)` after its last view.
+    """Return host memory as 1-D uint8. Calls `lock(address, nbytes)` now, `unlock(address)` after its last view.
 
-    torch's own page-locked memory is rounded up to a power of two and kept for ever; models are gigabytes, and other
+    torch's own page-locked memory is rounded up to a power of two and kept for ever. Models are gigabytes, and other
     programs want that memory back. Raises what `lock` raises, and OSError where there are no pages.
     """
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     pages = anonymous(nbytes)
-    # What the tensor's storage holds: it ends with the last view of the tensor.
+    # Held by the tensor's storage, so it ends with the last view of the tensor.
     held = memoryview(pages)
     memory = torch.frombuffer(held, dtype=torch.uint8)
     lock(memory.data_ptr(), nbytes)
-    # Not at exit: the driver may be gone by then.
+    # Not at exit, when the driver may be gone already.
     weakref.finalize(held, _give_back, pages, memory.data_ptr(), unlock).atexit = False
     return memory
 

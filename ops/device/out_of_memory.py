@@ -1,4 +1,4 @@
-"""Which exceptions say that an allocation failed."""
+"""Tells the exceptions that say that an allocation failed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OUT_OF_MEMORY = (MemoryError, getattr(torch, "OutOfMemoryError", torch.cuda.OutO
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on any device."""
+    """Say whether an exception says that an allocation failed, on any device."""
     if isinstance(error, OUT_OF_MEMORY):
         return True
     return isinstance(error, RuntimeError) and (

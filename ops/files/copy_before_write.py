@@ -1,4 +1,4 @@
-"""Tensors in maps that cannot be written to: a write ends the process, so what is to be written is copied first."""
+"""Copies tensors in read-only maps before torch writes into them. Such a write would end the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPERATORS = frozenset(
         "irshift",
     ]
 )
-# End as functions that write do, and leave the elements alone.
+# Functions that end in an underscore too, and leave the elements alone.
 NO_WRITE = frozenset(
     [
         "requires_grad_",
@@ -50,7 +50,7 @@ NO_WRITE = frozenset(
 class CopyBeforeWrite(TorchFunctionMode):
     """Inside, a tensor that was given to `watch` gets memory of its own before torch writes into it.
 
-    Only the tensor itself can be given other memory. A write into a view of one raises SourceError.
+    Only the tensor itself can be given other memory. A write into a view of it raises SourceError.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class CopyBeforeWrite(TorchFunctionMode):
         self.watched: dict[int, torch.Tensor] = {}
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Tensors as a map lent them."""
+        """Watch tensors as a map lent them."""
         self.watched.update((id(tensor), tensor) for tensor in tensors)
 
     def __torch_function__(

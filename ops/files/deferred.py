@@ -1,7 +1,7 @@
-"""Tensors that are made when they are written, one after the other, and in parts where they can be.
+"""Tensors that are computed when they are written, one after the other, and in parts where possible.
 
-Code that names, joins or transposes the tensors of a state dict works on them as on any others: what it does is noted,
-and done when the result is written.
+Code that names, joins or transposes the tensors of a state dict works on them as on any others. Its operations are
+noted, and carried out when the result is written.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from .disk_map import locate
 
-# Bytes of a part, in float32, the widest that is computed in.
+# Bytes of a part in float32, the widest dtype of the computations.
 PART_BYTES = 4 << 20
-# Matrix products of very few rows may take another way through the kernels, and end in other bits.
+# Matrix products of very few rows may take other kernels, and the result would differ in its last bits.
 MIN_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a tensor, from `start` on: contiguous CPU memory. `name`: which of the tensors made together."""
+    """Rows of a tensor, from `start` on: contiguous CPU memory. `name`: which of the recipe's tensors."""
 
     name: str
     start: int
@@ -32,19 +32,19 @@ class Part:
 
 
 class Recipe:
-    """Makes one tensor, or several that come of one computation."""
+    """Computes one tensor, or several together."""
 
     def parts(self) -> Iterator[Part]:
-        """The tensors, part by part. Each call computes them anew; the same bits every time."""
+        """Yield the tensors, part by part. Each call computes them anew, with the same bits."""
         raise NotImplementedError
 
     def sources(self) -> list[torch.Tensor]:
-        """The tensors that are read: for reading ahead, and for giving pages back."""
+        """Return the tensors that are read, for reading ahead and for giving pages back."""
         return []
 
 
 class Stored(Recipe):
-    """A tensor that exists already, cast to `dtype` where it is another."""
+    """A tensor that exists already, cast to `dtype` where given."""
 
     def __init__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         self.tensor = tensor
@@ -74,7 +74,7 @@ class Made(Recipe):
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about PART_BYTES each, of at least MIN_ROWS; the same for a shape on every machine."""
+    """Yield (start, stop) of rows, about PART_BYTES and at least MIN_ROWS each; the same on every machine."""
     rows = shape[0] if shape else 1
     row_bytes = 4
     for size in shape[1:]:
@@ -85,18 +85,18 @@ def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 class Deferred(torch.Tensor):
-    """A tensor without data, with shape and dtype; `recipe` makes it, under the name `part` among what it makes."""
+    """A tensor without data, with shape and dtype. `recipe` computes it, under the name `part` among its tensors."""
 
     recipe: Recipe
     part: str
 
     @staticmethod
     def of(recipe: Recipe, shape: tuple[int, ...], dtype: torch.dtype, part: str = "") -> Deferred:
-        """A stand-in for a tensor of this shape and dtype."""
+        """Return a stand-in for a tensor of this shape and dtype."""
         empty = torch.empty(shape, dtype=dtype, device="meta")
-        made: Deferred = torch.Tensor._make_subclass(Deferred, empty)  # type: ignore[attr-defined]
-        made.recipe, made.part = recipe, part
-        return made
+        deferred: Deferred = torch.Tensor._make_subclass(Deferred, empty)  # type: ignore[attr-defined]
+        deferred.recipe, deferred.part = recipe, part
+        return deferred
 
     @classmethod
     def __torch_function__(
@@ -105,7 +105,7 @@ class Deferred(torch.Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if not isinstance(result, torch.Tensor) or result is args[0]:  # a size, say; or itself, as of contiguous()
+        if not isinstance(result, torch.Tensor) or result is args[0]:  # a size, or the tensor itself as of contiguous()
             return result
         return Deferred.of(Made(lambda: func(*made(args), **made(kwargs))), tuple(result.shape), result.dtype)
 
@@ -114,7 +114,7 @@ class Deferred(torch.Tensor):
 
 
 def made(value: Any) -> Any:
-    """The value with every Deferred in it, or in a list, tuple or dict of it, made whole."""
+    """Return the value with every Deferred in it, or in its lists, tuples and dicts, computed."""
     if isinstance(value, Deferred):
         return whole(value)
     if isinstance(value, (list, tuple)):
@@ -125,7 +125,7 @@ def made(value: Any) -> Any:
 
 
 def whole(deferred: Deferred) -> torch.Tensor:
-    """Make a Deferred as one tensor in CPU memory."""
+    """Compute a Deferred as one tensor in CPU memory."""
     parts = [part.data for part in deferred.recipe.parts() if part.name == deferred.part]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -147,7 +147,7 @@ class Assembling(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def resolve(self, tensor: torch.Tensor) -> Deferred:
-        """The tensor as a Deferred. Raises ValueError for one without data whose making was not seen."""
+        """Return the tensor as a Deferred. Raises ValueError for a meta tensor that no Deferred was assigned to."""
         if isinstance(tensor, Deferred):
             return tensor
         shape, dtype = tuple(tensor.shape), tensor.dtype
@@ -167,16 +167,16 @@ class Assembling(TorchFunctionMode):
 
 
 def drop_pages(tensor: torch.Tensor) -> None:
-    """Give the pages of a file's map behind a tensor back to the system, where it lies in one."""
-    found = locate(tensor)
-    if found is not None:
-        disk_map, offset, nbytes = found
+    """Give the pages behind a tensor back to the system, where the tensor lies in a file's map."""
+    location = locate(tensor)
+    if location is not None:
+        disk_map, offset, nbytes = location
         disk_map.drop(offset, nbytes)
 
 
 def read_ahead(tensor: torch.Tensor) -> None:
     """Ask the system to read a tensor that lies in a file's map."""
-    found = locate(tensor)
-    if found is not None:
-        disk_map, offset, nbytes = found
+    location = locate(tensor)
+    if location is not None:
+        disk_map, offset, nbytes = location
         disk_map.will_need(offset, nbytes)

@@ -83,11 +83,11 @@ def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
 
 
 def _map(file: BinaryIO, file_bytes: int) -> tuple[mmap.mmap, bool]:
-    """Map a whole file, however large; and whether the map is read-only.
+    """Map a whole file, however large. Return the map, and whether it is read-only.
 
     A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
-    unless told not to, which a model larger than RAM would fail. Windows cannot be told: there the map is writable
-    while that leaves as much again to others. Else it is read-only, and whoever writes ends the process.
+    unless told not to, which a model larger than RAM would fail. Windows cannot be told. There the map is writable
+    while that leaves as much again to others. Else it is read-only, and a write ends the process.
     """
     try:
         if sys.platform != "win32":
@@ -102,14 +102,14 @@ def _map(file: BinaryIO, file_bytes: int) -> tuple[mmap.mmap, bool]:
 
 
 class DiskMap:
-    """A safetensors file; tensors are views of its memory map.
+    """A safetensors file. Its tensors are views of its memory map.
 
-    They may be written into: that stays in this process, and in memory. Pages of a range that was written into are not
-    dropped, for they are the only copy.
+    A write into a tensor stays in this process, and in memory. Pages of a range that was written into are the only
+    copy, so they are not dropped.
 
     keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
-    cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for anything that
-    is no whole safetensors file.
+    cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for a file that is
+    no whole safetensors file.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class DiskMap:
             _check_overlap(self.path, self._specs)
             self._map, self.read_only = _map(file, self.file_bytes)
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
-        # Every tensor of a key shares one version counter with what lies here: a write into any of them shows.
+        # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
         self._lent: dict[str, torch.Tensor] = {}
         self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
         self._offsets = [self._offset(key) for key in self._order]
@@ -146,14 +146,14 @@ class DiskMap:
         return self._specs[key].offset
 
     def keys(self) -> Iterable[str]:
-        """The keys, in file order."""
+        """Return the keys, in file order."""
         return self._specs.keys()
 
     def __contains__(self, key: str) -> bool:
         return key in self._specs
 
     def spec(self, key: str) -> TensorSpec:
-        """Dtype, shape and place of a tensor. Raises SourceError for a key that is not there."""
+        """Return dtype, shape and place of a tensor. Raises SourceError for a key that is not there."""
         try:
             return self._specs[key]
         except KeyError:
@@ -163,7 +163,7 @@ class DiskMap:
             ) from None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The tensor as a view of the map: nothing is read until its elements are."""
+        """Return the tensor as a view of the map. Nothing is read until its elements are."""
         spec = self.spec(key)
         if not spec.nbytes:
             view = torch.empty(spec.shape, dtype=spec.dtype)
@@ -175,21 +175,21 @@ class DiskMap:
         lent = self._lent.get(key)
         if lent is None:
             lent = self._view(spec.dtype, spec.nbytes // spec.dtype.itemsize, spec.offset)
-            lent = self._lent.setdefault(key, lent)  # another thread's, if it was first
+            lent = self._lent.setdefault(key, lent)  # that of another thread, if it came first
         return lent
 
     def _view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
-        # Tensors that are made in inference mode do not count writes.
+        # Tensors of inference mode do not count writes, and pages with written numbers would be dropped.
         with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All tensors as views of the map."""
+        """Return all tensors as views of the map."""
         return {key: self.tensor(key) for key in self._specs}
 
     def written(self, offset: int, nbytes: int) -> bool:
-        """Whether torch has written into a tensor that lies in this range: it is memory, and no longer the file."""
+        """Say whether torch has written into a tensor in this range of bytes, which then differs from the file."""
         first = max(0, bisect_right(self._offsets, offset) - 1)
         for key in self._order[first : bisect_left(self._offsets, offset + nbytes)]:
             lent = self._lent.get(key)
@@ -198,7 +198,7 @@ class DiskMap:
         return False
 
     def drop(self, offset: int, nbytes: int) -> None:
-        """Give the whole pages of a range back to the system; a later read brings them again.
+        """Give the whole pages of a range of bytes back to the system. A later read brings them again.
 
         A range that was written into stays. Writes that torch does not count (through `.data`, numpy or an address)
         are seen where the kernel tells of them, which Linux does.
@@ -213,7 +213,7 @@ class DiskMap:
         self._map.madvise(option, start, end - start)
 
     def will_need(self, offset: int, nbytes: int) -> None:
-        """Ask the system to read a range ahead."""
+        """Ask the system to read a range of bytes ahead."""
         option = getattr(mmap, "MADV_WILLNEED", None)
         if option is not None and nbytes > 0:
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
@@ -224,7 +224,7 @@ _open_maps: weakref.WeakSet[DiskMap] = weakref.WeakSet()
 
 
 def map_of(tensor: torch.Tensor) -> DiskMap | None:
-    """The map that the elements of a plain tensor lie in."""
+    """Return the map that the elements of a strided tensor lie in; None for ordinary memory."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
     address = tensor.data_ptr()
@@ -232,7 +232,7 @@ def map_of(tensor: torch.Tensor) -> DiskMap | None:
 
 
 def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
-    """The map, offset and bytes that a plain contiguous tensor is a view of, or None for ordinary memory."""
+    """Return the map, offset and bytes that a contiguous tensor is a view of, or None for ordinary memory."""
     disk_map = map_of(tensor)
     if disk_map is None or not tensor.is_contiguous():
         return None
@@ -240,5 +240,5 @@ def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
 
 
 def open_maps() -> Iterator[DiskMap]:
-    """The maps that are open now, for memory reports."""
+    """Yield the maps that are open now, for memory reports."""
     return iter(list(_open_maps))

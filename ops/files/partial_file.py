@@ -44,7 +44,8 @@ class PartialFile:
         self._refuse_existing()
         token = secrets.token_hex(8)
         self.path = self.target.parent / f"{PREFIX}{token}{SUFFIX}"
-        # Noted before it exists: a kill in between leaves a note of nothing.
+        # Noted before the file exists. A kill in between leaves a note of no file, where the other way round the file
+        # would stay for ever.
         self._note = _write_note(journal / token, self.path) if journal is not None else None
         self.file: BinaryIO
         try:
@@ -68,7 +69,7 @@ class PartialFile:
         self._forget()
 
     def discard(self) -> None:
-        """Remove what was written. What stood under the target's name still does."""
+        """Remove the file. A file under the target's name stays as it was."""
         if hasattr(self, "file"):
             self.file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -85,7 +86,7 @@ class PartialFile:
 
 
 def _write_note(note: Path, path: Path) -> Path | None:
-    """Note an unfinished file; None where it cannot be noted, which prevents no save."""
+    """Note an unfinished file. Return None where it cannot be noted, which prevents no save."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_bytes(os.fsencode(path))
@@ -131,7 +132,7 @@ def _exists(target: Path) -> FileExistsError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The name must survive a power failure too."""
+    """Bring the new name to the disk, so that it survives a power failure."""
     if sys.platform == "win32":
         return
     with contextlib.suppress(OSError):  # not every file system can, and not every folder may be read
@@ -143,7 +144,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _abandoned(path: Path) -> bool:
-    """Remove an unfinished file unless a living process writes it. Returns whether it is gone."""
+    """Remove an unfinished file unless a living process writes it. Say whether it is gone."""
     try:
         if sys.platform == "win32":
             path.unlink()
@@ -160,7 +161,7 @@ def _abandoned(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A plain file, open for reading. Raises OSError for anything else: a pipe, say, would be waited for."""
+    """Open a regular file for reading. Raises OSError for anything else, since opening a pipe would wait for ever."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, "no plain file", str(path))
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -171,14 +172,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove the unfinished files of dead processes from a folder; returns them."""
+    """Remove the unfinished files of dead processes from a folder. Return them."""
     with contextlib.suppress(OSError):
         return list(_swept(Path(folder) / name for name in os.listdir(folder)))
     return []
 
 
 def sweep_noted(journal: Path) -> list[Path]:
-    """Remove the unfinished files of dead processes that a journal notes, wherever they lie; returns them."""
+    """Remove the unfinished files of dead processes that a journal notes, wherever they lie. Return them."""
     removed = []
     try:
         names = sorted(os.listdir(journal))
@@ -187,7 +188,7 @@ def sweep_noted(journal: Path) -> list[Path]:
     for note in (journal / name for name in names):
         try:
             path = _read_note(note)
-        except (OSError, ValueError):  # no note: a folder, a link, something large; or it cannot be read
+        except (OSError, ValueError):  # no note (a folder, a link, a large file), or unreadable
             continue
         existed = os.path.lexists(path)
         if not _is_ours(path) or _abandoned(path):
@@ -197,7 +198,7 @@ def sweep_noted(journal: Path) -> list[Path]:
 
 
 def _read_note(note: Path) -> Path:
-    """The path that a note holds. Raises OSError or ValueError for what is no note."""
+    """Return the path that a note holds. Raises OSError or ValueError for a file that is no note."""
     with _opened(note) as handle:
         data = os.read(handle, MAX_NOTE_BYTES + 1)
     if len(data) > MAX_NOTE_BYTES:

@@ -1,4 +1,4 @@
-"""Which memory of this process is its own alone, as the kernel tells it."""
+"""Tells the memory that is this process's alone, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ NOT_PRIVATE = bytes(top for top in range(256) if top & 0x20 or not top & 0xC0)
 
 
 def has_private_pages(address: int, nbytes: int) -> bool:
-    """Whether a page of a range of a private file map was written into, by whatever means: it is then a copy.
+    """Say whether a page of a range of a private file map was written into, by whatever means, and is now a copy.
 
-    address, nbytes: whole pages. False where the system does not tell. About 2 us for a MiB.
+    address, nbytes: whole pages. Returns False where the system does not tell. Takes about 2 us for a MiB.
     """
     try:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)

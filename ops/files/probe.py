@@ -1,6 +1,6 @@
-"""What is in a safetensors file, told from its header alone. Needs no torch.
+"""Tells what a safetensors file holds, from its header alone. Needs no torch.
 
-The architecture is told by names that only it has; a name may stand behind any prefix.
+An architecture is told by names that no other has. A name may stand behind any prefix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BITS = {
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
-# (architecture, names that must all be there); the first that fits.
+# (architecture, names that must all be there). The first that fits counts.
 DIFFUSION_MODELS: list[tuple[str, tuple[str, ...]]] = [
     ("Stable Diffusion 3", ("joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight")),
     ("Chroma", ("distilled_guidance_layer.norms.0.scale", "double_blocks.0.img_attn.qkv.weight")),
@@ -69,7 +69,7 @@ BESIDE_WEIGHTS = re.compile(
 
 @dataclass
 class Probe:
-    """What a file is. parameters: elements of weights, packed ones unpacked. dtypes: name -> (tensors, bytes)."""
+    """Facts about a file. parameters: elements of weights, packed ones unpacked. dtypes: name -> (tensors, bytes)."""
 
     path: str
     kind: str
@@ -85,7 +85,7 @@ class Probe:
 
     @property
     def words(self) -> str:
-        """For a person, a fact a line."""
+        """Return the facts for a person, one a line."""
         lines = [
             f"{os.path.basename(self.path)}: {self.kind}" + (f", {self.architecture}" if self.architecture else ""),
             f"{self.file_bytes:,} bytes, {self.tensors:,} tensors, {self.parameters:,} parameters",
@@ -103,7 +103,7 @@ class Probe:
 
 
 def probe(path: str | os.PathLike[str]) -> Probe:
-    """Tell what a file is. Raises SourceError, with the reason, for what is no whole safetensors file."""
+    """Tell what a file holds. Raises SourceError, with the reason, for a file that is no whole safetensors file."""
     header = read_header(path)
     entries = {key: header.entry(key) for key in header.entries}
     dtypes: Counter[str] = Counter()
@@ -147,7 +147,7 @@ class _Names:
 
 
 def _what(names: _Names, entries: dict[str, Entry]) -> tuple[str, str, list[str]]:
-    """(kind, architecture, parts of a checkpoint)"""
+    """Return (kind, architecture, parts of a checkpoint)."""
     if not entries:
         return "an empty file", "", []
     adapters = sum(bool(LORA.search(key)) for key in entries)
@@ -175,8 +175,8 @@ def _u_net(entries: dict[str, Entry]) -> str:
 
 
 def _quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
-    """Layer -> format, by what stands beside its weight, and by the metadata."""
-    found: dict[str, str] = {}
+    """Return layer -> format, by the tensors beside its weight and by the metadata."""
+    formats: dict[str, str] = {}
     for key in entries:
         layer, _, name = key.rpartition(".")
         if name not in ("comfy_quant", "weight_scale", "scale_weight", "weight_scale_2"):
@@ -184,39 +184,39 @@ def _quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
         weight = entries.get(f"{layer}.weight")
         dtype = weight.dtype if weight is not None else ""
         if f"{layer}.weight_scale_2" in entries:
-            found[layer] = "nvfp4"
+            formats[layer] = "nvfp4"
         elif dtype == "F8_E4M3" and entries.get(f"{layer}.weight_scale", weight).dtype == "F8_E8M0":  # type: ignore[union-attr]
-            found[layer] = "mxfp8"
+            formats[layer] = "mxfp8"
         else:
             named = {"F8_E4M3": "fp8_e4m3fn scaled", "F8_E5M2": "fp8_e5m2 scaled", "I8": "int8"}
-            found[layer] = named.get(dtype, dtype or "unknown")
+            formats[layer] = named.get(dtype, dtype or "unknown")
     try:
         layers = json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        found.update({layer: str(conf.get("format")) for layer, conf in layers.items()})
+        formats.update({layer: str(conf.get("format")) for layer, conf in layers.items()})
     except (ValueError, AttributeError, TypeError):
         raise SourceError(
             f"{header.path}: its _quantization_metadata are not JSON with 'layers'. Get the file again from its maker."
         ) from None
-    return found
+    return formats
 
 
 def _parameters(key: str, entry: Entry, entries: dict[str, Entry]) -> int:
     if BESIDE_WEIGHTS.search(key):
         return 0
-    # Two 4-bit numbers in a byte.
+    # A byte holds two 4-bit numbers.
     packed = entry.dtype == "U8" and f"{key}_scale_2" in entries
     return entry.numel * (2 if packed else 1)
 
 
 def _ranks(entries: dict[str, Entry]) -> dict[int, int]:
-    found = Counter(entry.shape[0] for key, entry in entries.items() if RANK_FIRST.search(key) and entry.shape)
-    return dict(found.most_common())
+    layers = Counter(entry.shape[0] for key, entry in entries.items() if RANK_FIRST.search(key) and entry.shape)
+    return dict(layers.most_common())
 
 
 def _said(header: Header) -> dict[str, str]:
-    """What the metadata say, shortened: workflows and training logs fill pages."""
-    found = {}
+    """Return the metadata, shortened, since workflows and training logs fill pages."""
+    shortened = {}
     for key, value in header.metadata.items():
         text = str(value)
-        found[key] = text if len(text) <= 120 else f"{text[:100]}… ({len(text):,} characters)"
-    return found
+        shortened[key] = text if len(text) <= 120 else f"{text[:100]}… ({len(text):,} characters)"
+    return shortened

@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
@@ -50,7 +50,7 @@ class Header:
     entries: dict[str, Any]
 
     def entry(self, key: str) -> Entry:
-        """A tensor's entry. Raises SourceError where it is no entry."""
+        """Return a tensor's entry. Raises SourceError where it is malformed."""
         entry = self.entries[key]
         try:
             name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -68,7 +68,7 @@ class Header:
         return Entry(name, tuple(shape), start, end)
 
     def check_place(self, key: str, entry: Entry, nbytes: int) -> None:
-        """Raises SourceError unless the tensor of `nbytes` fills its offsets, and they lie in the file."""
+        """Raise SourceError unless the tensor of `nbytes` fills its offsets, and they lie in the file."""
         if entry.end - entry.start != nbytes:
             raise SourceError(
                 f"{self.path}: tensor '{key}' of {entry.dtype} {list(entry.shape)} needs {nbytes} bytes, its offsets "
@@ -82,7 +82,7 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read a file's header, and nothing else of it. Raises SourceError for what is no safetensors file."""
+    """Read a file's header, and nothing else of it. Raises SourceError for a file of another format."""
     with open_file(path) as file:
         return parse_header(Path(path), file)
 
@@ -102,7 +102,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def parse_header(path: Path, file: BinaryIO) -> Header:
-    """The header of an open file; `path` is for messages. Raises SourceError for what is no safetensors file."""
+    """Return the header of an open file. path: for messages. Raises SourceError for what is no safetensors file."""
     file_bytes = os.fstat(file.fileno()).st_size
     head = file.read(8)
     if len(head) < 8:

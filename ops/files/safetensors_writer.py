@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor: the header is known from the specs before the first of them is made.
+"""Writes a safetensors file tensor by tensor. The header is known from the specs before a tensor is computed.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -30,7 +30,7 @@ NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
 
 
 class SaveError(RuntimeError):
-    """A file that could not be written: names the file, what was needed and what to do. Nothing of it is left."""
+    """A file that could not be written. Names the file, the need and the remedy. Nothing of the file is left."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SavedSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Return the bytes of the tensor's elements."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -50,14 +50,15 @@ class SavedSpec:
 
 
 def file_order(specs: Mapping[str, SavedSpec]) -> list[str]:
-    """The keys as they lie in the file: by size of an element, the largest first, so that each tensor is aligned
-    without gaps, which the format forbids; then by name.
+    """Return the keys as they lie in the file, by size of an element and then by name.
+
+    The largest elements come first, so that each tensor is aligned without gaps, which the format forbids.
     """
     return sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))
 
 
 def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of the file, up to where its tensors begin. Raises SaveError for what the format cannot hold."""
+    """Return the bytes of the file before its tensors. Raises SaveError for specs that the format cannot hold."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -82,10 +83,10 @@ def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> by
 
 
 class SafetensorsWriter:
-    """A safetensors file in the making. As a context manager: complete under its name, or not there at all.
+    """A safetensors file under way. The context manager leaves it complete under its name, or not there at all.
 
-    specs: key -> dtype and shape. Tensors may be written in any order and in pieces. overwrite, journal: as for
-    PartialFile. Raises SaveError where the disk has no room for all of it, before anything is written.
+    specs: key -> dtype and shape. Tensors may be written in any order and in parts. overwrite, journal: as for
+    PartialFile. Raises SaveError where the disk has no room for the whole file, before a byte is written.
     """
 
     def __init__(
@@ -128,11 +129,11 @@ class SafetensorsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._partial is not None
         try:
-            if kind is None:
+            if error_type is None:
                 self._check_complete()
                 self._partial.commit()
         except FileExistsError as there:
@@ -143,7 +144,7 @@ class SafetensorsWriter:
             self._partial.discard()
 
     def write(self, key: str, start: int, data: memoryview) -> None:
-        """Write bytes of a tensor, `start` bytes from its beginning; each byte of it once. Raises SaveError."""
+        """Write bytes of a tensor, each byte once. start: bytes from its beginning. Raises SaveError and ValueError."""
         if start < 0 or start + len(data) > self._specs[key].nbytes:
             raise ValueError(f"'{key}' has {self._specs[key].nbytes} bytes, not {start} + {len(data)}")
         self._put(self._offsets[key] + start, data)

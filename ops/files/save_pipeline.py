@@ -15,14 +15,14 @@ from ..gather import inner_tensors
 from .deferred import Deferred, Part, Recipe, drop_pages, read_ahead
 from .safetensors_writer import SafetensorsWriter, SavedSpec, file_order
 
-# Parts that wait to be written while the next is made.
+# Parts that wait to be written while the next is computed.
 WAITING = 2
 # Bytes of the sources that the system is asked to read ahead.
 AHEAD_BYTES = 64 << 20
 
 
 class _Job(NamedTuple):
-    """Tensors that are made together. keys: name of a part -> the keys that it is saved under."""
+    """Tensors that are computed together. keys: name of a part -> the keys that it is saved under."""
 
     recipe: Recipe
     keys: dict[str, list[str]]
@@ -37,10 +37,10 @@ def save(
     overwrite: bool = False,
     journal: Path | None = None,
 ) -> int:
-    """Write a safetensors file; returns its bytes.
+    """Write a safetensors file. Return its bytes.
 
-    progress: called with (bytes of tensors made so far, bytes of all); what it raises ends the saving. Raises
-    SaveError and FileExistsError; whatever ends it, a file of that name stays as it was, and no other is left.
+    progress: called with (bytes of tensors computed so far, bytes of all). An error that it raises ends the saving.
+    Raises SaveError and FileExistsError. After any error a file of that name is as it was, and no other is left.
     """
     specs = {key: SavedSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     jobs = _jobs(tensors, specs)
@@ -66,7 +66,7 @@ def save(
 
 
 def _jobs(tensors: Mapping[str, Deferred], specs: Mapping[str, SavedSpec]) -> list[_Job]:
-    """In the order in which the largest tensor of each lies in the file."""
+    """Return the jobs, in the order in which the largest tensor of each lies in the file."""
     by_recipe: dict[int, _Job] = {}
     at: dict[int, int] = {}
     largest: dict[int, int] = {}
@@ -93,12 +93,12 @@ def _read_ahead(recipe: Recipe) -> int:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
+    """Return the bytes of a contiguous CPU tensor, not copied."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 class _Behind:
-    """Writes parts in a thread of its own. An error there is raised by the next call, and by the end."""
+    """Writes parts in a thread of its own. An error there is raised by the next `put`, and at the end."""
 
     def __init__(self, writer: SafetensorsWriter, specs: Mapping[str, SavedSpec]) -> None:
         self._writer, self._specs = writer, specs
@@ -110,16 +110,16 @@ class _Behind:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._error is None:
-            self._error = RuntimeError("the saving was given up")  # nothing more need be written
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is not None and self._error is None:
+            self._error = RuntimeError("the saving was given up")  # makes the thread write no more
         self._queue.put(None)
         self._thread.join()
-        if kind is None and self._error is not None:
+        if error_type is None and self._error is not None:
             raise self._error
 
     def put(self, key: str, part: Part) -> None:
-        """Have a part written; waits while enough are on their way."""
+        """Have a part written. Waits while WAITING parts are on their way."""
         if self._error is not None:
             raise self._error
         spec = self._specs[key]
@@ -133,7 +133,7 @@ class _Behind:
         self._queue.put((key, start, as_bytes(part.data)))
 
     def _run(self) -> None:
-        # Emptied to the end also after an error: the other side may be waiting for room.
+        # Emptied to the end also after an error. Else `put` would wait for room for ever.
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:

@@ -1,4 +1,4 @@
-"""Where weights come from: a file map (`DiskMap`) or tensors already in memory."""
+"""The sources of weights: a file map (`DiskMap`) or tensors already in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .disk_map import SourceError
 
 
 class Source(Protocol):
-    """Tensors by key; asking for one reads nothing."""
+    """Tensors by key. Asking for a tensor reads nothing."""
 
     def keys(self) -> Iterable[str]: ...
 
@@ -28,14 +28,14 @@ class StateDict:
         self._tensors = tensors
 
     def keys(self) -> Iterable[str]:
-        """The keys."""
+        """Return the keys."""
         return self._tensors.keys()
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The tensor. Raises SourceError for a key that is not there."""
+        """Return the tensor. Raises SourceError for a key that is not there."""
         try:
             return self._tensors[key].detach()
         except KeyError:

@@ -1,4 +1,4 @@
-"""INT8 matrix products: weights quantised by row, activations by row as they come (W8A8).
+"""INT8 matrix products, with weights quantised by row and activations by row as they come (W8A8).
 
 Method: dynamic per-token activation and per-channel weight scales, as in LLM.int8() (arXiv:2208.07339, section 3.1)
 without its outlier columns. Symmetric, 127 steps to each side, scale = largest magnitude / 127.
@@ -14,12 +14,13 @@ import torch
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 STEPS = 127
-# The largest of many normal numbers grows with their count, and the step with it: beyond this many columns a scale of
-# its own for each part keeps the error of a product under 1.2 %.
+# The largest of many normal numbers grows with their count, and the step with it. Beyond this many columns a scale for
+# each group keeps the error of a product under 1.2 %.
 GROUP = 2048
-# Of products before they are rescaled, a bound on temporary memory; but every product reads the whole weight again.
+# Bytes and least rows of products before they are rescaled. A smaller bound saves temporary memory, but every product
+# reads the whole weight again.
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
-# Of numbers that take several passes: they stay in the processor's cache, and are no memory map of their own.
+# Bytes of numbers that take several passes. They stay in the processor's cache, and get no memory map of their own.
 CACHED_BYTES = 2 << 20
 
 _kernels: dict[str, Kernel] = {}
@@ -27,14 +28,14 @@ _int_mm_works: dict[str, bool] = {}
 
 
 def register_kernel(device_type: str, kernel: Kernel) -> None:
-    """Use a library's kernel on devices of that type, where a weight has one scale a row."""
+    """Use a library's kernel on devices of that type for weights with one scale a row."""
     _kernels[device_type] = kernel
 
 
 def group_count(columns: int, device_type: str) -> int:
-    """Parts of a row that have a scale of their own: on a CPU as few as keep the error bound, else 1.
+    """Return the groups of a row that have a scale each: on a CPU as few as keep the error bound, else 1.
 
-    Kernels of other devices are made for one scale a row, and lose more by several products than a scale gains.
+    Kernels of other devices take one scale a row, and lose more by several products than more scales gain.
     """
     if device_type != "cpu":
         return 1
@@ -45,7 +46,7 @@ def group_count(columns: int, device_type: str) -> int:
 
 
 def quantise_rows(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) float -> int8 of the same shape, and fp32 scales (rows, groups)."""
+    """Quantise (rows, columns) float. Return int8 of the same shape, and fp32 scales (rows, groups)."""
     count, columns = x.shape
     if _is_symbolic(count) or x.device.type != "cpu" or 4 * count * columns <= CACHED_BYTES:
         return _quantised(x, groups)
@@ -60,26 +61,26 @@ def quantise_rows(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch
 def _quantised(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     parts = x.reshape(rows, groups, columns // groups)
-    # Not zero: a row of zeros is zeros.
+    # Never zero, whose reciprocal would make NaN of a row of zeros.
     scale = parts.abs().amax(-1, keepdim=True).float().div_(STEPS).clamp_(min=torch.finfo(torch.float32).tiny * 256)
     quantised = torch.mul(parts, scale.reciprocal()).round_().to(torch.int8)
     return quantised.reshape(rows, columns), scale.squeeze(-1)
 
 
 def _is_symbolic(count: int) -> bool:
-    """Where a graph is made for any number of rows, that number is a symbol: parts would fix it."""
+    """Say whether a graph is traced for any number of rows. Work in parts would fix that number."""
     return torch.compiler.is_compiling() or isinstance(count, torch.SymInt)
 
 
 def dequantise_rows(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The opposite: (rows, columns) int8 with scales (rows, groups) -> float."""
+    """Return (rows, columns) in `dtype` of int8 (rows, columns) with scales (rows, groups)."""
     rows, columns = qdata.shape
     parts = qdata.reshape(rows, scale.shape[1], -1)
     return torch.mul(parts, scale.unsqueeze(-1)).to(dtype).reshape(rows, columns)
 
 
 def has_int_mm(device_type: str) -> bool:
-    """Whether torch multiplies INT8 matrices on such devices. Tried once, when the first weight is quantised there."""
+    """Say whether torch multiplies INT8 matrices on such devices. Tried once, as the first weight is quantised."""
     known = _int_mm_works.get(device_type)
     if known is None:
         if torch.compiler.is_compiling():
@@ -94,7 +95,7 @@ def has_int_mm(device_type: str) -> bool:
 
 
 def _multiplies(x: torch.Tensor, qdata: torch.Tensor) -> bool:
-    """Whether torch._int_mm takes these shapes. CUDA wants multiples of 8: aten/native/cuda/Blas.cpp."""
+    """Say whether torch._int_mm takes these shapes. CUDA wants multiples of 8: aten/native/cuda/Blas.cpp."""
     rows, columns = qdata.shape
     if x.device.type != "cpu" and (rows % 8 or columns % 8):
         return False
@@ -104,9 +105,9 @@ def _multiplies(x: torch.Tensor, qdata: torch.Tensor) -> bool:
 def int8_linear(
     x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x (..., columns) times qdata (rows, columns) transposed, plus bias (rows), in x's dtype.
+    """Return x (..., columns) times qdata (rows, columns) transposed, plus bias (rows), in x's dtype.
 
-    scale: (rows, groups), fp32. What no INT8 kernel takes is computed with the dequantised weight.
+    scale: (rows, groups), fp32. Shapes that no INT8 kernel takes are computed with the dequantised weight.
     """
     flat = x.reshape(-1, x.shape[-1])
     groups = scale.shape[1]
@@ -127,19 +128,19 @@ def _products(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: t
     result = x.new_empty(count, rows)
     for start in range(0, count, step):
         products, scales, x_scale = _product(x[start : start + step], qdata, scale)
-        # Rescaling takes several passes: by parts that stay in the cache.
+        # Rescaling takes several passes, so it goes by parts that stay in the cache.
         small = max(1, CACHED_BYTES // (rows * 4))
         for first in range(0, products[0].shape[0], small):
             part = slice(first, first + small)
-            made = _rescaled([product[part] for product in products], scales, x_scale[part], bias, x.dtype)
-            result[start + first : start + first + made.shape[0]] = made
+            rescaled = _rescaled([product[part] for product in products], scales, x_scale[part], bias, x.dtype)
+            result[start + first : start + first + rescaled.shape[0]] = rescaled
     return result
 
 
 def _product(
     x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """The int32 products of each group, the scales of its columns, and those of the rows (rows, groups)."""
+    """Return the int32 products of each group, the scales of its columns, and those of the rows (rows, groups)."""
     groups = scale.shape[1]
     width = x.shape[1] // groups
     quantised, x_scale = quantise_rows(x, groups)

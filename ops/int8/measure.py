@@ -1,4 +1,4 @@
-"""Whether INT8 wins on a device: the model's own shapes, measured."""
+"""Measures whether INT8 wins on a device, by the model's own shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .linear import group_count, int8_linear, quantise_rows
 
-# Shapes that are measured: those with the most weights. The rest is taken to behave alike.
+# How many shapes are measured, those with the most weights. The others are taken to behave alike.
 SHAPES = 3
 # Below this gain the rounding is not worth it.
 WORTHWHILE = 1.05
@@ -20,8 +20,10 @@ _measured: dict[tuple[torch.device, torch.dtype, int, int, int], tuple[float, fl
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the products of some layers. shapes: (rows, columns) of the weight, float seconds, INT8 seconds, each
-    for one product of `tokens` tokens; layers: how many layers have the shape.
+    """Seconds of the products of some layers.
+
+    shapes: for each, (rows, columns) of the weight, how many layers have it, and the seconds of a product of `tokens`
+    tokens in floating point and in INT8.
     """
 
     dtype: torch.dtype
@@ -31,18 +33,18 @@ class Timing:
 
     @property
     def gain(self) -> float:
-        """Seconds in floating point over seconds in INT8."""
+        """Return seconds in floating point over seconds in INT8."""
         in_floats = sum(layers * seconds for _, layers, seconds, _ in self.shapes)
         quantised = sum(layers * seconds for _, layers, _, seconds in self.shapes)
         return in_floats / quantised if quantised else 1.0
 
     @property
     def wins(self) -> bool:
-        """Whether INT8 is faster by more than timing noise."""
+        """Say whether INT8 is faster by more than timing noise."""
         return self.gain >= WORTHWHILE
 
     def in_words(self) -> str:
-        """For the log: every shape, and the sum."""
+        """Return every shape, and the sum, for the log."""
         name = str(self.dtype).removeprefix("torch.")
         shapes = ", ".join(
             f"{columns}->{rows} {1e3 * floats:.2f} ms {name}, {1e3 * quantised:.2f} ms INT8"
@@ -75,12 +77,12 @@ def _time(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: torc
     weight = torch.randn(rows, columns, device=device, dtype=dtype)
     qdata, scale = quantise_rows(weight, group_count(columns, device.type))
     best = [float("inf"), float("inf")]
-    for turn in range(3):  # in turns: a machine that is busy for a moment slows both
-        for kind in (0, 1):
+    for turn in range(3):  # in turns, so that a machine that is busy for a moment slows both
+        for int8 in (0, 1):
             began = time.perf_counter()
-            _ = int8_linear(x, qdata, scale) if kind else torch.nn.functional.linear(x, weight)
+            _ = int8_linear(x, qdata, scale) if int8 else torch.nn.functional.linear(x, weight)
             if device.type != "cpu":
                 torch.get_device_module(device).synchronize(device)
-            if turn:  # the first chooses kernels
-                best[kind] = min(best[kind], time.perf_counter() - began)
+            if turn:  # the first turn chooses kernels
+                best[int8] = min(best[int8], time.perf_counter() - began)
     return best[0], best[1]

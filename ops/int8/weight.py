@@ -1,4 +1,4 @@
-"""A linear layer's weight in INT8, as one tensor: it travels as its parts do, and multiplies where it lies."""
+"""A linear layer's weight in INT8, as one tensor. It travels as its parts do, and multiplies where it lies."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from ..gather import inner_tensors, is_wrapper
 from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 
-# Rows that are quantised at a time: a bound on temporary memory.
+# Bytes of fp32 rows that are quantised at a time, which bounds temporary memory.
 PART_BYTES = 16 << 20
 
 
 class Int8Weight(torch.Tensor):
-    """A (rows, columns) weight in INT8 that behaves like one in `dtype`.
+    """A (rows, columns) weight in INT8 that behaves like a weight in `dtype`.
 
     qdata: int8 (rows, columns); scale: fp32 (rows, groups), one for each `columns / groups` columns. down, up: a
-    low-rank branch in floating point, (rank, columns) and (rows, rank), which is added exactly: the weight stands for
+    low-rank branch in floating point, (rank, columns) and (rows, rank), which is added exactly. The weight stands for
     `qdata * scale + up @ down`. `linear` multiplies in INT8; every other operation gets the dequantised weight.
     """
 
@@ -51,7 +51,7 @@ class Int8Weight(torch.Tensor):
 
     @classmethod
     def template(cls, shape: torch.Size, dtype: torch.dtype, groups: int = 1, rank: int = 0) -> Int8Weight:
-        """One without memory. groups: scales for each row. rank: of its branch; 0 for none."""
+        """Return a weight without memory. groups: scales for each row. rank: of its branch; 0 for none."""
         rows, columns = shape
         qdata = torch.empty(shape, dtype=torch.int8, device="meta")
         scale = torch.empty(rows, groups, dtype=torch.float32, device="meta")
@@ -62,16 +62,16 @@ class Int8Weight(torch.Tensor):
 
     @property
     def rank(self) -> int:
-        """Of the branch; 0 where there is none."""
+        """Return the rank of the branch; 0 where there is none."""
         return 0 if self.down is None else self.down.shape[0]
 
     def quantise_(self, weight: torch.Tensor) -> None:
         """Fill `qdata` and `scale` from a weight of the same shape, some rows at a time.
 
-        weight: in any floating point dtype, or another quantised tensor that has a `dequantize`. One that holds INT8
-        and a scale for each row, or one for all, is taken as it is.
+        weight: in any floating point dtype, or another quantised tensor that has a `dequantize`. A tensor of INT8 with
+        a scale for each row, or one scale for all, is taken as it is.
         """
-        has_int_mm(self.device.type)  # now: a graph that is traced later cannot try
+        has_int_mm(self.device.type)  # asked now, since a graph that is traced later cannot try
         if is_wrapper(weight):
             parts = inner_tensors(weight)
             if parts[0].dtype == torch.int8 and self.scale.shape[1] == 1:
@@ -89,7 +89,7 @@ class Int8Weight(torch.Tensor):
             self.scale[part] = scale
 
     def dequantize(self) -> torch.Tensor:
-        """The weight that this one stands for, in `dtype`."""
+        """Return the weight that the INT8 weight stands for, in `dtype`."""
         if self.down is None:
             return dequantise_rows(self.qdata, self.scale, self.dtype)
         assert self.up is not None
@@ -97,7 +97,7 @@ class Int8Weight(torch.Tensor):
         return branch.add_(dequantise_rows(self.qdata, self.scale, torch.float32)).to(self.dtype)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., columns) -> (..., rows), in x's dtype."""
+        """Multiply x (..., columns). Return (..., rows), in x's dtype."""
         result = int8_linear(x, self.qdata, self.scale, bias)
         if self.down is None:
             return result
@@ -154,7 +154,7 @@ def _linear_arguments(
 
 
 def _copied(func: Any, weight: Int8Weight, kwargs: dict[str, Any]) -> Int8Weight:
-    """Another dtype changes what the weight stands for, not its parts."""
+    """Return a copy. Another dtype changes the weight that the copy stands for, not its parts."""
     dtype = kwargs.pop("dtype", None) or weight.dtype
     names, _ = weight.__tensor_flatten__()
     return Int8Weight.__tensor_unflatten__(

@@ -61,5 +61,5 @@ class Block(Bundle):
         return forward(*args, **kwargs)
 
     def make_room(self, error: BaseException, again: bool) -> bool:
-        """While the block is lent, as `Lending.make_room`."""
+        """Do as `Lending.make_room` while the block is lent. Return False at any other time."""
         return self._lending is not None and self._lending.make_room(self, error, again)

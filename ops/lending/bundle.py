@@ -39,9 +39,9 @@ class Lending(Protocol):
         """Put the idle parameters back and end the loan."""
 
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
-        """After an error of a forward: evict what is not in use where the error says out of memory.
+        """Evict the bundles that are not in use, where the error of a forward says out of memory.
 
-        again: the forward may run once more. Returns whether to do that: `again`, and something was freed.
+        again: the forward may run once more. Returns `again` where memory was freed, else False.
         """
 
 
@@ -51,7 +51,7 @@ class Lender(Protocol):
     ledger: Ledger
 
     def enter(self, bundle: Bundle) -> Lending:
-        """Bring the tensors and let them stand in the module. Returns who ends the loan."""
+        """Bring the tensors and let them stand in the module. Return the Lending that ends the loan."""
 
 
 class Bundle:
@@ -71,13 +71,13 @@ class Bundle:
         self.final = [param.final for param in self.params]
         self.source_bytes = gathered_bytes(self.source)
         self.nbytes = gathered_bytes(self.final)
-        # Tensors that were made in inference mode do not count writes.
+        # Tensors of inference mode do not count writes, and asking for their count raises.
         self._counting = [part for source in self.source for part in inner_tensors(source) if not part.is_inference()]
         self.writes = self.count_writes()  # that the final form knows of; written by follow_writes
         self.version = 0  # counts changes of the final form; written by `invalidate`
         self.pinned_version: int | None = None  # of the final form that its pin holds; written by Pins
         self.offload_to = "auto"  # where its rule keeps it while offloaded; written once, by collect_bundles
-        self.successor: Bundle | None = None  # who was asked for after it; written by the caster at each use
+        self.successor: Bundle | None = None  # the next bundle to be asked for; written by the caster at each use
         self.vbar_slice: Any = None
         self.signature: Any = None  # of the slice, when the final form was written into it
         self.views: Sequence[torch.Tensor] | None = None  # the final form in the slice
@@ -89,10 +89,10 @@ class Bundle:
         self.refresh()
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is an ordinary one."""
+        """Return None, so that a copy of a dynamic module is an ordinary module."""
 
     def refresh(self) -> None:
-        """Work out again what follows from the parameters' patches."""
+        """Compute the fields that follow from the parameters' patches."""
         self.patched = any(param.patch is not None for param in self.params)
         self.source_is_final = not self.patched and not any(param.is_cast for param in self.params)
         self.in_place = all(param.usable_in_place() for param in self.params)
@@ -103,28 +103,28 @@ class Bundle:
     # -- transitions
 
     def move_to(self, vbar_slice: Any) -> None:
-        """Take an address range in a VBAR; None: the bundle is always streamed. What it held elsewhere is void."""
+        """Take a slice of a VBAR, or None for a bundle that is always streamed. An older slice's content is void."""
         self.vbar_slice = vbar_slice
         self.signature = self.views = None
 
     def became_resident(self, signature: Any, views: Sequence[torch.Tensor]) -> None:
-        """The slice holds the final form for as long as the VBAR answers with this signature."""
+        """Note that the slice holds the final form for as long as the VBAR answers with this signature."""
         self.signature = signature
         self.views = views
 
     def evicted(self) -> None:
-        """The slice has no memory any more. A bundle that is used where it lies gives its file's pages back."""
+        """Note that the slice lost its memory. A bundle that is used in place gives its file's pages back."""
         self.views = None
         if self.in_place:
             self.drop_pages()
 
     def pin_changed(self, version: int | None) -> bool:
-        """Its pin holds the final form of that version; None: no final form. True where this is news."""
+        """Note the version of the final form that the pin holds, None for none. Say whether that is a change."""
         before, self.pinned_version = self.pinned_version, version
         return before != version
 
     def invalidate(self) -> bool:
-        """Let nothing that holds the old final form count as current. True where the final form's size has changed."""
+        """Let no holder of the old final form count as current. Say whether the final form's size has changed."""
         self.version += 1
         self.signature = self.views = None
         self.final = [param.final for param in self.params]
@@ -134,16 +134,16 @@ class Bundle:
 
     @property
     def pin_is_current(self) -> bool:
-        """Whether a pin holds the final form: one transfer, and nothing to compute."""
+        """Say whether a pin holds the final form. The next use then costs one transfer and no computation."""
         return self.pinned_version == self.version
 
     # -- cost
 
     def offload_cost(self) -> int:
-        """Bytes of temporary memory that one use costs while offloaded.
+        """Return the bytes of temporary memory that one use costs while offloaded.
 
-        The bundle itself, and the larger of its cast or dequantised form and, where patches wait, twice the weight in
-        the dtype that the model computes in. Once a pin holds the final form, that alone.
+        They hold the source, and the larger of its cast or dequantised form and, where patches wait, twice the weight
+        in the dtype that the model computes in. With a current pin they hold the final form alone.
         """
         if self.pin_is_current:
             return self.nbytes
@@ -166,15 +166,16 @@ class Bundle:
     # -- the module
 
     def borrowers(self) -> list[torch.nn.Module]:
-        """The modules whose forward borrows this bundle."""
+        """Return the modules whose forward borrows this bundle."""
         return [self.module]
 
     def run(
         self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call the forward of a borrower with the tensors lent; a forward inside of that one finds them there.
+        """Call the forward of a borrower with the tensors lent. A nested forward finds them there.
 
-        Where it runs out of memory, weights give way, and what may be repeated runs once more from the start.
+        Where the forward runs out of memory, weights give way. A forward that may be repeated then runs once more from
+        its start.
         """
         if self.depth:
             return forward(*args, **kwargs)
@@ -208,7 +209,7 @@ class Bundle:
             setattr(target, name, idle)
 
     def check_present(self) -> None:
-        """Raises SourceError where a parameter has no data."""
+        """Raise SourceError where a parameter has no data."""
         for param in self.params:
             if param.source.is_meta:
                 raise SourceError(
@@ -238,5 +239,5 @@ class Bundle:
                 disk_map.will_need(offset, nbytes)
 
     def maps(self) -> set[DiskMap]:
-        """The maps that the bundle reads from."""
+        """Return the maps that the bundle reads from."""
         return {where[0] for param in self.params for where in param.where}

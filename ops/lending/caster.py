@@ -1,7 +1,12 @@
-"""The caster: lends a bundle's tensors to an op. What all devices share; how the bytes move is in the two subclasses.
+"""The caster: lends a bundle's tensors to an op. The two subclasses move the bytes.
 
-Four cases of a loan: resident and current (views); resident but stale (gather, patch once, keep); no room and a current
-pin (one transfer of the final form); no room and no pin (gather, patch, write back where the pin budget allows).
+The state of a bundle says what its loan costs:
+
+    slice       steps
+    current     none: the views are lent
+    stale       gather, patch once, keep
+    no room     with a current pin: one transfer of the final form
+    no room     without: gather, patch, and write back where the pin budget allows
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from .ring import Slot
 class Loan:
     """One use of a bundle, from the request for its memory to the end of the op."""
 
-    # Defaults of the class: most loans are of resident bundles and never set them; one is made for every layer call.
+    # Defaults of the class: every layer call creates a loan, and most loans are of resident bundles and set none.
     views: Sequence[torch.Tensor] | None = None  # set: ready to use
     target: torch.Tensor | None = None  # where the transfer goes
     slot: Slot | None = None
@@ -43,7 +48,7 @@ class Loan:
 
 
 class Caster:
-    """Lends bundles. `enter` and `exit` bracket one forward of one module; both on the thread of the computation."""
+    """Lends bundles. `enter` and `exit` bracket one forward of a module, on the thread of the computation."""
 
     def __init__(self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger) -> None:
         self.backend = backend
@@ -53,20 +58,20 @@ class Caster:
         self.counters = ledger.counters
         self.previous: Bundle | None = None
         self.first: Bundle | None = None
-        # Called whenever the first bundle is asked for: a step begins.
+        # Called when a step begins, which is whenever the first bundle is asked for.
         self.on_step: Callable[[], None] = lambda: None
-        # Memory may be freed by other threads; held while a loan begins or ends, never during the op.
+        # Other threads may call `free`. Held while a loan begins or ends, never during the op.
         self.lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a dynamic module is an ordinary one."""
+        """Return None, so that a copy of a dynamic module is an ordinary module."""
 
     # -- what a bundle calls
 
     def enter(self, bundle: Bundle) -> Caster:
-        """Borrow: after this the module's parameters are tensors that its op can use. Returns itself, to end it.
+        """Let the module's parameters be tensors that its op can use. Return the caster itself, which ends the loan.
 
-        Raises SourceError where a parameter has no data; whatever is raised, nothing stays pinned.
+        Raises SourceError where a parameter has no data. After any error no slice stays pinned.
         """
         with self.lock:
             if self.first is None:
@@ -93,7 +98,7 @@ class Caster:
         return self
 
     def _bring(self, bundle: Bundle) -> Loan:
-        """A loan whose tensors stand in the module."""
+        """Return a loan whose tensors stand in the module."""
         loan = self.request(bundle)
         try:
             if loan.views is None:
@@ -112,7 +117,7 @@ class Caster:
         return loan
 
     def exit(self, bundle: Bundle) -> None:
-        """Give back: the idle parameters stand in the module again."""
+        """End the loan. The idle parameters stand in the module again."""
         with self.lock:
             loan = bundle.loan
             if loan is None:
@@ -123,9 +128,9 @@ class Caster:
             self.end(loan)
 
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
-        """After an error of a forward or a loan: evict what is not in use where the error says out of memory.
+        """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
-        again: what failed may run once more. Returns whether to do that: `again`, and something was freed.
+        again: the failed call may run once more. Returns `again` where memory was freed, else False.
         """
         if not is_out_of_memory(error):
             return False
@@ -143,7 +148,7 @@ class Caster:
 
     @contextmanager
     def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:
-        """The same as a context manager that yields the tensors, in the order of the bundle's parameters."""
+        """Enter and exit as a context manager. Yields the tensors, in the order of the bundle's parameters."""
         self.enter(bundle)
         try:
             yield [param.owner._parameters[param.attr] for param in bundle.params]  # type: ignore[misc]
@@ -153,7 +158,7 @@ class Caster:
     # -- residency
 
     def request(self, bundle: Bundle) -> Loan:
-        """A loan for the bundle: ready where it is resident and current, else started."""
+        """Return a loan for the bundle: ready where the bundle is resident and current, else started."""
         signature = self.vbar.fault(bundle.vbar_slice)
         loan = Loan(bundle, signature)
         if signature is None:
@@ -175,14 +180,14 @@ class Caster:
         return loan
 
     def has_room_for(self, bundle: Bundle) -> bool:
-        """Whether the VBAR has room for the bundle now. Asking brings its memory, not its bytes."""
+        """Say whether the VBAR has room for the bundle now. Asking maps the slice's memory but moves no bytes."""
         if bundle.vbar_slice is None or self.vbar.fault(bundle.vbar_slice) is None:
             return False
         self.vbar.unpin(bundle.vbar_slice)
         return True
 
     def bring(self, bundle: Bundle) -> bool:
-        """Bring a bundle ahead of any forward, without a change to the traced order. True where it had to be brought.
+        """Bring a bundle ahead of any forward, the traced order unchanged. Return False where it was ready already.
 
         The caller holds the lock.
         """
@@ -196,7 +201,7 @@ class Caster:
             self.end(loan)
 
     def free(self, nbytes: int = 1 << 62) -> int:
-        """Evict what is not in use until that many bytes are free; returns the bytes freed. For any thread."""
+        """Evict bundles that are not in use until `nbytes` are free. Return the bytes freed. Any thread may call."""
         with self.lock:
             self.cancel_prefetch()
             return self.vbar.free_memory(nbytes)
@@ -208,7 +213,7 @@ class Caster:
         raise NotImplementedError
 
     def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
-        """The work of the main stream: wait, cast, patch. Returns the tensors in their final form."""
+        """Wait, cast and patch on the main stream. Return the tensors in their final form."""
         raise NotImplementedError
 
     def end(self, loan: Loan) -> None:
@@ -218,10 +223,10 @@ class Caster:
             loan.signature = None
 
     def prefetch_after(self, bundle: Bundle) -> None:
-        """Start what will be asked for next."""
+        """Start the loans that will be asked for after `bundle`."""
 
     def cancel_prefetch(self) -> None:
-        """End the loans that were started ahead: the order changed, or memory is wanted."""
+        """End the loans that were started ahead, since the order changed or memory is wanted."""
 
     def close(self) -> None:
         """Give all memory of the device back."""
@@ -230,7 +235,7 @@ class Caster:
     # -- shared by the subclasses
 
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
-        """Cast `source` into `memory` and apply the patches there; returns views in the final form."""
+        """Cast `source` into `memory` and apply the patches there. Return views in the final form."""
         views = interpret_gathered_like(bundle.final, memory)
         for param, view, tensor in zip(bundle.params, views, source, strict=True):
             assert view is not None
@@ -239,8 +244,8 @@ class Caster:
             elif param.patch is None:
                 copy_into(view, tensor)
             else:
-                # A patch gets the weight in the dtype that the op computes in, as its own: it may write into it, and on
-                # a CPU `tensor` is the source itself.
+                # A patch gets the weight in the dtype that the op computes in, and may write into it. On a CPU `tensor`
+                # is the source itself: without the copy the patch would change the source.
                 wanted = param.compute_dtype or view.dtype
                 weight = tensor if is_wrapper(tensor) else tensor.to(wanted, copy=self.backend.in_place)
                 copy_into(view, param.patch(weight))
@@ -262,5 +267,5 @@ class Caster:
         self.counters.quantised += 1
 
     def keep_resident(self, loan: Loan, views: Sequence[torch.Tensor]) -> None:
-        """The slice of the loan's bundle now holds the final form."""
+        """Note that the slice of the loan's bundle holds the final form."""
         loan.bundle.became_resident(loan.signature, views)

@@ -29,7 +29,7 @@ class DeviceCaster(Caster):
         self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
         self.prefetch = prefetch if count else 0
         self.turn = 0
-        # One in use, the ones ahead, one draining.
+        # A slot in use, the slots ahead, and a slot that drains.
         slots = self.prefetch + 2
         self.ring = Ring(backend.empty, slots, self.counters)
         # Host buffers that unpinned bundles are gathered in.
@@ -138,8 +138,9 @@ class DeviceCaster(Caster):
 
     @staticmethod
     def _worth_writing_back(bundle: Bundle) -> bool:
-        """A final form saves the arithmetic of patches or of quantisation, or bytes; a mere upcast is cheaper to
-        repeat than to transfer.
+        """Say whether a pin of the final form saves arithmetic (of patches, of quantisation) or bytes.
+
+        A mere upcast is cheaper to repeat than to transfer.
         """
         return bundle.worth_keeping or bundle.nbytes < bundle.source_bytes
 
@@ -157,9 +158,10 @@ class DeviceCaster(Caster):
             pin.ready = self.backend.record(stream)
         except BaseException:
             self.backend.synchronize()
-            self.pins.drop(bundle)  # its version says that it holds the final form
+            self.pins.drop(bundle)  # its version would pass what lies there off as the final form
             raise
-        # The allocator must not hand this memory out while the stream reads it: the pin would get another's numbers.
+        # Kept until the stream has read it. Else the allocator would hand the memory out and the pin would get the
+        # numbers of another tensor.
         self.write_backs.append((pin.ready, memory))
         self.counters.write_backs += 1
         self.counters.bytes_written_back += bundle.nbytes
@@ -195,7 +197,7 @@ class DeviceCaster(Caster):
             try:
                 loan = super().request(following)
             except (RuntimeError, MemoryError, SourceError):
-                break  # whoever asks for this bundle will be told
+                break  # the request for this bundle itself will raise it
             self.prefetched[following] = loan
             if loan.views is None:
                 self.counters.prefetched += 1

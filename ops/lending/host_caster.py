@@ -17,8 +17,8 @@ from .pins import Pin
 class HostCaster(Caster):
     """No streams. An unpatched weight of the right dtype is a view of its file's map: no copy.
 
-    What is not resident is used and then dropped from memory behind the reader, so the process holds the resident set
-    and one bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
+    A bundle that is not resident is dropped from memory after its use, so the process holds the resident set and one
+    bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
     """
 
     advise = True
@@ -29,7 +29,7 @@ class HostCaster(Caster):
         if bundle.in_place:
             loan.views = bundle.source
             if loan.signature is not None:
-                self.vbar.drop_tensor(bundle.vbar_slice)  # of a patch that is gone; what stays now are the map's pages
+                self.vbar.drop_tensor(bundle.vbar_slice)  # of a patch that is gone; the map's pages serve now
                 self.keep_resident(loan, bundle.source)
                 self.counters.bytes_loaded += bundle.source_bytes
         elif loan.signature is None:
@@ -40,7 +40,7 @@ class HostCaster(Caster):
             self.counters.bytes_streamed += bundle.source_bytes
 
     def _current_pin(self, bundle: Bundle) -> Pin | None:
-        """The bundle's pin where that holds the final form."""
+        """Return the bundle's pin where that pin holds the final form, else None."""
         pin = self.pins.get(bundle)
         return pin if pin is not None and pin.version == bundle.version else None
 
@@ -62,7 +62,7 @@ class HostCaster(Caster):
             try:
                 views = self.make_final(bundle, bundle.source, memory)
             except BaseException:
-                self.pins.drop(bundle)  # its version says that it holds the final form
+                self.pins.drop(bundle)  # its version would pass what lies there off as the final form
                 raise
             if pin is not None:
                 self.counters.write_backs += 1

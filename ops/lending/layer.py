@@ -18,7 +18,7 @@ COMPILED_BY_OTHERS = (
     "come and go. INT8 Lazy Torch Compile compiles whole blocks of it instead."
 )
 
-register_pure(__name__)  # DynamicLayer only borrows; the class that it is mixed into decides
+register_pure(__name__)  # DynamicLayer only borrows: the class that it is mixed into decides
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
@@ -40,13 +40,13 @@ class DynamicLayer:
 # torch.compiler.disable would import the compiler, which takes seconds, for everybody.
 @_disable_dynamo
 def _uncompiled(layer: DynamicLayer, bundle: Bundle, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A layer inside of what somebody else compiles: a graph must not own weights that come and go."""
+    """Run a layer outside of the graph that another node compiles, which would else own weights that come and go."""
     bundle.lender.ledger.decide_once(COMPILED_BY_OTHERS, level=logging.WARNING)
     return layer.forward(*args, **kwargs)
 
 
 def dynamic_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The class of the same name whose forward borrows; itself for a class that already does."""
+    """Return the class of the same name whose forward borrows, or `cls` itself where it already does."""
     if issubclass(cls, DynamicLayer):
         return cls
     dynamic = _classes.get(cls)
@@ -57,5 +57,5 @@ def dynamic_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def has_forward(module: torch.nn.Module) -> bool:
-    """Whether a module can be called; containers of parameters cannot."""
+    """Say whether a module can be called. Containers of parameters cannot."""
     return type(module).forward is not torch.nn.Module.forward

@@ -17,7 +17,7 @@ class Param:
     """Parameter `attr` of module `owner`, under its name `key` in the model.
 
     idle: the tensor that stands in the module while nothing is lent; the source's own.
-    source: the same data, detached. final: template, without memory, of what stays in the VBAR: in the model's dtype.
+    source: the same data, detached. final: template of the final form, without memory, in the model's dtype.
     compute_dtype: dtype that the op is given; None for the final form's. op_dtype: dtype that the op itself casts to,
     which costs temporary memory. int8: scales per row of an INT8 weight; 0 for a weight that is not quantised here.
     """
@@ -56,7 +56,7 @@ class Param:
         self.compute_dtype = wanted
         self.op_dtype: torch.dtype | None = None
         self.patch: Patch | None = None
-        # Parts that lie in a memory map: (map, offset, bytes).
+        # Parts that lie in a memory map, as (map, offset, bytes).
         self.where = [place for part in inner_tensors(self.source) if (place := locate(part)) is not None]
 
     def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Param:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def set_patch(self, patch: Patch | None) -> None:
-        """Attach a patch; one with a `shape` attribute may give the weight another shape.
+        """Attach a patch, or None. A patch with a `shape` attribute may give the weight another shape.
 
         A patch with a `rank` stays beside an INT8 weight, as its low-rank branch.
         """
@@ -79,11 +79,11 @@ class Param:
 
     @property
     def is_cast(self) -> bool:
-        """Whether the final form has other numbers than the source even without a patch."""
+        """Say whether the final form has other numbers than the source even without a patch."""
         return bool(self.int8) or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
 
     def usable_in_place(self) -> bool:
-        """Whether a CPU op can read the source's own memory."""
+        """Say whether a CPU op can read the source's own memory."""
         if self.is_cast or self.patch is not None or self.compute_dtype is not None or self.source.is_meta:
             return False
         return all(

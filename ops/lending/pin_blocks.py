@@ -1,4 +1,4 @@
-"""Large blocks of host memory that pins are laid out in: locking memory costs by the call, and drivers round it up."""
+"""Large blocks of host memory that pins are laid out in, since each locking call costs time and is rounded up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_BYTES = 256 << 20
 
 @dataclass(eq=False)
 class Block:
-    """gaps: (start, bytes) of what no pin uses, by address."""
+    """A block of host memory. gaps: (start, bytes) of the ranges that no pin uses, by address."""
 
     buffer: torch.Tensor
     gaps: list[tuple[int, int]] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Block:
         return self.buffer.numel()
 
     def cut(self, nbytes: int) -> Extent | None:
-        """The first gap's beginning that is large enough; None where there is none."""
+        """Cut `nbytes` from the first gap that is large enough. Return None where no gap is."""
         wanted = aligned(nbytes)
         for index, (start, size) in enumerate(self.gaps):
             if size >= nbytes:
@@ -37,7 +37,7 @@ class Block:
         return None
 
     def join(self, extent: Extent) -> None:
-        """An extent is a gap again, joined with its neighbours."""
+        """Make an extent a gap again, joined with its neighbours."""
         gaps: list[tuple[int, int]] = []
         for start, size in sorted([*self.gaps, (extent.start, extent.nbytes)]):
             if gaps and sum(gaps[-1]) == start:
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(eq=False)
 class Extent:
-    """A part of a block. nbytes: with alignment; `view` has just the bytes asked for."""
+    """A part of a block. nbytes: with alignment. view: uint8, just the bytes asked for."""
 
     block: Block
     start: int
@@ -66,13 +66,13 @@ class PinBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks, used or not."""
+        """Return the bytes of all blocks, used or not."""
         return sum(block.nbytes for block in self.blocks)
 
     def take(self, nbytes: int, wanted: int, budget: int) -> Extent | None:
-        """Room for a pin of `nbytes`: in a block that is there, else in a new one of `wanted` bytes.
+        """Return an extent of `nbytes`, of a block that is there, else of a new block of `wanted` bytes.
 
-        A new block is smaller where `budget` bytes for all of them do not allow that much. None where there is no room.
+        A new block is smaller where `budget` (bytes of all blocks) allows no more. Returns None where there is no room.
         """
         for block in self.blocks:
             extent = block.cut(nbytes)
@@ -82,7 +82,7 @@ class PinBlocks:
         return self.add(self.backend.host_empty(size), nbytes) if size >= nbytes else None
 
     def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:
-        """Use a buffer as a block, and take the first `nbytes` of it."""
+        """Use a buffer as a block. Return the extent of its first `nbytes`."""
         block = Block(buffer)
         extent = block.cut(nbytes)
         assert extent is not None
@@ -90,6 +90,6 @@ class PinBlocks:
         return extent
 
     def drop(self, block: Block) -> int:
-        """Forget a block that no pin lies in; returns its bytes, which the system has back once no view is left."""
+        """Forget a block that no pin lies in. Return its bytes, which the system has back once no view is left."""
         self.blocks.remove(block)
         return block.nbytes

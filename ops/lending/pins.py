@@ -42,31 +42,31 @@ class Pins:
 
     @property
     def held(self) -> int:
-        """Bytes of host memory that the pins cost."""
+        """Return the bytes of host memory that the pins cost."""
         return self._blocks.nbytes
 
     def set_budget(self, nbytes: int) -> None:
-        """Change what the pins may hold; what is too much goes at once."""
+        """Change the bytes that the pins may hold. Pins above the budget are freed at once."""
         self.budget = nbytes
         self.free(self.held - nbytes)
 
     def get(self, bundle: Bundle) -> Pin | None:
-        """The pin of a bundle, in whatever form it is."""
+        """Return the pin of a bundle, in whatever form it is; None where it has none."""
         pin = self._pins.get(bundle)
         if pin is not None:
             self._pins.move_to_end(bundle)
         return pin
 
     def take(self, bundle: Bundle, nbytes: int, version: int | None) -> Pin | None:
-        """A new pin for a bundle, replacing its old one; None where the budget has no room for it.
+        """Replace a bundle's pin by a new one of `nbytes`. Return None where the budget has no room for it.
 
-        Access is cyclic, so evicting another bundle's pin would only move the miss: what is pinned stays pinned. But a
-        final form (`version` is set) displaces bytes of the source.
+        Access is cyclic, so evicting another bundle's pin would only move the miss. Other pins stay, but a final form
+        (`version` is set) displaces bytes of the source.
         """
         self.drop(bundle)
         if bundle.offload_to == "disk":
             return None
-        if bundle.offload_to == "ram":  # as the policy says: not page-locked
+        if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
             room = self.budget - self.held >= nbytes
             extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
         else:
@@ -81,7 +81,7 @@ class Pins:
         return pin
 
     def _displace(self, nbytes: int) -> Extent | None:
-        """A final form is worth more than bytes that can be read again: room in the place of some of those."""
+        """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
         for bundle in [bundle for bundle, pin in self._pins.items() if pin.version is None]:
             block = self._pins[bundle].extent.block
             self.drop(bundle)
@@ -91,7 +91,7 @@ class Pins:
         return None
 
     def _block_bytes(self, bundle: Bundle, nbytes: int) -> int:
-        """Bytes of a block that ends where a bundle ends: for this one and those that will ask next."""
+        """Return the bytes of a block for this bundle and those that will ask next. It ends where a bundle ends."""
         total = nbytes
         for following in self._bundles[self._position.get(bundle, len(self._bundles)) + 1 :]:
             if following.offload_to in ("disk", "ram") or following in self._pins:
@@ -103,7 +103,7 @@ class Pins:
         return total
 
     def drop(self, bundle: Bundle) -> int:
-        """Free a bundle's pin, for other pins to use; returns its bytes."""
+        """Free a bundle's pin for other pins to use. Return its bytes."""
         pin = self._pins.pop(bundle, None)
         if pin is None:
             return 0

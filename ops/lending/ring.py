@@ -13,9 +13,9 @@ from ..ledger import Counters
 
 @dataclass(eq=False)
 class Slot:
-    """One buffer of a ring. done: after the last use of what it held.
+    """A buffer of a ring. done: event after the last use of its content.
 
-    fresh: just allocated, so work given to the main stream earlier may still use that memory for something else.
+    fresh: just allocated, so kernels queued on the main stream may still use that memory for another tensor.
     """
 
     buffer: torch.Tensor
@@ -39,11 +39,11 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all slots."""
+        """Return the bytes held by all slots."""
         return sum(slot.buffer.numel() for slot in self._slots)
 
     def take(self, nbytes: int) -> Slot | None:
-        """The next free slot with at least that many bytes; None while all are taken."""
+        """Return the next free slot, of at least `nbytes`; None while all are taken."""
         for _ in self._slots:
             slot = self._slots[self._next]
             self._next = (self._next + 1) % len(self._slots)
@@ -63,7 +63,7 @@ class Ring:
         return slot
 
     def give(self, slot: Slot, done: Event | None) -> None:
-        """Give a slot back; it may be taken again after `done`."""
+        """Give a slot back, to be taken again after `done`."""
         slot.taken, slot.done = False, done
 
     def clear(self) -> None:

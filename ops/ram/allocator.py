@@ -1,6 +1,6 @@
-"""The C library's allocator: what was tuned before torch was imported, its figures, and giving memory back.
+"""Tunes the C library's allocator before torch is imported, reads its figures, and gives memory back.
 
-prestartup_script.py runs this file by its path, before torch: it imports the standard library alone.
+prestartup_script.py runs this file by its path, before torch, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# How prestartup_script.py leaves its copy of this module behind.
+# Name under which prestartup_script.py leaves its copy of this module behind.
 EARLY = "spillway_allocator"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# From this size on a block is a map of its own, and freeing it gives it back at once. glibc starts at 128 KiB but
-# raises the threshold to 32 MiB as blocks are freed; images and latents then stay in its arenas.
+# From this size on a block is a map of its own, and goes back to the system as it is freed. glibc starts at 128 KiB but
+# raises the threshold to 32 MiB as blocks are freed. Images and latents would then stay in its arenas.
 MMAP_THRESHOLD = 4 << 20
-# While weights are patched: each block between the temporary ones that outlives them would else leave a hole.
+# While weights are patched. Else each block that outlives the temporary blocks around it would leave a hole.
 PATCHING_THRESHOLD = 128 << 10
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
-# What `tune` did, in words; None before it ran. tuned: whether the threshold is ours.
+# done: what `tune` did, in words; None before `tune` ran. tuned: whether the threshold is Spillway's.
 done: str | None = None
 tuned = False
 
 
 @functools.cache
 def _libc() -> Any:
-    """glibc, or None on other systems (also musl, which has no mallopt)."""
+    """Return glibc, or None on other systems (also musl, which has no mallopt)."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -38,7 +38,7 @@ def _libc() -> Any:
 
 
 def tune(wanted: bool = True) -> str:
-    """Fix glibc's mmap threshold; says what was done, or why nothing was. wanted: what SPILLWAY_ALLOCATOR says."""
+    """Fix glibc's mmap threshold. Say what was done, or why nothing was. wanted: the value of SPILLWAY_ALLOCATOR."""
     global done
     done = _tune(wanted)
     return done
@@ -62,21 +62,21 @@ def _tune(wanted: bool) -> str:
 
 
 def _tuner() -> Any:
-    """The copy of this module whose `tune` runs: that of prestartup_script.py where there is one."""
+    """Return the copy of this module whose `tune` ran: that of prestartup_script.py where there is one."""
     return sys.modules.get(EARLY) or sys.modules[__name__]
 
 
 def what_was_done() -> str:
-    """What was tuned in this process, in words."""
+    """Say in words what was tuned in this process."""
     return _tuner().done or "not tuned: prestartup_script.py did not run"
 
 
 @contextmanager
 def in_maps() -> Iterator[None]:
-    """Large temporary blocks of this region go back to the system as they are freed, where `tune` chose the threshold.
+    """Let large temporary blocks go back to the system as they are freed, where `tune` chose the threshold.
 
-    For work between allocations that stay; elsewhere a map costs more than a block of an arena. It holds for the whole
-    process; a thread that leaves the region early merely ends it for the others.
+    For work between allocations that stay. Elsewhere a map costs more than a block of an arena. The region holds for
+    the whole process. A thread that leaves it early merely ends it for the others.
     """
     if not _tuner().tuned:
         yield
@@ -90,7 +90,7 @@ def in_maps() -> Iterator[None]:
 
 
 def trim() -> bool:
-    """Give free memory of all arenas back to the system; whether any went. False where there is no malloc_trim."""
+    """Give free memory of all arenas back to the system. Say whether any went. False without malloc_trim."""
     libc = _libc()
     return bool(libc is not None and libc.malloc_trim(0))
 
@@ -106,7 +106,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def arenas() -> dict[str, int]:
-    """Bytes: of all arenas, of them in use, of them free but not given back, and in maps. Empty without mallinfo2."""
+    """Return the bytes of all arenas, those used, those free but not given back, and in maps; {} without mallinfo2."""
     libc = _libc()
     if libc is None or not hasattr(libc, "mallinfo2"):
         return {}

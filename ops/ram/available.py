@@ -14,14 +14,14 @@ from ..ledger import in_words
 from . import cgroup
 
 GIB = 1 << 30
-# Share of the last ten seconds in which some, or all, of the tasks waited for memory. From the first on only a part of
-# what is called available can be had without waiting, from the second on none of it.
+# Shares of the last ten seconds in which a task waited for memory. From the first on, only a part of the available
+# memory can be had without waiting; from the second on, none.
 PRESSURE_BEGINS, PRESSURE_FULL = 0.10, 0.40
 
 
 @dataclass(frozen=True)
 class Available:
-    """available: bytes that can be had. total: of how many. reason: what limits them, in words."""
+    """available: bytes that can be had. total: bytes in all. reason: the limit of them, in words."""
 
     available: int
     total: int
@@ -29,12 +29,12 @@ class Available:
 
 
 def available_ram(root: Path = Path("/")) -> Available:
-    """Host memory, cgroup limits, memory pressure, the commit limit and SPILLWAY_RAM_GB: the least of what each allows.
+    """Return the least that host memory, cgroups, memory pressure, the commit limit and SPILLWAY_RAM_GB allow.
 
     root: where /proc and the mounted file systems are looked for.
     """
     group = cgroup.tightest(root) if sys.platform == "linux" else None
-    least = min(_limits(group), key=lambda one: one.available)
+    least = min(_limits(group), key=lambda limit: limit.available)
     stalled = memory_stall(root, group) if sys.platform == "linux" else 0.0
     if stalled > PRESSURE_BEGINS:
         left = max(0.0, 1 - (stalled - PRESSURE_BEGINS) / (PRESSURE_FULL - PRESSURE_BEGINS))
@@ -44,43 +44,43 @@ def available_ram(root: Path = Path("/")) -> Available:
 
 
 def total_ram(root: Path = Path("/")) -> int:
-    """Bytes that this process may have in all: the least of what the machine, its cgroup and the variable allow.
+    """Return the bytes that this process may have in all: the least that machine, cgroup and SPILLWAY_RAM_GB allow.
 
     root: as for `available_ram`.
     """
-    return min(one.total for one in _limits(cgroup.tightest(root) if sys.platform == "linux" else None))
+    return min(limit.total for limit in _limits(cgroup.tightest(root) if sys.platform == "linux" else None))
 
 
 def _limits(group: cgroup.Group | None) -> list[Available]:
     memory = psutil.virtual_memory()
-    found = [Available(memory.available, memory.total, "the host's memory")]
+    limits = [Available(memory.available, memory.total, "the host's memory")]
     if sys.platform == "win32":
         commit = commit_limit()
         if commit is not None:
-            found.append(Available(*commit, "Windows' commit limit"))
+            limits.append(Available(*commit, "Windows' commit limit"))
     if group is not None and group.limit < memory.total:
-        found.append(Available(group.available, group.limit, f"the memory limit of cgroup {group.path}"))
+        limits.append(Available(group.available, group.limit, f"the memory limit of cgroup {group.path}"))
     limit = limit_of_variable()
     if limit is not None:
         rest = max(0, limit - process_bytes())
-        found.append(Available(rest, limit, f"{settings.RAM_GB.name}, {in_words(limit)}"))
-    return found
+        limits.append(Available(rest, limit, f"{settings.RAM_GB.name}, {in_words(limit)}"))
+    return limits
 
 
 def limit_of_variable() -> int | None:
-    """Bytes that SPILLWAY_RAM_GB allows this process; None where it is not set, or makes no sense."""
+    """Return the bytes that SPILLWAY_RAM_GB allows this process; None where it is not set, or makes no sense."""
     gigabytes = settings.variable(settings.RAM_GB)
     return None if gigabytes is None else int(gigabytes * GIB)
 
 
 def process_bytes() -> int:
-    """Bytes that this process holds and that no file holds for it."""
+    """Return the bytes that this process holds and no file holds for it."""
     info = psutil.Process().memory_info()
-    return max(0, info.rss - getattr(info, "shared", 0))  # Linux: `shared` is what maps files
+    return max(0, info.rss - getattr(info, "shared", 0))  # Linux: `shared` counts the pages of mapped files
 
 
 def memory_stall(root: Path = Path("/"), group: cgroup.Group | None = None) -> float:
-    """The share of the last ten seconds that some task waited for memory (PSI, avg10); 0 where the kernel gives none.
+    """Return the share of the last ten seconds that a task waited for memory (PSI, avg10); 0 where the kernel has none.
 
     group: asked before the whole system.
     """
@@ -109,7 +109,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def commit_limit() -> tuple[int, int] | None:
-    """Windows: (bytes that can still be committed, the commit limit); None elsewhere and where it cannot be read."""
+    """Return Windows' (bytes that can still be committed, commit limit); None elsewhere and where unreadable."""
     windll = getattr(ctypes, "windll", None)
     if windll is None:
         return None

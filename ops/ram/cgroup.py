@@ -22,12 +22,12 @@ class Group:
 
     @property
     def available(self) -> int:
-        """Bytes that its processes can still take before the system must kill one."""
+        """Return the bytes that its processes can still take before the system must kill one."""
         return max(0, self.limit - self.used + self.reclaimable)
 
 
 def tightest(root: Path = Path("/")) -> Group | None:
-    """The group around this process with the least memory available, or None where nothing limits it.
+    """Return the group around this process with the least memory available, or None where nothing limits it.
 
     root: where /proc and the mounted file systems are looked for.
     """
@@ -37,9 +37,9 @@ def tightest(root: Path = Path("/")) -> Group | None:
 
 @lru_cache(maxsize=4)
 def folders(root: Path = Path("/")) -> list[Path]:
-    """The folders of the memory controller that this process is in, the innermost first, of both versions.
+    """Return the memory controller's folders that this process is in, the innermost first, of both versions.
 
-    They are looked for once: a process is moved between groups when it starts, if ever.
+    They are looked for once, since a process is moved between groups when it starts, if ever.
     """
     found: list[Path] = []
     try:
@@ -80,7 +80,7 @@ def _unescape(path: str) -> str:
 
 
 def read(folder: Path) -> Group | None:
-    """The memory figures of one group; None where it has no limit, or none that can be read."""
+    """Return the memory figures of a group; None where it has no limit that can be read."""
     return _read_v2(folder) or _read_v1(folder)
 
 

@@ -21,7 +21,7 @@ RESIDENT = 1
 
 
 class AimdoSlice(NamedTuple):
-    """An allocation: comfy-aimdo's own handle, and the place it has from the start of the range."""
+    """An allocation. handle: comfy-aimdo's own. offset, nbytes: its bytes from the start of the range."""
 
     handle: Any
     offset: int
@@ -29,9 +29,9 @@ class AimdoSlice(NamedTuple):
 
 
 def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
-    """Whether comfy-aimdo can hold weights for a device, and the reason in words.
+    """Say whether comfy-aimdo can hold weights for a device, and the reason in words.
 
-    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI that is ComfyUI's to decide.
+    may_init: initialise the device where nobody has (the engine used alone). In ComfyUI, ComfyUI decides that.
     """
     index = backend.aimdo_device
     if index is None:
@@ -52,9 +52,9 @@ def serves(backend: Backend, may_init: bool = False) -> tuple[bool, str]:
 
 
 class AimdoVBAR:
-    """nbytes: addresses to reserve; comfy-aimdo clamps them to the device's capacity.
+    """comfy-aimdo's range of addresses. nbytes: how many to reserve; comfy-aimdo clamps them to the device's capacity.
 
-    failure: the driver's words, once it failed twice; from then on every fault is refused. Raises RuntimeError or
+    failure: the driver's words, once a call failed twice. From then on every fault is refused. Raises RuntimeError or
     MemoryError where no addresses can be had.
     """
 
@@ -76,12 +76,13 @@ class AimdoVBAR:
         with lock:
             self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
             self.capacity = self._vbar.get_nr_pages() * PAGE
-        # Its own `__del__` would free it without the lock, whenever the last slice is dropped.
+        # Its own `__del__` would free it without the lock when the last slice is dropped, and native calls from two
+        # threads crash.
         self._free = weakref.finalize(self, _free, self._vbar)
         self._free.atexit = False
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> AimdoSlice | None:
-        """None where the range is full: such a bundle is always streamed. Nobody tells of evictions: signatures do."""
+        """Reserve `nbytes`; None where the range is full. `on_evict` is never called: signatures tell of evictions."""
         if self._offset + nbytes > self.capacity:
             return None
         handle = self._vbar.alloc(nbytes)
@@ -99,7 +100,7 @@ class AimdoVBAR:
             return self._retry_once(self._api.vbar_fault, vbar_slice.handle)
 
     def _retry_once(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
-        """The call's result; None where the driver fails at it twice."""
+        """Return the call's result; None where the driver fails twice at it."""
         try:
             return self.backend.retry_once(call, *arguments)
         except DeviceError:
@@ -124,7 +125,7 @@ class AimdoVBAR:
             try:
                 self._api.vbar_unpin(vbar_slice.handle)
             except RuntimeError as error:
-                self._fail(error)  # no second try: the pin is gone; what failed is evicting above the watermark
+                self._fail(error)  # not tried again: the pin is gone, and the eviction above the watermark failed
             if self._is_above_limit(vbar_slice):  # which was lowered while the slice was lent
                 self._keep_limit()
 
@@ -134,7 +135,7 @@ class AimdoVBAR:
     def drop_tensor(self, vbar_slice: AimdoSlice) -> None:
         pass  # its pages stay with the slice
 
-    # Other models and other threads call these, at any time.
+    # Other models and other threads call the methods below at any time.
 
     def prioritize(self) -> None:
         with lock:
@@ -147,7 +148,7 @@ class AimdoVBAR:
                 self._vbar.deprioritize()
 
     def set_limit(self, nbytes: int | None) -> None:
-        # Kept here rather than as a watermark: `prioritize` resets those, and 0.4.5 cannot set one.
+        # Not kept as a watermark: `prioritize` resets watermarks, and comfy-aimdo 0.4.5 cannot set them.
         self.limit = None if nbytes is None else nbytes // PAGE * PAGE
         with lock:
             self._keep_limit()
@@ -185,7 +186,7 @@ class AimdoVBAR:
         return all(pages[page] & RESIDENT for page in range(first, last + 1))
 
     def _residency(self) -> list[int]:
-        """The state of every page: 0, or RESIDENT, with another bit set while it is pinned."""
+        """Return the state of every page: 0 or RESIDENT, with another bit set while the page is pinned."""
         with lock:
             return self._vbar.get_residency() if self._vbar is not None else [0] * (self.capacity // PAGE)
 

@@ -15,14 +15,14 @@ from .protocol import lock
 
 _serials = itertools.count(1)
 _ranks = itertools.count(1)
-# Reading the system's free memory costs tens of microseconds.
+# Seconds between two reads of the free memory, each of which costs tens of microseconds.
 POLL_SECONDS = 0.05
 # Faults between two looks at whether the computation has eaten into the headroom.
 LOOK_EVERY = 64
 
 
 class DeviceMemory:
-    """The VBARs of one device, and what is free there beside them."""
+    """The VBARs of one device, and the memory that is free beside them."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -33,11 +33,11 @@ class DeviceMemory:
 
     @property
     def vbars(self) -> list[SoftwareVBAR]:
-        """The open VBARs, lowest priority first."""
+        """Return the open VBARs, lowest priority first."""
         return sorted(self.open, key=lambda vbar: vbar.rank)
 
     def free(self) -> int:
-        """Free bytes of the device, at most POLL_SECONDS old, less what was granted since."""
+        """Return the free bytes of the device, at most POLL_SECONDS old, less the bytes granted since."""
         now = time.monotonic()
         if now - self._polled >= POLL_SECONDS:
             self._free, _ = self.backend.memory()
@@ -53,7 +53,7 @@ _devices: dict[torch.device, DeviceMemory] = {}
 
 
 def memory_of(backend: Backend) -> DeviceMemory:
-    """The memory of a backend's device; a simulated device has its own."""
+    """Return the memory of a backend's device. A simulated device has its own."""
     memory = _devices.get(backend.device)
     if memory is None or type(memory.backend.unwrapped) is not type(backend.unwrapped):
         memory = _devices[backend.device] = DeviceMemory(backend)
@@ -62,7 +62,7 @@ def memory_of(backend: Backend) -> DeviceMemory:
 
 @dataclass(eq=False)
 class SoftwareSlice:
-    """One allocation: its place in the address order, and its memory while resident."""
+    """An allocation. offset, nbytes: its place in the address order, in bytes. memory: uint8, while resident."""
 
     offset: int
     nbytes: int
@@ -73,13 +73,13 @@ class SoftwareSlice:
 
 
 class SoftwareVBAR:
-    """Byte-granular: every slice is its own allocation, made when its memory is first asked for.
+    """A byte-granular VBAR: every slice is a torch allocation of its own, allocated when `tensor` first asks for it.
 
     headroom: bytes to keep free on the device for computation.
     """
 
     kind = "software"
-    failure: str | None = None  # what fails here is an allocation, which is raised
+    failure: str | None = None  # an allocation that fails is raised instead
     follows_free_memory = False
 
     def __init__(self, backend: Backend, headroom: int = 0) -> None:
@@ -93,7 +93,7 @@ class SoftwareVBAR:
         self.used = 0
         self.peak = 0
         self._faults = 0
-        self.rank = next(_ranks)  # of two VBARs the one of lower rank is evicted from first
+        self.rank = next(_ranks)  # the VBAR of lower rank is evicted from first
         with lock:
             self.device_memory.open.add(self)
 
@@ -105,7 +105,7 @@ class SoftwareVBAR:
         return vbar_slice
 
     def _ceiling(self) -> int:
-        # What lies above the limit would be brought only to be evicted by what lies below it.
+        # A slice above the limit would be brought only to be evicted by a slice below.
         return self.top if self.limit is None else min(self.top, self.limit)
 
     def fault(self, vbar_slice: SoftwareSlice | None) -> int | None:
@@ -128,7 +128,7 @@ class SoftwareVBAR:
             return vbar_slice.serial
 
     def _give_way(self) -> None:
-        """Evict before an allocation of the computation would fail: it has eaten into the headroom."""
+        """Evict where the computation has eaten into the headroom, before an allocation of it would fail."""
         while self.device_memory.free() < self.headroom and (self._evict_lower_priority() or self._evict_top()):
             pass
 
