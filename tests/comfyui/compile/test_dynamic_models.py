@@ -15,8 +15,7 @@ import torch._dynamo
 import torch._dynamo.utils
 
 from kit.comfyui import checkpoints
-from kit.comfyui.compiling import ARCHITECTURES, compiled, said, with_budget
-from kit.comfyui.loras import with_lora
+from kit.comfyui.compiling import ARCHITECTURES, compiled, said, with_budget, with_strength
 from kit.comfyui.pairs import SMALL, assert_same, run
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.loading.adopt import dynamic_model
@@ -49,8 +48,8 @@ def test_a_compiled_model_gives_the_same_latents_and_never_recompiles(arch, chec
         (1.0, 0.3, {}),
     ]
     for fraction, strength, size in script:
-        got = run(with_lora(with_budget(model, fraction), lora, strength), **size)
-        assert_same(got, run(with_lora(plain, lora, strength), **size))
+        got = run(with_strength(with_budget(model, fraction), lora, strength), **size)
+        assert_same(got, run(with_strength(plain, lora, strength), **size))
     assert engine.compile_count() == graphs == model.dynamic.ledger.counters.graphs_compiled
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not said(model, "uncompiled")
@@ -116,8 +115,8 @@ def check_quantised(path, weight_dtype, lora_path):
         (0.5, 0.4, {"batch": 3}),
         (0.0, 0.0, {}),
     ):
-        got = run(with_lora(with_budget(model, fraction), lora, strength), **size)
-        assert_same(got, run(with_lora(plain, lora, strength), **size))
+        got = run(with_strength(with_budget(model, fraction), lora, strength), **size)
+        assert_same(got, run(with_strength(plain, lora, strength), **size))
     assert engine.compile_count() == graphs == 4
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not said(model, "uncompiled")
@@ -143,7 +142,7 @@ def test_a_lora_as_side_branch_compiles_once_more(checkpoint, lora_path):
     model = compiled(model)
     counts = []
     for strength in (0.0, 0.5, 1.0, 0.0, 0.5):
-        assert_same(run(with_lora(model, lora, strength)), run(with_lora(plain, lora, strength)))
+        assert_same(run(with_strength(model, lora, strength)), run(with_strength(plain, lora, strength)))
         counts.append(engine.compile_count())
     assert counts == [2, 4, 4, 4, 4]
     assert not said(model, "uncompiled")

@@ -13,8 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from kit.comfyui import checkpoints
-from kit.comfyui.compiling import ARCHITECTURES, FAILED, as_stored, said
-from kit.comfyui.loras import with_lora
+from kit.comfyui.compiling import ARCHITECTURES, FAILED, as_stored, said, with_strength
 from kit.comfyui.pairs import SMALL, assert_same, run
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.classic_models import CompiledModel, compile_other
@@ -109,7 +108,7 @@ def test_a_node_that_compiles_our_model_in_place_is_right_and_named(keys, checkp
     model.set_policy(Policy(vram_bytes=0))
     set_torch_compile_wrapper(model, "eager", keys=keys)
     for strength in (0.0, 0.7):
-        assert_same(run(with_lora(model, lora, strength)), run(with_lora(plain, lora, strength)))
+        assert_same(run(with_strength(model, lora, strength)), run(with_strength(plain, lora, strength)))
     assert said(model, "another node compiles this model")
 
 
@@ -134,5 +133,5 @@ def test_compiled_blocks_put_in_place_take_loras_and_are_named(checkpoint, model
         patcher.add_object_patch(name, torch.compile(patcher.get_model_object(name), backend="eager"))
     for patched in (model, dynamic_model(classic)):
         for strength in (0.0, 0.7):
-            assert_same(run(with_lora(patched, lora, strength)), run(with_lora(plain, lora, strength)))
+            assert_same(run(with_strength(patched, lora, strength)), run(with_strength(plain, lora, strength)))
     assert caplog.text.count(f"another node compiles '{name}' in place") == 2

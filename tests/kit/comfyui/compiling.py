@@ -1,5 +1,6 @@
 """Compiled models, through the node and without it."""
 
+from kit.comfyui.loras import with_lora
 from spillway.nodes.compile import INT8LazyTorchCompile
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.policy import Policy
@@ -43,6 +44,11 @@ def compiled(model, **changes):
 
 def said(model, text):
     return [line for line in model.dynamic.ledger.decisions if text in line]
+
+
+def with_strength(model, lora, strength):
+    """Attach a LoRA, or nothing at a strength of 0."""
+    return with_lora(model, lora, strength) if strength else model
 
 
 def with_budget(model, fraction):
