@@ -1,14 +1,18 @@
 """A file that appears under its name only when it is complete.
 
 It is written beside its target, so that the last step is a rename within one file system. What a killed process leaves
-behind is recognised by a lock that died with it, and removed by `sweep`.
+behind is recognised by a lock that died with it, and removed by `sweep`. Whatever else lies where a sweep looks stays
+there and stops nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,15 +21,21 @@ from typing import BinaryIO
 if sys.platform != "win32":
     import fcntl
 
+log = logging.getLogger("spillway")
+
 PREFIX, SUFFIX = ".spillway-", ".partial"
+# No system has longer paths.
+MAX_NOTE_BYTES = 128 << 10
+# No file can be under such a path.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class PartialFile:
     """A new file for `target`, empty and open for writing (`file`, unbuffered).
 
     overwrite: replace what is there when this one is complete; else FileExistsError, then and at once. journal: a
-    folder in which an unfinished file is noted, so that `sweep_noted` finds it in any folder. Raises OSError where
-    the target's folder cannot be written to.
+    folder in which an unfinished file is noted, so that `sweep_noted` finds it in any folder; where it cannot be
+    written to, a file that a kill leaves behind stays. Raises OSError where the target's folder cannot be written to.
     """
 
     def __init__(self, target: str | os.PathLike[str], *, overwrite: bool = False, journal: Path | None = None) -> None:
@@ -35,10 +45,7 @@ class PartialFile:
         token = secrets.token_hex(8)
         self.path = self.target.parent / f"{PREFIX}{token}{SUFFIX}"
         # Noted before it exists: a kill in between leaves a note of nothing.
-        self._note = journal / token if journal is not None else None
-        if self._note is not None:
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            self._note.write_text(str(self.path), encoding="utf-8")
+        self._note = _write_note(journal / token, self.path) if journal is not None else None
         self.file: BinaryIO
         try:
             self.file = open(self.path, "xb", buffering=0)  # type: ignore[assignment]  # noqa: SIM115
@@ -74,7 +81,24 @@ class PartialFile:
 
     def _forget(self) -> None:
         if self._note is not None:
-            self._note.unlink(missing_ok=True)
+            _unlink(self._note)
+
+
+def _write_note(note: Path, path: Path) -> Path | None:
+    """Note an unfinished file; None where it cannot be noted, which prevents no save."""
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(os.fsencode(path))
+    except OSError as error:
+        log.warning("[Spillway] %s cannot be noted as unfinished (%s): if ComfyUI is killed, it stays.", path, error)
+        _unlink(note)
+        return None
+    return note
+
+
+def _unlink(note: Path) -> None:
+    with contextlib.suppress(OSError):  # a note too many does no harm
+        note.unlink()
 
 
 def _lock(file: BinaryIO) -> None:
@@ -110,12 +134,12 @@ def _sync_folder(folder: Path) -> None:
     """The name must survive a power failure too."""
     if sys.platform == "win32":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system can
+    with contextlib.suppress(OSError):  # not every file system can, and not every folder may be read
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def _abandoned(path: Path) -> bool:
@@ -124,14 +148,26 @@ def _abandoned(path: Path) -> bool:
         if sys.platform == "win32":
             path.unlink()
             return True
-        with open(path, "rb") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _opened(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         return True
-    except FileNotFoundError:
+    except ValueError:  # no path at all
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in NO_FILE
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A plain file, open for reading. Raises OSError for anything else: a pipe, say, would be waited for."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
@@ -144,13 +180,29 @@ def sweep(folder: str | os.PathLike[str]) -> list[Path]:
 def sweep_noted(journal: Path) -> list[Path]:
     """Remove the unfinished files of dead processes that a journal notes, wherever they lie; returns them."""
     removed = []
-    for note in sorted(journal.iterdir()) if journal.is_dir() else []:
-        path = Path(note.read_text(encoding="utf-8"))
-        existed = path.exists()
+    try:
+        names = sorted(os.listdir(journal))
+    except OSError:  # there is none, or it is no folder
+        return []
+    for note in (journal / name for name in names):
+        try:
+            path = _read_note(note)
+        except (OSError, ValueError):  # no note: a folder, a link, something large; or it cannot be read
+            continue
+        existed = os.path.lexists(path)
         if not _is_ours(path) or _abandoned(path):
-            note.unlink(missing_ok=True)
+            _unlink(note)
             removed += [path] if existed and _is_ours(path) else []
     return removed
+
+
+def _read_note(note: Path) -> Path:
+    """The path that a note holds. Raises OSError or ValueError for what is no note."""
+    with _opened(note) as handle:
+        data = os.read(handle, MAX_NOTE_BYTES + 1)
+    if len(data) > MAX_NOTE_BYTES:
+        raise ValueError(f"{note} is too large for a note")
+    return Path(os.fsdecode(data))
 
 
 def _is_ours(path: Path) -> bool:

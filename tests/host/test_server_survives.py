@@ -112,3 +112,41 @@ def test_settings_files_that_cannot_be_read(monkeypatch, tmp_path, caplog, text)
         assert comfy_settings.disk_gigabytes() == 0.0 and comfy_settings.disk_seconds() == 10.0
         assert comfy_settings.cache_turned_off() is None
     assert len(caplog.records) == 1
+
+
+def test_notes_of_unfinished_files_that_are_none(tmp_path):
+    """The pack's nodes are there, prompts run, and what a kill did leave behind is removed."""
+    unfinished = tmp_path / "output" / ".spillway-0123456789abcdef.partial"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half")
+    notes = tmp_path / "user" / "spillway-unfinished"
+    (notes / "folder").mkdir(parents=True)
+    (notes / "loop").symlink_to("loop")
+    os.mkfifo(notes / "pipe")
+    for name, data in (
+        ("binary", b"\xff\xfe\0"),
+        ("overlong", b"/" + b"x" * 5000 + b"/.spillway-0.partial"),
+        ("zz", os.fsencode(unfinished)),
+    ):
+        (notes / name).write_bytes(data)
+    with Server(tmp_path) as running:
+        assert "SpillwayPolicy" in running.get("object_info")
+        assert len(running.pictures(simple())) == 1
+        assert not unfinished.exists() and set(os.listdir(notes)) == {"folder", "loop", "pipe"}
+
+
+def test_a_file_in_place_of_the_folder_of_notes(tmp_path, checkpoint):
+    """As where the user folder cannot be written to: the model is saved all the same."""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "spillway-unfinished").write_bytes(b"")
+    (tmp_path / "models" / "checkpoints").mkdir(parents=True)
+    os.symlink(checkpoint("sd15"), tmp_path / "models" / "checkpoints" / "sd15.safetensors")
+    with Server(tmp_path) as running:
+        prompt = {
+            "load": node("SpillwayLoadCheckpoint", ckpt_name="sd15.safetensors"),
+            "save": node("SpillwaySaveDiffusionModel", model=["load", 0], filename_prefix="saved", dtype="as loaded"),
+        }
+        status = running.run(prompt)["status"]
+        assert status["status_str"] == "success", json.dumps(status)
+        assert (tmp_path / "output" / "saved_00001_.safetensors").is_file()
+        assert "cannot be noted as unfinished" in running.said()
