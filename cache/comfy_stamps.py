@@ -148,12 +148,13 @@ def _files(name: str) -> list[Stamp] | None:
         paths.append(os.path.abspath(plain))
     found: list[Stamp] = []
     for path in dict.fromkeys(paths):
-        if os.path.isdir(path):
+        stamp = _stamp(path)
+        if stamp and os.path.isdir(path):
             within = list(_within(path))
             if len(within) > MAX_FILES:
                 return None
-            found += [stamp for one in within if (stamp := _stamp(one))]
-        elif stamp := _stamp(path):
+            found += [one for file in within if (one := _stamp(file))]
+        elif stamp:
             found.append(stamp)
     return found
 

@@ -87,6 +87,16 @@ def test_cycles_are_not_written(tier):
     assert not store(tier, "a", loop)
 
 
+def test_what_no_longer_holds_goes(tier):
+    """Stamps are the caller's: they come back as they were, and another one's entry is written over."""
+    for stamps in ([["file", "a", [1]]], [["file", "a", [2]]]):
+        assert tier.store("a", [stamps], seconds=20.0, kind="Node", stamps=stamps)
+        assert tier.load("a", lambda found, stamps=stamps: found == stamps) == ([stamps], 20.0, stamps)
+    assert tier.load("a", lambda found: False) is None
+    assert list(tier.folder.iterdir()) == []
+    assert "what Node was made from has changed" in tier.ledger.decisions[-1]
+
+
 @pytest.mark.parametrize("half", [".safetensors", ".json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "gone"])
 def test_what_is_damaged_is_ignored_and_goes(tier, half, how):
