@@ -21,7 +21,7 @@ from ..ops.allocator import what_was_done
 from ..ops.available import available_ram
 from ..ops.ledger import Ledger, in_words
 from ..ops.never_raises import never_raises
-from . import comfy_disk, comfy_settings
+from . import comfy_disk, comfy_settings, comfy_stamps
 from .books import Entry
 from .comfy_models import model_getter
 from .disk_tier import DiskTier
@@ -68,6 +68,7 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = False
         self.full_evictions = False
         self.disk: DiskTier | None = None
+        self.stamps = comfy_stamps.StampBook()
         engine.on_evict = self._write
         self._started: dict[str, float] = {}
         self._done: set[str] = set()
@@ -92,6 +93,7 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = self.full_evictions = False
         for books in (self._started, self._done, self._asked, self._expanded):
             books.clear()
+        self.stamps.begin_prompt()
         if HISTORY_NEEDS_A_CLIENT:
             self._forget_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
@@ -163,20 +165,27 @@ class SpillwayCache(caching.BasicCache):
         """Of an evicted entry. What a node showed lies in files that may be gone by then."""
         if self.disk is None or entry.once or value.ui or entry.seconds < self.disk.least_seconds:
             return
-        name = comfy_disk.file_name(entry.key)
-        if name is not None:
-            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind)
+        name, stamps = comfy_disk.file_name(entry.key), self.stamps.of(entry.number)
+        if stamps is None:
+            self.ledger.decide_once(
+                f"disk tier: {entry.kind} is not written: what it was made from was not watched then, or has changed",
+                level=logging.INFO,
+            )
+        elif name is not None:
+            record = comfy_stamps.as_record(stamps)
+            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind, stamps=record)
 
     def _read(self, node_id: str, key: Any) -> Any:
         if self.disk is None or key is None or not self.disk.folder.is_dir():
             return None
         name = comfy_disk.file_name(key)
-        found = self.disk.load(name) if name is not None else None
+        found = self.disk.load(name, comfy_stamps.still_hold) if name is not None else None
         if found is None:
             return None
-        outputs, seconds = found
+        outputs, seconds, record = found
         value = execution.CacheEntry(ui=None, outputs=outputs)
         self._adopt(node_id, key, value, seconds)
+        self.stamps.remember(hash(key), comfy_stamps.from_record(record))
         return value
 
     # -- lookup and store
@@ -194,9 +203,13 @@ class SpillwayCache(caching.BasicCache):
             if node_id in self._started:
                 self._make_room(node_id, key)
             self._started[node_id] = time.perf_counter()
+            with never_raises("output cache: looking at the files of a node"):
+                if self.disk is not None:
+                    self.stamps.begin(node_id, self._node(node_id))
             value = await self._get_immediate(node_id)
             if value is None:
                 return None
+            self.stamps.forget(hash(key))
             self._adopt(node_id, key, value, 0.0)
         self._done.add(node_id)
         return value
@@ -227,9 +240,23 @@ class SpillwayCache(caching.BasicCache):
             entry = self.engine.entries.get(self._key(child))
             seconds += entry.seconds if entry is not None else 0.0
         self._done.add(node_id)
+        self._stamp(node_id, value)
         await self._set_immediate(node_id, value)
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
+
+    @never_raises("output cache: looking at the files of a node")
+    def _stamp(self, node_id: str, value: Any) -> None:
+        """Of an output that was just made. Without a disk tier nothing asks for stamps."""
+        number = hash(self._key(node_id))
+        if self.disk is None:
+            self.stamps.forget(number)
+            return
+        node = self._node(node_id)
+        parents = [link[0] for link in node.get("inputs", {}).values() if is_link(link)]
+        parents += self._expanded.get(node_id, ())
+        numbers = [hash(self._key(parent)) for parent in dict.fromkeys(parents)]
+        self.stamps.made(number, node_id, node, value.outputs, numbers)
 
     @never_raises("output cache: keeping an output", _drop_unbooked)
     def set_local(self, node_id: str, value: Any) -> None:

@@ -397,19 +397,6 @@ def test_what_is_damaged_is_made_again(installed, user):
     assert sorted(Executor().run(prompt())) == sorted(ALL)
 
 
-def test_a_model_file_that_changed_makes_another_name(installed, user, models_dir):
-    from spillway.cache import comfy_disk
-
-    path = models_dir / "checkpoints" / "changing.safetensors"
-    path.write_bytes(b"one")
-    key = frozenset([(0, "Load"), (1, ("name", "changing.safetensors"))])
-    before = comfy_disk.file_name(key)
-    assert before == comfy_disk.file_name(key)
-    path.write_bytes(b"other")
-    assert comfy_disk.file_name(key) != before
-    path.unlink()
-
-
 def test_the_disk_is_off_by_default(executor, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     executor.run(prompt())
