@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..ops.ledger import Ledger, in_words
 
-FORMAT = 1
+FORMAT = 2
 MAX_JSON_BYTES = 16 << 20
 # Bytes that stay free on the disk for other programs.
 KEEP_FREE = 1 << 30
@@ -56,12 +56,15 @@ class DiskTier:
 
     # -- writing
 
-    def store(self, name: str, outputs: Any, *, seconds: float, kind: str) -> bool:
-        """Write outputs under a name. Returns whether they are there now."""
+    def store(self, name: str, outputs: Any, *, seconds: float, kind: str, stamps: Any = None) -> bool:
+        """Write outputs under a name. Returns whether they are there now. stamps: JSON data, for `load` to judge by."""
         if self._failures >= PATIENCE or seconds < self.least_seconds:
             return False
-        if self._paths(name)[1].is_file():
-            return True
+        try:
+            if self._record(name)["stamps"] == stamps:
+                return True
+        except Exception:  # there is none, or it is damaged
+            pass
         try:
             tensors: dict[str, torch.Tensor] = {}
             tree = _describe(outputs, tensors, {}, set())
@@ -69,7 +72,7 @@ class DiskTier:
             return False
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         try:
-            return self._write(name, tree, tensors, nbytes, seconds, kind)
+            return self._write(name, tree, tensors, nbytes, {"kind": kind, "seconds": seconds, "stamps": stamps})
         except Exception as error:
             self._failures += 1
             self._discard(name)
@@ -77,7 +80,7 @@ class DiskTier:
             return False
 
     def _write(
-        self, name: str, tree: Any, tensors: dict[str, torch.Tensor], nbytes: int, seconds: float, kind: str
+        self, name: str, tree: Any, tensors: dict[str, torch.Tensor], nbytes: int, what: Mapping[str, Any]
     ) -> bool:
         if nbytes > min(self.cap, self.room()):
             return False
@@ -90,13 +93,15 @@ class DiskTier:
         data, about = self._paths(name)
         partial = data.with_suffix(".part")
         save_file(tensors, partial)
-        record = {"format": FORMAT, "kind": kind, "seconds": seconds, "tree": tree, "data": _hash_file(partial)}
+        record = {"format": FORMAT, **what, "tree": tree, "data": _hash_file(partial)}
         os.replace(partial, data)
         text = json.dumps({**record, "check": _check(record)})
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, about)
         self._failures = 0
-        self.ledger.decide(f"disk tier: wrote {kind}, {in_words(nbytes)}, which took {seconds:.1f} s to make")
+        self.ledger.decide(
+            f"disk tier: wrote {what['kind']}, {in_words(nbytes)}, which took {what['seconds']:.1f} s to make"
+        )
         return True
 
     def _make_room(self, nbytes: int) -> None:
@@ -121,20 +126,23 @@ class DiskTier:
 
     # -- reading
 
-    def load(self, name: str) -> tuple[Any, float] | None:
-        """Read (outputs, seconds they took to make). Returns None where there are none. Damaged ones are deleted."""
+    def load(self, name: str, holds: Callable[[Any], bool] = lambda _: True) -> tuple[Any, float, Any] | None:
+        """Read (outputs, seconds they took to make, stamps). Returns None where there are none.
+
+        holds: says whether stamps still hold. Damaged entries, and those whose stamps do not hold, are deleted.
+        """
         data, about = self._paths(name)
         if not about.is_file():
             return None
         try:
-            if about.stat().st_size > MAX_JSON_BYTES:
-                raise ValueError("its JSON is too large")
-            record = json.loads(about.read_text(encoding="utf-8"))
-            if record.pop("check") != _check(record) or record["format"] != FORMAT:
-                raise ValueError("its JSON was changed")
+            record = self._record(name)
+            if not holds(record["stamps"]):
+                self.ledger.decide(f"disk tier: what {record['kind']} was made from has changed: it is made again")
+                self._discard(name)
+                return None
             if _hash_file(data) != record["data"]:
                 raise ValueError("its tensors were changed")
-            entry = _rebuild(record["tree"], load_file(data)), float(record["seconds"])
+            entry = _rebuild(record["tree"], load_file(data)), float(record["seconds"]), record["stamps"]
         except Exception as error:  # however it is damaged, the node makes it again
             self.ledger.decide(f"disk tier: {about.name} is damaged ({error}): ignored")
             self._discard(name)
@@ -145,6 +153,16 @@ class DiskTier:
             except OSError:  # a read-only folder keeps no time of use, and can still be read
                 break
         return entry
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Read the JSON of an entry. Raises OSError, or ValueError for one that is not as it was written."""
+        about = self._paths(name)[1]
+        if about.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError("its JSON is too large")
+        record = json.loads(about.read_text(encoding="utf-8"))
+        if record.pop("check") != _check(record) or record["format"] != FORMAT:
+            raise ValueError("its JSON was changed")
+        return record  # type: ignore[no-any-return]
 
     def _discard(self, name: str) -> None:
         data, about = self._paths(name)

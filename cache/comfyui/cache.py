@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from ...ops.never_raises import never_raises
 from ..disk_tier import DiskTier
 from ..holdings import Entry
 from ..output_cache import OutputCache
+from . import stamps
 from .disk import file_name, make_tier
 
 GIB = 1 << 30
@@ -69,6 +71,7 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = False
         self.full_evictions = False
         self.disk: DiskTier | None = None
+        self.stamps = stamps.StampBook()
         engine.on_evict = self._write
         self._prompt = Prompt()
         self._last_asked = 0.0
@@ -89,6 +92,7 @@ class SpillwayCache(caching.BasicCache):
         await super().set_prompt(dynprompt, node_ids, is_changed_cache)
         self.active_evictions = self.full_evictions = False
         self._prompt = Prompt()
+        self.stamps.begin_prompt()
         if HISTORY_NEEDS_A_CLIENT:
             self._drop_old_outputs(node_ids)
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
@@ -161,20 +165,27 @@ class SpillwayCache(caching.BasicCache):
         """Write an evicted entry. Entries with UI stay out: it names files that may be gone when the entry is read."""
         if self.disk is None or entry.unfindable or value.ui or entry.seconds < self.disk.least_seconds:
             return
-        name = file_name(entry.key)
-        if name is not None:
-            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind)
+        name, made_from = file_name(entry.key), self.stamps.of(entry.number)
+        if made_from is None:
+            self.ledger.decide_once(
+                f"disk tier: {entry.kind} is not written: what it was made from was not watched then, or has changed",
+                level=logging.INFO,
+            )
+        elif name is not None:
+            record = stamps.as_record(made_from)
+            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind, stamps=record)
 
     def _read(self, node_id: str, key: Any) -> Any:
         if self.disk is None or key is None or not self.disk.folder.is_dir():
             return None
         name = file_name(key)
-        stored = self.disk.load(name) if name is not None else None
+        stored = self.disk.load(name, stamps.still_hold) if name is not None else None
         if stored is None:
             return None
-        outputs, seconds = stored
+        outputs, seconds, record = stored
         value = execution.CacheEntry(ui=None, outputs=outputs)
         self._adopt(node_id, key, value, seconds)
+        self.stamps.remember(hash(key), stamps.from_record(record))
         return value
 
     # -- lookup and store
@@ -192,9 +203,13 @@ class SpillwayCache(caching.BasicCache):
             if node_id in self._prompt.started:
                 self._make_room(node_id, key)
             self._prompt.started[node_id] = time.perf_counter()
+            with never_raises("output cache: looking at the files of a node"):
+                if self.disk is not None:
+                    self.stamps.begin(node_id, self._node(node_id))
             value = await self._get_immediate(node_id)
             if value is None:
                 return None
+            self.stamps.forget(hash(key))
             self._adopt(node_id, key, value, 0.0)
         self._prompt.done.add(node_id)
         return value
@@ -225,9 +240,23 @@ class SpillwayCache(caching.BasicCache):
             entry = self.engine.entries.get(self._key(child))
             seconds += entry.seconds if entry is not None else 0.0
         self._prompt.done.add(node_id)
+        self._stamp(node_id, value)
         await self._set_immediate(node_id, value)
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
+
+    @never_raises("output cache: looking at the files of a node")
+    def _stamp(self, node_id: str, value: Any) -> None:
+        """Stamp an output that was just made. Without a disk tier nothing asks for stamps."""
+        number = hash(self._key(node_id))
+        if self.disk is None:
+            self.stamps.forget(number)
+            return
+        node = self._node(node_id)
+        parents = [link[0] for link in node.get("inputs", {}).values() if is_link(link)]
+        parents += self._prompt.expanded.get(node_id, ())
+        numbers = [hash(self._key(parent)) for parent in dict.fromkeys(parents)]
+        self.stamps.made(number, node_id, node, value.outputs, numbers)
 
     @never_raises("output cache: keeping an output", _drop_unbooked)
     def set_local(self, node_id: str, value: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import comfy.model_management
 import comfyui_version
 import folder_paths
-import nodes
 import torch
 
 from ...ops.ram.available import available_ram
@@ -19,7 +16,6 @@ from ..disk_tier import DiskTier, name_of
 from . import settings
 
 GIB = 1 << 30
-MODEL_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", ".gguf", ".onnx")
 
 
 def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
@@ -40,47 +36,11 @@ def folder() -> Path:
 def file_name(key: Hashable) -> str | None:
     """Return the name of an entry. None for keys that another process cannot make.
 
-    A key only names model files and node classes. The stamps of those files and of the classes' source are part of the
-    name. Without them an output of another file of that name, or of another version of a node, would be found.
+    What a key does not say of the machine is part of the name. The files that it names are stamped: see stamps.py.
     """
-    strings = sorted(set(_strings(key)))
     salt = {
         "comfyui": comfyui_version.__version__,
         "torch": torch.__version__,
         "device": str(comfy.model_management.get_torch_device()),
-        "files": [_files(text) for text in strings if text.lower().endswith(MODEL_FILES)],
-        "nodes": [_source(text) for text in strings if text in nodes.NODE_CLASS_MAPPINGS],
     }
     return name_of(key, salt)
-
-
-def _strings(key: Any) -> list[str]:
-    strings, pending = [], [key]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            strings.append(value)
-        elif isinstance(value, tuple | list | frozenset):
-            pending.extend(value)
-    return strings
-
-
-def _files(name: str) -> list[Any]:
-    paths = (folder_paths.get_full_path(kind, name) for kind in sorted(folder_paths.folder_names_and_paths))
-    return [name, *(_stamp(path) for path in paths if path is not None)]
-
-
-def _source(name: str) -> list[Any]:
-    try:
-        path = inspect.getsourcefile(nodes.NODE_CLASS_MAPPINGS[name])
-    except TypeError:  # its class was not made by a file
-        path = None
-    return [name, _stamp(path) if path is not None else None]
-
-
-def _stamp(path: str) -> list[int]:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return []
-    return [state.st_size, state.st_mtime_ns]

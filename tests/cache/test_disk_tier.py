@@ -26,7 +26,7 @@ def store(tier, name, outputs):
 
 def load(tier, name):
     found = tier.load(name)
-    assert found is None or found[1] == 20.0
+    assert found is None or found[1:] == (20.0, None)
     return found and found[0]
 
 
@@ -85,6 +85,16 @@ def test_cycles_are_not_written(tier):
     loop = []
     loop.append(loop)
     assert not store(tier, "a", loop)
+
+
+def test_what_no_longer_holds_goes(tier):
+    """Stamps are the caller's: they come back as they were, and another one's entry is written over."""
+    for stamps in ([["file", "a", [1]]], [["file", "a", [2]]]):
+        assert tier.store("a", [stamps], seconds=20.0, kind="Node", stamps=stamps)
+        assert tier.load("a", lambda found, stamps=stamps: found == stamps) == ([stamps], 20.0, stamps)
+    assert tier.load("a", lambda found: False) is None
+    assert list(tier.folder.iterdir()) == []
+    assert "what Node was made from has changed" in tier.ledger.decisions[-1]
 
 
 @pytest.mark.parametrize("half", [".safetensors", ".json"])

@@ -1,5 +1,7 @@
 """Fixtures of the tests of the output cache. They import ComfyUI when they are used: it may be missing."""
 
+import json
+
 import pytest
 
 
@@ -34,3 +36,15 @@ def executor(installed):
     from kit.comfyui.executor import Executor
 
     return Executor()
+
+
+@pytest.fixture
+def user(monkeypatch, tmp_path):
+    """A user folder with the disk tier on, and nodes that take long enough for it."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}))
+    return tmp_path

@@ -3,20 +3,9 @@
 import json
 
 import folder_paths
-import pytest
 import torch
 
 from kit.comfyui.executor import ALL, Executor, prompt
-
-
-@pytest.fixture
-def user(monkeypatch, tmp_path):
-    """A user folder with the disk tier on, and nodes that take long enough for it."""
-    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
-    settings = tmp_path / "default" / "comfy.settings.json"
-    settings.parent.mkdir()
-    settings.write_text(json.dumps({"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}))
-    return tmp_path
 
 
 def written(user):
@@ -51,19 +40,6 @@ def test_what_is_damaged_is_made_again(installed, user):
         data[-1] ^= 1
         path.write_bytes(data)
     assert sorted(Executor().run(prompt())) == sorted(ALL)
-
-
-def test_a_model_file_that_changed_gives_another_name(installed, user, models_dir):
-    from spillway.cache.comfyui import disk as comfy_disk
-
-    path = models_dir / "checkpoints" / "changing.safetensors"
-    path.write_bytes(b"one")
-    key = frozenset([(0, "Load"), (1, ("name", "changing.safetensors"))])
-    before = comfy_disk.file_name(key)
-    assert before == comfy_disk.file_name(key)
-    path.write_bytes(b"other")
-    assert comfy_disk.file_name(key) != before
-    path.unlink()
 
 
 def test_the_disk_is_off_by_default(executor, tmp_path, monkeypatch):

@@ -1,0 +1,246 @@
+"""What an output was made from beside its inputs: the files that they name, and its node's source, as they were then.
+
+A key names files only. An output is made at one time, evicted at another and found at a third, and a file may change in
+between: so its stamps are taken when it is made, are written with it, and must hold when it is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import folder_paths
+import nodes
+import psutil
+
+# Size, time of the last change of the content, number, time of the last change of any kind: nobody can set the last.
+Stamp = list[int]
+# (kind, name) -> what was there. Kinds: file, embedding, source.
+Stamps = dict[tuple[str, str], Any]
+
+STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
+MAX_REMEMBERED = 10_000
+MAX_FILES = 5000
+EMBEDDING = "embedding:"
+EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin")
+LONGEST_NAME = 1024
+
+_sources: dict[type, Any] = {}
+
+
+class StampBook:
+    """The stamps of outputs by the number of their entry, also of those that were evicted.
+
+    None stands for unknown: what was made of it is not worth keeping either.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Stamps] = {}
+        self._known: OrderedDict[int, Stamps] = OrderedDict()
+
+    def begin_prompt(self) -> None:
+        """What was seen before the nodes of the last prompt ran is of no use."""
+        self._before.clear()
+
+    def begin(self, node_id: str, node: Mapping[str, Any]) -> None:
+        """A node is asked for, or about to run."""
+        if node_id not in self._before:
+            self._before[node_id] = stamps_of(node)
+
+    def made(self, number: int, node_id: str, node: Mapping[str, Any], outputs: Any, parents: Iterable[int]) -> None:
+        """A node ran. Unknown where something changed while it did, or since what it was made from was made."""
+        self.forget(number)
+        found = stamps_of(node)
+        if found != self._before.pop(node_id, None):
+            return
+        # A text that was put together may name files of its own, for those who read it.
+        found |= {name: value for name, value in stamps_of({"inputs": outputs}).items() if name not in found}
+        for parent in parents:
+            theirs = self._known.get(parent)
+            if theirs is None or any(found.get(name, value) != value for name, value in theirs.items()):
+                return
+            found |= theirs
+        if all(value is not None for value in found.values()):
+            self.remember(number, found)
+
+    def remember(self, number: int, stamps: Stamps) -> None:
+        """The stamps of an output that is known otherwise."""
+        self._known[number] = stamps
+        self._known.move_to_end(number)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+
+    def forget(self, number: int) -> None:
+        """An output that is now another one."""
+        self._known.pop(number, None)
+
+    def of(self, number: int) -> Stamps | None:
+        """The stamps of an output; None where they are unknown."""
+        return self._known.get(number)
+
+
+def as_record(stamps: Stamps) -> list[list[Any]]:
+    """Stamps as plain data, for JSON."""
+    return [[*name, value] for name, value in sorted(stamps.items())]
+
+
+def from_record(record: Iterable[Any]) -> Stamps:
+    """The stamps of `as_record`."""
+    return {(kind, name): value for kind, name, value in record}
+
+
+def still_hold(record: Iterable[Any]) -> bool:
+    """Whether everything is as it was when these stamps were taken."""
+    return all(_look(kind, name) == value for (kind, name), value in from_record(record).items())
+
+
+def stamps_of(node: Mapping[str, Any]) -> Stamps:
+    """What a node's own inputs name, as it is now, and its source."""
+    names = {("source", node["class_type"])} if node.get("class_type") else set()
+    for text in _strings(node.get("inputs")):
+        if EMBEDDING in text:
+            names.update(("embedding", name) for name in _embedding_names(text))
+        if len(text) <= LONGEST_NAME and not {"\0", "\n"} & set(text):
+            names.add(("file", text))
+    found = {name: _look(*name) for name in names}
+    # A word that names nothing now may do so later, if it looks like a file's name.
+    return {name: value for name, value in found.items() if value != [] or _looks_like_a_file(*name)}
+
+
+def _look(kind: str, name: str) -> Any:
+    """What is there under a name; None where it cannot be told."""
+    return {"file": _files, "embedding": _embeddings, "source": _source}[kind](name)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    pending, seen = [value], set()
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:  # an output may hold itself
+            seen.add(id(one))
+            pending.extend(one.values() if isinstance(one, dict) else one)
+
+
+def _looks_like_a_file(kind: str, name: str) -> bool:
+    return kind != "file" or os.path.splitext(name.split(" [")[0])[1] != "" or "/" in name or "\\" in name
+
+
+# -- files
+
+
+def _files(name: str) -> list[Stamp] | None:
+    """The stamps of all that a name may mean: in ComfyUI's folders, or as a path. A folder stands for what is in it."""
+    plain, base = folder_paths.annotated_filepath(name)
+    inside = os.path.relpath(os.path.join(os.sep, plain), os.sep) if plain else "."
+    if inside == ".":
+        return []
+    folders = dict.fromkeys(path for kind in folder_paths.folder_names_and_paths for path in _folders(kind))
+    folders |= dict.fromkeys([base or folder_paths.get_input_directory()])
+    paths = [os.path.join(folder, inside) for folder in folders]
+    if os.path.isabs(plain) or "/" in plain or "\\" in plain:
+        paths.append(os.path.abspath(plain))
+    found: list[Stamp] = []
+    for path in dict.fromkeys(paths):
+        stamp = _stamp(path)
+        if stamp and os.path.isdir(path):
+            within = list(_within(path))
+            if len(within) > MAX_FILES:
+                return None
+            found += [one for file in within if (one := _stamp(file))]
+        elif stamp:
+            found.append(stamp)
+    return found
+
+
+def _folders(kind: str) -> list[str]:
+    return folder_paths.get_folder_paths(kind)
+
+
+def _within(folder: str, suffix: str = "") -> Iterator[str]:
+    """Files below a folder, in a fixed order; one more than MAX_FILES at most."""
+    count = 0
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
+        for name in sorted(names):
+            if name.endswith(suffix):
+                yield os.path.join(path, name)
+                count += 1
+                if count > MAX_FILES:
+                    return
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns]
+
+
+# -- embeddings
+
+
+def _embedding_names(text: str) -> set[str]:
+    """What may be the name after each `embedding:` in a text; a weight, a bracket or a comma may follow it."""
+    found = set()
+    for match in re.finditer(rf"{EMBEDDING}(\S+)", text):
+        name = match[1].replace("\\(", "(").replace("\\)", ")")
+        found.update({name, match[1]})
+        found.update(name[: cut.start()] for cut in re.finditer(r"[:,()\[\]]", name))
+    return found - {""}
+
+
+def _embeddings(name: str) -> list[Stamp]:
+    """ComfyUI looks into every folder below those of embeddings, and takes the first that has such a file."""
+    found = []
+    for top in _folders("embeddings"):
+        for folder, folders, _ in os.walk(top, followlinks=True):
+            folders.sort()
+            found += [stamp for end in EMBEDDING_SUFFIXES if (stamp := _stamp(os.path.join(folder, name + end)))]
+    return found
+
+
+# -- source
+
+
+def _source(name: str) -> Any:
+    """A digest of the source of a node's pack, as it was when this process first used it, which is what runs.
+
+    None where it was changed since this process began: what runs is then in no file any more.
+    """
+    kind = nodes.NODE_CLASS_MAPPINGS.get(name)
+    if kind is None:
+        return []
+    if kind not in _sources:
+        try:
+            path = inspect.getsourcefile(kind)
+        except TypeError:  # made by something that is no file
+            path = None
+        _sources[kind] = [] if path is None else _digest(_pack_of(path))
+    return _sources[kind]
+
+
+def _pack_of(path: str) -> list[str]:
+    """All source files of the custom nodes that a file belongs to; the file alone where it is ComfyUI's own."""
+    for folder in _folders("custom_nodes"):
+        inside = os.path.relpath(path, folder)
+        if not inside.startswith(os.pardir) and os.sep in inside:
+            return list(_within(os.path.join(folder, inside.split(os.sep)[0]), ".py"))
+    return [path]
+
+
+def _digest(paths: list[str]) -> str | None:
+    digest = hashlib.sha256()
+    for path in paths:
+        stamp = _stamp(path)
+        if stamp is None or stamp[3] > STARTED or stamp[1] > STARTED or len(paths) > MAX_FILES:
+            return None
+        digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
