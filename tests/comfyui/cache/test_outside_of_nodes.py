@@ -56,7 +56,7 @@ def nothing_logged(monkeypatch):
 
 BROKEN = {
     "set_prompt": (caching.BasicCache, "set_prompt", fails_for_ours("set_prompt")),
-    "set_prompt, after the keys": (Cache, "_forget_old_outputs", fails),
+    "set_prompt, after the keys": (Cache, "_drop_old_outputs", fails),
     "begin_prompt": (comfy_cache.OutputCache, "begin_prompt", fails),
     "policies": (Cache, "_apply_policies", fails),
     "keys": (caching.CacheKeySetInputSignature, "get_data_key", fails),
