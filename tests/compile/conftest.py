@@ -17,6 +17,7 @@ def as_when_sampling():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     block_compiler._recent.clear()
+    block_compiler._functions.clear()  # a model of an earlier test may be alive until the collector runs
     with torch.inference_mode():
         yield
 

@@ -13,6 +13,7 @@ def nothing_compiled():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     block_compiler._recent.clear()
+    block_compiler._functions.clear()  # a model of an earlier test may be alive until the collector runs
 
 
 @pytest.fixture
