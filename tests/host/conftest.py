@@ -70,11 +70,14 @@ def _put_first_on_path(comfy_root):
 
 def _start_core(comfy_root, base):
     """Import the core the way ``main.py --cpu`` would have set it up.  None, or why it cannot be imported."""
+    import fake_device.comfyui
+
     try:
+        on_fake_device = fake_device.comfyui.prepare()
         import comfy.cli_args
     except ImportError as error:
         return f"{comfy_root} cannot be imported with {sys.executable}: {error}"
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = not on_fake_device
     comfy.cli_args.args.base_directory = str(base)  # models, input, output, temp and user folders
     try:
         import comfy.sample
@@ -84,6 +87,8 @@ def _start_core(comfy_root, base):
     except ImportError as error:
         return f"{comfy_root} cannot be imported with {sys.executable}: {error}"
 
+    if on_fake_device:
+        fake_device.comfyui.finish()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)  # this also fills torch.empty with NaN
     for folders, _extensions in folder_paths.folder_names_and_paths.values():
@@ -199,6 +204,7 @@ def checkpoint(models_dir):
     The name is a function of checkpoints, the keywords are that function's.
     """
     import checkpoints
+    import fake_device.comfyui
 
     folder = models_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +213,8 @@ def checkpoint(models_dir):
         digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:10]
         path = folder / f"{kind}-{digest}.safetensors"
         if not path.exists():
-            getattr(checkpoints, kind)(path, **options)
+            with fake_device.comfyui.weights_at_once():
+                getattr(checkpoints, kind)(path, **options)
         return str(path)
 
     return make

@@ -266,6 +266,14 @@ API int sim_is_device_memory(uint64_t address, size_t size)
     return result;
 }
 
+API int sim_device_at(uint64_t address)
+{
+    pthread_mutex_lock(&lock);
+    int result = device_at(address);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
 API int sim_is_locked_memory(uint64_t address, size_t size)
 {
     pthread_mutex_lock(&lock);

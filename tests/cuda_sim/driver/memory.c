@@ -93,6 +93,16 @@ int device_memory(uint64_t address, size_t size)
     return 1;
 }
 
+/* The device whose memory lies at an address; -1 for none. */
+CUdevice device_at(uint64_t address)
+{
+    struct range *range = containing(allocations, address, 1);
+    if (range)
+        return range->device;
+    range = containing(mappings, address, 1);
+    return range ? range->handle->device : -1;
+}
+
 /* Whether all of a range is locked host memory. */
 int locked_memory(uint64_t address, size_t size)
 {

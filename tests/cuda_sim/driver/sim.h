@@ -127,6 +127,7 @@ CUresult sim_enter(enum function function); /* api.c */
 CUresult sim_leave(CUresult result);
 
 int device_memory(uint64_t address, size_t size); /* memory.c */
+CUdevice device_at(uint64_t address);
 int locked_memory(uint64_t address, size_t size);
 void memory_setting_changed(void);
 

@@ -43,6 +43,7 @@ void load_driver(const char* path) {
   LOOK_UP(sim_use);
   LOOK_UP(sim_is_device_memory);
   LOOK_UP(sim_is_locked_memory);
+  LOOK_UP(sim_device_at);
 #undef LOOK_UP
 }
 

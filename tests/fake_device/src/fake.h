@@ -40,6 +40,7 @@ struct Driver {
   void (*sim_use)(int);
   int (*sim_is_device_memory)(uint64_t, size_t);
   int (*sim_is_locked_memory)(uint64_t, size_t);
+  int (*sim_device_at)(uint64_t);
 };
 
 extern Driver driver;

@@ -102,8 +102,10 @@ struct Hooks final : at::CUDAHooksInterface {
   void setCurrentDevice(c10::DeviceIndex device) const override {
     set_current_device(with_index({c10::kCUDA, device}).index());
   }
-  c10::Device getDeviceFromPtr(void*) const override {
-    return with_index(c10::kCUDA);
+  c10::Device getDeviceFromPtr(void* data) const override {
+    const int device = driver.sim_device_at(reinterpret_cast<uint64_t>(data));
+    TORCH_CHECK(device >= 0, "The specified pointer resides on host memory and is not registered with any CUDA device.");
+    return {c10::kCUDA, static_cast<c10::DeviceIndex>(device)};
   }
   bool isPinnedPtr(const void* data) const override {
     return is_pinned(data);
