@@ -20,6 +20,11 @@ def source():
 
 def copied(source, side, into=None):
     into = torch.empty(1000, device="cuda") if into is None else into
+    side.wait_stream(torch.cuda.current_stream())
+    return copied_at_once(source, side, into)
+
+
+def copied_at_once(source, side, into):
     with torch.cuda.stream(side):
         into.copy_(source, non_blocking=True)
     return into
@@ -88,6 +93,7 @@ def test_the_source_is_read_when_the_copy_happens(side, source):
 
 def test_copies_to_the_host(side):
     data = torch.arange(1000.0, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         late = data.to("cpu", non_blocking=True)
         waited = data.cpu()
@@ -114,6 +120,7 @@ def test_kernels_on_a_side_stream_come_in_its_order(side, source):
 def test_copies_convert(side):
     source = torch.arange(12, dtype=torch.int32).view(3, 4).pin_memory()
     target = torch.empty(4, 3, dtype=torch.float16, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         target.t().copy_(source, non_blocking=True)
         broadcast = torch.empty(2, 3, device="cuda").copy_(source[0, :3], non_blocking=True)
@@ -162,3 +169,50 @@ def test_devices_and_their_streams(fake):
     assert torch.cuda.current_device() == 0
     with pytest.raises(torch.AcceleratorError, match="ordinal"):
         torch.cuda.set_device(2)
+
+
+OVERTAKES = "a copy on a side stream overtakes the main stream's use of its memory"
+
+
+def test_overtaking_the_main_stream_is_a_hazard(fake, side, source):
+    target = torch.zeros(1000, device="cuda")
+    copied_at_once(source, side, target)  # the main stream may be writing zeroes
+    side.synchronize()
+    assert fake.hazards() == [OVERTAKES]
+    copied(source, side, target)
+    torch.cuda.current_stream().wait_stream(side)
+    assert not fake.hazards()
+    target.sum()
+    copied_at_once(source, side, target)  # it may be read
+    side.synchronize()
+    assert fake.hazards() == [OVERTAKES]
+    copied_at_once(source, side, torch.empty(1000, device="cuda"))  # fresh memory may be what the main stream uses
+    side.synchronize()
+    assert fake.hazards()[:1] == [OVERTAKES]
+
+
+def test_what_does_not_overtake(fake, side, source):
+    target = torch.empty(1000, device="cuda")
+    torch.cuda.synchronize()
+    copied_at_once(source, side, target)
+    side.synchronize()
+    result = target[:500].sum()
+    copied_at_once(source[500:], side, target[500:])  # another part of the same memory
+    with torch.cuda.stream(side):
+        late = target[:500].to("cpu", non_blocking=True)  # both read
+        own = torch.empty(1000, device="cuda")  # memory of the side stream
+        own.copy_(source, non_blocking=True)
+    side.synchronize()
+    assert float(result) == 2500 == float(late.sum())
+    event = torch.cuda.Event()
+    target.sum()
+    event.record()
+    event.synchronize()
+    copied_at_once(source, side, target)
+    other = torch.cuda.Stream()
+    target2 = torch.zeros(1000, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    other.wait_stream(side)
+    copied_at_once(source, other, target2)
+    torch.cuda.synchronize()
+    assert not fake.hazards()

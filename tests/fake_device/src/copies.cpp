@@ -63,8 +63,21 @@ struct Bytes {
   }
 };
 
+void check_order(const Bytes& bytes, Access access, Handle stream) {
+  if (!bytes.on_device) {
+    return;
+  }
+  if (!stream) {
+    main_uses(bytes.data, bytes.nbytes, access);
+  } else if (overtakes_main(bytes.data, bytes.nbytes, access, stream)) {
+    note_hazard("a copy on a side stream overtakes the main stream's use of its memory");
+  }
+}
+
 void copy_later(const at::Tensor& target, const at::Tensor& source, Handle stream) {
   const Bytes to(target), from(source);
+  check_order(to, Access::kWrite, stream);
+  check_order(from, Access::kRead, stream);
   // The driver reads pageable memory before it returns.
   at::Tensor staged;
   if (!from.on_device && !is_pinned(from.data)) {
@@ -99,10 +112,15 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     copy_later(self, source.expand(self.sizes()), stream);
     return self;
   }
+  check_order(Bytes(self), Access::kWrite, stream);
+  check_order(Bytes(source), Access::kRead, stream);
   if (stream) {
     check(driver.cuStreamSynchronize(stream), "cudaMemcpyAsync");
   }
   copy_now(self, source);
+  if (!non_blocking && !on_device) {
+    host_has_seen(position_of(stream));
+  }
   return self;
 }
 

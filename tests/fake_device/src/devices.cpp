@@ -8,6 +8,12 @@ namespace {
 
 int devices = kMaxDevices;
 thread_local int device_of_thread = 0;
+// An event of the driver, and how far along the main stream the stream was when it was recorded.
+struct Event {
+  Handle handle = nullptr;
+  int64_t position = 0;
+};
+
 thread_local Handle streams_of_thread[kMaxDevices] = {};
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -62,10 +68,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return is_done(driver.cuStreamQuery(handle_of(stream)), "cuStreamQuery");
   }
   void synchronizeStream(const c10::Stream& stream) const override {
+    const auto position = position_of(handle_of(stream));
     check(driver.cuStreamSynchronize(handle_of(stream)), "cuStreamSynchronize");
+    host_has_seen(position);
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
-    check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
+    synchronize_device();
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
     used_by(data.get(), handle_of(stream));
@@ -73,32 +81,43 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   // -- events
 
-  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (!*event) {
-      check(driver.cuEventCreate(event, 0), "cuEventCreate");
+  void record(void** made, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (!*made) {
+      auto* event = new Event();
+      *made = event;
+      check(driver.cuEventCreate(&event->handle, 0), "cuEventCreate");
     }
-    check(driver.cuEventRecord(*event, handle_of(stream)), "cuEventRecord");
+    auto* event = static_cast<Event*>(*made);
+    check(driver.cuEventRecord(event->handle, handle_of(stream)), "cuEventRecord");
+    event->position = position_of(handle_of(stream));
   }
   void block(void* event, const c10::Stream& stream) const override {
     if (event) {
-      check(driver.cuStreamWaitEvent(handle_of(stream), event, 0), "cuStreamWaitEvent");
+      check(driver.cuStreamWaitEvent(handle_of(stream), handle(event), 0), "cuStreamWaitEvent");
+      stream_has_seen(handle_of(stream), static_cast<Event*>(event)->position);
     }
   }
   bool queryEvent(void* event) const override {
-    return !event || is_done(driver.cuEventQuery(event), "cuEventQuery");
+    return !event || is_done(driver.cuEventQuery(handle(event)), "cuEventQuery");
   }
   void synchronizeEvent(void* event) const override {
     if (event) {
-      check(driver.cuEventSynchronize(event), "cuEventSynchronize");
+      check(driver.cuEventSynchronize(handle(event)), "cuEventSynchronize");
+      host_has_seen(static_cast<Event*>(event)->position);
     }
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
     if (event) {
-      driver.cuEventDestroy_v2(event);
+      driver.cuEventDestroy_v2(handle(event));
+      delete static_cast<Event*>(event);
     }
   }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override {
     return 0;
+  }
+
+  static Handle handle(void* event) {
+    return static_cast<Event*>(event)->handle;
   }
 
   static bool is_done(int code, const char* call) {
@@ -116,6 +135,12 @@ void run_and_delete(void* work) {
 }
 
 } // namespace
+
+void synchronize_device() {
+  const auto position = position_of(nullptr);
+  check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
+  host_has_seen(position);
+}
 
 int device_count() {
   return devices;

@@ -54,6 +54,7 @@ void check(int code, const char* call);
 // -- devices.cpp: the current device and streams of a thread
 
 int device_count();
+void synchronize_device();
 int current_device();
 void set_current_device(int device);
 Handle current_stream(int device);
@@ -77,6 +78,19 @@ struct OnDevice {
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 };
+
+// -- order.cpp: what the main stream may still be doing
+
+enum class Access { kNone, kRead, kWrite };
+
+// Work given to the main stream uses a range of memory; kNone: whatever used it before does not matter any more.
+void main_uses(const void* address, size_t nbytes, Access access);
+// Whether work of a side stream on that range could come before the main stream's use of it.
+bool overtakes_main(const void* address, size_t nbytes, Access access, Handle stream);
+// How far along the main stream a stream is known to be.
+int64_t position_of(Handle stream);
+void stream_has_seen(Handle stream, int64_t position);
+void host_has_seen(int64_t position);
 
 // -- memory.cpp: device memory
 

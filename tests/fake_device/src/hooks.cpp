@@ -121,7 +121,7 @@ struct Hooks final : at::CUDAHooksInterface {
     return make(with_index({c10::kCUDA, device}));
   }
   void deviceSynchronize(c10::DeviceIndex) const override {
-    check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
+    synchronize_device();
   }
 };
 

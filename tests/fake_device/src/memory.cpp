@@ -73,10 +73,13 @@ void* from_driver(int device, int64_t nbytes) {
 
 void to_driver(int device, void* address) {
   OnDevice on(device);
+  int64_t nbytes;
   {
     std::lock_guard<std::mutex> hold(lock);
+    nbytes = blocks.at(reinterpret_cast<uintptr_t>(address)).nbytes;
     blocks.erase(reinterpret_cast<uintptr_t>(address));
   }
+  main_uses(address, nbytes, Access::kNone);
   driver.cuMemFreeAsync(reinterpret_cast<Address>(address), nullptr);
 }
 
@@ -120,6 +123,8 @@ void* allocate(int device, size_t wanted) {
   if (!address) {
     out_of_memory(device, nbytes, "");
   }
+  // Of the main stream's pool: kernels that it was given may still use what lay here before.
+  main_uses(address, nbytes, current_stream(device) ? Access::kNone : Access::kWrite);
   std::lock_guard<std::mutex> hold(lock);
   blocks[reinterpret_cast<uintptr_t>(address)] = {device, nbytes, true, nullptr};
   own.used += nbytes;

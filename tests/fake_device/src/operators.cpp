@@ -2,6 +2,7 @@
 #include "call.h"
 #include "generator.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
@@ -98,6 +99,31 @@ c10::Device device_of(const c10::OperatorHandle& op, const c10::IValue* values) 
   return *device;
 }
 
+// -- what the main stream uses
+
+void note_use(const at::Tensor& tensor, Access access) {
+  if (is_ours(tensor) && tensor.numel() > 0) {
+    const auto nbytes = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize());
+    main_uses(tensor.const_data_ptr(), nbytes, access);
+  }
+}
+
+void note_uses(const c10::OperatorHandle& op, const c10::IValue* values) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); i++) {
+    const bool written = arguments[i].alias_info() && arguments[i].alias_info()->isWrite();
+    each_tensor(values[i], [&](const at::Tensor& tensor) {
+      note_use(tensor, written ? Access::kWrite : Access::kRead);
+    });
+  }
+}
+
+// Operators whose result the host waits for.
+bool waits(const c10::OperatorHandle& op) {
+  const auto& name = op.schema().name();
+  return name == "aten::_local_scalar_dense" || name == "aten::equal" || name == "aten::nonzero";
+}
+
 // -- the call
 
 template <class Change>
@@ -155,9 +181,12 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   operators++;
   c10::IValue* values = stack->data() + stack->size() - op.schema().arguments().size();
   c10::Device device = device_of(op, values);
-  if (current_stream(device.index()) && !is_view(op)) {
+  const Handle stream = current_stream(device.index());
+  if (stream && !is_view(op)) {
     // A kernel on a side stream comes after what that stream was given before.
-    check(driver.cuStreamSynchronize(current_stream(device.index())), op.schema().name().c_str());
+    check(driver.cuStreamSynchronize(stream), op.schema().name().c_str());
+  } else if (!is_view(op)) {
+    note_uses(op, values);
   }
   Call call;
   {
@@ -170,6 +199,9 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
     value = mapped(value, [&](const at::Tensor& tensor) { return call.on_device(tensor, device.index()); });
+  }
+  if (waits(op)) {
+    host_has_seen(position_of(stream));
   }
 }
 
