@@ -48,7 +48,7 @@ def read_options() -> None:
     comfy.options.enable_args_parsing()
     before, sys.argv = sys.argv, ["main.py", *os.environ.get(OPTIONS, "").split()]
     try:
-        import comfy.cli_args  # noqa: F401
+        import comfy.cli_args
     finally:
         sys.argv = before
 

@@ -1,14 +1,13 @@
-"""The engine on the fake device, through its own backend for CUDA: the plain module's bits, and every wait is needed."""
+"""The engine on the fake device, through its own backend for CUDA. Missing waits are noticed."""
 
 import functools
 import gc
 
 import pytest
 import torch
-from fake_device.device import start
 from nets import Blocks, Stack, budget, dynamic, plain, random_state, same
 
-import pack  # noqa: F401
+from fake_device.device import start
 from spillway.ops.backend import StreamBackend, backend_for
 from spillway.ops.source import StateDict
 
