@@ -94,6 +94,7 @@ def checkpoint(models_dir):
 
     The name is a function of checkpoints, the keywords are that function's.
     """
+    from fake_device.comfyui import weights_at_once
     from kit.comfyui import checkpoints
 
     folder = models_dir / "checkpoints"
@@ -103,7 +104,8 @@ def checkpoint(models_dir):
         digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:10]
         path = folder / f"{kind}-{digest}.safetensors"
         if not path.exists():
-            getattr(checkpoints, kind)(path, **options)
+            with weights_at_once():
+                getattr(checkpoints, kind)(path, **options)
         return str(path)
 
     return make

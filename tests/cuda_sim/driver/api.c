@@ -7,9 +7,15 @@
 #include <stdio.h>
 #include <string.h>
 
-struct sim sim = {.set = {.capacity = 1LL << 30, .pin_limit = INT64_MAX, .poison = -1}};
+struct sim sim = {
+    .set = {.devices = 1, .pin_limit = INT64_MAX, .poison = -1},
+    .device = {{.capacity = 1LL << 30}, {.capacity = 1LL << 30}},
+};
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+_Thread_local CUdevice current_device;
+
+/* Recursive: a host function that a stream runs may ask the controls. */
+static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 static const char *const names[] = {
 #define F(name, symbol) #name,
@@ -83,14 +89,14 @@ API CUresult cuGetErrorString(CUresult error, const char **text)
 API CUresult cuCtxGetDevice(CUdevice *device)
 {
     ENTER(cuCtxGetDevice);
-    *device = 0;
+    *device = current_device;
     LEAVE(OK);
 }
 
 API CUresult cuDeviceGetCount(int *count)
 {
     ENTER(cuDeviceGetCount);
-    *count = 1;
+    *count = (int)sim.set.devices;
     LEAVE(OK);
 }
 
@@ -98,7 +104,7 @@ API CUresult cuDeviceGet(CUdevice *device, int index)
 {
     ENTER(cuDeviceGet);
     *device = index;
-    LEAVE(index == 0 ? OK : INVALID_DEVICE);
+    LEAVE(index >= 0 && index < sim.set.devices ? OK : INVALID_DEVICE);
 }
 
 API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
@@ -111,7 +117,7 @@ API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
 API CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device)
 {
     ENTER(cuDeviceTotalMem);
-    *bytes = sim.set.capacity;
+    *bytes = sim.device[device].capacity;
     LEAVE(OK);
 }
 
@@ -125,7 +131,7 @@ API CUresult cuDeviceGetName(char *name, int size, CUdevice device)
 API CUresult cuDeviceGetUuid_v2(unsigned char *uuid, CUdevice device)
 {
     ENTER(cuDeviceGetUuid);
-    memset(uuid, 0x51, 16);
+    memset(uuid, 0x51 + device, 16);
     LEAVE(OK);
 }
 
@@ -161,6 +167,16 @@ API CUresult cuGetProcAddress(const char *name, void **function, int version, un
 
 /* -- controls */
 
+static int64_t *of_device(const char *name)
+{
+#define S(field)                                                                                                       \
+    if (!strcmp(name, #field))                                                                                         \
+        return &sim.device[current_device].field;
+    OF_DEVICE(S)
+#undef S
+    return NULL;
+}
+
 static int64_t *setting(const char *name)
 {
 #define S(field)                                                                                                       \
@@ -168,7 +184,7 @@ static int64_t *setting(const char *name)
         return &sim.set.field;
     SETTINGS(S)
 #undef S
-    return NULL;
+    return of_device(name);
 }
 
 static int64_t *statistic(const char *name)
@@ -178,7 +194,7 @@ static int64_t *statistic(const char *name)
         return &sim.stat.field;
     STATISTICS(S)
 #undef S
-    return NULL;
+    return of_device(name);
 }
 
 static int function_named(const char *name)
@@ -188,6 +204,9 @@ static int function_named(const char *name)
         i++;
     return i;
 }
+
+/* Makes a device this thread's current one. */
+API void sim_use(CUdevice device) { current_device = device; }
 
 /* The controls answer -1 where there is no such name. */
 
@@ -247,6 +266,22 @@ API int sim_is_device_memory(uint64_t address, size_t size)
     return result;
 }
 
+API int sim_device_at(uint64_t address)
+{
+    pthread_mutex_lock(&lock);
+    int result = device_at(address);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+API int sim_is_locked_memory(uint64_t address, size_t size)
+{
+    pthread_mutex_lock(&lock);
+    int result = locked_memory(address, size);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
 API void sim_no_faults(void)
 {
     pthread_mutex_lock(&lock);
@@ -263,6 +298,7 @@ API void sim_reset(void)
     memset(calls, 0, sizeof calls);
     forget_stream_error();
     sim.stat.illegal = sim.stat.refused = sim.stat.h2d_bytes = sim.stat.d2h_bytes = 0;
-    sim.stat.peak = sim.stat.mapped + sim.stat.allocated;
+    for (struct device *device = sim.device; device < sim.device + MAX_DEVICES; device++)
+        device->peak = device->mapped + device->allocated;
     pthread_mutex_unlock(&lock);
 }

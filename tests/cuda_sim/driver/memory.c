@@ -16,6 +16,7 @@ struct handle {
     struct handle *next;
     CUhandle id;
     size_t size;
+    CUdevice device;
     int released, mapped;
 };
 
@@ -43,6 +44,16 @@ int device_memory(uint64_t address, size_t size)
         size -= rest;
     }
     return 1;
+}
+
+/* The device whose memory lies at an address; -1 for none. */
+CUdevice device_at(uint64_t address)
+{
+    struct range *range = containing(allocations, address, 1);
+    if (range)
+        return range->device;
+    range = containing(mappings, address, 1);
+    return range ? range->handle->device : -1;
 }
 
 /* Whether all of a range is locked host memory. */
@@ -93,27 +104,28 @@ static void take_pages_away(uint64_t start, uint64_t size)
 
 /* -- the device's books */
 
-static int64_t in_use(void) { return sim.stat.mapped + sim.stat.allocated; }
+static int64_t in_use(const struct device *device) { return device->mapped + device->allocated; }
 
-static int has_room_for(uint64_t size)
+static int has_room_for(uint64_t size, const struct device *device)
 {
-    if (in_use() + sim.set.others + (int64_t)size <= sim.set.capacity)
+    if (in_use(device) + device->others + (int64_t)size <= device->capacity)
         return 1;
     sim.stat.refused++;
     return 0;
 }
 
-static void note_peak(void)
+static void note_peak(struct device *device)
 {
-    if (in_use() > sim.stat.peak)
-        sim.stat.peak = in_use();
+    if (in_use(device) > device->peak)
+        device->peak = in_use(device);
 }
 
 API CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes)
 {
     ENTER(cuMemGetInfo);
-    int64_t left = sim.set.capacity - sim.set.others - in_use();
-    *total_bytes = sim.set.capacity;
+    const struct device *device = &sim.device[current_device];
+    int64_t left = device->capacity - device->others - in_use(device);
+    *total_bytes = device->capacity;
     *free_bytes = left > 0 ? left : 0;
     LEAVE(OK);
 }
@@ -168,7 +180,7 @@ static void free_if_unused(struct handle *handle)
     while (*link != handle)
         link = &(*link)->next;
     *link = handle->next;
-    sim.stat.mapped -= handle->size;
+    sim.device[handle->device].mapped -= handle->size;
     sim.stat.handles--;
     free(handle);
 }
@@ -178,18 +190,20 @@ API CUresult cuMemCreate(CUhandle *out, size_t size, const struct properties *pr
     static CUhandle last_id;
 
     ENTER(cuMemCreate);
-    if (!size || size % GRANULARITY || properties->location != 0)
+    if (!size || size % GRANULARITY || properties->location < 0 || properties->location >= sim.set.devices)
         LEAVE(INVALID_VALUE);
-    if (!has_room_for(size))
+    struct device *device = &sim.device[properties->location];
+    if (!has_room_for(size, device))
         LEAVE(OUT_OF_MEMORY);
     struct handle *handle = calloc(1, sizeof *handle);
     handle->id = *out = ++last_id;
     handle->size = size;
+    handle->device = properties->location;
     handle->next = handles;
     handles = handle;
-    sim.stat.mapped += size;
+    device->mapped += size;
     sim.stat.handles++;
-    note_peak();
+    note_peak(device);
     LEAVE(OK);
 }
 
@@ -257,28 +271,30 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t size)
 
 static CUresult allocate(CUdeviceptr *address, size_t size)
 {
+    struct device *device = &sim.device[current_device];
     uint64_t rounded = (size + 511) & ~511ULL;
     if (!size)
         return INVALID_VALUE;
-    if (!has_room_for(rounded))
+    if (!has_room_for(rounded, device))
         return OUT_OF_MEMORY;
     char *start = addresses(rounded);
     if (start == MAP_FAILED || !back_with_pages((uint64_t)start, rounded, PROT_READ | PROT_WRITE))
         return OUT_OF_MEMORY;
-    add(&allocations, (uint64_t)start, rounded);
-    sim.stat.allocated += rounded;
-    note_peak();
+    add(&allocations, (uint64_t)start, rounded)->device = current_device;
+    device->allocated += rounded;
+    note_peak(device);
     *address = (CUdeviceptr)start;
     return OK;
 }
 
-static CUresult give_back(CUdeviceptr address)
+static CUresult give_back(CUdeviceptr address, int waits)
 {
     struct range *range = starting_at(allocations, address);
     if (!range)
         return INVALID_VALUE;
-    run_everything(); /* freeing waits for the device */
-    sim.stat.allocated -= range->size;
+    if (waits)
+        run_everything();
+    sim.device[range->device].allocated -= range->size;
     munmap((void *)address, range->size);
     drop(&allocations, range);
     return OK;
@@ -293,7 +309,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size)
 API CUresult cuMemFree_v2(CUdeviceptr address)
 {
     ENTER(cuMemFree);
-    LEAVE(give_back(address));
+    LEAVE(give_back(address, 1));
 }
 
 API CUresult cuMemAllocAsync(CUdeviceptr *address, size_t size, CUstream stream)
@@ -311,13 +327,13 @@ API CUresult cuMemAllocAsync_ptsz(CUdeviceptr *address, size_t size, CUstream st
 API CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream)
 {
     ENTER(cuMemFreeAsync);
-    LEAVE(give_back(address));
+    LEAVE(give_back(address, 0));
 }
 
 API CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream)
 {
     ENTER(cuMemFreeAsync);
-    LEAVE(give_back(address));
+    LEAVE(give_back(address, 0));
 }
 
 /* -- host memory */

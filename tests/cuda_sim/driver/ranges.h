@@ -10,6 +10,7 @@ struct range {
     struct range *next;
     uint64_t start, size;
     struct handle *handle; /* of a mapping */
+    int device;            /* of an allocation */
     int access;            /* of a mapping: readable and writable */
 };
 

@@ -1,6 +1,6 @@
 /* A CUDA driver on host memory: the functions that comfy-aimdo looks up, the few more that a backend needs, and controls.
  *
- * One device. A device address is an ordinary address of this process that cannot be accessed while no memory is mapped
+ * One device, or two. A device address is an ordinary address of this process that cannot be accessed while no memory is mapped
  * there, so a use of memory that was taken away ends in SIGSEGV. New memory is filled with the poison byte.
  *
  * Streams keep what they are given. In eager mode it takes effect at once, as on an endlessly fast bus; in deferred mode
@@ -74,6 +74,8 @@ enum {
     F(cuStreamDestroy, cuStreamDestroy_v2)                                                                             \
     F(cuStreamSynchronize, cuStreamSynchronize)                                                                        \
     F(cuStreamWaitEvent, cuStreamWaitEvent)                                                                            \
+    F(cuStreamQuery, cuStreamQuery)                                                                                    \
+    F(cuLaunchHostFunc, cuLaunchHostFunc)                                                                              \
     F(cuEventCreate, cuEventCreate)                                                                                    \
     F(cuEventDestroy, cuEventDestroy_v2)                                                                               \
     F(cuEventRecord, cuEventRecord)                                                                                    \
@@ -88,21 +90,28 @@ enum function {
 };
 
 /* What a test may set. poison: a byte, or -1 for zeroes. deferred: 0 or 1. trace: calls are written to stderr. */
-#define SETTINGS(S) S(capacity) S(others) S(pin_limit) S(poison) S(deferred) S(trace)
+#define SETTINGS(S) S(devices) S(pin_limit) S(poison) S(deferred) S(trace)
+
+/* What each device has of its own: two settings, three statistics. Controls see those of the thread's current device. */
+#define OF_DEVICE(S) S(capacity) S(others) S(mapped) S(allocated) S(peak)
+#define MAX_DEVICES 2
 
 /* What a test may read. Sizes in bytes; `illegal` counts accesses to memory that was not there or not locked any more. */
 #define STATISTICS(S)                                                                                                  \
-    S(mapped) S(allocated) S(pinned) S(reserved) S(handles) S(events) S(streams) S(pending) S(peak) S(refused)         \
-    S(h2d_bytes) S(d2h_bytes) S(illegal)
+    S(pinned) S(reserved) S(handles) S(events) S(streams) S(pending) S(refused) S(h2d_bytes) S(d2h_bytes) S(illegal)
 
 struct sim {
 #define S(name) int64_t name;
     struct { SETTINGS(S) } set;
     struct { STATISTICS(S) } stat;
+    struct device { OF_DEVICE(S) } device[MAX_DEVICES];
 #undef S
 };
 
 extern struct sim sim;
+
+/* The device that a thread's calls are for, as the current context says on a GPU. */
+extern _Thread_local CUdevice current_device;
 
 /* Begins a driver function: counts the call and either returns the failure that a test asked for or takes the lock. */
 #define ENTER(name)                                                                                                    \
@@ -118,6 +127,7 @@ CUresult sim_enter(enum function function); /* api.c */
 CUresult sim_leave(CUresult result);
 
 int device_memory(uint64_t address, size_t size); /* memory.c */
+CUdevice device_at(uint64_t address);
 int locked_memory(uint64_t address, size_t size);
 void memory_setting_changed(void);
 

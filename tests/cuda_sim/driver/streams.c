@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One thing that a stream was given: a copy, or to wait until another stream has come to a position. */
+/* One thing that a stream was given: a copy, a call, or to wait until another stream has come to a position. */
 struct work {
     struct work *next;
     char *to;
@@ -12,6 +12,8 @@ struct work {
     size_t size;
     int to_device;
     char *staged; /* the bytes of a copy from pageable memory: the driver reads those before it returns */
+    void (*function)(void *);
+    void *argument;
     struct stream *other;
     uint64_t position;
 };
@@ -64,6 +66,18 @@ static void transfer(const struct work *work)
     *(work->to_device ? &sim.stat.h2d_bytes : &sim.stat.d2h_bytes) += work->size;
 }
 
+static void run(struct stream *stream, uint64_t position);
+
+static void take_effect(const struct work *work)
+{
+    if (work->other)
+        run(work->other, work->position);
+    else if (work->function)
+        work->function(work->argument);
+    else
+        transfer(work);
+}
+
 static void run(struct stream *stream, uint64_t position)
 {
     while (stream->done < position) {
@@ -73,10 +87,7 @@ static void run(struct stream *stream, uint64_t position)
             stream->end = &stream->first;
         stream->done++;
         sim.stat.pending--;
-        if (work->other)
-            run(work->other, work->position);
-        else
-            transfer(work);
+        take_effect(work);
         free(work->staged);
         free(work);
     }
@@ -91,10 +102,7 @@ void run_everything(void)
 static void give(struct stream *stream, struct work work)
 {
     if (is_main(stream)) {
-        if (work.other)
-            run(work.other, work.position);
-        else
-            transfer(&work);
+        take_effect(&work);
         free(work.staged);
         return;
     }
@@ -195,6 +203,23 @@ API CUresult cuStreamSynchronize(CUstream stream)
         LEAVE(INVALID_HANDLE);
     if (!is_main(stream))
         run(stream, stream->given);
+    LEAVE(sticky);
+}
+
+API CUresult cuStreamQuery(CUstream stream)
+{
+    ENTER(cuStreamQuery);
+    if (!exists(stream))
+        LEAVE(INVALID_HANDLE);
+    LEAVE(!is_main(stream) && stream->done < stream->given ? NOT_READY : sticky);
+}
+
+API CUresult cuLaunchHostFunc(CUstream stream, void (*function)(void *), void *argument)
+{
+    ENTER(cuLaunchHostFunc);
+    if (!exists(stream) || !function)
+        LEAVE(INVALID_HANDLE);
+    give(stream, (struct work){.function = function, .argument = argument});
     LEAVE(sticky);
 }
 

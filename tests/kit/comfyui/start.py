@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_device import comfyui as fake_comfyui
 from kit.find_comfyui import WrongVariable, find_comfyui
 from kit.pack import ROOT
 
@@ -44,10 +45,11 @@ def _put_first_on_path(comfyui):
 def _import(comfyui, base):
     """Import ComfyUI the way `main.py --cpu` would set it up. Return None, or why it cannot be imported."""
     try:
+        on_fake_device = fake_comfyui.prepare()
         import comfy.cli_args
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = not on_fake_device
     comfy.cli_args.args.base_directory = str(base)  # models, input, output, temp and user folders
     try:
         import comfy.sample
@@ -57,6 +59,8 @@ def _import(comfyui, base):
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
 
+    if on_fake_device:
+        fake_comfyui.finish()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)  # this also fills torch.empty with NaN
     for folders, _extensions in folder_paths.folder_names_and_paths.values():

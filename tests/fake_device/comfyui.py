@@ -1,0 +1,83 @@
+"""ComfyUI on the fake device, as its main.py would start it on a card.
+
+SPILLWAY_FAKE_CUDA=1         the device
+SPILLWAY_FAKE_AIMDO=1        dynamic VRAM: real comfy-aimdo, the release that is installed, on the device's driver
+SPILLWAY_COMFYUI_OPTIONS     command line options of ComfyUI, for example "--force-fp32 --gpu-only"
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .device import start, wanted
+
+AIMDO = "SPILLWAY_FAKE_AIMDO"
+OPTIONS = "SPILLWAY_COMFYUI_OPTIONS"
+
+
+def wants_aimdo() -> bool:
+    return os.environ.get(AIMDO, "0") not in ("", "0")
+
+
+def prepare() -> bool:
+    """What must be there before ComfyUI looks for a device. False where this process is to use the CPU."""
+    if not wanted():
+        return False
+    start()
+    read_options()
+    import comfy_kitchen
+
+    for backend in ("cuda", "triton"):  # their kernels call the real driver
+        comfy_kitchen.registry.disable(backend)
+    if wants_aimdo():
+        import comfy_aimdo.control
+
+        # Before its other modules: each takes the library once, when it is imported.
+        if not comfy_aimdo.control.init("cuda"):
+            raise RuntimeError("comfy-aimdo does not load")
+    return True
+
+
+def read_options() -> None:
+    """Lets ComfyUI take its options from the variable, as main.py takes them from the command line."""
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    before, sys.argv = sys.argv, ["main.py", *os.environ.get(OPTIONS, "").split()]
+    try:
+        import comfy.cli_args
+    finally:
+        sys.argv = before
+
+
+def finish() -> None:
+    """Turns dynamic VRAM on."""
+    if not wants_aimdo():
+        return
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    devices = [device.index for device in comfy.model_management.get_all_torch_devices()]
+    if not comfy_aimdo.control.init_devices(devices):
+        raise RuntimeError("comfy-aimdo does not initialise the fake device")
+    comfy_aimdo.control.set_log_critical()
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
+@contextmanager
+def weights_at_once() -> Iterator[None]:
+    """Lets ComfyUI's layers have weights when they are made. With dynamic VRAM on they get theirs from a file."""
+    import comfy.memory_management
+
+    enabled = comfy.memory_management.aimdo_enabled
+    comfy.memory_management.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = enabled
