@@ -50,7 +50,7 @@ def register_kitchen() -> None:
         backend = backends.get(name, {})
         usable = backend.get("available") and not backend.get("disabled")
         if usable and "int8_linear" in backend.get("capabilities", ()):
-            register_kernel("cuda", _kitchen_linear)
+            register_kernel("cuda", _kitchen_linear, f"comfy-kitchen {importlib.metadata.version('comfy-kitchen')}")
 
 
 def _kitchen_linear(
