@@ -13,6 +13,8 @@ from ..dynamic_model import DynamicModel
 from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
+from .first_use import multiply_plainly, record_file
+from .kitchen import register_kitchen
 from .patches.idle_reads import place_permanently
 from .patches.weight_patch import WeightPatch
 
@@ -69,7 +71,10 @@ class ModelState:
                 int8=self.int8,
                 may_init=False,
                 blocks=block_names(model) if blocks else (),
+                first_use_file=record_file(),
             )
+            register_kitchen()  # its products are checked with the device
+            multiply_plainly(model, self.dynamic.first_use(), self.attributes)
             for words, level in self.notes:
                 self.dynamic.ledger.decide(words, level=level)
             place_permanently(self.dynamic)

@@ -10,6 +10,7 @@ from ...ops.device.backend import Backend
 
 # A prime, so that no two pages of a pattern are alike.
 PERIOD = 1_048_583
+LARGEST = 1 << 20
 # Multiplications at a time, and their size. A device of its own must still be busy when the copies behind them begin.
 KERNELS, WIDTH, WIDTH_ON_CPU = 8, 1024, 64
 
@@ -21,14 +22,14 @@ class Wrong(Exception):
 @functools.cache
 def _base() -> torch.Tensor:
     generator = torch.Generator().manual_seed(12)
-    return torch.randint(0, 256, (PERIOD,), dtype=torch.uint8, generator=generator)
+    once = torch.randint(0, 256, (PERIOD,), dtype=torch.uint8, generator=generator)
+    return torch.cat([once, once[:LARGEST]])
 
 
 def pattern(nbytes: int, seed: int) -> torch.Tensor:
-    """Return bytes that differ from those of another seed, and from those of another page."""
+    """Return up to LARGEST bytes that differ from those of another seed, and from one page to the next. To read only."""
     start = seed * 40_009 % PERIOD
-    base = _base()
-    return torch.cat([base[start:], *[base] * (nbytes // PERIOD + 1)])[:nbytes]
+    return _base()[start : start + nbytes]
 
 
 def compare(what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ...ops.device.backend import Backend
+from ...ops.device.out_of_memory import is_out_of_memory
 from ...ops.int8.linear import kernel_name
 from ...ops.ledger import Ledger, first_line
 from ...ops.never_raises import never_raises
@@ -98,6 +99,14 @@ def _checks(backend: Backend, verdict: Verdict, aimdo: bool, may_init: bool) -> 
             backend.synchronize()
             vbar.close()
 
+    def int8() -> None:
+        try:
+            check_int8(backend.device)
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise Wrong(f"INT8 products: {first_line(error)}") from error  # else each layer would raise it
+
     checks: dict[str, Callable[[], None]] = {
         COPIES: lambda: check_copies(backend),
         PINNED: lambda: check_pinned(backend),
@@ -106,7 +115,7 @@ def _checks(backend: Backend, verdict: Verdict, aimdo: bool, may_init: bool) -> 
         checks[STREAMS] = lambda: check_streams(backend, host_empty)
     if aimdo and serves(backend, may_init)[0]:
         checks[VBAR] = slices
-    checks[INT8] = lambda: check_int8(backend.device)
+    checks[INT8] = int8
     checks[FP8] = lambda: check_fp8(backend.device)
     return checks
 

@@ -14,8 +14,9 @@ from .transfers import HostEmpty
 # Parts of a page (`unit`), so that slices share one, span two, and end inside one: two and a bit in all.
 SHARES = (1 / 32, 1, 1 / 4, 1 / 2, 1 / 4, 1 / 8)
 # Only so many bytes at the start, in the middle and at the end of a slice are written and read.
-WINDOW = 1 << 19
+WINDOW = 1 << 18
 ALIGNMENT = 512
+SPOILT = 8 << 20
 
 
 class NoRoom(Exception):
@@ -47,17 +48,17 @@ def check_slices(backend: Backend, vbar: VBAR, unit: int, host_empty: HostEmpty,
     use_all("a new slice", 0)
     use_all("a slice that stayed", 10)
     vbar.free_memory(1)
-    _spoil(backend, unit)
+    _spoil(backend)
     use_all("a slice beside an evicted one", 20)
     vbar.free_memory(bytes_needed(unit))
-    _spoil(backend, unit)
+    _spoil(backend)
     use_all("a slice that was evicted", 30)
     use_all("a slice that was filled again", 40)
 
 
-def _spoil(backend: Backend, nbytes: int) -> None:
-    """Let torch's allocator have the memory that was given back, with other bytes in it."""
-    backend.empty(nbytes).fill_(0xA5)
+def _spoil(backend: Backend) -> None:
+    """Let torch's allocator have some of the memory that was given back, with other bytes in it."""
+    backend.empty(SPOILT).fill_(0xA5)
 
 
 class _Slice:

@@ -10,9 +10,9 @@ import torch
 from ...ops.device.backend import Backend
 from .bytes import Load, Wrong, compare, pattern
 
-SIZES = (1, 513, 65_536, (1 << 20) + 512)
+SIZES = (1, 513, 65_536, (1 << 19) + 512)
 # Of the buffers that are under way at once. More of them than streams, of sizes that let one overtake another.
-IN_FLIGHT = ((2 << 20) + 512, 513, 1 << 20, 4099, 65_536, 1 << 19)
+IN_FLIGHT = (1 << 20, 513, 1 << 19, 4099, 65_536, (1 << 19) + 512)
 ROUNDS = 3
 
 HostEmpty = Callable[[int], torch.Tensor]

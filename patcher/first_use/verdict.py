@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+import torch
+
 from ...ops.device.careful_backend import CarefulBackend
 from ...ops.int8 import linear
 from ...ops.ledger import Ledger
@@ -41,10 +43,14 @@ class Verdict:
             return
         backend.pageable = backend.pageable or not self.trusts(PINNED)
         backend.synchronous = backend.synchronous or not self.trusts(STREAMS)
-        if not self.trusts(INT8):
-            linear.distrust(backend.device)
+        self.distrust_products(backend.device)
         for check, words in self.failed.items():
             ledger.decide_once(self.in_words(check, words), level=logging.WARNING)
+
+    def distrust_products(self, device: torch.device) -> None:
+        """Have weights in INT8 dequantised where their products are wrong on the device."""
+        if not self.trusts(INT8):
+            linear.distrust(device)
 
     def in_words(self, check: str, words: str) -> str:
         """Say what failed and what is done instead."""
