@@ -93,7 +93,9 @@ def run_on(device, tmp_path, fraction=0.6, **policy):
     right = []
     for turn in range(4):
         factor = 1 + turn % 2
-        model.set_patches({f"layers.{index}.weight": lambda weight, f=factor: weight * f for index in range(0, DEPTH, 2)})
+        model.set_patches(
+            {f"layers.{index}.weight": lambda weight, f=factor: weight * f for index in range(0, DEPTH, 2)}
+        )
         reference = plain(lambda: Stack(DEPTH), state, torch.float32)
         for layer in reference.layers[::2]:
             layer.weight.data = layer.weight.data * factor
@@ -252,7 +254,14 @@ def test_a_device_that_is_full_is_checked_another_time(tmp_path, aimdo):
     assert set(first_use(device, path).not_run) == {VBAR}
     device.capacity = 1 << 30
     assert VBAR in first_use(device, path).passed
-    assert set(json.loads(path.read_text())["devices"]["full"]) == {COPIES, PINNED, STREAMS, VBAR, f"{INT8} by torch", FP8}
+    assert set(json.loads(path.read_text())["devices"]["full"]) == {
+        COPIES,
+        PINNED,
+        STREAMS,
+        VBAR,
+        f"{INT8} by torch",
+        FP8,
+    }
 
 
 @pytest.mark.parametrize("method", ["empty", "host_empty", "stream", "record", "copy", "synchronize", "identity"])
@@ -327,9 +336,7 @@ def test_junk_in_the_file_is_ignored_and_replaced(tmp_path, junk):
 def test_the_engine_passes_the_file_on(tmp_path):
     write(tmp_path / "m.safetensors", Stack(2))
     path = tmp_path / "first_use.json"
-    model = DynamicModel(
-        Stack(2, layer=AnyLinear), None, backend=SimDevice(name="x"), first_use_file=path
-    )
+    model = DynamicModel(Stack(2, layer=AnyLinear), None, backend=SimDevice(name="x"), first_use_file=path)
     assert not path.exists()
     model(torch.zeros(1, 128))
     assert "x" in json.loads(path.read_text())["devices"]
