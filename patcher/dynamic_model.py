@@ -41,8 +41,8 @@ class DynamicModel:
     The constructor reads and maps nothing. The first forward reserves memory. `source` None takes the module's own
     parameters. A call of the model calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a
     device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. first_use_file: keeps what the
-    check of a device found (see `first_use`) from one process to the next; None keeps it for this one. Raises SourceError,
-    Unsupported or DeviceError where module, source and device do not fit together.
+    check of a device found (see `first_use`) from one process to the next. None keeps it for this one. Raises
+    SourceError, Unsupported or DeviceError where module, source and device do not fit together.
 
     residency: set while the model is prepared, that is from its first forward until `release`.
     """
@@ -144,8 +144,7 @@ class DynamicModel:
     def _heed_first_use(self) -> None:
         """Do without what is wrong on the device."""
         verdict = self.first_use()
-        if isinstance(self._device, CarefulBackend):
-            verdict.step_down(self._device, self.ledger)
+        verdict.step_down(self._device, self.ledger)
         if not verdict.trusts(VBAR):
             self._remembered.aimdo_failure = verdict.failed.get(VBAR, verdict.failed.get(COPIES))
 

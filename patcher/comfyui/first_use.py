@@ -1,15 +1,13 @@
-"""The check of a device before its first model, in ComfyUI: where its result lies, and products without kernels."""
+"""The check of a device before its first model, in ComfyUI: where its result lies, and layers that multiply plainly."""
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 
 import comfy.ops
 import folder_paths
 import torch
 
-from ...ops.overrides import SavedAttributes
 from ..first_use.verdict import FP8, INT8, Verdict
 
 
@@ -18,20 +16,13 @@ def record_file() -> Path:
     return Path(folder_paths.get_user_directory()) / "__spillway" / "first_use.json"
 
 
-def multiply_plainly(model: torch.nn.Module, verdict: Verdict, attributes: SavedAttributes) -> int:
-    """Have ComfyUI's quantised layers dequantise their weights where the device's products are wrong.
+def multiplies_wrongly(module: torch.nn.Module, verdict: Verdict) -> bool:
+    """Whether ComfyUI would compute this layer in a quantised product that is wrong on its device."""
+    kind = str(getattr(module, "quant_format", None))
+    in_fp8 = "float8" in kind or "fp8" in kind or isinstance(module, comfy.ops.fp8_ops.Linear)
+    return (in_fp8 and not verdict.trusts(FP8)) or ("int8" in kind and not verdict.trusts(INT8))
 
-    attributes: puts the layers back as they were. Returns how many there are.
-    """
-    changed = 0
-    for module in model.modules():
-        if not verdict.trusts(FP8) and isinstance(module, comfy.ops.fp8_ops.Linear):
-            plainly = types.MethodType(comfy.ops.manual_cast.Linear.forward_comfy_cast_weights, module)
-            attributes.set(module, "forward_comfy_cast_weights", plainly)
-            changed += 1
-        kind = str(getattr(module, "quant_format", None))
-        in_fp8, in_int8 = "float8" in kind or "fp8" in kind, "int8" in kind
-        if (in_fp8 and not verdict.trusts(FP8)) or (in_int8 and not verdict.trusts(INT8)):
-            attributes.set(module, "_full_precision_mm", True)
-            changed += 1
-    return changed
+
+def as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight. Every layer of ComfyUI's whose weight has a function dequantises it and multiplies plainly."""
+    return weight

@@ -27,7 +27,7 @@ def _base() -> torch.Tensor:
 
 
 def pattern(nbytes: int, seed: int) -> torch.Tensor:
-    """Return up to LARGEST bytes that differ from those of another seed, and from one page to the next. To read only."""
+    """Return up to LARGEST bytes, to read only. They differ by seed, and from one page to the next."""
     start = seed * 40_009 % PERIOD
     return _base()[start : start + nbytes]
 

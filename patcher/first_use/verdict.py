@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...ops.device.backend import Backend
 from ...ops.device.careful_backend import CarefulBackend
 from ...ops.int8 import linear
 from ...ops.ledger import Ledger
@@ -37,12 +38,13 @@ class Verdict:
         """Say whether a thing may be used. Where plain copies fail, nothing may."""
         return check not in self.failed and COPIES not in self.failed
 
-    def step_down(self, backend: CarefulBackend, ledger: Ledger) -> None:
+    def step_down(self, backend: Backend, ledger: Ledger) -> None:
         """Have a model do without what failed on its device, and say so in its ledger. The VBAR is the caller's."""
         if not self.failed:
             return
-        backend.pageable = backend.pageable or not self.trusts(PINNED)
-        backend.synchronous = backend.synchronous or not self.trusts(STREAMS)
+        if isinstance(backend, CarefulBackend):
+            backend.pageable = backend.pageable or not self.trusts(PINNED)
+            backend.synchronous = backend.synchronous or not self.trusts(STREAMS)
         self.distrust_products(backend.device)
         for check, words in self.failed.items():
             ledger.decide_once(self.in_words(check, words), level=logging.WARNING)

@@ -73,7 +73,7 @@ class BadMemory(SimDevice):
 
 
 class Sound(SoftwareVBAR):
-    """Behaves as comfy-aimdo's: a slice keeps its addresses, other bytes lie there after an eviction, nobody is told."""
+    """Behaves as comfy-aimdo's: an evicted slice has other bytes at the same addresses, and nobody is told."""
 
     kind = "aimdo"
 

@@ -15,7 +15,7 @@ from spillway.patcher import choose_vbar
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.first_use import check as first_use_check
 from spillway.patcher.first_use.check import check, first_use
-from spillway.patcher.first_use.verdict import COPIES, FP8, INT8, INSTEAD, PINNED, STREAMS, VBAR
+from spillway.patcher.first_use.verdict import COPIES, FP8, INSTEAD, INT8, PINNED, STREAMS, VBAR
 
 ALL = 1 << 40
 DEPTH = 6
@@ -86,7 +86,7 @@ def said(model):
 
 
 def run_on(device, tmp_path, fraction=0.6, **policy):
-    """Run a model with patches, pins and evictions, eight times. Returns it, and whether each run had the plain bits."""
+    """Run a model with patches, pins and evictions eight times. Return it, and whether each run had the plain bits."""
     state = write(tmp_path / "m.safetensors", Stack(DEPTH))
     model = dynamic(lambda: Stack(DEPTH), tmp_path / "m.safetensors", device=device, pinned_bytes=ALL, **policy)
     model.set_policy(model.policy.with_changes(vram_bytes=budget(model, fraction)))
