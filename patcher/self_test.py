@@ -62,9 +62,7 @@ def _module(state: dict[str, torch.Tensor]) -> Stack:
     return module.requires_grad_(False)
 
 
-def self_test(
-    backend: Backend, *, may_init: bool = False, stop: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+def self_test(backend: Backend, *, may_init: bool = False, stop: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Check a device anew and run a small model at each share of its bytes. Return what was found, ready for JSON.
 
     may_init: initialise comfy-aimdo where nobody has. stop: called between the parts; may raise to end the test. Raises
