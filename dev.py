@@ -10,8 +10,8 @@
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
-safetensors file and needs nothing. `--only host` means `--only comfyui`. `gpu` tests the GPU of this machine, measures on
-it, and exits with 2 where there is none.
+safetensors file and needs nothing. `--only host` means `--only comfyui`. `gpu` tests the GPU of this machine,
+measures on it, and exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow

@@ -181,10 +181,8 @@ def table(result: dict[str, Any]) -> str:
     if "check" in check:
         failed = [f"**{name} FAILED**: {words}" for name, words in check["check"]["failed"].items()]
         failed += [f"{name} not run: {words}" for name, words in check["check"]["not_run"].items()]
-        passed = ", ".join(check["check"]["passed"])
-        rows.append(
-            ("check before first use", "; ".join([f"passed in {check['check']['seconds']} s: {passed}", *failed]))
-        )
+        passed = f"passed in {check['check']['seconds']} s: {', '.join(check['check']['passed'])}"
+        rows.append(("check before first use", "; ".join([passed, *failed])))
         for run in check["model"]:
             bits = "the plain bits" if run["same_bits"] else "**OTHER BITS**"
             words = f"{bits}, {1e3 * run['step_s']:.1f} ms a step, {run['streamed_bytes'] / 1e6:.0f} MB streamed"
