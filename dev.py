@@ -7,9 +7,11 @@
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
     python dev.py probe FILE...
+    python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
-safetensors file and needs nothing. `--only host` means `--only comfyui`.
+safetensors file and needs nothing. `--only host` means `--only comfyui`. `gpu` tests the GPU of this machine,
+measures on it, and exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -29,7 +31,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 # Not resolved: a pack linked into custom_nodes has its ComfyUI around the link.
 ROOT = Path(os.path.abspath(__file__)).parent
@@ -50,9 +52,12 @@ from kit.environment import (  # noqa: E402
     set_up_engine,
     set_up_tools,
     shell_code,
+    test_environment,
     venv_python,
 )
 from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python  # noqa: E402
+from kit.gpu import Command, Suites  # noqa: E402
+from kit.gpu import main as gpu_main  # noqa: E402
 
 # `python -m pytest` would put this folder on sys.path, and ComfyUI's `import nodes` would find the pack's.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
@@ -61,7 +66,7 @@ PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; s
 def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
-    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe}
+    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe, "gpu": gpu}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -160,6 +165,11 @@ def probe(arguments: list[str]) -> int:
     return failed
 
 
+def gpu(arguments: list[str]) -> int:
+    set_up_engine()
+    return gpu_main(arguments, Suites(engine_tests, comfyui_tests))
+
+
 def run_script(path: Path, arguments: list[str]) -> int:
     if not path.is_file():
         return fail(f"{path.relative_to(ROOT)} is missing.")
@@ -179,12 +189,6 @@ def part_of(argument: str) -> str | None:
     if not path.exists() or TESTS not in path.parents:
         return None
     return "comfyui" if path.is_relative_to(COMFYUI_TESTS) else "engine"
-
-
-class Command(NamedTuple):
-    title: str
-    command: list[str]
-    environment: dict[str, str]
 
 
 def run_beside(commands: dict[str, Command]) -> dict[str, int]:
@@ -255,12 +259,6 @@ def comfyui_tests(arguments: list[str]) -> Command | None:
 
 def pytest(title: str, python: Path, arguments: list[str], environment: dict[str, str]) -> Command:
     return Command(title, [str(python), "-c", PYTEST, "-p", "no:cacheprovider", *arguments], environment)
-
-
-def test_environment() -> dict[str, str]:
-    # Parity tests compare bit for bit. MKL picks its kernels by a buffer's alignment unless MKL_CBWR is set, and sums
-    # are split by thread, so both are fixed, before torch is imported.
-    return {**os.environ, "MKL_CBWR": "AUTO", "OMP_NUM_THREADS": "2"}
 
 
 # mypy

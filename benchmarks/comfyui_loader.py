@@ -1,7 +1,8 @@
-"""ComfyUI's loader and Spillway's, on the CPU: load time, memory, first step, later steps.
+"""ComfyUI's loader and Spillway's: load time, memory, first step, later steps.
 
     python dev.py bench comfyui_loader                         # a 2 GB Flux in bf16; needs about 14 GB of free RAM
     python dev.py bench comfyui_loader --hidden 1024           # a small one
+    python dev.py bench comfyui_loader --device cuda:0         # on a card, with ComfyUI's dynamic VRAM off
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench comfyui_loader --json result.json
 
 Runs in ComfyUI's own Python, found as for its tests. Each contestant is a process of its own; one of ours at a
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from harness import comfyui, report
+from harness.device import CPU, add_device
 from harness.laps import Laps
 from harness.pack import load_pack
 from harness.race import Contestant, difference, must_have_run, race, read_into_cache, slug
@@ -52,7 +54,7 @@ def write_model(args: argparse.Namespace, laps: Laps) -> None:
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     """Load by the node and run ComfyUI's sampler once, a turn for each step."""
-    comfyui.start_comfyui(args.comfyui, args.base)
+    comfyui.start_comfyui(args.comfyui, args.base, args.device)
     import nodes
 
     if args.contestant != REFERENCE:
@@ -123,6 +125,7 @@ def figures(run: Contestant) -> dict[str, Any]:
         "peak_growth_bytes": last["peak_rss"] - last["begun_rss"],
         "peak_rss_bytes": last["peak_rss"],
         "peak_anonymous_growth_bytes": last["peak_anonymous"] and last["peak_anonymous"] - last["begun_anonymous"],
+        "peak_device_bytes": max((lap.get("device_bytes") or 0 for lap in run.laps), default=0) or None,
         "facts": last.get("facts"),
     }
 
@@ -184,15 +187,16 @@ def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> co
     races = races_of(args, command)
     rows = summary(races)
     nbytes = model_path(args.base).stat().st_size
-    words = f"{args.size} x {args.size}, {args.threads} threads, in ComfyUI, which computes in fp32 here"
+    where = "in ComfyUI, which computes in fp32 here" if args.device == CPU else f"in ComfyUI on {args.device}"
+    words = f"{args.size} x {args.size}, {args.threads} threads, {where}"
     about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, {words}"
-    return comfyui.Outcome(
-        (about, table(rows)), {"file_bytes": nbytes, "size": args.size, "results": rows, "races": races}
-    )
+    sizes = {"file_bytes": nbytes, "size": args.size, "device": args.device}
+    return comfyui.Outcome((about, table(rows)), {**sizes, "results": rows, "races": races})
 
 
 def main() -> int:
     parser = comfyui.parser(__doc__)
+    add_device(parser)
     comfyui.add_flux(parser, 3072, "3072 is 2.05 GB (default)", size=256)
     parser.add_argument("--starts", type=int, default=3, help="races of each of ours against ComfyUI")
     parser.add_argument("--rounds", type=int, default=5, help="later steps of each race, in turns")

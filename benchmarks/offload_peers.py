@@ -1,9 +1,10 @@
-"""Weights that do not fit: Spillway beside accelerate, diffusers, RamTorch, mmgp and the plain module, on the CPU.
+"""Weights that do not fit: Spillway beside accelerate, diffusers, RamTorch, mmgp and the plain module.
 
     python dev.py bench offload_peers                       # all contestants, the demo's 1.1 GB Flux in bf16
     python dev.py bench offload_peers --gb 4 --rounds 8 --json result.json
     python dev.py bench offload_peers --only Spillway       # and the plain module, which is always there
     python dev.py bench offload_peers --cold                # starts read the file from the disk, not from the cache
+    python dev.py bench offload_peers --device cuda:0       # on a card: the plain module and Spillway alone
 
 Starts are measured alone, each in a fresh process; steps in turns, with all contestants alive.
 """
@@ -27,6 +28,7 @@ from demo.checkpoint import DEFAULT_GB, ensure_checkpoint
 from demo.flux import config_from_keys
 from demo.sampling import make_inputs
 from harness import report
+from harness.device import CPU, add_device, settle, start_device, used_bytes
 from harness.laps import Laps, contest
 from harness.peers import CONTESTANTS, Job
 from harness.race import (
@@ -50,7 +52,8 @@ START, SETTLE = 2, 3  # laps: load and first step; a third that settles what the
 
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     """Load, then compute steps until the parent wants no more; leave the latest output in a file."""
-    job = job_of(args)
+    device = start_device(args.device)
+    job = job_of(args, device)
     kind, options = CONTESTANTS[args.contestant]
     contestant = kind(job, **options)
     if args.prepare:
@@ -58,27 +61,33 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
             contestant.prepare()
         return
     noise, ids, cond = make_inputs(job.config, args.size)
-    img, txt, pooled = (tensor.bfloat16() for tensor in (noise, cond.txt, cond.pooled))
+    img, txt, pooled = (tensor.to(device, torch.bfloat16) for tensor in (noise, cond.txt, cond.pooled))
+    ids, txt_ids = ids.to(device), cond.txt_ids.to(device)
+    guidance = None if cond.guidance is None else cond.guidance.to(device)
+    time = torch.full((1,), 0.5, device=device)
     with torch.no_grad():
         with laps.lap("load"):
             model = contestant.load()
         label = "first"
         while True:
             laps.begin(label)
-            out = model(img, ids, txt, cond.txt_ids, torch.full((1,), 0.5), pooled, cond.guidance)
+            out = model(img, ids, txt, txt_ids, time, pooled, guidance)
+            settle(device)
             laps.stop()
-            torch.save(out, job.scratch / f"{label}.pt")
-            laps.tell(facts=contestant.facts() if hasattr(contestant, "facts") else None)
+            torch.save(out.cpu(), job.scratch / f"{label}.pt")
+            facts = contestant.facts() if hasattr(contestant, "facts") else None
+            laps.tell(facts=facts, device_bytes=used_bytes(device))
             label = "step"
 
 
-def job_of(args: argparse.Namespace) -> Job:
+def job_of(args: argparse.Namespace, device: torch.device) -> Job:
     with safe_open(args.checkpoint, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
     specs = {key: torch.empty(shape, dtype=torch.bfloat16, device="meta") for key, shape in shapes.items()}
     scratch = scratch_of(args.contestant, args.out)
     scratch.mkdir(exist_ok=True)
-    return Job(args.checkpoint, config_from_keys(specs), sum(spec.nbytes for spec in specs.values()), scratch, args.out)
+    weights = sum(spec.nbytes for spec in specs.values())
+    return Job(args.checkpoint, config_from_keys(specs), weights, scratch, args.out, device)
 
 
 def scratch_of(name: str, out: Path) -> Path:
@@ -150,6 +159,8 @@ def figures(
         "peak_rss_bytes": last["peak_rss"],
         "peak_growth_bytes": last["peak_rss"] - last["begun_rss"],
         "peak_anonymous_growth_bytes": last["peak_anonymous"] and last["peak_anonymous"] - last["begun_anonymous"],
+        # Alone on the device: in the race the others hold memory too.
+        "peak_device_bytes": max((one.last().get("device_bytes") or 0 for one in starts), default=0) or None,
         "max_abs_difference": max(value for value in differences if value is not None),
         "facts": last.get("facts"),
     }
@@ -189,6 +200,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def parse() -> argparse.Namespace:
     parser = report.parser(__doc__)
     report.add_threads(parser)
+    add_device(parser)
     parser.add_argument("--gb", type=float, default=DEFAULT_GB, help="size of the file (default %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="use this Flux.1 file in bf16, or make it there")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default %(default)s)")
@@ -215,12 +227,15 @@ def main() -> int:
     args.checkpoint = ensure_checkpoint(args.checkpoint, args.gb)
     wanted = tuple(args.only or ("",))
     names = [name for name in CONTESTANTS if name == REFERENCE or name.startswith(wanted)]
+    if args.device != CPU:
+        names = [name for name in names if getattr(CONTESTANTS[name][0], "takes_device", False)]
     with tempfile.TemporaryDirectory(prefix="spillway-peers-", dir=args.scratch) as out:
         results = measure(args, names, Path(out))
     nbytes = args.checkpoint.stat().st_size
     words = f"{args.size} x {args.size}, {args.threads} threads, {args.starts} starts, {args.rounds} rounds"
-    about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, file {'on disk' if args.cold else 'in the page cache'}, {words}"
-    sizes = {"file_bytes": nbytes, "size": args.size, "cold": args.cold}
+    where = f"on {args.device}, file {'on disk' if args.cold else 'in the page cache'}"
+    about = f"Flux, {nbytes / 1e9:.2f} GB in bf16, {where}, {words}"
+    sizes = {"file_bytes": nbytes, "size": args.size, "cold": args.cold, "device": args.device}
     return report.publish(args.json, about, table(results), **sizes, results=results)
 
 

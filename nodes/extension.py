@@ -25,6 +25,7 @@ from .merge import SpillwayMergeModels
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
+from .self_test import SpillwaySelfTest
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")
@@ -64,6 +65,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayCachePolicy,
             SpillwayDeviceControl,
             SpillwayMemoryReport,
+            SpillwaySelfTest,
             SpillwayVAEDecode,
             SpillwayVAEEncode,
         ]

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers, move_buffers
 from .first_forward import FirstForward
+from .first_use.check import first_use
+from .first_use.verdict import COPIES, VBAR, Verdict
 from .load_plan import LoadPlan
 from .policy import Policy
 from .ram_pressure import available_ram, relieve
@@ -37,8 +40,9 @@ class DynamicModel:
 
     The constructor reads and maps nothing. The first forward reserves memory. `source` None takes the module's own
     parameters. A call of the model calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a
-    device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. Raises SourceError,
-    Unsupported or DeviceError where module, source and device do not fit together.
+    device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. first_use_file: keeps what the
+    check of a device found (see `first_use`) from one process to the next. None keeps it for this one. Raises
+    SourceError, Unsupported or DeviceError where module, source and device do not fit together.
 
     residency: set while the model is prepared, that is from its first forward until `release`.
     """
@@ -56,6 +60,7 @@ class DynamicModel:
         backend: Backend | None = None,
         may_init: bool = True,
         blocks: Collection[str] = (),
+        first_use_file: Path | None = None,
     ) -> None:
         self.module = module
         self.policy = policy or Policy()
@@ -69,6 +74,7 @@ class DynamicModel:
         # CarefulBackend stands around every device call that can fail. On a CPU none can.
         self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self._may_init = may_init
+        self._first_use_file = first_use_file
         self._remembered = Remembered(self.bundles)
         self.residency: Residency | None = None
         self.pins: Pins | None = None  # may outlive a residency
@@ -108,6 +114,7 @@ class DynamicModel:
     def prepare(self) -> Residency:
         """Reserve addresses and choose the residency plan, in the first forward. Raises what `Residency` raises."""
         if self.residency is None:
+            self._heed_first_use()
             if self.pins is None:
                 self.pins = Pins(self._device, self._pin_budget(), self._remembered.order)
             try:
@@ -128,6 +135,18 @@ class DynamicModel:
                 raise
             self._lend_through(residency.caster)
         return self.residency
+
+    def first_use(self) -> Verdict:
+        """Say what is known to be wrong on the device. The first call for a device finds that out. Never raises."""
+        aimdo = self.policy.vbar != "software"
+        return first_use(self.backend, self._first_use_file, aimdo=aimdo, may_init=self._may_init)
+
+    def _heed_first_use(self) -> None:
+        """Do without what is wrong on the device."""
+        verdict = self.first_use()
+        verdict.step_down(self._device, self.ledger)
+        if not verdict.trusts(VBAR):
+            self._remembered.aimdo_failure = verdict.failed.get(VBAR, verdict.failed.get(COPIES))
 
     def _lend_through(self, lender: Lender) -> None:
         for bundle in self.bundles:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from . import report
+from .device import CPU, settle, start_device, used_bytes
 from .laps import Laps, contest
 from .pack import ROOT
 from .race import command_of, must_have_run, solo
@@ -96,13 +97,17 @@ def comfyui_finder() -> ModuleType:
 # -- in ComfyUI's Python
 
 
-def start_comfyui(comfyui: Path, base: Path | None = None) -> None:
-    """Import ComfyUI as ``main.py --cpu`` would have set it up. base: holds its folders; None: its own do."""
+def start_comfyui(comfyui: Path, base: Path | None = None, device: str = CPU) -> None:
+    """Import ComfyUI as ``main.py`` would have set it up. base: holds its folders; None: its own do. device: CPU is
+    ``--cpu``; on any other ComfyUI chooses, without dynamic VRAM.
+    """
     sys.path.insert(0, str(comfyui))
     sys.path.append(str(ROOT / "tests"))  # for checkpoints and sampling
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = device == CPU
+    if device != CPU:
+        start_device(device)
     if base is not None:
         comfy.cli_args.args.base_directory = str(base)
     import comfy.sample
@@ -115,11 +120,15 @@ def sample_in_turns(laps: Laps, model: Any, args: argparse.Namespace, facts: Cal
 
     facts: what is told after each step.
     """
+    import comfy.model_management
+
     from kit.comfyui import sampling
 
     def after_step(step: int, *_: Any) -> None:
+        device = comfy.model_management.get_torch_device()
+        settle(device)
         laps.stop()
-        laps.tell(**facts())
+        laps.tell(**facts(), device_bytes=used_bytes(device))
         if step + 1 < args.steps:
             laps.begin("step")
 

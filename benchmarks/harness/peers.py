@@ -30,6 +30,7 @@ class Job:
     weights: int  # bytes
     scratch: Path
     shared: Path
+    device: torch.device
 
     def skeleton(self) -> Flux:
         """Make the module without memory for its parameters."""
@@ -40,6 +41,8 @@ class Job:
 class Plain:
     """Everything loaded through safetensors, nothing between torch and its weights: the limit."""
 
+    takes_device = True
+
     def __init__(self, job: Job) -> None:
         from safetensors.torch import load_file
 
@@ -47,12 +50,14 @@ class Plain:
 
     def load(self) -> Model:
         module = self.job.skeleton()
-        module.load_state_dict(self.load_file(self.job.checkpoint), assign=True)
+        module.load_state_dict(self.load_file(self.job.checkpoint, device=str(self.job.device)), assign=True)
         return module
 
 
 class Spillway:
     """Our engine. share: of the weights' bytes that may be resident."""
+
+    takes_device = True
 
     def __init__(self, job: Job, share: float) -> None:
         load_pack()
@@ -68,7 +73,7 @@ class Spillway:
         DiskMap, skip_model_initialization, DynamicModel, Policy = self.parts
         with skip_model_initialization():
             module = Flux(self.job.config).to(torch.bfloat16).eval()
-        self.model = DynamicModel(module, DiskMap(self.job.checkpoint), "cpu")
+        self.model = DynamicModel(module, DiskMap(self.job.checkpoint), self.job.device)
         # Of its own count: bundles are aligned, so they take a little more than the file.
         self.model.set_policy(Policy(vram_bytes=int(self.model.total_bytes * self.share)))
         return self.model

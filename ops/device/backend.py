@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from ..ledger import first_line
+from .identity import identity
 from .locked_memory import locked
 
 T = TypeVar("T")
@@ -44,6 +45,10 @@ class Backend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.unwrapped: Backend = self
+
+    def identity(self) -> str | None:
+        """Name the device and the versions that use it; None where there is nothing that could be wrong."""
+        return identity(self.device)
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return `nbytes` of uninitialised uint8 memory on the device.
@@ -109,6 +114,9 @@ class CpuBackend(Backend):
     """The CPU: weights are used where they lie."""
 
     in_place = True
+
+    def identity(self) -> None:
+        return None
 
 
 # cudaHostRegisterPortable: locked for every device, not for the current device alone.

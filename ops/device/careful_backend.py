@@ -70,6 +70,9 @@ class CarefulBackend(Backend):
             level=logging.WARNING,
         )
 
+    def identity(self) -> str | None:
+        return self.unwrapped.identity()
+
     def empty(self, nbytes: int) -> torch.Tensor:
         # Out of memory is not tried again here: the caster makes room.
         return self.unwrapped.empty(nbytes)

@@ -24,12 +24,25 @@ CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
 CACHED_BYTES = 2 << 20
 
 _kernels: dict[str, Kernel] = {}
+_kernel_names: dict[str, str] = {}
 _int_mm_works: dict[str, bool] = {}
+# Devices whose products have been found wrong. Their weights are dequantised.
+_distrusted: set[torch.device] = set()
 
 
-def register_kernel(device_type: str, kernel: Kernel) -> None:
-    """Use a library's kernel on devices of that type for weights with one scale a row."""
-    _kernels[device_type] = kernel
+def register_kernel(device_type: str, kernel: Kernel, name: str) -> None:
+    """Use a library's kernel on devices of that type for weights with one scale a row. name: with its version."""
+    _kernels[device_type], _kernel_names[device_type] = kernel, name
+
+
+def kernel_name(device_type: str) -> str:
+    """Name what multiplies weights with one scale a row on devices of that type."""
+    return _kernel_names.get(device_type, "torch")
+
+
+def distrust(device: torch.device) -> None:
+    """Multiply with the dequantised weight on a device from now on."""
+    _distrusted.add(device)
 
 
 def group_count(columns: int, device_type: str) -> int:
@@ -107,8 +120,18 @@ def int8_linear(
 ) -> torch.Tensor:
     """Return x (..., columns) times qdata (rows, columns) transposed, plus bias (rows), in x's dtype.
 
-    scale: (rows, groups), fp32. Shapes that no INT8 kernel takes are computed with the dequantised weight.
+    scale: (rows, groups), fp32. Shapes that no INT8 kernel takes, and all on a device whose products were found wrong,
+    are computed with the dequantised weight.
     """
+    if x.device in _distrusted:
+        return torch.nn.functional.linear(x, dequantise_rows(qdata, scale, x.dtype), bias)
+    return int8_linear_by_kernel(x, qdata, scale, bias)
+
+
+def int8_linear_by_kernel(
+    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Do as int8_linear, on any device that has a kernel."""
     flat = x.reshape(-1, x.shape[-1])
     groups = scale.shape[1]
     if groups == 1:
@@ -145,9 +168,9 @@ def _product(
     width = x.shape[1] // groups
     quantised, x_scale = quantise_rows(x, groups)
     if groups == 1:
-        return [_int_mm(quantised, qdata)], [scale[:, 0]], x_scale
+        return [int8_dot(quantised, qdata)], [scale[:, 0]], x_scale
     parts = [slice(group * width, (group + 1) * width) for group in range(groups)]
-    products = [_int_mm(quantised[:, part], qdata[:, part]) for part in parts]
+    products = [int8_dot(quantised[:, part], qdata[:, part]) for part in parts]
     return products, list(scale.t().contiguous()), x_scale
 
 
@@ -166,7 +189,8 @@ def _rescaled(
     return total.to(dtype)
 
 
-def _int_mm(x: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
+def int8_dot(x: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
+    """Return the int32 products of INT8 x (count, columns) with qdata (rows, columns) transposed."""
     count = x.shape[0]
     if x.device.type != "cpu" and count <= 16:  # CUDA wants more rows
         return torch._int_mm(torch.nn.functional.pad(x, (0, 0, 0, 32 - count)), qdata.t())[:count]

@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ops.lending.param import Param
 from ..dynamic_model import DynamicModel
+from .first_use import as_it_is, multiplies_wrongly
 from .model_state import ModelState
 from .patches.idle_reads import patch_idle_reads
 from .patches.int8_lora import place_loras
@@ -75,6 +76,7 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
 
     A lent weight is patched already and meets only wrappers. An idle weight must still be patched.
     """
+    verdict = dynamic.first_use()
     for bundle in dynamic.bundles:
         bundle.lent_attributes = []
     for bundle in dynamic.bundles:
@@ -86,6 +88,8 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
             if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
                 continue
             wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
+            if param.attr == "weight" and not param.int8 and multiplies_wrongly(module, verdict):
+                wrappers.append(as_it_is)
             if param.key in state.patches and param.key not in patcher.backup:
                 idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]
                 bundle.lent_attributes.append((module, name, idle, wrappers))

@@ -7,20 +7,19 @@ from collections import Counter
 from typing import Any
 
 import torch
-from comfy.quant_ops import QUANT_ALGOS
 
+from ...ops.device.backend import backend_for
 from ...ops.gather import is_wrapper, tensor_bytes
-from ...ops.int8.linear import Kernel, register_kernel
 from ...ops.int8.measure import Timing, measure
+from ..first_use.check import first_use
 from ..int8_layers import Int8Layers
+from .first_use import record_file
+from .kitchen import register_kitchen
 from .patcher import DynamicModelPatcher
 
 log = logging.getLogger("spillway")
 
 INT8, INT8_AUTO = "int8", "int8_auto"
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Device types whose kernels in comfy-kitchen are more than torch's own operations.
-_KITCHEN_BACKENDS = ("cuda", "triton", "hip")
 
 
 class ComfyInt8Layers(Int8Layers):
@@ -37,28 +36,6 @@ class ComfyInt8Layers(Int8Layers):
             if "FP8" not in layout:
                 return 0
         return super().__call__(module, name, weight)
-
-
-def register_kitchen() -> None:
-    """Have INT8 products on GPUs computed by comfy-kitchen where it has a kernel for the device."""
-    if "int8_tensorwise" not in QUANT_ALGOS:
-        return
-    import comfy_kitchen
-
-    backends = comfy_kitchen.list_backends()
-    for name in _KITCHEN_BACKENDS:
-        backend = backends.get(name, {})
-        usable = backend.get("available") and not backend.get("disabled")
-        if usable and "int8_linear" in backend.get("capabilities", ()):
-            register_kernel("cuda", _kitchen_linear)
-
-
-def _kitchen_linear(
-    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    bias = bias if bias is None else bias.to(x.dtype)
-    linear: Kernel = torch.ops.comfy_kitchen.int8_linear
-    return linear(x.contiguous(), qdata, scale, bias, _CODES[x.dtype], False, 256)  # type: ignore[call-arg]
 
 
 def choose_int8(patcher: DynamicModelPatcher, wanted: str) -> str:
@@ -88,6 +65,9 @@ def choose_int8(patcher: DynamicModelPatcher, wanted: str) -> str:
         )
         return _noted(patcher, words, logging.INFO if quantised else logging.WARNING)
     register_kitchen()
+    backend = backend_for(device)
+    # Before the measurement, where wrong products could win.
+    first_use(backend, record_file(), aimdo=False).distrust_products(backend.device)
     computes = model.manual_cast_dtype or model.get_dtype()
     timing: Timing = measure(shapes, computes, torch.device(device))
     count = f"{sum(shapes.values())} layers"

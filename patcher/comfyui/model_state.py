@@ -13,6 +13,8 @@ from ..dynamic_model import DynamicModel
 from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
+from .first_use import record_file
+from .kitchen import register_kitchen
 from .patches.idle_reads import place_permanently
 from .patches.weight_patch import WeightPatch
 
@@ -59,6 +61,7 @@ class ModelState:
             self.close()
         if self.dynamic is None:
             self.lends_blocks = blocks
+            register_kitchen()  # its products are checked with the device
             self.dynamic = DynamicModel(
                 model,
                 None,
@@ -69,6 +72,7 @@ class ModelState:
                 int8=self.int8,
                 may_init=False,
                 blocks=block_names(model) if blocks else (),
+                first_use_file=record_file(),
             )
             for words, level in self.notes:
                 self.dynamic.ledger.decide(words, level=level)

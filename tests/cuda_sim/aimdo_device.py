@@ -88,6 +88,8 @@ class AimdoDevice(Backend):
 
     streams = 2
 
+    name: str | None = None  # what the check before a first use knows it by; without one there is no check
+
     def __init__(self, driver: Driver, aimdo: Aimdo | None, *, deferred: bool = True) -> None:
         super().__init__(torch.device("cpu"))
         self.driver = driver
@@ -104,6 +106,9 @@ class AimdoDevice(Backend):
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._cached: dict[int, list[int]] = defaultdict(list)  # bytes: addresses of blocks that nobody uses
         self._lock = threading.RLock()
+
+    def identity(self) -> str | None:
+        return self.name
 
     # -- memory
 

@@ -143,6 +143,13 @@ def add_pytest(python: Path, environment: dict[str, str]) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
+def test_environment() -> dict[str, str]:
+    """Return the variables of processes that run tests."""
+    # Parity tests compare bit for bit. MKL picks its kernels by a buffer's alignment unless MKL_CBWR is set, and sums
+    # are split by thread, so both are fixed, before torch is imported.
+    return {**os.environ, "MKL_CBWR": "AUTO", "OMP_NUM_THREADS": "2"}
+
+
 # Processes and words
 
 

@@ -82,14 +82,22 @@ class SimDevice(Backend):
     """A device with `capacity` bytes.
 
     eager: copies take effect at once, as on a fast bus; "some": on every other stream, so that one overtakes another.
+    name: what the check before a first use knows it by; without one there is no check, as on a CPU.
     """
 
     streams = 2
 
     def __init__(
-        self, capacity: int = 1 << 30, *, eager: bool | str = False, streams: int = 2, pin_limit: int = 1 << 40
+        self,
+        capacity: int = 1 << 30,
+        *,
+        eager: bool | str = False,
+        streams: int = 2,
+        pin_limit: int = 1 << 40,
+        name: str | None = None,
     ) -> None:
         super().__init__(torch.device("cpu"))
+        self.name = name
         self.capacity, self.eager, self.streams, self.pin_limit = capacity, eager, streams, pin_limit
         self.other = 0  # bytes used by others
         self.pinned = 0
@@ -103,6 +111,9 @@ class SimDevice(Backend):
         self.busy: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         software_vbar._devices.pop(self.device, None)  # not the memory of an earlier simulated device
+
+    def identity(self):
+        return self.name
 
     def empty(self, nbytes):
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)

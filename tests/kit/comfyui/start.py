@@ -49,7 +49,8 @@ def _import(comfyui, base):
         import comfy.cli_args
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
-    comfy.cli_args.args.cpu = not on_fake_device
+    # `dev.py gpu` names the device that ComfyUI is then to find.
+    comfy.cli_args.args.cpu = not on_fake_device and not os.environ.get("SPILLWAY_TEST_DEVICE")
     comfy.cli_args.args.base_directory = str(base)  # models, input, output, temp and user folders
     try:
         import comfy.sample

@@ -1,0 +1,26 @@
+"""The device that a process of tests runs on, where `dev.py gpu` names one.
+
+SPILLWAY_TEST_DEVICE=cuda:0   the device
+SPILLWAY_FAKE_CUDA=1          torch.cuda is the fake device of tests/fake_device
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+VARIABLE = "SPILLWAY_TEST_DEVICE"
+FAKE = "SPILLWAY_FAKE_CUDA"
+
+
+def device_under_test() -> torch.device | None:
+    """Return the device, with its number, and start the fake one where it is meant. None: the CPU, as ever."""
+    name = os.environ.get(VARIABLE, "")
+    if not name:
+        return None
+    if os.environ.get(FAKE, "0") not in ("", "0"):
+        from fake_device.device import start
+
+        start()
+    return torch.device(name)
