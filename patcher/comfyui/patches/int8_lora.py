@@ -7,6 +7,7 @@ every step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,10 @@ class BranchPatch(WeightPatch):
 
 
 def branch_of(patch: WeightPatch) -> BranchPatch | None:
-    """Turn a patch into a branch. None where it is more than a sum of low-rank products."""
+    """Turn a patch into a branch. None where it is more than a sum of low-rank products of the weight's shape.
+
+    ComfyUI meets a LoRA of another shape when it is merged, and logs an error for that weight.
+    """
     if patch.hooked or tuple(patch.shape) != tuple(patch.weight.shape):
         return None
     factors = []
@@ -64,9 +68,25 @@ def branch_of(patch: WeightPatch) -> BranchPatch | None:
         up, down, alpha, middle, dora_scale, reshape = value.weights[:6]
         if middle is not None or dora_scale is not None or reshape is not None:
             return None
+        if not _product_fits(up, down, tuple(patch.shape), offset):
+            return None
         scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
         factors.append((up, down, strength * scale, offset))
     return BranchPatch(patch, factors)
+
+
+def _product_fits(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, ...], offset: Any) -> bool:
+    """Say whether up @ down has the shape of the weight, or of the part of it that the offset names."""
+    if min(up.dim(), down.dim()) < 2:
+        return False
+    part = list(shape)
+    if offset is not None:  # (dimension, first, length)
+        dimension, first, length = offset
+        if first + length > part[dimension]:
+            return False
+        part[dimension] = length
+    (rows, *ups), (rank, *columns) = up.shape, down.shape
+    return math.prod(ups) == rank and [rows, math.prod(columns)] == part
 
 
 def merge_errors(patch: BranchPatch, groups: int, device: torch.device) -> tuple[float, float]:

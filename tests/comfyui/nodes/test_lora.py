@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.loras import SHAPES, forms, numbers
+from kit.comfyui.loras import LINEAR, MLP, QKV, SHAPES, forms, numbers
 from kit.comfyui.pairs import assert_same, budget, counters, pair, run
 from spillway.nodes.lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from spillway.patcher.comfyui.loading import load as comfy_load
@@ -153,6 +153,47 @@ def test_a_lora_of_which_a_part_fits_is_applied_with_a_warning(flux, lora_file, 
     assert shown.count("no_such_layer") == 3
     (wanted, _) = comfy.sd.load_lora_for_models(classic, None, forms("lora"), 1.0, 0)
     assert_same(run(output.args[0]), run(wanted))
+
+
+KINDS = ["lora", "dora", "loha", "lokr", "glora", "oft", "diff", "set"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_which_names_fit_but_not_shapes_is_named(kind, flux, lora_file, caplog):
+    """The node says which tensors, and applies the others. ComfyUI would log an error at each use, or raise."""
+    lora = forms(kind, wrong=[LINEAR])
+    good = {key: tensor for key, tensor in lora.items() if not key.startswith(LINEAR)}
+    classic, ours = pair(flux)
+    output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=lora_file("mixed", lora), strength_model=1.0)
+    (shown,) = output.ui.as_dict()["text"]
+    assert f"{LINEAR}." in shown and f"for {LINEAR}.weight [896, 128]" in shown and shown in caplog.text
+    assert "have another shape" in shown and QKV not in shown and MLP not in shown
+    caplog.clear()
+    (wanted, _) = comfy.sd.load_lora_for_models(classic, None, good, 1.0, 0)
+    assert_same(run(output.args[0]), run(wanted))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_which_no_shape_fits_is_refused(kind, flux, lora_file):
+    _, ours = pair(flux)
+    name = lora_file("half", forms(kind, wrong=list(SHAPES)))
+    with pytest.raises(
+        comfy_lora.NoFit, match=r"half\.safetensors: no tensor.*not their shapes.* for .*model of another"
+    ):
+        SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0)
+    assert not ours.patches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_shapes_are_found_right_and_no_number_is_read(kind, flux, lora_file, caplog):
+    """OFT with a constraint looks at its numbers first."""
+    lora = forms(kind)
+    if kind == "oft":
+        lora |= {f"{stem}.alpha": torch.tensor(0.5) for stem in SHAPES}
+    _, ours = pair(flux)
+    output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=lora_file("good", lora), strength_model=1.0)
+    assert output.ui is None and len(output.args[0].patches) >= len(SHAPES) and not caplog.records
 
 
 @pytest.mark.parametrize("content", [b"no LoRA", b"\x10\0\0\0\0\0\0\0{}              ", b""])
