@@ -38,7 +38,11 @@ class BranchPatch(WeightPatch):
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
 
     def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included."""
+        """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included.
+
+        Raises FileChanged where a file that they are read from has changed.
+        """
+        self.check_files()
         ups, downs = [], []
         for up, down, strength, offset in self.factors:
             wide_up, wide_down = (part.to(device, torch.float32).flatten(start_dim=1) for part in (up, down))

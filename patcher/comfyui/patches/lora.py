@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterable
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,25 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
-from comfy.weight_adapter import WeightAdapterBase
 
 from ....ops.files.disk_map import SourceError
+from ....ops.files.read_whole import read_whole
+from ....ops.files.safetensors_header import PICKLES
+from ....ops.ram.available import available_ram
 from .lora_shapes import misshapen
+from .weight_patch import tensors_of
 
 Tensors = dict[str, torch.Tensor]
 
 # Beginnings of a text encoder's keys in the files of all trainers.
 TEXT_ENCODER = ("lora_te", "lora_prior_te", "text_encoder", "text_model", "te1", "te2", "te3", "clip_", "cond_stage")
-# This many files stay open, as many as a usual graph has. Their pages are the system's to drop.
-FILES = 8
+# This many files are kept, as many as a usual graph has, while they take no more than a part of the available RAM. One
+# that a model still uses takes no memory of its own.
+FILES, SHARE = 8, 16
+
+
+# By path, size, time of the last change, and inode. The least recently used first.
+_kept: OrderedDict[tuple[str, int, int, int], tuple[Tensors, dict[str, str]]] = OrderedDict()
 
 
 class NoFit(ValueError):
@@ -61,16 +68,25 @@ class Fit:
 def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     """Read the tensors and the metadata of a LoRA file. Gives the same objects again while the file is unchanged.
 
-    Raises SourceError for a file that cannot be read.
+    The tensors lie in memory, so what happens to the file afterwards reaches no model. Raises SourceError for a file
+    that cannot be read.
     """
-    state = os.stat(path)
-    return _read(path, state.st_mtime_ns, state.st_size)
+    status = os.stat(path)
+    key = path, status.st_size, status.st_mtime_ns, status.st_ino
+    if key not in _kept:
+        _kept[key] = _read(path)
+    _kept.move_to_end(key)
+    while len(_kept) > 1 and (len(_kept) > FILES or SHARE * sum(key[1] for key in _kept) > available_ram().available):
+        _kept.popitem(last=False)
+    return _kept[key]
 
 
-@functools.lru_cache(maxsize=FILES)
-def _read(path: str, _changed: int, _size: int) -> tuple[Tensors, dict[str, str]]:
+def _read(path: str) -> tuple[Tensors, dict[str, str]]:
     try:
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        if path.lower().endswith(PICKLES):
+            tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        else:
+            tensors, metadata = read_whole(path)
     except Exception as error:
         raise SourceError(
             f"{path}: this LoRA file cannot be read ({type(error).__name__}: {error}). It is damaged, or no LoRA. "
@@ -125,16 +141,6 @@ def apply_lora(
     return model, clip, fit
 
 
-def _tensors_of(patch: Any) -> Iterable[torch.Tensor]:
-    if torch.is_tensor(patch):
-        yield patch
-    elif isinstance(patch, WeightAdapterBase):
-        yield from _tensors_of(patch.weights)
-    elif isinstance(patch, (tuple, list)):
-        for part in patch:
-            yield from _tensors_of(part)
-
-
 def _weight_of(key: Any) -> str:
     """Return the name of the weight that a patch is for; its key may name a part of the weight too."""
     return key if isinstance(key, str) else key[0]
@@ -145,13 +151,13 @@ def _fit(tensors: Tensors, patches: dict[Any, Any], wrong: dict[Any, tuple[int, 
 
     wrong: the patches that have another shape than their weight, with the weight's.
     """
-    used = {id(tensor) for patch in patches.values() for tensor in _tensors_of(patch)}
+    used = {id(tensor) for patch in patches.values() for tensor in tensors_of(patch)}
     # Single numbers (alpha) and shapes belong to a weight that is counted. In its patch they are no tensors any more.
     counted = [key for key, tensor in tensors.items() if tensor.numel() > 1 and not key.endswith("reshape_weight")]
     rest = [key for key in counted if id(tensors[key]) not in used]
     for_clip = [key for key in rest if not has_clip and key.startswith(TEXT_ENCODER)]
     misfits = tuple(sorted(set(rest) - set(for_clip)))
-    shapes = {id(tensor): (key, wrong[key]) for key in wrong for tensor in _tensors_of(patches[key])}
+    shapes = {id(tensor): (key, wrong[key]) for key in wrong for tensor in tensors_of(patches[key])}
     misshapen = tuple(
         f"{key} {list(tensors[key].shape)} for {_weight_of(shapes[id(tensors[key])][0])} "
         f"{list(shapes[id(tensors[key])][1])}"

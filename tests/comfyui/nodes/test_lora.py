@@ -40,7 +40,7 @@ def lora_file(models_dir):
     yield write
     for path in made:
         path.unlink(missing_ok=True)
-    comfy_lora._read.cache_clear()
+    comfy_lora._kept.clear()
 
 
 def stack(model, *loras, clip=None):
@@ -215,15 +215,12 @@ def test_a_missing_file_is_an_error_before_any_file_is_read(flux, lora_file):
 def test_a_file_is_read_once_until_it_changes(flux, lora_file, models_dir, monkeypatch):
     """And again when it was written again."""
     classic, ours = pair(flux)
-    read, plain = [], comfy.utils.load_torch_file
-    monkeypatch.setattr(
-        comfy.utils, "load_torch_file", lambda path, **kwargs: read.append(path) or plain(path, **kwargs)
-    )
+    read, plain = [], comfy_lora._read
+    monkeypatch.setattr(comfy_lora, "_read", lambda path: read.append(path) or plain(path))
     name = lora_file("twice", forms("lora"))
     for strength in (1.0, 0.5, 0.7):
         SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=strength)
     assert len(read) == 1
-    (models_dir / "loras" / name).unlink()  # an open file may not be written over
     lora_file("twice", forms("loha"))
     (model,) = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0).args
     assert len(read) == 2
