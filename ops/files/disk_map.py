@@ -141,7 +141,7 @@ class DiskMap:
         self.dtype = dtype
         with open_file(path) as file:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
-            self.check = watched.check
+            self.check, self.check_often = watched.check, watched.check_often
             header = parse_header(self.path, file)
             self.file_bytes = header.file_bytes
             self.metadata = header.metadata

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from pathlib import Path
 
 from .safetensors_header import SourceError
+
+# Seconds between two questions of `check_often`. A layer of a real model takes longer.
+INTERVAL = 0.001
 
 
 class FileChanged(SourceError):
@@ -30,6 +34,7 @@ class WatchedFile:
         self._fd = os.dup(fd)
         weakref.finalize(self, os.close, self._fd)
         self._opened = stamp(self._fd)
+        self._next = 0.0
 
     def check(self) -> None:
         """Raise FileChanged where the file has changed since it was opened. Takes about a microsecond.
@@ -39,6 +44,13 @@ class WatchedFile:
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != self._opened:
             raise changed(self.path, self._opened[0], status.st_size)
+
+    def check_often(self) -> None:
+        """Do what `check` does, at most once in INTERVAL: for resident weights, which are lent in a few microseconds."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + INTERVAL
+            self.check()
 
 
 def changed(path: Path, before: int, now: int) -> FileChanged:

@@ -170,7 +170,7 @@ class Caster:
                 loan.views = bundle.views
                 if loan.views is bundle.source:  # resident where it lies in its file
                     try:
-                        bundle.check_files()
+                        bundle.check_files_often()
                     except BaseException:
                         self.end(loan)
                         raise

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kit.nets import Stack, write
+from kit.nets import Stack, dynamic, same, write
 from kit.pack import ROOT
 from spillway.ops.files import read_whole as reading
 from spillway.ops.files.disk_map import DiskMap, SourceError, locate
@@ -58,6 +58,24 @@ def test_a_file_that_another_one_replaces_stays_in_use(what, device, original):
     """The weights are those of the file that was opened."""
     for case, said in outcomes(original, device, what).items():
         assert said == {"run": "same", "run again": "same", "save": "done", "left": ["model.saved"]}, case
+
+
+@posix
+def test_resident_weights_that_lie_in_their_file_are_checked_within_a_step(original):
+    model = dynamic(Stack, original)
+    x = model.module.input()
+    wanted = model(x)
+    assert same(model(x), wanted)  # all resident where they lie
+
+    def overwrite(*_):
+        with open(original, "r+b") as file:
+            file.seek(-1 << 18, os.SEEK_END)
+            file.write(bytes(1 << 18))
+        time.sleep(0.005)
+
+    model.module.layers[3].register_forward_hook(overwrite)
+    with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+        model(x)
 
 
 def test_a_check_takes_a_microsecond_or_a_few(original):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,6 +36,7 @@ def change(path, what):
         os.replace(path.with_suffix(".new"), path)
     else:
         path.unlink()
+    time.sleep(0.005)  # resident weights are checked once a millisecond
 
 
 def outcomes(path, device, what, fraction, when):
