@@ -48,6 +48,8 @@ for _name, _attribute in {
 }.items():
     if hasattr(torch, _attribute):
         DTYPES[_name] = getattr(torch, _attribute)
+# Dtypes of the format that no code here computes with, and the bits of a number. Such tensors are left out.
+LEFT_OUT = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,25 @@ def _spec(header: Header, key: str) -> TensorSpec:
     return TensorSpec(dtype, entry.shape, header.base + entry.start, nbytes)
 
 
+def _is_left_out(header: Header, key: str) -> bool:
+    entry = header.entry(key)
+    bits = LEFT_OUT.get(entry.dtype)
+    if bits is None:
+        return False
+    header.check_place(key, entry, entry.numel * bits // 8)
+    return True
+
+
 def tensor_specs(
     header: Header, keep: Callable[[str], bool] | None = None, rename: Callable[[str], str] | None = None
 ) -> dict[str, TensorSpec]:
-    """Return the place of each tensor that is kept, under its new name. Raises SourceError for a malformed header."""
+    """Return the place of each tensor that is kept, under its new name. Tensors in a dtype of LEFT_OUT are not.
+
+    Raises SourceError for a malformed header.
+    """
     specs: dict[str, TensorSpec] = {}
     for key in header.entries:
-        if keep is None or keep(key):
+        if (keep is None or keep(key)) and not _is_left_out(header, key):
             name = key if rename is None else rename(key)
             if name in specs:
                 raise SourceError(f"{header.path}: two tensors are named '{name}' after renaming '{key}'.")
@@ -146,6 +160,7 @@ class DiskMap:
             self.file_bytes = header.file_bytes
             self.metadata = header.metadata
             self._specs = tensor_specs(header, keep, rename)
+            self.left_out = [key for key in header.entries if _is_left_out(header, key)]
             self._map, self.read_only = _map(file, self.file_bytes)
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.

@@ -46,7 +46,7 @@ class WatchedFile:
             raise changed(self.path, self._opened[0], status.st_size)
 
     def check_often(self) -> None:
-        """Do what `check` does, at most once in INTERVAL: for resident weights, which are lent in a few microseconds."""
+        """Do what `check` does, at most once in INTERVAL. Resident weights are lent in a few microseconds."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + INTERVAL
