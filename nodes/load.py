@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import comfy.sd
@@ -26,6 +27,16 @@ def model_path(folder: str, name: str) -> str:
             f"There is no file '{name}' in {places}. Put it there, or press R to bring the lists up to date and choose "
             "another."
         ) from None
+
+
+def file_stamps(folder: str, *names: str) -> list[str]:
+    """Say which files these are: another one under the same name, or one written again, makes a loader run anew."""
+    stamps = []
+    for name in names:
+        path = folder_paths.get_full_path(folder, name)
+        status = os.stat(path) if path is not None else None  # a loader says itself that a file is missing
+        stamps.append("" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino}")
+    return stamps
 
 
 class SpillwayLoadDiffusionModel(CheckedNode):
@@ -56,6 +67,10 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             ],
             outputs=[io.Model.Output(tooltip="A MODEL for any sampler. LoRA and hook nodes work on it as usual.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str, **_: Any) -> list[str]:
+        return file_stamps("diffusion_models", unet_name)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
@@ -90,6 +105,10 @@ class SpillwayLoadCheckpoint(CheckedNode):
                 io.ClipVision.Output(tooltip="The CLIP vision model (unCLIP, SVD). Empty if the file has none."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str, **_: Any) -> list[str]:
+        return file_stamps("checkpoints", ckpt_name)
 
     @classmethod
     def execute(cls, ckpt_name: str, policy: Any = None) -> io.NodeOutput:
@@ -136,6 +155,10 @@ class SpillwayLoadCLIP(CheckedNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, clip_name1: str, clip_name2: str = NONE, clip_name3: str = NONE, **_: Any) -> list[str]:
+        return file_stamps("text_encoders", clip_name1, clip_name2, clip_name3)
+
+    @classmethod
     def execute(
         cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
     ) -> io.NodeOutput:
@@ -163,6 +186,10 @@ class SpillwayLoadVAE(CheckedNode):
             ],
             outputs=[io.Vae.Output(tooltip="A VAE for the VAE encode and decode nodes.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str, **_: Any) -> list[str]:
+        return file_stamps("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name: str, policy: Any = None) -> io.NodeOutput:

@@ -13,7 +13,7 @@ from ..patcher.comfyui.patches.lora import apply_lora
 from ..patcher.comfyui.progress import Progress
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
-from .load import NONE, model_path
+from .load import NONE, file_stamps, model_path
 
 log = logging.getLogger("spillway")
 
@@ -80,6 +80,10 @@ class SpillwayLoraLoader(CheckedNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> list[str]:
+        return file_stamps("loras", lora_name)
+
+    @classmethod
     def execute(
         cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
     ) -> io.NodeOutput:
@@ -104,6 +108,10 @@ class SpillwayLoraLoaderModelOnly(CheckedNode):
             ],
             outputs=[io.Model.Output(tooltip="The model with the LoRA. The one that came in is not changed.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> list[str]:
+        return file_stamps("loras", lora_name)
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
@@ -150,6 +158,10 @@ class SpillwayLoraStack(CheckedNode):
                 io.Clip.Output(tooltip="The text encoder with all LoRAs. Empty if none was connected."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **slots: Any) -> list[str]:
+        return file_stamps("loras", *(slots.get(f"lora_{number}", NONE) for number in range(1, SLOTS + 1)))
 
     @classmethod
     def execute(cls, model: Any, clip: Any = None, **slots: Any) -> io.NodeOutput:

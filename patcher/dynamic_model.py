@@ -68,6 +68,7 @@ class DynamicModel:
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__)
         self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8, blocks)
+        self._files = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
             load_buffers(module, source)
@@ -148,12 +149,18 @@ class DynamicModel:
         if not verdict.trusts(VBAR):
             self._remembered.aimdo_failure = verdict.failed.get(VBAR, verdict.failed.get(COPIES))
 
+    def check_files(self) -> None:
+        """Raise FileChanged where a file of the model has changed since it was opened. A few microseconds."""
+        for disk_map in self._files:
+            disk_map.check()
+
     def _lend_through(self, lender: Lender) -> None:
         for bundle in self.bundles:
             bundle.lender = lender
 
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
+        self.check_files()
         self.ledger.counters.steps += 1
         self.last_used = time.monotonic()
         relieve(models)

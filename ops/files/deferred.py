@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .disk_map import locate
+from ..gather import inner_tensors
+from .disk_map import check_files, locate
 
 # Bytes of a part in float32, the widest dtype of the computations.
 PART_BYTES = 4 << 20
@@ -52,6 +53,7 @@ class Stored(Recipe):
 
     def parts(self) -> Iterator[Part]:
         tensor = self.tensor.detach()
+        check_files(inner_tensors(tensor))
         for start, stop in row_ranges(tuple(tensor.shape)):
             rows = tensor[start:stop] if tensor.dim() else tensor
             yield Part("", start, rows.to(device="cpu", dtype=self.dtype).contiguous())

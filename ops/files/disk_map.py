@@ -21,6 +21,7 @@ import torch
 from ..ram.available import available_ram
 from .private_pages import has_private_pages
 from .safetensors_header import Header, SourceError, open_file, parse_header
+from .watched_file import WatchedFile
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -47,6 +48,8 @@ for _name, _attribute in {
 }.items():
     if hasattr(torch, _attribute):
         DTYPES[_name] = getattr(torch, _attribute)
+# Dtypes of the format that no code here computes with, and the bits of a number. Such tensors are left out.
+LEFT_OUT = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,33 @@ def _spec(header: Header, key: str) -> TensorSpec:
     nbytes = entry.numel * dtype.itemsize
     header.check_place(key, entry, nbytes)
     return TensorSpec(dtype, entry.shape, header.base + entry.start, nbytes)
+
+
+def _is_left_out(header: Header, key: str) -> bool:
+    entry = header.entry(key)
+    bits = LEFT_OUT.get(entry.dtype)
+    if bits is None:
+        return False
+    header.check_place(key, entry, entry.numel * bits // 8)
+    return True
+
+
+def tensor_specs(
+    header: Header, keep: Callable[[str], bool] | None = None, rename: Callable[[str], str] | None = None
+) -> dict[str, TensorSpec]:
+    """Return the place of each tensor that is kept, under its new name. Tensors in a dtype of LEFT_OUT are not.
+
+    Raises SourceError for a malformed header.
+    """
+    specs: dict[str, TensorSpec] = {}
+    for key in header.entries:
+        if (keep is None or keep(key)) and not _is_left_out(header, key):
+            name = key if rename is None else rename(key)
+            if name in specs:
+                raise SourceError(f"{header.path}: two tensors are named '{name}' after renaming '{key}'.")
+            specs[name] = _spec(header, key)
+    _check_overlap(header.path, specs)
+    return specs
 
 
 def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
@@ -105,7 +135,8 @@ class DiskMap:
     """A safetensors file. Its tensors are views of its memory map.
 
     A write into a tensor stays in this process, and in memory. Pages of a range that was written into are the only
-    copy, so they are not dropped.
+    copy, so they are not dropped. Whoever reads calls `check` first, which raises FileChanged where the file is no
+    longer the one that was opened.
 
     keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
     cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for a file that is
@@ -123,17 +154,13 @@ class DiskMap:
         self.path = Path(path)
         self.dtype = dtype
         with open_file(path) as file:
+            watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
+            self.check, self.check_often = watched.check, watched.check_often
             header = parse_header(self.path, file)
             self.file_bytes = header.file_bytes
             self.metadata = header.metadata
-            self._specs: dict[str, TensorSpec] = {}
-            for key in header.entries:
-                if keep is None or keep(key):
-                    name = key if rename is None else rename(key)
-                    if name in self._specs:
-                        raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
-                    self._specs[name] = _spec(header, key)
-            _check_overlap(self.path, self._specs)
+            self._specs = tensor_specs(header, keep, rename)
+            self.left_out = [key for key in header.entries if _is_left_out(header, key)]
             self._map, self.read_only = _map(file, self.file_bytes)
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
@@ -237,6 +264,12 @@ def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
     if disk_map is None or not tensor.is_contiguous():
         return None
     return disk_map, tensor.data_ptr() - disk_map.address, tensor.numel() * tensor.element_size()
+
+
+def check_files(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise FileChanged where a file that ordinary tensors lie in has changed since it was opened."""
+    for disk_map in {map_of(tensor) for tensor in tensors} - {None}:
+        disk_map.check()  # type: ignore[union-attr]
 
 
 def open_maps() -> Iterator[DiskMap]:

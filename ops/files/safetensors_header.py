@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,18 @@ class Header:
                 f"{self.path}: truncated: tensor '{key}' ends at byte {self.base + entry.end}, the file has "
                 f"{self.file_bytes}. {AGAIN}"
             )
+
+
+def shard_words(path: str | os.PathLike[str]) -> str:
+    """Say which part of a model a file is, by its name as large models are published; '' for any other name."""
+    found = re.search(r"^(.*)-(\d{5})-of-(\d{5})\.", Path(path).name)
+    if found is None or int(found[3]) < 2:
+        return ""
+    return (
+        f" Its name says that it is part {int(found[2])} of {int(found[3])} of '{found[1]}', and ComfyUI loads no "
+        "model from parts: get it as one file, or join the parts by loading each with safetensors.torch.load_file and "
+        "saving all their tensors with safetensors.torch.save_file."
+    )
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

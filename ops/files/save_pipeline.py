@@ -13,6 +13,7 @@ import torch
 
 from ..gather import inner_tensors
 from .deferred import Deferred, Part, Recipe, drop_pages, read_ahead
+from .disk_map import check_files
 from .safetensors_writer import SafetensorsWriter, SavedSpec, file_order
 
 # Parts that wait to be written while the next is computed.
@@ -40,7 +41,8 @@ def save(
     """Write a safetensors file. Return its bytes.
 
     progress: called with (bytes of tensors computed so far, bytes of all). An error that it raises ends the saving.
-    Raises SaveError and FileExistsError. After any error a file of that name is as it was, and no other is left.
+    Raises SaveError, FileExistsError, and FileChanged where a file that is read has changed. After any error a file of
+    that name is as it was, and no other is left.
     """
     specs = {key: SavedSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     jobs = _jobs(tensors, specs)
@@ -59,9 +61,10 @@ def save(
                         done += part.data.numel() * part.data.element_size()
                         progress(done, total)
                 requested -= _size(job.recipe)
-                for tensor in job.recipe.sources():
-                    for inner in inner_tensors(tensor):
-                        drop_pages(inner)
+                read = [inner for tensor in job.recipe.sources() for inner in inner_tensors(tensor)]
+                check_files(read)  # what another program wrote meanwhile must not be saved
+                for inner in read:
+                    drop_pages(inner)
         return writer.file_bytes
 
 

@@ -70,6 +70,7 @@ class Bundle:
         self.source = [param.source for param in self.params]
         self.final = [param.final for param in self.params]
         self.source_bytes = gathered_bytes(self.source)
+        self._files = list(self.maps())
         self.nbytes = gathered_bytes(self.final)
         # Tensors of inference mode do not count writes, and asking for their count raises.
         self._counting = [part for source in self.source for part in inner_tensors(source) if not part.is_inference()]
@@ -225,6 +226,16 @@ class Bundle:
         for part in self._counting:
             total += part._version
         return total
+
+    def check_files(self) -> None:
+        """Raise FileChanged where a file that this bundle is read from has changed since it was opened."""
+        for disk_map in self._files:
+            disk_map.check()
+
+    def check_files_often(self) -> None:
+        """Do so at most once a millisecond."""
+        for disk_map in self._files:
+            disk_map.check_often()
 
     def drop_pages(self) -> None:
         """Give the pages of the memory map behind this bundle back to the system."""

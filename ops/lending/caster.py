@@ -168,6 +168,12 @@ class Caster:
             if self.vbar.same(signature, bundle.signature):
                 self.counters.hits += 1
                 loan.views = bundle.views
+                if loan.views is bundle.source:  # resident where it lies in its file
+                    try:
+                        bundle.check_files_often()
+                    except BaseException:
+                        self.end(loan)
+                        raise
                 return loan
         try:
             self.start(loan)

@@ -96,9 +96,11 @@ class DeviceCaster(Caster):
             self.counters.bytes_loaded += nbytes
 
     def _gather(self, bundle: Bundle, buffer: torch.Tensor) -> None:
+        bundle.check_files()
         for view, tensor in zip(interpret_gathered_like(bundle.source, buffer), bundle.source, strict=True):
             assert view is not None
             copy_into(view, tensor)
+        bundle.check_files()  # what was written meanwhile must not be kept
         bundle.drop_pages()
 
     def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:

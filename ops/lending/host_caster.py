@@ -27,6 +27,7 @@ class HostCaster(Caster):
         bundle = loan.bundle
         bundle.check_present()
         if bundle.in_place:
+            bundle.check_files()
             loan.views = bundle.source
             if loan.signature is not None:
                 self.vbar.drop_tensor(bundle.vbar_slice)  # of a patch that is gone; the map's pages serve now
@@ -71,8 +72,11 @@ class HostCaster(Caster):
         return views
 
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        bundle.check_files()
         with allocator.in_maps() if bundle.worth_keeping else nullcontext():
-            return super().make_final(bundle, source, memory)
+            views = super().make_final(bundle, source, memory)
+        bundle.check_files()  # what was written meanwhile must not be kept
+        return views
 
     def end(self, loan: Loan) -> None:
         if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to != "ram":

@@ -174,6 +174,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             free_ram(others, 2 * self.model_size())
             self.state.follow(self.policy)
             dynamic = self.dynamic
+            dynamic.check_files()  # some weights are read right here
             cast_in_ops(self, self.state, dynamic)
             hooked = self.get_combined_hook_patches(self.forced_hooks)
             self._attach_patches(hooked)

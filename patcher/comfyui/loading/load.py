@@ -13,10 +13,10 @@ import comfy.utils
 import torch
 
 from ....ops.files.disk_map import DiskMap, SourceError
+from ....ops.files.safetensors_header import shard_words
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
-from .check_quantised import check_quantised
 from .loader_overrides import building, check_complete, detected, refuse_pickle
 from .op_classes import operations
 
@@ -49,9 +49,7 @@ def _options(path: str, weight_dtype: str) -> dict[str, Any]:
     options["offload_device"] = torch.device("cpu")
     fp8_ops = options.get("fp8_optimizations") or comfy.ops.pick_operations(None, None) is comfy.ops.fp8_ops
     source = DiskMap(path)
-    if is_quantised(source):
-        check_quantised(source)
-    elif not fp8_ops:
+    if not is_quantised(source) and not fp8_ops:
         options["custom_operations"] = operations()
     return options
 
@@ -135,6 +133,7 @@ def load_clip(
     if unused:
         raise SourceError(
             f"{unused[0]}: no text encoder that ComfyUI knows was found in this file, or none of type '{clip_type}'."
+            + shard_words(unused[0])
         )
     return clip
 
@@ -150,7 +149,7 @@ def load_vae(path: str, policy: Policy | None = None) -> Any:
     with building(DynamicModelPatcher, policy):
         vae = detected(load, path)
     if getattr(vae, "first_stage_model", None) is None:
-        raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.")
+        raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.{shard_words(path)}")
     factory = getattr(comfy.sd, "load_vae_patcher", None)
     if factory is not None:
         vae.patcher.cached_patcher_init = (factory, (path,))

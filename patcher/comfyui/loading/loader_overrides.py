@@ -5,7 +5,8 @@ ComfyUI decides dtypes, architectures and conversions. Which patcher it makes an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
-from ....ops.files.safetensors_header import PICKLES
+from ....ops.files.safetensors_header import PICKLES, shard_words
 from ....ops.gather import inner_tensors
 from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
 from ..running import drop_unloaded
+from .check_quantised import check_quantised
+
+log = logging.getLogger("spillway")
 
 # Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
@@ -93,6 +97,9 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
         disk_map = DiskMap(path)
+        check_quantised(disk_map)
+        if disk_map.left_out:
+            log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
         opened.maps.append(disk_map)
         tensors = disk_map.state_dict()
         if disk_map.read_only:  # ComfyUI's conversions write into some tensors
@@ -137,7 +144,15 @@ def check_complete(model: torch.nn.Module) -> None:
         raise SourceError(
             f"{path}: {len(missing)} tensors that {type(root).__name__} needs are missing, such as "
             f"{', '.join(missing[:3])}. The file is incomplete or of another architecture: get a complete one."
+            + _left_out_words(getattr(model, "spillway_maps", ()))
+            + shard_words(path)
         )
+
+
+def _left_out_words(maps: Iterable[DiskMap]) -> str:
+    left_out = [f"{disk_map.path.name}: {', '.join(disk_map.left_out[:3])}" for disk_map in maps if disk_map.left_out]
+    words = "; ".join(left_out)
+    return f" Tensors of 4 or 6 bits a number were left out, which nothing here can read ({words})." if words else ""
 
 
 def refuse_pickle(path: str) -> None:
@@ -155,13 +170,15 @@ def detected(make: Callable[[], Any], path: str) -> Any:
     except (KeyError, ValueError, RuntimeError) as error:
         words = str(error)
         if "Could not detect model type" in words:
-            raise SourceError(f"{path}: no model that ComfyUI knows was found in this file. {words}") from error
+            raise SourceError(
+                f"{path}: no model that ComfyUI knows was found in this file. {words}{shard_words(path)}"
+            ) from error
         if is_out_of_memory(error):
             raise
         raise SourceError(
             f"{path}: ComfyUI could not read this file ({type(error).__name__}: {words}). It is damaged, of another "
-            "architecture, or in a form that needs a newer ComfyUI."
+            f"architecture, or in a form that needs a newer ComfyUI.{shard_words(path)}"
         ) from error
     if result is None:
-        raise SourceError(f"{path}: no model that ComfyUI knows was found in this file.")
+        raise SourceError(f"{path}: no model that ComfyUI knows was found in this file.{shard_words(path)}")
     return result

@@ -7,6 +7,7 @@ every step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,11 @@ class BranchPatch(WeightPatch):
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
 
     def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included."""
+        """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included.
+
+        Raises FileChanged where a file that they are read from has changed.
+        """
+        self.check_files()
         ups, downs = [], []
         for up, down, strength, offset in self.factors:
             wide_up, wide_down = (part.to(device, torch.float32).flatten(start_dim=1) for part in (up, down))
@@ -54,7 +59,10 @@ class BranchPatch(WeightPatch):
 
 
 def branch_of(patch: WeightPatch) -> BranchPatch | None:
-    """Turn a patch into a branch. None where it is more than a sum of low-rank products."""
+    """Turn a patch into a branch. None where it is more than a sum of low-rank products of the weight's shape.
+
+    ComfyUI meets a LoRA of another shape when it is merged, and logs an error for that weight.
+    """
     if patch.hooked or tuple(patch.shape) != tuple(patch.weight.shape):
         return None
     factors = []
@@ -64,9 +72,25 @@ def branch_of(patch: WeightPatch) -> BranchPatch | None:
         up, down, alpha, middle, dora_scale, reshape = value.weights[:6]
         if middle is not None or dora_scale is not None or reshape is not None:
             return None
+        if not _product_fits(up, down, tuple(patch.shape), offset):
+            return None
         scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
         factors.append((up, down, strength * scale, offset))
     return BranchPatch(patch, factors)
+
+
+def _product_fits(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, ...], offset: Any) -> bool:
+    """Say whether up @ down has the shape of the weight, or of the part of it that the offset names."""
+    if min(up.dim(), down.dim()) < 2:
+        return False
+    part = list(shape)
+    if offset is not None:  # (dimension, first, length)
+        dimension, first, length = offset
+        if first + length > part[dimension]:
+            return False
+        part[dimension] = length
+    (rows, *ups), (rank, *columns) = up.shape, down.shape
+    return math.prod(ups) == rank and [rows, math.prod(columns)] == part
 
 
 def merge_errors(patch: BranchPatch, groups: int, device: torch.device) -> tuple[float, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterable
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,25 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
-from comfy.weight_adapter import WeightAdapterBase
 
 from ....ops.files.disk_map import SourceError
+from ....ops.files.read_whole import read_whole
+from ....ops.files.safetensors_header import PICKLES
+from ....ops.ram.available import available_ram
+from .lora_shapes import misshapen
+from .weight_patch import tensors_of
 
 Tensors = dict[str, torch.Tensor]
 
 # Beginnings of a text encoder's keys in the files of all trainers.
 TEXT_ENCODER = ("lora_te", "lora_prior_te", "text_encoder", "text_model", "te1", "te2", "te3", "clip_", "cond_stage")
-# This many files stay open, as many as a usual graph has. Their pages are the system's to drop.
-FILES = 8
+# This many files are kept, as many as a usual graph has, while they take no more than a part of the available RAM. One
+# that a model still uses takes no memory of its own.
+FILES, SHARE = 8, 16
+
+
+# By path, size, time of the last change, and inode. The least recently used first.
+_kept: OrderedDict[tuple[str, int, int, int], tuple[Tensors, dict[str, str]]] = OrderedDict()
 
 
 class NoFit(ValueError):
@@ -30,40 +38,55 @@ class NoFit(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """Counts the tensors of a file that a model and a text encoder take. misfits: names of the others."""
+    """Counts the tensors of a file that a model and a text encoder take. misfits: names of the others.
+
+    misshapen: names, and both shapes, of tensors that belong to a weight of another shape.
+    """
 
     used: int
     misfits: tuple[str, ...]
+    misshapen: tuple[str, ...] = ()
     # Tensors left over because there is no text encoder to take them.
     for_clip: int = 0
 
     @property
     def total(self) -> int:
-        return self.used + len(self.misfits) + self.for_clip
+        return self.used + len(self.misfits) + len(self.misshapen) + self.for_clip
 
     def in_words(self, name: str) -> str:
         """Word a warning. Empty where everything fits that could."""
-        if not self.misfits:
+        if not self.misfits and not self.misshapen:
             return ""
-        return (
-            f"{name}: {self.used} of {self.total} tensors fit. {len(self.misfits)} do not, such as "
-            f"{', '.join(self.misfits[:3])}. The LoRA may be made for another version of this model."
-        )
+        words = [f"{name}: {self.used} of {self.total} tensors fit."]
+        if self.misfits:
+            words.append(f"{len(self.misfits)} do not, such as {', '.join(self.misfits[:3])}.")
+        if self.misshapen:
+            words.append(f"{len(self.misshapen)} have another shape: {'; '.join(self.misshapen[:3])}.")
+        return " ".join([*words, "The LoRA may be made for another version of this model."])
 
 
 def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     """Read the tensors and the metadata of a LoRA file. Gives the same objects again while the file is unchanged.
 
-    Raises SourceError for a file that cannot be read.
+    The tensors lie in memory, so what happens to the file afterwards reaches no model. Raises SourceError for a file
+    that cannot be read.
     """
-    state = os.stat(path)
-    return _read(path, state.st_mtime_ns, state.st_size)
+    status = os.stat(path)
+    key = path, status.st_size, status.st_mtime_ns, status.st_ino
+    if key not in _kept:
+        _kept[key] = _read(path)
+    _kept.move_to_end(key)
+    while len(_kept) > 1 and (len(_kept) > FILES or SHARE * sum(key[1] for key in _kept) > available_ram().available):
+        _kept.popitem(last=False)
+    return _kept[key]
 
 
-@functools.lru_cache(maxsize=FILES)
-def _read(path: str, _changed: int, _size: int) -> tuple[Tensors, dict[str, str]]:
+def _read(path: str) -> tuple[Tensors, dict[str, str]]:
     try:
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        if path.lower().endswith(PICKLES):
+            tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        else:
+            tensors, metadata = read_whole(path)
     except Exception as error:
         raise SourceError(
             f"{path}: this LoRA file cannot be read ({type(error).__name__}: {error}). It is damaged, or no LoRA. "
@@ -80,8 +103,9 @@ def apply_lora(
 ) -> tuple[Any, Any, Fit | None]:
     """Clone MODEL and CLIP, of any loader, and put the LoRA on the clones. Either may be None.
 
-    A side whose strength is 0 comes back as it is. Where both are 0, the file is not read and there is no Fit. Raises
-    NoFit, with names from both sides, where nothing fits; SourceError for a file that cannot be read.
+    A side whose strength is 0 comes back as it is. Where both are 0, the file is not read and there is no Fit. Weights
+    of another shape than the LoRA's stay as they are. Raises NoFit, with names from both sides, where nothing fits;
+    SourceError for a file that cannot be read.
     """
     if (model is None or strength_model == 0) and (clip is None or strength_clip == 0):
         return model, clip, None
@@ -95,10 +119,15 @@ def apply_lora(
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
     known = {key for side in sides for key in side.model.state_dict()}
     patches = comfy.lora.load_lora(tensors, names, log_missing=False)
-    patches = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) in known}
-    fit = _fit(tensors, patches, has_clip=clip is not None)
+    patches = {key: patch for key, patch in patches.items() if _weight_of(key) in known}
+    wrong: dict[Any, tuple[int, ...]] = {}
+    for side in sides:
+        theirs = set(side.model.state_dict())
+        wrong |= misshapen(side.model, {key: patch for key, patch in patches.items() if _weight_of(key) in theirs})
+    fit = _fit(tensors, patches, wrong, has_clip=clip is not None)
+    patches = {key: patch for key, patch in patches.items() if key not in wrong}
     if not fit.used:
-        raise NoFit(_no_fit(path, tensors, sides, has_clip=clip is not None))
+        raise NoFit(_no_fit(path, tensors, sides, fit, has_clip=clip is not None))
     if model is not None and strength_model != 0:
         model = model.clone()
         model.add_patches(patches, strength_model)
@@ -112,29 +141,39 @@ def apply_lora(
     return model, clip, fit
 
 
-def _tensors_of(patch: Any) -> Iterable[torch.Tensor]:
-    if torch.is_tensor(patch):
-        yield patch
-    elif isinstance(patch, WeightAdapterBase):
-        yield from _tensors_of(patch.weights)
-    elif isinstance(patch, (tuple, list)):
-        for part in patch:
-            yield from _tensors_of(part)
+def _weight_of(key: Any) -> str:
+    """Return the name of the weight that a patch is for; its key may name a part of the weight too."""
+    return key if isinstance(key, str) else key[0]
 
 
-def _fit(tensors: Tensors, patches: dict[Any, Any], has_clip: bool) -> Fit:
-    """Count by the tensors themselves, as ComfyUI tells only its log which keys it did not know."""
-    used = {id(tensor) for patch in patches.values() for tensor in _tensors_of(patch)}
+def _fit(tensors: Tensors, patches: dict[Any, Any], wrong: dict[Any, tuple[int, ...]], has_clip: bool) -> Fit:
+    """Count by the tensors themselves, as ComfyUI tells only its log which keys it did not know.
+
+    wrong: the patches that have another shape than their weight, with the weight's.
+    """
+    used = {id(tensor) for patch in patches.values() for tensor in tensors_of(patch)}
     # Single numbers (alpha) and shapes belong to a weight that is counted. In its patch they are no tensors any more.
     counted = [key for key, tensor in tensors.items() if tensor.numel() > 1 and not key.endswith("reshape_weight")]
     rest = [key for key in counted if id(tensors[key]) not in used]
     for_clip = [key for key in rest if not has_clip and key.startswith(TEXT_ENCODER)]
     misfits = tuple(sorted(set(rest) - set(for_clip)))
-    return Fit(len(counted) - len(rest), misfits, len(for_clip))
+    shapes = {id(tensor): (key, wrong[key]) for key in wrong for tensor in tensors_of(patches[key])}
+    misshapen = tuple(
+        f"{key} {list(tensors[key].shape)} for {_weight_of(shapes[id(tensors[key])][0])} "
+        f"{list(shapes[id(tensors[key])][1])}"
+        for key in counted
+        if id(tensors[key]) in shapes
+    )
+    return Fit(len(counted) - len(rest) - len(misshapen), misfits, misshapen, len(for_clip))
 
 
-def _no_fit(path: str, tensors: Tensors, sides: list[Any], has_clip: bool) -> str:
+def _no_fit(path: str, tensors: Tensors, sides: list[Any], fit: Fit, has_clip: bool) -> str:
     theirs = sorted(tensors)
+    if fit.misshapen:
+        return (
+            f"{path}: no tensor of this LoRA fits. Its names do, but not their shapes: {'; '.join(fit.misshapen[:3])}. "
+            "It was made for a model of another size: choose one made for this model."
+        )
     if not has_clip and all(key.startswith(TEXT_ENCODER) for key in theirs):
         remedy = "It is for a text encoder only: connect the CLIP."
     else:

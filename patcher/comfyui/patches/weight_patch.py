@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.float
@@ -15,7 +15,8 @@ import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
 from comfy.weight_adapter import WeightAdapterBase
 
-from ....ops.gather import is_wrapper
+from ....ops.files.disk_map import map_of
+from ....ops.gather import inner_tensors, is_wrapper
 
 
 class WeightPatch:
@@ -45,6 +46,8 @@ class WeightPatch:
         _, self.requantise, self.dequantise = get_key_weight(model, key)
         self.weight = weight
         self.shape = comfy.lora.calculate_shape(self.all_patches, weight, key)
+        # Of large LoRAs, and of other models whose weights are merged in.
+        self.maps = {map_of(tensor) for tensor in tensors_of(self.all_patches)} - {None}
 
     @property
     def all_patches(self) -> list[tuple]:
@@ -52,7 +55,11 @@ class WeightPatch:
         return self.patches + self.hooked
 
     def __call__(self, weight: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
-        """Patch a weight. in_place: the weight given may be overwritten, as the engine allows."""
+        """Patch a weight. in_place: the weight given may be overwritten, as the engine allows.
+
+        Raises FileChanged where a file that the patches are read from has changed.
+        """
+        self.check_files()
         if self.patches:
             compute_dtype = comfy.model_management.lora_compute_dtype(weight.device)
             weight = self._apply(self.patches, weight, compute_dtype, copy=not in_place)
@@ -60,6 +67,11 @@ class WeightPatch:
         if self.hooked:
             weight = self._apply(self.hooked, weight, torch.float32, copy=not in_place)
         return weight
+
+    def check_files(self) -> None:
+        """Raise FileChanged where a file that the patches are read from has changed since it was opened."""
+        for disk_map in self.maps:
+            disk_map.check()  # type: ignore[union-attr]
 
     def _apply(
         self, patches: list[tuple], weight: torch.Tensor, compute_dtype: torch.dtype, *, copy: bool
@@ -85,6 +97,17 @@ class WeightPatch:
     def same_as(self, other: Any) -> bool:
         """Whether two patches give the same weight. They do with the same tensors in the same order."""
         return type(other) is type(self) and _same(self.patches, other.patches) and _same(self.hooked, other.hooked)
+
+
+def tensors_of(patch: Any) -> Iterator[torch.Tensor]:
+    """Yield the ordinary tensors of a patch, or of a list of patches."""
+    if torch.is_tensor(patch):
+        yield from inner_tensors(patch)
+    elif isinstance(patch, WeightAdapterBase):
+        yield from tensors_of(patch.weights)
+    elif isinstance(patch, (tuple, list)):
+        for part in patch:
+            yield from tensors_of(part)
 
 
 def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from comfy.quant_ops import get_layout_class
 
 from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
+from ....ops.files.disk_map import check_files
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
@@ -31,7 +32,11 @@ class FinalWeight:
         self.shape = tuple(patch.shape if patch is not None else source.shape)
 
     def parts(self, first: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
-        """Make (first row, rows) in the model's dtype, from the range on that begins with row `first`."""
+        """Make (first row, rows) in the model's dtype, from the range on that begins with row `first`.
+
+        Raises FileChanged where a file that is read has changed.
+        """
+        self._check_files()
         ranges = [edges for edges in row_ranges(self.shape) if edges[0] >= first]
         if self.device.type == "cpu" and self._can_be_parted():
             for start, stop in ranges:
@@ -49,6 +54,9 @@ class FinalWeight:
         for start, stop in ranges:
             yield start, whole[start:stop] if self.shape else whole
 
+    def _check_files(self) -> None:
+        check_files(inner for tensor in self.sources() for inner in inner_tensors(tensor))
+
     def _can_be_parted(self) -> bool:
         if is_wrapper(self.source):
             return False
@@ -65,6 +73,7 @@ class FinalWeight:
 
     def whole(self) -> torch.Tensor:
         """Make the weight on the device, quantised if the model keeps it so."""
+        self._check_files()
         weight = self.source.to(self.device)
         if not is_wrapper(weight):
             weight = weight.to(self.dtype)

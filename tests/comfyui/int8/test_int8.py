@@ -15,7 +15,7 @@ import torch
 from kit.comfyui import checkpoints
 from kit.comfyui.fresh_process import LINUX, run_with_lora
 from kit.comfyui.hooks import hook_lora, hooked
-from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.loras import LINEAR, forms, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
 from kit.comfyui.sampling import sample
 from spillway.nodes.load import SpillwayLoadDiffusionModel
@@ -23,6 +23,7 @@ from spillway.ops.files.disk_map import SourceError
 from spillway.ops.int8 import measure as int8_measure
 from spillway.ops.int8.weight import Int8Weight
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.patches import int8_lora
 from spillway.patcher.comfyui.saving.save import save_model
 from spillway.patcher.policy import Policy
 
@@ -228,6 +229,36 @@ def test_patches_that_are_no_low_rank_sum_are_merged(kind, flux):
     model = load_diffusion_model(flux, "int8", Policy(int8_lora="side branch"))
     wanted = run(with_lora(plain, forms(kind), 0.5), STEPS)
     assert cosine(run(with_lora(model, forms(kind), 0.5), STEPS), wanted) > COSINE
+
+
+@pytest.mark.parametrize("mode", ["merge", "side branch", "auto"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "glora", "oft", "diff"])
+def test_a_layer_of_another_width_is_logged_and_the_others_are_patched(kind, mode, flux, caplog):
+    """As ComfyUI does. The picture is that of the LoRA without that layer."""
+    model = load_diffusion_model(flux, "int8", Policy(int8_lora=mode))
+    lora = forms(kind, wrong=[LINEAR])
+    wanted = run(with_lora(model, {key: t for key, t in lora.items() if not key.startswith(LINEAR)}), STEPS)
+    assert not torch.equal(wanted, run(model, STEPS))
+    caplog.clear()
+    assert_same(run(with_lora(model, lora), STEPS), wanted)
+    assert any(f"{LINEAR}.weight" in words for words in caplog.messages)
+
+
+def test_a_branch_has_the_shape_of_the_weight_or_of_the_part_it_is_for():
+    """Where numbers of elements agree by chance too, ComfyUI's arithmetic decides."""
+    up, down = torch.zeros(32, 4), torch.zeros(4, 64)
+    for shape, offset, fits in [
+        ((32, 64), None, True),
+        ((64, 32), None, False),
+        ((96, 64), (0, 64, 32), True),
+        ((96, 64), (0, 65, 32), False),
+        ((32, 128), (1, 64, 64), True),
+        ((96, 64), (0, 32, 64), False),
+    ]:
+        assert int8_lora._product_fits(up, down, shape, offset) is fits
+    assert not int8_lora._product_fits(up, torch.zeros(5, 64), (32, 64), None)
+    assert int8_lora._product_fits(up[:, :, None, None], down[:, :, None, None], (32, 64), None)
+    assert not int8_lora._product_fits(torch.zeros(32), down, (32, 64), None)
 
 
 def test_hooks_are_near_the_originals_and_leave_no_trace(flux):

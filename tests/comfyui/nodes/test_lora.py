@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kit.comfyui import checkpoints, sampling
-from kit.comfyui.loras import SHAPES, forms, numbers
+from kit.comfyui.loras import LINEAR, MLP, QKV, SHAPES, forms, numbers
 from kit.comfyui.pairs import assert_same, budget, counters, pair, run
 from spillway.nodes.lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from spillway.patcher.comfyui.loading import load as comfy_load
@@ -40,7 +40,7 @@ def lora_file(models_dir):
     yield write
     for path in made:
         path.unlink(missing_ok=True)
-    comfy_lora._read.cache_clear()
+    comfy_lora._kept.clear()
 
 
 def stack(model, *loras, clip=None):
@@ -155,6 +155,47 @@ def test_a_lora_of_which_a_part_fits_is_applied_with_a_warning(flux, lora_file, 
     assert_same(run(output.args[0]), run(wanted))
 
 
+KINDS = ["lora", "dora", "loha", "lokr", "glora", "oft", "diff", "set"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_which_names_fit_but_not_shapes_is_named(kind, flux, lora_file, caplog):
+    """The node says which tensors, and applies the others. ComfyUI would log an error at each use, or raise."""
+    lora = forms(kind, wrong=[LINEAR])
+    good = {key: tensor for key, tensor in lora.items() if not key.startswith(LINEAR)}
+    classic, ours = pair(flux)
+    output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=lora_file("mixed", lora), strength_model=1.0)
+    (shown,) = output.ui.as_dict()["text"]
+    assert f"{LINEAR}." in shown and f"for {LINEAR}.weight [896, 128]" in shown and shown in caplog.text
+    assert "have another shape" in shown and QKV not in shown and MLP not in shown
+    caplog.clear()
+    (wanted, _) = comfy.sd.load_lora_for_models(classic, None, good, 1.0, 0)
+    assert_same(run(output.args[0]), run(wanted))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_which_no_shape_fits_is_refused(kind, flux, lora_file):
+    _, ours = pair(flux)
+    name = lora_file("half", forms(kind, wrong=list(SHAPES)))
+    with pytest.raises(
+        comfy_lora.NoFit, match=r"half\.safetensors: no tensor.*not their shapes.* for .*model of another"
+    ):
+        SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0)
+    assert not ours.patches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_shapes_are_found_right_and_no_number_is_read(kind, flux, lora_file, caplog):
+    """OFT with a constraint looks at its numbers first."""
+    lora = forms(kind)
+    if kind == "oft":
+        lora |= {f"{stem}.alpha": torch.tensor(0.5) for stem in SHAPES}
+    _, ours = pair(flux)
+    output = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=lora_file("good", lora), strength_model=1.0)
+    assert output.ui is None and len(output.args[0].patches) >= len(SHAPES) and not caplog.records
+
+
 @pytest.mark.parametrize("content", [b"no LoRA", b"\x10\0\0\0\0\0\0\0{}              ", b""])
 def test_a_broken_file_is_an_error_and_leaves_the_model_unpatched(content, flux, models_dir):
     _, ours = pair(flux)
@@ -174,15 +215,12 @@ def test_a_missing_file_is_an_error_before_any_file_is_read(flux, lora_file):
 def test_a_file_is_read_once_until_it_changes(flux, lora_file, models_dir, monkeypatch):
     """And again when it was written again."""
     classic, ours = pair(flux)
-    read, plain = [], comfy.utils.load_torch_file
-    monkeypatch.setattr(
-        comfy.utils, "load_torch_file", lambda path, **kwargs: read.append(path) or plain(path, **kwargs)
-    )
+    read, plain = [], comfy_lora._read
+    monkeypatch.setattr(comfy_lora, "_read", lambda path: read.append(path) or plain(path))
     name = lora_file("twice", forms("lora"))
     for strength in (1.0, 0.5, 0.7):
         SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=strength)
     assert len(read) == 1
-    (models_dir / "loras" / name).unlink()  # an open file may not be written over
     lora_file("twice", forms("loha"))
     (model,) = SpillwayLoraLoaderModelOnly.execute(model=ours, lora_name=name, strength_model=1.0).args
     assert len(read) == 2

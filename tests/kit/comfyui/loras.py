@@ -15,10 +15,15 @@ def numbers(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + math.prod(shape))) * scale
 
 
-def forms(name):
-    """Make the state dict of a LoRA file of one kind, for three matrices of the small Flux."""
+def forms(name, wrong=()):
+    """Make the state dict of a LoRA file of one kind, for three matrices of the small Flux.
+
+    wrong: stems whose tensors are for weights of half the width and height.
+    """
     out = {}
     for stem, (rows, columns) in SHAPES.items():
+        if stem in wrong:
+            rows, columns = rows // 2, columns // 2
         low_rank = {
             "lora": {"lora_up.weight": (rows, 4), "lora_down.weight": (4, columns)},
             "loha": {

@@ -1,0 +1,54 @@
+"""Reads small safetensors files into memory, where nothing that happens to the file can reach them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from ..ram.available import available_ram
+from .disk_map import DiskMap, tensor_specs
+from .safetensors_header import open_file, parse_header
+from .watched_file import changed, stamp
+
+# The part of the RAM that this process can have which one file may take. A larger one is mapped.
+SHARE = 4
+
+
+def read_whole(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a file -> (tensors, metadata). A file too large for the memory is mapped, and its tensors lie in the map.
+
+    Raises SourceError for a file that is no whole safetensors file, FileChanged for one that is being written.
+    """
+    path = Path(path)
+    with open_file(path) as file:
+        before = stamp(file.fileno())
+        header = parse_header(path, file)
+        if header.file_bytes * SHARE > available_ram().available:
+            return _mapped(path)
+        specs = tensor_specs(header)
+        memory = mmap.mmap(-1, header.file_bytes)
+        file.seek(0)
+        file.readinto(memory)  # type: ignore[attr-defined]
+        now = stamp(file.fileno())
+    if now != before:
+        raise changed(path, before[0], now[0])
+    tensors = {}
+    for key, spec in specs.items():
+        if spec.nbytes:
+            count = spec.nbytes // spec.dtype.itemsize
+            flat = torch.frombuffer(memory, dtype=spec.dtype, count=count, offset=spec.offset)
+            tensors[key] = flat.view(spec.shape)
+        else:
+            tensors[key] = torch.empty(spec.shape, dtype=spec.dtype)
+    return tensors, header.metadata
+
+
+def _mapped(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    disk_map = DiskMap(path)
+    tensors = disk_map.state_dict()
+    for tensor in tensors.values():
+        tensor.disk_map = disk_map  # type: ignore[attr-defined]  # known as a map for as long as a tensor is used
+    return tensors, disk_map.metadata

@@ -1,0 +1,62 @@
+"""Notices that a file which stays open is written to or cut short. Weights are read from it at any time."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from pathlib import Path
+
+from .safetensors_header import SourceError
+
+# Seconds between two questions of `check_often`. A layer of a real model takes longer.
+INTERVAL = 0.001
+
+
+class FileChanged(SourceError):
+    """A file that is in use is no longer what it was when it was opened."""
+
+
+def stamp(fd: int) -> tuple[int, int]:
+    """Return the size of an open file and the time of its last change."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+class WatchedFile:
+    """Holds a file open and compares what the system says of it. The file that was opened counts, not its name.
+
+    A file that another one replaces by renaming stays whole for who has it open.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = os.dup(fd)
+        weakref.finalize(self, os.close, self._fd)
+        self._opened = stamp(self._fd)
+        self._next = 0.0
+
+    def check(self) -> None:
+        """Raise FileChanged where the file has changed since it was opened. Takes about a microsecond.
+
+        Without it, a read beyond a new end would end the process, and one of other numbers would mix two models.
+        """
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != self._opened:
+            raise changed(self.path, self._opened[0], status.st_size)
+
+    def check_often(self) -> None:
+        """Do what `check` does, at most once in INTERVAL. Resident weights are lent in a few microseconds."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + INTERVAL
+            self.check()
+
+
+def changed(path: Path, before: int, now: int) -> FileChanged:
+    """Word the error for a file of which `before` bytes were opened."""
+    what = f"cut to {now} of {before} bytes" if now < before else "written to"
+    return FileChanged(
+        f"{path}: this file was {what} while it was in use, so its weights would be mixed with others. Run the "
+        "workflow again: Spillway's loaders then read the file anew. Another loader does so after a restart."
+    )

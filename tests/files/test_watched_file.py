@@ -1,0 +1,141 @@
+"""A file that changes under a model is an error that names it, not a mixed picture and not the end of the process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kit.nets import Stack, dynamic, same, write
+from kit.pack import ROOT
+from spillway.ops.files import read_whole as reading
+from spillway.ops.files.disk_map import DiskMap, SourceError, locate
+from spillway.ops.files.read_whole import read_whole
+from spillway.ops.files.watched_file import FileChanged
+
+FILE_CHANGES = ROOT / "tests" / "kit" / "processes" / "file_changes.py"
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody change a mapped file")
+
+
+@pytest.fixture
+def original(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(path, Stack())
+    return path
+
+
+def outcomes(original, device, what):
+    """Run the models in a process of their own. Returns {"fraction when": what came of each attempt}."""
+    done = subprocess.run(
+        [sys.executable, FILE_CHANGES, original, device, what], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"  # -7: SIGBUS
+    said = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert len(said) == 6
+    return said
+
+
+@posix
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("what", ["cut", "overwritten"])
+def test_a_file_that_changes_in_place_is_an_error(what, device, original):
+    words = "cut to 4096 of" if what == "cut" else "written to while it was in use"
+    for case, said in outcomes(original, device, what).items():
+        for attempt in ("run", "run again", "save"):
+            assert said[attempt].startswith("FileChanged"), (case, said)
+            assert f"model.safetensors: this file was {words}" in said[attempt], (case, said)
+        assert said["left"] == [], case
+
+
+@posix
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("what", ["replaced", "removed"])
+def test_a_file_that_another_one_replaces_stays_in_use(what, device, original):
+    """The weights are those of the file that was opened."""
+    for case, said in outcomes(original, device, what).items():
+        assert said == {"run": "same", "run again": "same", "save": "done", "left": ["model.saved"]}, case
+
+
+@posix
+def test_resident_weights_that_lie_in_their_file_are_checked_within_a_step(original):
+    model = dynamic(Stack, original)
+    x = model.module.input()
+    wanted = model(x)
+    assert same(model(x), wanted)  # all resident where they lie
+
+    def overwrite(*_):
+        with open(original, "r+b") as file:
+            file.seek(-1 << 18, os.SEEK_END)
+            file.write(bytes(1 << 18))
+        time.sleep(0.005)
+
+    model.module.layers[3].register_forward_hook(overwrite)
+    with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+        model(x)
+
+
+def test_a_check_takes_a_microsecond_or_a_few(original):
+    disk_map = DiskMap(original)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        for _ in range(100):
+            disk_map.check()
+        times.append((time.perf_counter() - start) / 100)
+    assert min(times) < 5e-6
+
+
+# In memory
+
+
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: path.write_bytes(bytes(4096))])
+def test_what_is_read_whole_is_out_of_the_files_reach(change, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    values = {"a": torch.arange(3000.0).view(30, 100), "none": torch.zeros(0, 3), "b": torch.tensor([True, False])}
+    save_file(values, path, {"by": "us"})
+    tensors, metadata = read_whole(path)
+    assert all(locate(tensor) is None for tensor in tensors.values())
+    change(path)
+    assert metadata == {"by": "us"} and set(tensors) == set(values)
+    assert all(torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype for key, value in values.items())
+
+
+def test_a_file_that_does_not_fit_into_memory_is_mapped(tmp_path, monkeypatch):
+    path = tmp_path / "lora.safetensors"
+    save_file({"a": torch.arange(3000.0)}, path)
+    monkeypatch.setattr(reading, "SHARE", 1 << 40)
+    tensors, _ = read_whole(path)
+    disk_map, _, _ = locate(tensors["a"])
+    assert torch.equal(tensors["a"], torch.arange(3000.0))
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    with pytest.raises(FileChanged, match=r"lora\.safetensors: this file was written to"):
+        disk_map.check()
+
+
+def test_a_file_that_is_written_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "lora.safetensors"
+    save_file({"a": torch.arange(3000.0)}, path)
+    parse = reading.parse_header
+
+    def parse_and_write(*arguments):
+        header = parse(*arguments)
+        path.write_bytes(path.read_bytes()[:-4])
+        return header
+
+    monkeypatch.setattr(reading, "parse_header", parse_and_write)
+    with pytest.raises(FileChanged, match="cut to"):
+        read_whole(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no file", bytes(200)])
+def test_reading_whole_refuses_what_a_map_refuses(content, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"lora\.safetensors"):
+        read_whole(path)
