@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
 from .patches.idle_reads import place_permanently
 from .patches.weight_patch import WeightPatch
+
+log = logging.getLogger("spillway")
 
 PIN_SUBSETS = ("weights", "patches", "weights-loaded", "patches-loaded")
 
@@ -74,6 +77,14 @@ class ModelState:
                 self.dynamic.ledger.decide(words, level=level)
             place_permanently(self.dynamic)
         return self.dynamic
+
+    def say(self, words: str) -> None:
+        """Warn of something about the model in log and ledger; without an engine yet, in its ledger later."""
+        if self.dynamic is not None:
+            self.dynamic.ledger.decide(words, level=logging.WARNING)
+        elif (words, logging.WARNING) not in self.notes:
+            self.notes.append((words, logging.WARNING))
+            log.warning("[Spillway] %s", words)
 
     def lend_blocks(self) -> None:
         """Close an engine that lends layer by layer: how it lends is decided when it is made."""
