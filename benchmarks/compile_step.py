@@ -66,14 +66,14 @@ def write_files(args: argparse.Namespace, laps: Laps) -> None:
 def compiled(model: Any, who: str | None) -> Any:
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    from spillway.nodes.compile import INT8LazyTorchCompile
+    from spillway.nodes.compile import SpillwayLazyTorchCompile
 
     if who is None:
         return model
     if who == "ComfyUI's node":
         return TorchCompileModel.execute(model, "inductor").args[0]
     settings = {"compile_transformer_blocks_only": who == "blocks", "dynamo_cache_size_limit": 640}
-    return INT8LazyTorchCompile.execute(
+    return SpillwayLazyTorchCompile.execute(
         model,
         "inductor",
         False,

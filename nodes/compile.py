@@ -19,12 +19,12 @@ log = logging.getLogger("spillway")
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
-class INT8LazyTorchCompile(CheckedNode):
+class SpillwayLazyTorchCompile(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         # Workflow files keep values by position. Another order of inputs would give each of them the value of another.
         return io.Schema(
-            node_id="INT8LazyTorchCompile",
+            node_id="SpillwayLazyTorchCompile",
             display_name=f"{WHO} (Spillway)",
             category=CATEGORY,
             description="Compiles a model with torch.compile when it first samples. On a model of Spillway's, LoRAs, "

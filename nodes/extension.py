@@ -11,7 +11,7 @@ from ..ops.files.partial_file import sweep_noted
 from ..ops.never_raises import never_raises
 from ..patcher.comfyui.saving.target import journal
 from . import routes
-from .compile import INT8LazyTorchCompile
+from .compile import SpillwayLazyTorchCompile
 from .load import (
     SpillwayLoadCheckpoint,
     SpillwayLoadCLIP,
@@ -22,6 +22,7 @@ from .load import (
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
+from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
@@ -56,7 +57,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,
             SpillwayPolicy,
-            INT8LazyTorchCompile,
+            SpillwayLazyTorchCompile,
             SpillwayMergeModels,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
@@ -68,4 +69,5 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySelfTest,
             SpillwayVAEDecode,
             SpillwayVAEEncode,
+            *free_old_ids(),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .first_use import record_file
 from .kitchen import register_kitchen
 from .patches.idle_reads import place_permanently
 from .patches.weight_patch import WeightPatch
+
+log = logging.getLogger("spillway")
 
 PIN_SUBSETS = ("weights", "patches", "weights-loaded", "patches-loaded")
 
@@ -78,6 +81,14 @@ class ModelState:
                 self.dynamic.ledger.decide(words, level=level)
             place_permanently(self.dynamic)
         return self.dynamic
+
+    def say(self, words: str) -> None:
+        """Warn of something about the model in log and ledger; without an engine yet, in its ledger later."""
+        if self.dynamic is not None:
+            self.dynamic.ledger.decide(words, level=logging.WARNING)
+        elif (words, logging.WARNING) not in self.notes:
+            self.notes.append((words, logging.WARNING))
+            log.warning("[Spillway] %s", words)
 
     def lend_blocks(self) -> None:
         """Close an engine that lends layer by layer: how it lends is decided when it is made."""

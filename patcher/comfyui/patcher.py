@@ -102,6 +102,12 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if isinstance(cloned, DynamicModelPatcher):
             cloned.policy = self.policy
             cloned.compile_request = self.compile_request
+        else:
+            self.state.say(
+                "another node (Select Model Device on 'cpu', TorchCompileModel) asked for ComfyUI's own model. "
+                f"Spillway does not manage that one: it takes {in_words(self.model_size())} as a whole, and no policy "
+                "holds it."
+            )
         return cloned
 
     @never_raises("measuring a model", lambda _: 0, unless=in_a_node)

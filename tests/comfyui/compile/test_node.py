@@ -1,22 +1,29 @@
 """The node INT8 Lazy Torch Compile: its inputs, and what it says where it does otherwise than asked."""
 
+import asyncio
 import logging
 
+import execution
+import nodes as comfyui_nodes
 import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.utils
+from comfy_api.latest import io
 
 from kit.comfyui.compiling import ARCHITECTURES, FAILED, ORDER, STORED, as_stored, compiled, said
+from kit.comfyui.executor import Server
 from kit.comfyui.pairs import SMALL, assert_same, run
-from spillway.nodes.compile import INT8LazyTorchCompile
+from spillway.nodes.compile import SpillwayLazyTorchCompile
+from spillway.nodes.extension import SpillwayExtension
+from spillway.nodes.old_ids import OLD_COMPILE
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
 
 def test_inputs_and_defaults_are_those_of_stored_workflows():
-    schema = INT8LazyTorchCompile.define_schema()
+    schema = SpillwayLazyTorchCompile.define_schema()
     assert [entry.id for entry in schema.inputs] == ORDER
     assert [entry.default for entry in schema.inputs[1:]] == STORED
     options = {entry.id: entry.options for entry in schema.inputs if getattr(entry, "options", None)}
@@ -27,7 +34,85 @@ def test_inputs_and_defaults_are_those_of_stored_workflows():
     }
     limit = next(entry for entry in schema.inputs if entry.id == "dynamo_cache_size_limit")
     assert (limit.min, limit.max) == (0, 2048)
-    assert schema.node_id == "INT8LazyTorchCompile"
+    assert schema.node_id == "SpillwayLazyTorchCompile"
+
+
+def listed():
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
+
+
+def test_workflows_with_the_old_id_are_served_where_no_other_pack_has_it(monkeypatch):
+    monkeypatch.delitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE, raising=False)
+    old = listed()[OLD_COMPILE]
+    schema = old.GET_SCHEMA()
+    assert [entry.id for entry in schema.inputs[: len(ORDER)]] == ORDER  # by position, as workflow files have them
+    assert schema.is_deprecated
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE, old)
+    assert OLD_COMPILE in listed()  # the pack is loaded again
+
+
+def test_the_old_id_stays_with_the_pack_that_has_it(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "spillway")
+
+    class Theirs:
+        RELATIVE_PYTHON_MODULE = "custom_nodes.another_pack"
+
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE, Theirs)
+    ours = listed()
+    assert OLD_COMPILE not in ours and "SpillwayLazyTorchCompile" in ours
+    assert "another_pack" in caplog.text and "SpillwayLazyTorchCompile" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, {}),
+        ({"dynamic": "auto", "log_compile": False}, {"dynamic": None, "log_compile": False}),
+        ({"dynamic_shape_tracing": "false", "verbose": False}, {"dynamic": False, "log_compile": False}),
+        ({"dynamic_shape_tracing": True, "mode": "default"}, {"dynamic": True}),
+        ({"dynamic_shape_tracing": False, "fullgraph": True}, {"dynamic": False, "fullgraph": True}),
+    ],
+)
+def test_both_forms_of_inputs_are_taken_under_the_old_id(values, wanted, checkpoint, monkeypatch):
+    """Through ComfyUI's own check of a prompt and its executor."""
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE, listed()[OLD_COMPILE])
+    model = load_diffusion_model(checkpoint("flux", **SMALL))
+    requests = []
+
+    class Give(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="GiveModel", inputs=[], outputs=[io.Model.Output()])
+
+        @classmethod
+        def execute(cls):
+            return io.NodeOutput(model)
+
+    class Take(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="TakeModel", inputs=[io.Model.Input("model")], outputs=[], is_output_node=True)
+
+        @classmethod
+        def execute(cls, model):
+            requests.append(model.compile_request)
+            return io.NodeOutput()
+
+    for name, node in (("GiveModel", Give), ("TakeModel", Take)):
+        monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, name, node)
+    prompt = {
+        "1": {"class_type": "GiveModel", "inputs": {}},
+        "2": {"class_type": OLD_COMPILE, "inputs": {"model": ["1", 0], **values}},
+        "3": {"class_type": "TakeModel", "inputs": {"model": ["2", 0]}},
+    }
+    valid, error, outputs, errors = asyncio.run(execution.validate_prompt("prompt", prompt, None))
+    assert valid, (error, errors)
+    executor = execution.PromptExecutor(
+        Server(), execution.CacheType.CLASSIC, {"lru": 1, "ram": 1.0, "ram_inactive": 1.0}
+    )
+    asyncio.run(executor.execute_async(prompt, "prompt", {}, outputs))
+    assert executor.success, executor.status_messages
+    assert requests == [CompileRequest(**wanted)]
 
 
 def test_nothing_is_compiled_before_sampling(checkpoint, caplog):

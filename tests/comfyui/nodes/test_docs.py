@@ -16,7 +16,9 @@ PAGES = ROOT / "web" / "docs"
 LOCALE = ROOT / "locales" / "en"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
-OURS = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
+NODES = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
+# A node under an older id is the same node, and nobody is to choose it.
+OURS = {name: node for name, node in NODES.items() if not node.define_schema().is_deprecated}
 # ComfyUI's nodes that the workflows use, and those that only the frontend knows.
 COMFYUI = {
     **comfyui_nodes.NODE_CLASS_MAPPINGS,

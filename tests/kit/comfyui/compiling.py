@@ -1,7 +1,7 @@
 """Compiled models, through the node and without it."""
 
 from kit.comfyui.loras import with_lora
-from spillway.nodes.compile import INT8LazyTorchCompile
+from spillway.nodes.compile import SpillwayLazyTorchCompile
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.policy import Policy
 
@@ -32,7 +32,7 @@ FAILED = "INT8 Lazy Torch Compile: compile failed; running uncompiled."
 def as_stored(model, **changes):
     """Run the node with the values of a workflow file, which go to its inputs by position."""
     values = dict(zip(ORDER[1:], STORED, strict=True))
-    return INT8LazyTorchCompile.execute(model=model, **{**values, **changes}).args[0]
+    return SpillwayLazyTorchCompile.execute(model=model, **{**values, **changes}).args[0]
 
 
 def compiled(model, **changes):
