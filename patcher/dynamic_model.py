@@ -74,7 +74,7 @@ class DynamicModel:
         self.pins: Pins | None = None  # may outlive a residency
         self.last_used = 0.0  # time.monotonic() of the last step
         self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
-        self._peak = 0  # bytes, the most of the residencies that have ended
+        self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
@@ -102,6 +102,7 @@ class DynamicModel:
         """Note the peak after a forward, also a failed one. Release where the policy says so."""
         if self.residency is not None:
             self.residency.note_peak()
+            self.residency.drop_buffers()
         if self.policy.keep == "free after use":
             self.release()
 
@@ -244,6 +245,27 @@ class DynamicModel:
         return max(self._peak, self.residency.peak_bytes if self.residency is not None else 0)
 
     @property
+    def buffer_bytes(self) -> int:
+        """Count the bytes of device memory that bundles on their way hold now, beside the VBAR."""
+        return self.residency.caster.buffer_bytes if self.residency is not None else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Count all bytes of device memory that the model holds now."""
+        return self.resident_bytes + self.buffer_bytes + self.permanent_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Count the most bytes of device memory that weights, and bundles on their way, have held together."""
+        now = self.residency.peak_held if self.residency is not None else 0
+        return max(self._peak_held, now)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Count the bytes of host memory that bundles without a pin are gathered in."""
+        return self.residency.caster.staging_bytes if self.residency is not None else 0
+
+    @property
     def resident_ram_bytes(self) -> int:
         """Count the bytes of RAM that resident weights take beside their file's pages.
 
@@ -298,6 +320,10 @@ class DynamicModel:
         """
         return self.residency.free(nbytes) if self.residency is not None else 0
 
+    def free_buffers(self) -> int:
+        """Give the buffers back that bundles pass through. Returns the bytes of device memory that were freed."""
+        return self.residency.caster.free_buffers() if self.residency is not None else 0
+
     def free_pins(self, nbytes: float = float("inf"), wait: bool = True) -> int:
         """Give pinned host memory back. Returns the bytes freed.
 
@@ -327,6 +353,7 @@ class DynamicModel:
                 residency.close()
             finally:
                 self._peak = max(self._peak, residency.peak_bytes)
+                self._peak_held = max(self._peak_held, residency.peak_held)
                 self.residency = None
                 self._lend_through(FirstForward(self.prepare, self.ledger))
         if pins and self.pins is not None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from ..ops.device.backend import Backend
+from ..ops.gather import aligned
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.caster import Caster
@@ -90,6 +92,12 @@ class Residency:
             raise
 
     @property
+    def ahead(self) -> int:
+        """Count the bundles that are in buffers beside the one in use: those begun ahead, and one that drains."""
+        streams = min(self.policy.streams, self.device.streams)
+        return self.policy.prefetch + 1 if streams else 0
+
+    @property
     def vbar(self) -> VBAR:
         return self.caster.vbar
 
@@ -167,9 +175,33 @@ class Residency:
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
+        streamed = [bundle for bundle in self.bundles if bundle.vbar_slice is None]
+        return plan_load(
+            self.addresses,
+            self._available(),
+            self.ahead,
+            self._buffer_bytes,
+            self._cast_bytes,
+            self._load_cost,
+            streamed,
+        )
+
+    def _buffer_bytes(self, bundle: Bundle) -> int:
+        """Count the bytes of the buffer that an offloaded bundle arrives in."""
+        return self.cost(bundle) if self.device.in_place else bundle.transfer_bytes
+
+    def _cast_bytes(self, bundle: Bundle) -> int:
+        """Count the bytes that casting and patching an offloaded bundle takes beside its buffer."""
+        return self.cost(bundle) - self._buffer_bytes(bundle)
+
+    def _available(self) -> int:
+        """Count the bytes that weights and their buffers may hold together."""
         budget = self.budget()
-        available = max(0, self.vbar.within_reach()) if budget is None else budget
-        return plan_load(self.addresses, available, min(self.policy.streams, self.device.streams), self.cost)
+        return max(0, self.vbar.within_reach() + self.caster.buffer_bytes) if budget is None else budget
+
+    def _load_cost(self, bundle: Bundle) -> int:
+        """Count the bytes of temporary device memory that it takes to make a bundle resident."""
+        return 0 if self.device.in_place else bundle.load_cost()
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
@@ -184,13 +216,32 @@ class Residency:
         if plan != self.remembered.plan:
             self.ledger.decide(plan.in_words(self.total_bytes, reason))
         self.remembered.plan = plan
+        self._give_room(plan)
         largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
-        if budget is not None and largest > budget:
+        if budget == 0:
+            self.ledger.decide_once(
+                f"the budget is 0: nothing stays resident, and bundles on their way take {in_words(plan.reserve)}.",
+                level=logging.INFO,
+            )
+        elif budget is not None and largest > budget:
             self.ledger.decide_once(
                 f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle "
                 "needs while it is used: nothing stays resident, and the peak is that bundle.",
                 level=logging.INFO,
             )
+
+    def _give_room(self, plan: LoadPlan) -> None:
+        """Let bundles on their way take what the weights leave."""
+        resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
+        if plan.state is LoadState.FULL:
+            largest = casts = max(map(self._load_cost, self.bundles), default=0)
+        else:
+            largest = max(map(self.cost, self.bundles), default=0)
+            casts = max(map(self._cast_bytes, self.bundles), default=0)
+        room = self._available() - min(plan.limit, resides)
+        # A budget of 0 asks for streaming, which is as fast as ever.
+        staging = sum(nlargest(1 + self.ahead, (bundle.source_bytes for bundle in self.bundles)))
+        self.caster.set_room(max(largest, plan.reserve if self.budget() == 0 else room), casts, staging)
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.
@@ -230,6 +281,7 @@ class Residency:
     def begin_step(self) -> None:
         """Follow the step before: a VBAR that failed, bundles of another size, the order in which they ran."""
         self.note_peak()
+        self.drop_buffers()
         failure = self.vbar.failure
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self.remembered.aimdo_failure = failure
@@ -286,6 +338,18 @@ class Residency:
         self.note_peak()
         return self._peak
 
+    @property
+    def peak_held(self) -> int:
+        """Count the most bytes of device memory that weights, and bundles on their way, have held together."""
+        return self.peak_bytes + self.caster.peak_buffer_bytes
+
+    def drop_buffers(self) -> None:
+        """Give the buffers back where all bundles have come to stay."""
+        caster = self.caster
+        stays = all(bundle.vbar_slice is not None for bundle in self.bundles)
+        if caster.has_buffers and stays and self.vbar.loaded_size() >= self.total_bytes:
+            caster.free_buffers()
+
     def is_resident(self, bundle: Bundle) -> bool:
         """Say whether the bundle's slice has memory now."""
         return bundle.vbar_slice is not None and self.vbar.resident(bundle.vbar_slice)
@@ -299,9 +363,14 @@ class Residency:
             self.note_peak()
             if nbytes is None:
                 return self.caster.free()
+            freed = self.caster.free_buffers()
+            if freed >= nbytes:
+                return freed
             resident = [bundle for bundle in self.addresses if self.is_resident(bundle)]
-            wanted = plan_unload(resident, nbytes, self.plan.reserve, self.device.streams, self.cost)
-            return self.vbar.free_memory(wanted)
+            wanted = plan_unload(
+                resident, nbytes - freed, self.plan.reserve, self.ahead, self._buffer_bytes, self._cast_bytes
+            )
+            return freed + self.vbar.free_memory(wanted)
 
     def close(self) -> None:
         """Give all memory of the device back. Raises DeviceError where it fails, after giving back all else."""

@@ -41,6 +41,7 @@ class Loan:
     event: Event | None = None  # after the transfer
     brings_final = False  # the transfer brings the final form
     keep: object | None = None  # memory that must outlive a transfer
+    held = 0  # bytes of device memory that the loan holds outside of VBAR and ring
 
     def __init__(self, bundle: Bundle, signature: Any) -> None:
         self.bundle = bundle
@@ -60,6 +61,8 @@ class Caster:
         self.first: Bundle | None = None
         # Called when a step begins, which is whenever the first bundle is asked for.
         self.on_step: Callable[[], None] = lambda: None
+        # Told when weights had to give way to an error of the device's memory.
+        self.on_out_of_memory: Callable[[], None] = lambda: None
         # Other threads may call `free`. Held while a loan begins or ends, never during the op.
         self.lock = threading.RLock()
 
@@ -105,6 +108,7 @@ class Caster:
                 loan.views = self.complete(loan)
             views = loan.views
             if bundle.casts_at_use:
+                self.make_way(bundle.cast_bytes())
                 views = [
                     view if param.compute_dtype is None else view.to(param.compute_dtype)
                     for param, view in zip(bundle.params, views, strict=True)
@@ -127,6 +131,9 @@ class Caster:
             bundle.restore()
             self.end(loan)
 
+    def make_way(self, nbytes: int) -> None:
+        """Free buffers where a cast of `nbytes` would take more than bundles on their way may."""
+
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
         """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
@@ -134,6 +141,7 @@ class Caster:
         """
         if not is_out_of_memory(error):
             return False
+        self.on_out_of_memory()
         freed = self.free()
         if not freed:
             return False
@@ -159,16 +167,30 @@ class Caster:
 
     def request(self, bundle: Bundle) -> Loan:
         """Return a loan for the bundle: ready where the bundle is resident and current, else started."""
+        loan = self.ask(bundle)
+        self.count(loan)
+        if loan.views is None:
+            self.begin(loan)
+        return loan
+
+    def ask(self, bundle: Bundle) -> Loan:
+        """Return a loan with what the VBAR grants. It is ready where the bundle is resident and current."""
         signature = self.vbar.fault(bundle.vbar_slice)
         loan = Loan(bundle, signature)
-        if signature is None:
+        if signature is not None and self.vbar.same(signature, bundle.signature):
+            loan.views = bundle.views
+        return loan
+
+    def count(self, loan: Loan) -> None:
+        """Count what the VBAR has granted."""
+        if loan.signature is None:
             self.counters.misses += 1
         else:
             self.counters.faults += 1
-            if self.vbar.same(signature, bundle.signature):
-                self.counters.hits += 1
-                loan.views = bundle.views
-                return loan
+            self.counters.hits += loan.views is not None
+
+    def begin(self, loan: Loan) -> None:
+        """Start bringing the bytes. Ends the loan where that fails."""
         try:
             self.start(loan)
         except BaseException:
@@ -177,7 +199,6 @@ class Caster:
             finally:
                 self.end(loan)
             raise
-        return loan
 
     def has_room_for(self, bundle: Bundle) -> bool:
         """Say whether the VBAR has room for the bundle now. Asking maps the slice's memory but moves no bytes."""
@@ -201,10 +222,13 @@ class Caster:
             self.end(loan)
 
     def free(self, nbytes: int = 1 << 62) -> int:
-        """Evict bundles that are not in use until `nbytes` are free. Return the bytes freed. Any thread may call."""
+        """Free buffers, then bundles that are not in use, until `nbytes` are free. Return the bytes freed.
+
+        Any thread may call it.
+        """
         with self.lock:
-            self.cancel_prefetch()
-            return self.vbar.free_memory(nbytes)
+            freed = self.free_buffers()
+            return freed + self.vbar.free_memory(nbytes - freed) if freed < nbytes else freed
 
     # -- how bytes move: the subclasses
 
@@ -227,6 +251,33 @@ class Caster:
 
     def cancel_prefetch(self) -> None:
         """End the loans that were started ahead, since the order changed or memory is wanted."""
+
+    def set_room(self, nbytes: int, casts: int, staging: int) -> None:
+        """Set the most device memory that bundles on their way may take. casts: how much of it is to cast and patch.
+
+        staging: the most host memory that bundles are gathered in.
+        """
+
+    def free_buffers(self) -> int:
+        """Give buffers back that no loan uses. Return the bytes of device memory that were freed."""
+        return 0
+
+    peak_buffer_bytes = 0  # the most that `buffer_bytes` was
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Return the bytes of device memory that are held beside the VBAR."""
+        return 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Return the bytes of host memory that are held beside the pins."""
+        return 0
+
+    @property
+    def has_buffers(self) -> bool:
+        """Say whether `free_buffers` could give anything back."""
+        return self.buffer_bytes > 0 or self.staging_bytes > 0
 
     def close(self) -> None:
         """Give all memory of the device back."""
