@@ -87,11 +87,16 @@ class DynamicModel:
 
         The forward is not run again, as it may have changed its inputs. Single ops are, in their layer.
         """
+        if self.residency is not None:
+            self.residency.caster.expect_step()
         try:
             with self.backend.current():
                 return self.module(*args, **kwargs)
         except Exception as error:
-            freed = self.free() if is_out_of_memory(error) else 0
+            freed = 0
+            if is_out_of_memory(error) and self.residency is not None:
+                self.residency.learn_from_failure()
+                freed = self.free()
             if freed:
                 self.ledger.decide(f"out of memory: freed {in_words(freed)} of weights for whoever tries next")
             raise
@@ -201,6 +206,19 @@ class DynamicModel:
         residency.pins.set_budget(self._pin_budget())
         residency.follow_policy()
         self._prioritize(residency)
+
+    def expect_use(self, nbytes: int | None = None) -> None:
+        """Take the first place on the device: the model is about to be used, by whatever way into it.
+
+        nbytes: what its computation is said to need, which weights leave free until the next call. None: as before.
+        """
+        changed = nbytes is not None and self._remembered.expect(nbytes)
+        residency = self.residency
+        if residency is not None:
+            with residency.caster.lock, self._device.current():
+                residency.caster.expect_step()
+                self._prioritize(residency)
+                residency.begin_use(changed)
 
     # -- patches
 

@@ -72,17 +72,19 @@ def plan_load(
     casting: Cost = _free,
     loading: Cost = _free,
     streamed: Sequence[Bundle] = (),
+    unit: int = 1,
 ) -> LoadPlan:
     """Plan which bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
 
     The buffers are the sum of the costliest offloaded bundles, not a multiple of the largest. ahead: bundles in buffers
-    beside the one in use. casting: bytes that casting and patching one costs beside its buffer. loading: temporary bytes that making a bundle resident costs. streamed: bundles that never
-    reside.
+    beside the one in use. casting: bytes that casting and patching one costs beside its buffer. loading: temporary
+    bytes that making a bundle resident costs. streamed: bundles that never reside. unit: bytes that come and go
+    together.
     """
     most = max(map(loading, order), default=0)
     reserve = max(most, _buffer(streamed, ahead, cost, casting))
     while True:
-        limit = max(0, budget - reserve)
+        limit = max(0, budget - reserve) // unit * unit
         used = count = 0
         for bundle in order:
             used += aligned(bundle.nbytes)

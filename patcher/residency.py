@@ -24,6 +24,8 @@ from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
 from .policy import Policy
 
 GIB = 1 << 30
+# Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
+FLOOR = GIB // 4
 
 
 def default_headroom(device: Backend) -> int:
@@ -49,13 +51,23 @@ class Remembered:
     """Keeps what a model knows from one residency to the next.
 
     order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
-    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of.
+    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
+    to need. learnt: bytes that it was seen to need beyond that.
     """
 
     order: Sequence[Bundle]
     traced: bool = False
     aimdo_failure: str | None = None
     plan: LoadPlan | None = None
+    expected: int = 0
+    learnt: int = 0
+
+    def expect(self, nbytes: int) -> bool:
+        """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
+        changed = nbytes != self.expected
+        if changed:
+            self.expected, self.learnt = nbytes, 0
+        return changed
 
 
 class Residency:
@@ -84,6 +96,8 @@ class Residency:
             self.caster: Caster = HostCaster(device, vbar, pins, ledger)
         else:
             self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
+        self.caster.per_step = len(bundles)
+        self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
             self._apply(self._new_plan())
@@ -111,6 +125,16 @@ class Residency:
         """Give the bytes to keep free on the device for the computation."""
         return headroom_bytes(self.policy, self.device)
 
+    @property
+    def expected(self) -> int:
+        """Give the bytes that the computation is said to need. 0 where the VBAR sees that by itself."""
+        return 0 if self.vbar.follows_free_memory or self.device.in_place else self.remembered.expected
+
+    @property
+    def kept_free(self) -> int:
+        """Give the bytes that weights leave to the computation and to other programs."""
+        return max(self.headroom, self.expected) + self.remembered.learnt
+
     def cost(self, bundle: Bundle) -> int:
         """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
         return use_cost(bundle, self.device)
@@ -129,6 +153,9 @@ class Residency:
             self.may_init,
             self.remembered.aimdo_failure,
         )
+
+    def _keep_floor(self) -> None:
+        self.vbar.headroom = min(self.headroom, FLOOR) if self.expected else self.headroom
 
     def _lay_out(self) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
@@ -184,6 +211,7 @@ class Residency:
             self._cast_bytes,
             self._load_cost,
             streamed,
+            self.vbar.unit,
         )
 
     def _buffer_bytes(self, bundle: Bundle) -> int:
@@ -197,7 +225,10 @@ class Residency:
     def _available(self) -> int:
         """Count the bytes that weights and their buffers may hold together."""
         budget = self.budget()
-        return max(0, self.vbar.within_reach() + self.caster.buffer_bytes) if budget is None else budget
+        if budget is not None and not self.expected:
+            return budget
+        reach = self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free
+        return max(0, reach if budget is None else min(reach, budget))
 
     def _load_cost(self, bundle: Bundle) -> int:
         """Count the bytes of temporary device memory that it takes to make a bundle resident."""
@@ -206,13 +237,11 @@ class Residency:
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
         self.plan = plan
-        if budget is None:
-            free, _ = self.device.memory()
-            vbar.set_limit(None if vbar.follows_free_memory else plan.limit)
-            reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
-        else:
-            vbar.set_limit(plan.limit)
-            reason = f"budget {in_words(budget)} set by the policy"
+        self._keep_floor()
+        vbar.set_limit(plan.limit)
+        reason = f"budget {in_words(budget)} set by the policy" if budget is not None else self._free_in_words()
+        if budget is not None and self.expected:
+            reason += f", {self._free_in_words()}"
         if plan != self.remembered.plan:
             self.ledger.decide(plan.in_words(self.total_bytes, reason))
         self.remembered.plan = plan
@@ -230,18 +259,20 @@ class Residency:
                 level=logging.INFO,
             )
 
+    def _free_in_words(self) -> str:
+        free, _ = self.device.memory()
+        kept = "headroom" if self.kept_free == self.headroom else "for the computation"
+        return f"{in_words(free)} free, {in_words(self.kept_free)} {kept}"
+
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
         resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
-        if plan.state is LoadState.FULL:
-            largest = casts = max(map(self._load_cost, self.bundles), default=0)
-        else:
-            largest = max(map(self.cost, self.bundles), default=0)
-            casts = max(map(self._cast_bytes, self.bundles), default=0)
+        casting = self._load_cost if plan.state is LoadState.FULL else self._cast_bytes
+        casts = max(map(casting, self.bundles), default=0)
         room = self._available() - min(plan.limit, resides)
         # A budget of 0 asks for streaming, which is as fast as ever.
         staging = sum(nlargest(1 + self.ahead, (bundle.source_bytes for bundle in self.bundles)))
-        self.caster.set_room(max(largest, plan.reserve if self.budget() == 0 else room), casts, staging)
+        self.caster.set_room(plan.reserve if self.budget() == 0 else room, casts, staging)
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.
@@ -254,11 +285,39 @@ class Residency:
             self._apply(plan)
 
     def _follow_free_memory(self) -> None:
-        """Shrink a plan without a budget at once when the headroom is gone, grow it when clearly more is free."""
-        allowed = self.vbar.within_reach()
-        grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
-        if allowed < min(self.plan.limit, self.total_bytes) or grown:
+        """Shrink the plan at once when what is to stay free is gone, grow it when clearly more is free."""
+        allowed = self._available()
+        used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
+        grown = allowed > used + GIB // 4 and self.plan.state is not LoadState.FULL
+        if allowed < used - GIB // 32 or grown:
             self._apply(self._new_plan())
+
+    def _claim(self) -> None:
+        """Let models of lower rank give way to the weights and buffers that are yet to come, and to the computation."""
+        buffers = self.plan.reserve - self.caster.buffer_bytes
+        to_come = min(self.plan.limit, self.total_bytes) - self.vbar.loaded_size()
+        self.vbar.claim(self.kept_free + max(0, to_come) + max(0, buffers))
+
+    def begin_use(self, changed: bool) -> None:
+        """Make room at once for the weights and the computation. changed: another one is expected than before."""
+        if changed or self.expected:
+            self._apply(self._new_plan())
+        self._claim()
+
+    def learn(self) -> None:
+        """Leave more to a computation that has taken weights' memory, in this step or by running out of it.
+
+        What others took is gone from what is free, so it is not counted twice.
+        """
+        gone = self.vbar.gave_way()
+        if gone:
+            kept = self._available() - self.vbar.loaded_size() - self.caster.buffer_bytes
+            self.remembered.learnt += max(0, min(gone, kept))
+
+    def learn_from_failure(self) -> None:
+        """Leave more to a computation that has run out of memory beside these weights."""
+        if not self.vbar.follows_free_memory and not self.device.in_place and self.remembered.expected:
+            self.remembered.learnt += self.kept_free // 4
 
     def set_policy(self, policy: Policy) -> None:
         """Follow another policy at once. Raises RuntimeError where it forces a VBAR that cannot be had."""
@@ -273,7 +332,6 @@ class Residency:
 
     def follow_policy(self) -> None:
         """Keep the policy's headroom and budget from now on."""
-        self.vbar.headroom = self.headroom
         self._apply(self._new_plan())
 
     # -- steps
@@ -287,15 +345,18 @@ class Residency:
             self.remembered.aimdo_failure = failure
             self._rebuild()
         self.rebuild_if_resized()
-        if not self.remembered.traced and self.ledger.counters.steps > 1:
+        self.learn()
+        lent = any(bundle.loan for bundle in self.bundles)  # a step may begin half way down the modules
+        if not lent and not self.remembered.traced and self.ledger.counters.steps > 1:
             self._follow_trace()
 
     def follow_budget(self) -> None:
         """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""
         if self.pins.changes != self._planned_for:
             self._raise_limit()
-        elif self.budget() is None and not self.vbar.follows_free_memory:
+        elif self.budget() is None or self.expected:
             self._follow_free_memory()
+        self._claim()
 
     def _follow_trace(self) -> None:
         """Lay the bundles out again where the first step ran them in another order than they are registered in."""

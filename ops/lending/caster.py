@@ -58,8 +58,11 @@ class Caster:
         self.ledger = ledger
         self.counters = ledger.counters
         self.previous: Bundle | None = None
-        self.first: Bundle | None = None
-        # Called when a step begins, which is whenever the first bundle is asked for.
+        self.first: Bundle | None = None  # the bundle with which the last step began
+        self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
+        self.lent = 1 << 62  # loans since the step began
+        # Called when a step begins: whenever the first bundle is asked for, another way into the model is taken
+        # (`expect_step`), or a step has lent so often that it must have begun anew somewhere else.
         self.on_step: Callable[[], None] = lambda: None
         # Told when weights had to give way to an error of the device's memory.
         self.on_out_of_memory: Callable[[], None] = lambda: None
@@ -77,10 +80,10 @@ class Caster:
         Raises SourceError where a parameter has no data. After any error no slice stays pinned.
         """
         with self.lock:
-            if self.first is None:
-                self.first = bundle
-            if bundle is self.first:
+            self.lent += 1
+            if bundle is self.first or self.lent > self.per_step:
                 self.on_step()
+                self.first, self.lent = bundle, 1
             try:
                 loan = self._bring(bundle)
             except Exception as error:
@@ -162,6 +165,10 @@ class Caster:
             yield [param.owner._parameters[param.attr] for param in bundle.params]  # type: ignore[misc]
         finally:
             self.exit(bundle)
+
+    def expect_step(self) -> None:
+        """Let a step begin with the next loan, whichever bundle it is of."""
+        self.lent = 1 << 62
 
     # -- residency
 

@@ -45,7 +45,7 @@ class DeviceCaster(Caster):
 
     def set_room(self, nbytes: int, casts: int, staging: int) -> None:
         self.room, self.casts, self.staging_room = nbytes, casts, staging
-        self.ring.trim(nbytes)
+        self.make_way(0)
 
     @property
     def buffer_bytes(self) -> int:
