@@ -36,8 +36,8 @@ def take_snapshot() -> MemorySnapshot:
     cache = current_cache()
     models = list(dynamic.models)
     return MemorySnapshot.take(
-        pinned=sum(model.pinned_bytes for model in models),
-        resident=sum(0 if model.backend.in_place else model.resident_bytes for model in models),
+        pinned=sum(model.pinned_bytes + model.staging_bytes for model in models),
+        resident=sum(0 if model.backend.in_place else model.resident_bytes + model.buffer_bytes for model in models),
         cached=cache.engine.ram_bytes() if cache is not None else 0,
     )
 
@@ -64,7 +64,7 @@ def model_records() -> list[dict[str, Any]]:
 
 def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
     mapped = sum(bundle.source_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
-    on_device = model.resident_bytes + model.permanent_bytes
+    on_device = model.device_bytes
     in_place = model.backend.in_place
     return {
         "name": model.ledger.name,
@@ -74,7 +74,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
         # On a CPU, resident weights are pages of RAM.
         "bytes": {
             "vram": 0 if in_place else on_device,
-            "pins": model.pinned_bytes,
+            "pins": model.pinned_bytes + model.staging_bytes,
             "ram": on_device if in_place else 0,
             "disk": mapped,
         },

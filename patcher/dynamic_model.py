@@ -81,7 +81,7 @@ class DynamicModel:
         self.pins: Pins | None = None  # may outlive a residency
         self.last_used = 0.0  # time.monotonic() of the last step
         self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
-        self._peak = 0  # bytes, the most of the residencies that have ended
+        self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
@@ -94,11 +94,16 @@ class DynamicModel:
 
         The forward is not run again, as it may have changed its inputs. Single ops are, in their layer.
         """
+        if self.residency is not None:
+            self.residency.caster.expect_step()
         try:
             with self.backend.current():
                 return self.module(*args, **kwargs)
         except Exception as error:
-            freed = self.free() if is_out_of_memory(error) else 0
+            freed = 0
+            if is_out_of_memory(error) and self.residency is not None:
+                self.residency.learn_from_failure()
+                freed = self.free()
             if freed:
                 self.ledger.decide(f"out of memory: freed {in_words(freed)} of weights for whoever tries next")
             raise
@@ -109,6 +114,7 @@ class DynamicModel:
         """Note the peak after a forward, also a failed one. Release where the policy says so."""
         if self.residency is not None:
             self.residency.note_peak()
+            self.residency.drop_buffers()
         if self.policy.keep == "free after use":
             self.release()
 
@@ -227,6 +233,19 @@ class DynamicModel:
         residency.follow_policy()
         self._prioritize(residency)
 
+    def expect_use(self, nbytes: int | None = None) -> None:
+        """Take the first place on the device: the model is about to be used, by whatever way into it.
+
+        nbytes: what its computation is said to need, which weights leave free until the next call. None: as before.
+        """
+        changed = nbytes is not None and self._remembered.expect(nbytes)
+        residency = self.residency
+        if residency is not None:
+            with residency.caster.lock, self._device.current():
+                residency.caster.expect_step()
+                self._prioritize(residency)
+                residency.begin_use(changed)
+
     # -- patches
 
     def set_patches(self, patches: Mapping[str, Patch], changed: Iterable[str] | None = None) -> int:
@@ -268,6 +287,27 @@ class DynamicModel:
     def peak_resident_bytes(self) -> int:
         """Count the most bytes of the VBAR that were ever mapped."""
         return max(self._peak, self.residency.peak_bytes if self.residency is not None else 0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Count the bytes of device memory that bundles on their way hold now, beside the VBAR."""
+        return self.residency.caster.buffer_bytes if self.residency is not None else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Count all bytes of device memory that the model holds now."""
+        return self.resident_bytes + self.buffer_bytes + self.permanent_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Count the most bytes of device memory that weights, and bundles on their way, have held together."""
+        now = self.residency.peak_held if self.residency is not None else 0
+        return max(self._peak_held, now)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Count the bytes of host memory that bundles without a pin are gathered in."""
+        return self.residency.caster.staging_bytes if self.residency is not None else 0
 
     @property
     def resident_ram_bytes(self) -> int:
@@ -324,6 +364,10 @@ class DynamicModel:
         """
         return self.residency.free(nbytes) if self.residency is not None else 0
 
+    def free_buffers(self) -> int:
+        """Give the buffers back that bundles pass through. Returns the bytes of device memory that were freed."""
+        return self.residency.caster.free_buffers() if self.residency is not None else 0
+
     def free_pins(self, nbytes: float = float("inf"), wait: bool = True) -> int:
         """Give pinned host memory back. Returns the bytes freed.
 
@@ -353,6 +397,7 @@ class DynamicModel:
                 residency.close()
             finally:
                 self._peak = max(self._peak, residency.peak_bytes)
+                self._peak_held = max(self._peak_held, residency.peak_held)
                 self.residency = None
                 self._lend_through(FirstForward(self.prepare, self.ledger))
         if pins and self.pins is not None:

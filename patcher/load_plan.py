@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nlargest
 from itertools import accumulate
 
 from ..ops.gather import aligned
@@ -52,45 +52,64 @@ class LoadPlan:
         )
 
 
-def _buffer(offloaded: Sequence[Bundle], streams: int, cost: Cost) -> int:
-    """Sum the temporary bytes that offloading needs: the bundle in use and one on each stream, at their costliest."""
-    return sum(sorted((cost(bundle) for bundle in offloaded), reverse=True)[: 1 + streams])
+def _free(_: Bundle) -> int:
+    return 0
 
 
-def plan_load(order: Sequence[Bundle], budget: int, streams: int, cost: Cost) -> LoadPlan:
+def _buffer(offloaded: Sequence[Bundle], ahead: int, cost: Cost, casting: Cost = _free) -> int:
+    """Sum the temporary bytes that offloading needs: the bundle in use and `ahead` others, at their costliest.
+
+    Only the one in use is cast.
+    """
+    return sum(nlargest(1 + ahead, map(cost, offloaded))) + max(map(casting, offloaded), default=0)
+
+
+def plan_load(
+    order: Sequence[Bundle],
+    budget: int,
+    ahead: int,
+    cost: Cost,
+    casting: Cost = _free,
+    loading: Cost = _free,
+    streamed: Sequence[Bundle] = (),
+    unit: int = 1,
+) -> LoadPlan:
     """Plan which bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
 
-    The buffers are the sum of the costliest offloaded bundles, not a multiple of the largest.
+    The buffers are the sum of the costliest offloaded bundles, not a multiple of the largest. ahead: bundles in buffers
+    beside the one in use. casting: bytes that casting and patching one costs beside its buffer. loading: temporary
+    bytes that making a bundle resident costs. streamed: bundles that never reside. unit: bytes that come and go
+    together.
     """
-    total = sum(aligned(bundle.nbytes) for bundle in order)
-    if total <= budget:
-        return LoadPlan(LoadState.FULL, budget, 0, len(order), 0, 0)
-    reserve = 0
+    most = max(map(loading, order), default=0)
+    reserve = max(most, _buffer(streamed, ahead, cost, casting))
     while True:
-        limit = max(0, budget - reserve)
+        limit = max(0, budget - reserve) // unit * unit
         used = count = 0
         for bundle in order:
             used += aligned(bundle.nbytes)
             if used > limit:
                 break
             count += 1
-        offloaded = order[count:]
-        needed = _buffer(offloaded, streams, cost)
+        offloaded = [*order[count:], *streamed]
+        needed = max(most if count else 0, _buffer(offloaded, ahead, cost, casting))
         if needed <= reserve:
             break
         reserve = needed
-    state = LoadState.PARTIAL if count else LoadState.NONE
+    state = LoadState.FULL if not offloaded else LoadState.PARTIAL if count else LoadState.NONE
     return LoadPlan(state, limit, reserve, count, len(offloaded), sum(bundle.nbytes for bundle in offloaded))
 
 
-def plan_unload(resident: Sequence[Bundle], nbytes: int, reserve: int, streams: int, cost: Cost) -> int:
+def plan_unload(
+    resident: Sequence[Bundle], nbytes: int, reserve: int, ahead: int, cost: Cost, casting: Cost = _free
+) -> int:
     """Count the bytes to evict so that `nbytes` more are free. Sums from the high end of the address order.
 
     resident: the resident bundles, in address order. The highest goes first, and its buffers count against it.
     """
     freed = 0
     for index in range(len(resident) - 1, -1, -1):
-        grown = max(0, _buffer(resident[index + 1 :], streams, cost) - reserve)
+        grown = max(0, _buffer(resident[index + 1 :], ahead, cost, casting) - reserve)
         if freed - grown >= nbytes:
             break
         freed += resident[index].nbytes

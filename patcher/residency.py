@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from ..ops.device.backend import Backend
+from ..ops.gather import aligned
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.caster import Caster
@@ -22,6 +24,8 @@ from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
 from .policy import Policy
 
 GIB = 1 << 30
+# Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
+FLOOR = GIB // 4
 
 
 def default_headroom(device: Backend) -> int:
@@ -47,13 +51,23 @@ class Remembered:
     """Keeps what a model knows from one residency to the next.
 
     order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
-    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of.
+    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
+    to need. learnt: bytes that it was seen to need beyond that.
     """
 
     order: Sequence[Bundle]
     traced: bool = False
     aimdo_failure: str | None = None
     plan: LoadPlan | None = None
+    expected: int = 0
+    learnt: int = 0
+
+    def expect(self, nbytes: int) -> bool:
+        """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
+        changed = nbytes != self.expected
+        if changed:
+            self.expected, self.learnt = nbytes, 0
+        return changed
 
 
 class Residency:
@@ -82,12 +96,20 @@ class Residency:
             self.caster: Caster = HostCaster(device, vbar, pins, ledger)
         else:
             self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
+        self.caster.per_step = len(bundles)
+        self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
             self._apply(self._new_plan())
         except BaseException:
             self.close()
             raise
+
+    @property
+    def ahead(self) -> int:
+        """Count the bundles that are in buffers beside the one in use: those begun ahead, and one that drains."""
+        streams = min(self.policy.streams, self.device.streams)
+        return self.policy.prefetch + 1 if streams else 0
 
     @property
     def vbar(self) -> VBAR:
@@ -102,6 +124,16 @@ class Residency:
     def headroom(self) -> int:
         """Give the bytes to keep free on the device for the computation."""
         return headroom_bytes(self.policy, self.device)
+
+    @property
+    def expected(self) -> int:
+        """Give the bytes that the computation is said to need. 0 where the VBAR sees that by itself."""
+        return 0 if self.vbar.follows_free_memory or self.device.in_place else self.remembered.expected
+
+    @property
+    def kept_free(self) -> int:
+        """Give the bytes that weights leave to the computation and to other programs."""
+        return max(self.headroom, self.expected) + self.remembered.learnt
 
     def cost(self, bundle: Bundle) -> int:
         """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
@@ -121,6 +153,9 @@ class Residency:
             self.may_init,
             self.remembered.aimdo_failure,
         )
+
+    def _keep_floor(self) -> None:
+        self.vbar.headroom = min(self.headroom, FLOOR) if self.expected else self.headroom
 
     def _lay_out(self) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
@@ -167,30 +202,77 @@ class Residency:
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
+        streamed = [bundle for bundle in self.bundles if bundle.vbar_slice is None]
+        return plan_load(
+            self.addresses,
+            self._available(),
+            self.ahead,
+            self._buffer_bytes,
+            self._cast_bytes,
+            self._load_cost,
+            streamed,
+            self.vbar.unit,
+        )
+
+    def _buffer_bytes(self, bundle: Bundle) -> int:
+        """Count the bytes of the buffer that an offloaded bundle arrives in."""
+        return self.cost(bundle) if self.device.in_place else bundle.transfer_bytes
+
+    def _cast_bytes(self, bundle: Bundle) -> int:
+        """Count the bytes that casting and patching an offloaded bundle takes beside its buffer."""
+        return self.cost(bundle) - self._buffer_bytes(bundle)
+
+    def _available(self) -> int:
+        """Count the bytes that weights and their buffers may hold together."""
         budget = self.budget()
-        available = max(0, self.vbar.within_reach()) if budget is None else budget
-        return plan_load(self.addresses, available, min(self.policy.streams, self.device.streams), self.cost)
+        if budget is not None and not self.expected:
+            return budget
+        reach = self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free
+        return max(0, reach if budget is None else min(reach, budget))
+
+    def _load_cost(self, bundle: Bundle) -> int:
+        """Count the bytes of temporary device memory that it takes to make a bundle resident."""
+        return 0 if self.device.in_place else bundle.load_cost()
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
         self.plan = plan
-        if budget is None:
-            free, _ = self.device.memory()
-            vbar.set_limit(None if vbar.follows_free_memory else plan.limit)
-            reason = f"{in_words(free)} free, {in_words(self.headroom)} headroom"
-        else:
-            vbar.set_limit(plan.limit)
-            reason = f"budget {in_words(budget)} set by the policy"
+        self._keep_floor()
+        vbar.set_limit(plan.limit)
+        reason = f"budget {in_words(budget)} set by the policy" if budget is not None else self._free_in_words()
+        if budget is not None and self.expected:
+            reason += f", {self._free_in_words()}"
         if plan != self.remembered.plan:
             self.ledger.decide(plan.in_words(self.total_bytes, reason))
         self.remembered.plan = plan
+        self._give_room(plan)
         largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
-        if budget is not None and largest > budget:
+        if budget == 0:
+            self.ledger.decide_once(
+                f"the budget is 0: nothing stays resident, and bundles on their way take {in_words(plan.reserve)}.",
+                level=logging.INFO,
+            )
+        elif budget is not None and largest > budget:
             self.ledger.decide_once(
                 f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle "
                 "needs while it is used: nothing stays resident, and the peak is that bundle.",
                 level=logging.INFO,
             )
+
+    def _free_in_words(self) -> str:
+        free, _ = self.device.memory()
+        kept = "headroom" if self.kept_free == self.headroom else "for the computation"
+        return f"{in_words(free)} free, {in_words(self.kept_free)} {kept}"
+
+    def _give_room(self, plan: LoadPlan) -> None:
+        """Let bundles on their way take what the weights leave."""
+        resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
+        casting = self._load_cost if plan.state is LoadState.FULL else self._cast_bytes
+        casts = max(map(casting, self.bundles), default=0)
+        room = self._available() - min(plan.limit, resides)
+        # A budget of 0 asks for streaming, which is as fast as ever.
+        staging = sum(nlargest(1 + self.ahead, (bundle.source_bytes for bundle in self.bundles)))
+        self.caster.set_room(plan.reserve if self.budget() == 0 else room, casts, staging)
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.
@@ -203,11 +285,39 @@ class Residency:
             self._apply(plan)
 
     def _follow_free_memory(self) -> None:
-        """Shrink a plan without a budget at once when the headroom is gone, grow it when clearly more is free."""
-        allowed = self.vbar.within_reach()
-        grown = allowed > self.plan.limit + GIB // 4 and self.plan.state is not LoadState.FULL
-        if allowed < min(self.plan.limit, self.total_bytes) or grown:
+        """Shrink the plan at once when what is to stay free is gone, grow it when clearly more is free."""
+        allowed = self._available()
+        used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
+        grown = allowed > used + GIB // 4 and self.plan.state is not LoadState.FULL
+        if allowed < used - GIB // 32 or grown:
             self._apply(self._new_plan())
+
+    def _claim(self) -> None:
+        """Let models of lower rank give way to the weights and buffers that are yet to come, and to the computation."""
+        buffers = self.plan.reserve - self.caster.buffer_bytes
+        to_come = min(self.plan.limit, self.total_bytes) - self.vbar.loaded_size()
+        self.vbar.claim(self.kept_free + max(0, to_come) + max(0, buffers))
+
+    def begin_use(self, changed: bool) -> None:
+        """Make room at once for the weights and the computation. changed: another one is expected than before."""
+        if changed or self.expected:
+            self._apply(self._new_plan())
+        self._claim()
+
+    def learn(self) -> None:
+        """Leave more to a computation that has taken weights' memory, in this step or by running out of it.
+
+        What others took is gone from what is free, so it is not counted twice.
+        """
+        gone = self.vbar.gave_way()
+        if gone:
+            kept = self._available() - self.vbar.loaded_size() - self.caster.buffer_bytes
+            self.remembered.learnt += max(0, min(gone, kept))
+
+    def learn_from_failure(self) -> None:
+        """Leave more to a computation that has run out of memory beside these weights."""
+        if not self.vbar.follows_free_memory and not self.device.in_place and self.remembered.expected:
+            self.remembered.learnt += self.kept_free // 4
 
     def set_policy(self, policy: Policy) -> None:
         """Follow another policy at once. Raises RuntimeError where it forces a VBAR that cannot be had."""
@@ -222,7 +332,6 @@ class Residency:
 
     def follow_policy(self) -> None:
         """Keep the policy's headroom and budget from now on."""
-        self.vbar.headroom = self.headroom
         self._apply(self._new_plan())
 
     # -- steps
@@ -230,20 +339,24 @@ class Residency:
     def begin_step(self) -> None:
         """Follow the step before: a VBAR that failed, bundles of another size, the order in which they ran."""
         self.note_peak()
+        self.drop_buffers()
         failure = self.vbar.failure
         if failure is not None and not any(bundle.loan for bundle in self.bundles):
             self.remembered.aimdo_failure = failure
             self._rebuild()
         self.rebuild_if_resized()
-        if not self.remembered.traced and self.ledger.counters.steps > 1:
+        self.learn()
+        lent = any(bundle.loan for bundle in self.bundles)  # a step may begin half way down the modules
+        if not lent and not self.remembered.traced and self.ledger.counters.steps > 1:
             self._follow_trace()
 
     def follow_budget(self) -> None:
         """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""
         if self.pins.changes != self._planned_for:
             self._raise_limit()
-        elif self.budget() is None and not self.vbar.follows_free_memory:
+        elif self.budget() is None or self.expected:
             self._follow_free_memory()
+        self._claim()
 
     def _follow_trace(self) -> None:
         """Lay the bundles out again where the first step ran them in another order than they are registered in."""
@@ -286,6 +399,18 @@ class Residency:
         self.note_peak()
         return self._peak
 
+    @property
+    def peak_held(self) -> int:
+        """Count the most bytes of device memory that weights, and bundles on their way, have held together."""
+        return self.peak_bytes + self.caster.peak_buffer_bytes
+
+    def drop_buffers(self) -> None:
+        """Give the buffers back where all bundles have come to stay."""
+        caster = self.caster
+        stays = all(bundle.vbar_slice is not None for bundle in self.bundles)
+        if caster.has_buffers and stays and self.vbar.loaded_size() >= self.total_bytes:
+            caster.free_buffers()
+
     def is_resident(self, bundle: Bundle) -> bool:
         """Say whether the bundle's slice has memory now."""
         return bundle.vbar_slice is not None and self.vbar.resident(bundle.vbar_slice)
@@ -299,9 +424,14 @@ class Residency:
             self.note_peak()
             if nbytes is None:
                 return self.caster.free()
+            freed = self.caster.free_buffers()
+            if freed >= nbytes:
+                return freed
             resident = [bundle for bundle in self.addresses if self.is_resident(bundle)]
-            wanted = plan_unload(resident, nbytes, self.plan.reserve, self.device.streams, self.cost)
-            return self.vbar.free_memory(wanted)
+            wanted = plan_unload(
+                resident, nbytes - freed, self.plan.reserve, self.ahead, self._buffer_bytes, self._cast_bytes
+            )
+            return freed + self.vbar.free_memory(wanted)
 
     def close(self) -> None:
         """Give all memory of the device back. Raises DeviceError where it fails, after giving back all else."""

@@ -98,6 +98,8 @@ class Bundle:
         self.source_is_final = not self.patched and not any(param.is_cast for param in self.params)
         self.in_place = all(param.usable_in_place() for param in self.params)
         self.casts_at_use = any(param.compute_dtype is not None for param in self.params)
+        # The host can make the final form, with the same bits.
+        self.only_cast = not self.patched and not any(p.int8 or is_wrapper(p.source) for p in self.params)
         # Making the final form costs more than bringing it.
         self.worth_keeping = self.patched or any(param.int8 for param in self.params)
 
@@ -144,25 +146,39 @@ class Bundle:
         """Return the bytes of temporary memory that one use costs while offloaded.
 
         They hold the source, and the larger of its cast or dequantised form and, where patches wait, twice the weight
-        in the dtype that the model computes in. With a current pin they hold the final form alone.
+        in the dtype that the model computes in. With a current pin they hold the final form and what an op casts it to.
         """
         if self.pin_is_current:
-            return self.nbytes
-        extra = 0
+            return self.nbytes + self.cast_bytes()
+        extra = 0 if self.source_is_final else self.nbytes
         for param in self.params:
+            numel = param.source.numel()
             if param.int8:  # quantised in parts; nothing casts it afterwards
-                patched = 2 * param.source.numel() * 4 if param.patch is not None else 0
-                parts = 3 * min(PART_BYTES, 4 * param.source.numel())
-                extra += gathered_bytes([param.final]) + parts + patched
+                extra += 3 * min(PART_BYTES, 4 * numel) + (2 * numel * 4 if param.patch is not None else 0)
                 continue
-            shape_numel = param.source.numel()
-            final_bytes = shape_numel * param.final.dtype.itemsize
+            final_bytes = numel * param.final.dtype.itemsize
             dequantised = final_bytes if (param.is_cast or is_wrapper(param.source)) else 0
             for cast in (param.compute_dtype, param.op_dtype):
                 if cast is not None and (cast != param.final.dtype or is_wrapper(param.source)):
-                    dequantised = max(dequantised, shape_numel * cast.itemsize)
-            extra += max(dequantised, 2 * max(final_bytes, dequantised) if param.patch is not None else 0)
+                    dequantised = max(dequantised, numel * cast.itemsize)
+            needed = max(dequantised, 2 * max(final_bytes, dequantised) if param.patch is not None else 0)
+            extra += max(0, needed if self.source_is_final else needed - final_bytes)
         return self.source_bytes + extra
+
+    @property
+    def transfer_bytes(self) -> int:
+        """Return the bytes of one transfer of the bundle."""
+        return self.nbytes if self.pin_is_current or self.source_is_final else self.source_bytes
+
+    def cast_bytes(self) -> int:
+        """Return the bytes that the op of a resident bundle gets its weights cast to."""
+        return sum(p.source.numel() * p.compute_dtype.itemsize for p in self.params if p.compute_dtype is not None)
+
+    def load_cost(self) -> int:
+        """Return the least temporary memory in which the bundle can become resident and be used, in bytes."""
+        if self.source_is_final or self.pin_is_current or self.only_cast:
+            return self.cast_bytes()
+        return max(self.offload_cost() - self.nbytes, self.source_bytes, self.cast_bytes())
 
     # -- the module
 

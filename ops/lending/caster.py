@@ -41,6 +41,7 @@ class Loan:
     event: Event | None = None  # after the transfer
     brings_final = False  # the transfer brings the final form
     keep: object | None = None  # memory that must outlive a transfer
+    held = 0  # bytes of device memory that the loan holds outside of VBAR and ring
 
     def __init__(self, bundle: Bundle, signature: Any) -> None:
         self.bundle = bundle
@@ -57,9 +58,14 @@ class Caster:
         self.ledger = ledger
         self.counters = ledger.counters
         self.previous: Bundle | None = None
-        self.first: Bundle | None = None
-        # Called when a step begins, which is whenever the first bundle is asked for.
+        self.first: Bundle | None = None  # the bundle with which the last step began
+        self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
+        self.lent = 1 << 62  # loans since the step began
+        # Called when a step begins: whenever the first bundle is asked for, another way into the model is taken
+        # (`expect_step`), or a step has lent so often that it must have begun anew somewhere else.
         self.on_step: Callable[[], None] = lambda: None
+        # Told when weights had to give way to an error of the device's memory.
+        self.on_out_of_memory: Callable[[], None] = lambda: None
         # Other threads may call `free`. Held while a loan begins or ends, never during the op.
         self.lock = threading.RLock()
 
@@ -74,10 +80,10 @@ class Caster:
         Raises SourceError where a parameter has no data. After any error no slice stays pinned.
         """
         with self.lock:
-            if self.first is None:
-                self.first = bundle
-            if bundle is self.first:
+            self.lent += 1
+            if bundle is self.first or self.lent > self.per_step:
                 self.on_step()
+                self.first, self.lent = bundle, 1
             try:
                 loan = self._bring(bundle)
             except Exception as error:
@@ -105,6 +111,7 @@ class Caster:
                 loan.views = self.complete(loan)
             views = loan.views
             if bundle.casts_at_use:
+                self.make_way(bundle.cast_bytes())
                 views = [
                     view if param.compute_dtype is None else view.to(param.compute_dtype)
                     for param, view in zip(bundle.params, views, strict=True)
@@ -127,6 +134,9 @@ class Caster:
             bundle.restore()
             self.end(loan)
 
+    def make_way(self, nbytes: int) -> None:
+        """Free buffers where a cast of `nbytes` would take more than bundles on their way may."""
+
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
         """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
@@ -134,6 +144,7 @@ class Caster:
         """
         if not is_out_of_memory(error):
             return False
+        self.on_out_of_memory()
         freed = self.free()
         if not freed:
             return False
@@ -155,26 +166,44 @@ class Caster:
         finally:
             self.exit(bundle)
 
+    def expect_step(self) -> None:
+        """Let a step begin with the next loan, whichever bundle it is of."""
+        self.lent = 1 << 62
+
     # -- residency
 
     def request(self, bundle: Bundle) -> Loan:
         """Return a loan for the bundle: ready where the bundle is resident and current, else started."""
+        loan = self.ask(bundle)
+        self.count(loan)
+        if loan.views is None:
+            self.begin(loan)
+        return loan
+
+    def ask(self, bundle: Bundle) -> Loan:
+        """Return a loan with what the VBAR grants. It is ready where the bundle is resident and current."""
         signature = self.vbar.fault(bundle.vbar_slice)
         loan = Loan(bundle, signature)
-        if signature is None:
+        if signature is not None and self.vbar.same(signature, bundle.signature):
+            loan.views = bundle.views
+            if loan.views is bundle.source:  # resident where it lies in its file
+                try:
+                    bundle.check_files_often()
+                except BaseException:
+                    self.end(loan)
+                    raise
+        return loan
+
+    def count(self, loan: Loan) -> None:
+        """Count what the VBAR has granted."""
+        if loan.signature is None:
             self.counters.misses += 1
         else:
             self.counters.faults += 1
-            if self.vbar.same(signature, bundle.signature):
-                self.counters.hits += 1
-                loan.views = bundle.views
-                if loan.views is bundle.source:  # resident where it lies in its file
-                    try:
-                        bundle.check_files_often()
-                    except BaseException:
-                        self.end(loan)
-                        raise
-                return loan
+            self.counters.hits += loan.views is not None
+
+    def begin(self, loan: Loan) -> None:
+        """Start bringing the bytes. Ends the loan where that fails."""
         try:
             self.start(loan)
         except BaseException:
@@ -183,7 +212,6 @@ class Caster:
             finally:
                 self.end(loan)
             raise
-        return loan
 
     def has_room_for(self, bundle: Bundle) -> bool:
         """Say whether the VBAR has room for the bundle now. Asking maps the slice's memory but moves no bytes."""
@@ -207,10 +235,13 @@ class Caster:
             self.end(loan)
 
     def free(self, nbytes: int = 1 << 62) -> int:
-        """Evict bundles that are not in use until `nbytes` are free. Return the bytes freed. Any thread may call."""
+        """Free buffers, then bundles that are not in use, until `nbytes` are free. Return the bytes freed.
+
+        Any thread may call it.
+        """
         with self.lock:
-            self.cancel_prefetch()
-            return self.vbar.free_memory(nbytes)
+            freed = self.free_buffers()
+            return freed + self.vbar.free_memory(nbytes - freed) if freed < nbytes else freed
 
     # -- how bytes move: the subclasses
 
@@ -233,6 +264,33 @@ class Caster:
 
     def cancel_prefetch(self) -> None:
         """End the loans that were started ahead, since the order changed or memory is wanted."""
+
+    def set_room(self, nbytes: int, casts: int, staging: int) -> None:
+        """Set the most device memory that bundles on their way may take. casts: how much of it is to cast and patch.
+
+        staging: the most host memory that bundles are gathered in.
+        """
+
+    def free_buffers(self) -> int:
+        """Give buffers back that no loan uses. Return the bytes of device memory that were freed."""
+        return 0
+
+    peak_buffer_bytes = 0  # the most that `buffer_bytes` was
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Return the bytes of device memory that are held beside the VBAR."""
+        return 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Return the bytes of host memory that are held beside the pins."""
+        return 0
+
+    @property
+    def has_buffers(self) -> bool:
+        """Say whether `free_buffers` could give anything back."""
+        return self.buffer_bytes > 0 or self.staging_bytes > 0
 
     def close(self) -> None:
         """Give all memory of the device back."""

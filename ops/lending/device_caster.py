@@ -37,6 +37,62 @@ class DeviceCaster(Caster):
         self.prefetched: dict[Bundle, Loan] = {}
         self.last_prefetched: Bundle | None = None
         self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
+        self.room, self.casts, self.staging_room = 1 << 62, 0, 1 << 62  # see set_room
+        self._held = 0  # bytes of device memory that loans hold outside of VBAR and ring
+        self.peak_buffer_bytes = 0
+
+    # -- memory beside the VBAR
+
+    def set_room(self, nbytes: int, casts: int, staging: int) -> None:
+        self.room, self.casts, self.staging_room = nbytes, casts, staging
+        self.make_way(0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.ring.nbytes + self._outside()
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.staging.nbytes
+
+    def _outside(self) -> int:
+        """Return the bytes that are held outside of VBAR and ring."""
+        return self._held + sum(kept.numel() for _, kept in self.write_backs)
+
+    def make_way(self, nbytes: int) -> None:
+        if self.buffer_bytes + nbytes > self.room:
+            self.ring.trim(self.room - nbytes - self._outside())
+        if self.buffer_bytes + nbytes > self.room:
+            self._finish_write_backs()
+        if self.buffer_bytes + nbytes > self.room:
+            self.cancel_prefetch()
+            self.ring.trim(self.room - nbytes - self._outside())
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes + nbytes)
+
+    def _finish_write_backs(self) -> None:
+        while self.write_backs:
+            event, _ = self.write_backs[0]
+            if event is not None:
+                event.synchronize()
+            del self.write_backs[0]
+
+    def _has_room_ahead(self, loan: Loan) -> bool:
+        """Say whether a bundle may come ahead of its use, beside those that are on their way."""
+        bundle = loan.bundle
+        if loan.signature is not None and (bundle.pin_is_current or bundle.source_is_final):
+            return True
+        # What the bundle in use was cast to is gone before the next one is cast.
+        others = self.ring.taken_bytes + max(self._outside(), self.casts)
+        return others + bundle.transfer_bytes <= self.room
+
+    def free_buffers(self) -> int:
+        with self.lock:
+            before = self.buffer_bytes
+            self.cancel_prefetch()
+            self._finish_write_backs()
+            self.ring.clear()
+            self.staging.clear()
+            return before - self.buffer_bytes
 
     # -- a loan's way
 
@@ -58,23 +114,30 @@ class DeviceCaster(Caster):
         self.turn = (self.turn + 1) % len(self.streams)
         pin = self.pins.get(bundle)
         current = pin is not None and pin.version == bundle.version
-        loan.brings_final = current or bundle.source_is_final
+        # Where the budget has no room for the source beside the final form, the host casts.
+        host_casts = not current and self._must_cast_on_host(loan)
+        loan.brings_final = current or bundle.source_is_final or host_casts
         nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
         to_vbar = loan.brings_final and loan.signature is not None
-        loan.slot = None if to_vbar else self.ring.take(nbytes)
         if to_vbar:
             loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
-        elif loan.slot is None:  # nested modules hold every slot
-            loan.target = self.backend.empty(nbytes)
         else:
-            loan.target = loan.slot.buffer[:nbytes]
+            casts = max(0, bundle.offload_cost() - nbytes)
+            loan.slot = self.ring.take(nbytes, self.room - self._outside() - casts)
+            if loan.slot is None:  # nested modules hold every slot
+                loan.target = self._hold(loan, nbytes)
+            else:
+                loan.target = loan.slot.buffer[:nbytes]
+            self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
         if loan.slot is None or loan.slot.fresh:
             # Fresh memory may still be read by kernels queued on the main stream. Without this wait the copy would
             # overwrite their input and the image would be wrong.
             self.backend.wait(self.backend.record(None), stream)
         if loan.slot is not None:
             loan.slot.fresh = False
-        if not current and (pin is None or pin.version is not None):
+        if host_casts:
+            pin = None
+        elif not current and (pin is None or pin.version is not None):
             pin = self.pins.take(bundle, bundle.source_bytes, None) if not self._worth_writing_back(bundle) else None
             if pin is not None:
                 try:
@@ -95,9 +158,24 @@ class DeviceCaster(Caster):
         else:
             self.counters.bytes_loaded += nbytes
 
-    def _gather(self, bundle: Bundle, buffer: torch.Tensor) -> None:
+    def _must_cast_on_host(self, loan: Loan) -> bool:
+        bundle = loan.bundle
+        if loan.signature is None or bundle.source_is_final or not bundle.only_cast:
+            return False
+        return self.ring.taken_bytes + self._outside() + bundle.source_bytes > self.room
+
+    def _hold(self, loan: Loan, nbytes: int) -> torch.Tensor:
+        """Allocate device memory that the loan gives back when it ends."""
+        memory = self.backend.empty(nbytes)
+        loan.held += nbytes
+        self._held += nbytes
+        return memory
+
+    def _gather(self, bundle: Bundle, buffer: torch.Tensor, final: bool = False) -> None:
+        """Copy the source into a host buffer. final: in the final form, which is a cast of the source."""
         bundle.check_files()
-        for view, tensor in zip(interpret_gathered_like(bundle.source, buffer), bundle.source, strict=True):
+        form = bundle.final if final else bundle.source
+        for view, tensor in zip(interpret_gathered_like(form, buffer), bundle.source, strict=True):
             assert view is not None
             copy_into(view, tensor)
         bundle.check_files()  # what was written meanwhile must not be kept
@@ -105,11 +183,12 @@ class DeviceCaster(Caster):
 
     def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:
         assert loan.target is not None
-        staging = self.staging.take(bundle.source_bytes)
-        buffer = torch.empty(bundle.source_bytes, dtype=torch.uint8) if staging is None else staging.buffer
+        nbytes = loan.target.numel()
+        staging = self.staging.take(nbytes, self.staging_room)
+        buffer = torch.empty(nbytes, dtype=torch.uint8) if staging is None else staging.buffer
         try:
-            self._gather(bundle, buffer)
-            self.backend.copy(loan.target, buffer[: bundle.source_bytes], stream)
+            self._gather(bundle, buffer, final=loan.brings_final and not bundle.source_is_final)
+            self.backend.copy(loan.target, buffer[:nbytes], stream)
             loan.event = self.backend.record(stream)
         finally:
             if staging is None:
@@ -127,12 +206,16 @@ class DeviceCaster(Caster):
         else:
             source: list[torch.Tensor] = interpret_gathered_like(bundle.source, loan.target)  # type: ignore[assignment]
             resident = loan.signature is not None
-            memory = self.vbar.tensor(bundle.vbar_slice) if resident else self.backend.empty(bundle.nbytes)
+            casts = bundle.offload_cost() - bundle.source_bytes
+            self.make_way(casts - bundle.nbytes if resident else casts)
+            memory = self.vbar.tensor(bundle.vbar_slice) if resident else self._hold(loan, bundle.nbytes)
             memory = memory[: bundle.nbytes]
             views = self.make_final(bundle, source, memory)
             if not resident:
                 loan.keep = memory
                 self._write_back(bundle, memory)
+            del source
+            loan.target = None  # or the loan would hold the buffer for as long as its op runs
             self._free_slot(loan)
         if loan.signature is not None:
             self.keep_resident(loan, views)
@@ -183,6 +266,8 @@ class DeviceCaster(Caster):
                 # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
                 loan.event.synchronize()
         finally:
+            self._held -= loan.held
+            loan.held = 0
             self._free_slot(loan)
             super().end(loan)
 
@@ -196,8 +281,14 @@ class DeviceCaster(Caster):
             following = last.successor
             if following is None or following is bundle or following in self.prefetched or following.loan is not None:
                 break
+            loan = self.ask(following)
+            if loan.views is None and not self._has_room_ahead(loan):
+                self.end(loan)
+                break
+            self.count(loan)
             try:
-                loan = super().request(following)
+                if loan.views is None:
+                    self.begin(loan)
             except (RuntimeError, MemoryError, SourceError):
                 break  # the request for this bundle itself will raise it
             self.prefetched[following] = loan
@@ -214,10 +305,7 @@ class DeviceCaster(Caster):
 
     def close(self) -> None:
         self.backend.synchronize()
-        super().close()
-        self.write_backs.clear()
-        self.ring.clear()
-        self.staging.clear()
+        self.free_buffers()
 
 
 def _done(event: Event | None) -> bool:

@@ -25,7 +25,7 @@ class Slot:
 
 
 class Ring:
-    """`slots` buffers, grown to the largest bundle that passed through them.
+    """At most `slots` buffers, whose sizes follow the bundles that pass through them.
 
     `take` blocks the launching thread until the slot's last use is done. Without this wait the next transfer would
     overwrite a buffer that a kernel still reads. It also keeps that thread from running ahead by more than the ring.
@@ -33,8 +33,8 @@ class Ring:
 
     def __init__(self, empty: Callable[[int], torch.Tensor], slots: int, counters: Counters) -> None:
         self._empty = empty
-        self._slots = [Slot(empty(0)) for _ in range(slots)]
-        self._next = 0
+        self._nothing = empty(0)
+        self._slots = [Slot(self._nothing) for _ in range(slots)]  # the one that was used longest ago first
         self._counters = counters
 
     @property
@@ -42,23 +42,40 @@ class Ring:
         """Return the bytes held by all slots."""
         return sum(slot.buffer.numel() for slot in self._slots)
 
-    def take(self, nbytes: int) -> Slot | None:
-        """Return the next free slot, of at least `nbytes`; None while all are taken."""
-        for _ in self._slots:
-            slot = self._slots[self._next]
-            self._next = (self._next + 1) % len(self._slots)
-            if not slot.taken:
-                break
-        else:
+    @property
+    def taken_bytes(self) -> int:
+        """Return the bytes held by the slots that are taken."""
+        return sum(slot.buffer.numel() for slot in self._slots if slot.taken)
+
+    def take(self, nbytes: int, limit: int | None = None) -> Slot | None:
+        """Return a free slot of at least `nbytes`; None while all are taken.
+
+        limit: the most bytes that the ring may hold with it. Free slots are emptied for that. Where the slots that are
+        taken leave too little, the slot is granted all the same, as just large enough.
+        """
+        free = [slot for slot in self._slots if not slot.taken]
+        if not free:
             return None
+        room = nbytes if limit is None else max(nbytes, limit - self.taken_bytes)
+        slot = free[0]
+        if limit is not None and slot.buffer.numel() < nbytes and self.nbytes + nbytes > limit:
+            # A buffer that is there saves a new one, for which the transfer would have to wait.
+            slot = next((other for other in free if nbytes <= other.buffer.numel() <= room), slot)
+        self._slots.remove(slot)
+        self._slots.append(slot)
         if slot.done is not None:
             self._counters.stalls += 1
             slot.done.synchronize()
             slot.done = None
-        if slot.buffer.numel() < nbytes:
-            slot.buffer = self._empty(0)  # free before growing
+        size = slot.buffer.numel()
+        if size < nbytes or (limit is not None and size > room):
+            slot.buffer = self._nothing  # free before growing
+            if limit is not None:
+                self.trim(limit - nbytes)
             slot.buffer = self._empty(nbytes)
             slot.fresh = True
+        elif limit is not None:
+            self.trim(limit, but=slot)
         slot.taken = True
         return slot
 
@@ -66,10 +83,21 @@ class Ring:
         """Give a slot back, to be taken again after `done`."""
         slot.taken, slot.done = False, done
 
-    def clear(self) -> None:
-        """Free the memory of the slots that are not taken."""
+    def trim(self, nbytes: int, but: Slot | None = None) -> None:
+        """Empty free slots, the one used longest ago first, until the ring holds no more than `nbytes`.
+
+        but: a slot to leave alone.
+        """
         for slot in self._slots:
-            if not slot.taken:
+            if self.nbytes <= nbytes:
+                break
+            if not slot.taken and slot is not but and slot.buffer.numel():
                 if slot.done is not None:
                     slot.done.synchronize()
-                slot.buffer, slot.done = self._empty(0), None
+                slot.buffer, slot.done = self._nothing, None
+
+    def clear(self) -> int:
+        """Free the memory of the slots that are not taken. Return the bytes freed."""
+        before = self.nbytes
+        self.trim(0)
+        return before - self.nbytes

@@ -5,6 +5,7 @@ Nothing here initialises devices that ComfyUI has initialised already: a second 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from .protocol import lock
 
 PAGE = 32 << 20
 RESIDENT = 1
+
+_ranks = itertools.count(1)
+# Weak: a model that is dropped without being closed takes its memory with it.
+_open: weakref.WeakSet[AimdoVBAR] = weakref.WeakSet()
 
 
 class AimdoSlice(NamedTuple):
@@ -59,6 +64,7 @@ class AimdoVBAR:
     """
 
     kind = "aimdo"
+    unit = PAGE
     follows_free_memory = True  # comfy-aimdo hooks the driver's allocator
 
     def __init__(self, backend: Backend, nbytes: int, ledger: Ledger, headroom: int = 0) -> None:
@@ -80,6 +86,8 @@ class AimdoVBAR:
         # threads crash.
         self._free = weakref.finalize(self, _free, self._vbar)
         self._free.atexit = False
+        self.rank = next(_ranks)  # as comfy-aimdo has it
+        _open.add(self)
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> AimdoSlice | None:
         """Reserve `nbytes`; None where the range is full. `on_evict` is never called: signatures tell of evictions."""
@@ -141,11 +149,13 @@ class AimdoVBAR:
         with lock:
             if self._vbar is not None:
                 self._vbar.prioritize()
+                self.rank = next(_ranks)
 
     def deprioritize(self) -> None:
         with lock:
             if self._vbar is not None:
                 self._vbar.deprioritize()
+                self.rank = -next(_ranks)
 
     def set_limit(self, nbytes: int | None) -> None:
         # Not kept as a watermark: `prioritize` resets watermarks, and comfy-aimdo 0.4.5 cannot set them.
@@ -172,7 +182,16 @@ class AimdoVBAR:
 
     def within_reach(self) -> int:
         free, _ = self.backend.memory()
-        return self.loaded_size() + free - self.headroom
+        with lock:  # comfy-aimdo counts the pages of all VBARs of the device, ComfyUI's too
+            held = int(self._api.vbars_analyze(self.backend.aimdo_device))
+            above = [vbar for vbar in _open if vbar.device == self.device and vbar.rank > self.rank]
+            return held + free - sum(vbar.loaded_size() for vbar in above)
+
+    def claim(self, nbytes: int) -> None:
+        pass  # comfy-aimdo makes room for each allocation
+
+    def gave_way(self) -> int:
+        return 0
 
     def peak_size(self) -> int:
         self.loaded_size()
@@ -193,6 +212,7 @@ class AimdoVBAR:
     def close(self) -> None:
         with lock:
             self._vbar = None
+            _open.discard(self)
             self._free()
 
 

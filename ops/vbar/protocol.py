@@ -23,12 +23,14 @@ Signature = Any
 class VBAR(Protocol):
     """The calls of the caster and the residency; every implementation passes tests/vbar. All sizes in bytes.
 
-    kind: its name in reports. failure: why every fault is refused from now on, in the driver's words; None while all is
-    well. follows_free_memory: the VBAR gives way by itself when the computation allocates. Else, without a budget, the
-    residency sets a limit by the free memory at each step. headroom: bytes to keep free for the computation.
+    kind: its name in reports. unit: bytes that come and go together. failure: why every fault is refused from now on,
+    in the driver's words; None while all is well. follows_free_memory: the VBAR gives way by itself when the computation
+    allocates, so nobody need tell it how much that will be. headroom: bytes that stay free while weights come; the
+    residency plans with more.
     """
 
     kind: str
+    unit: int
     failure: str | None
     follows_free_memory: bool
     headroom: int
@@ -70,7 +72,16 @@ class VBAR(Protocol):
         """Return the bytes that are resident now."""
 
     def within_reach(self) -> int:
-        """Return the bytes that could be resident: resident, free beside the headroom, or giving way to this VBAR."""
+        """Return the bytes that could be resident: resident now, free, or of VBARs that give way to this one."""
+
+    def claim(self, nbytes: int) -> None:
+        """Evict VBARs of lower rank until `nbytes` are free. Where allocations are seen, do nothing."""
+
+    def gave_way(self) -> int:
+        """Return the bytes that were evicted since the last call because the computation ate into the headroom.
+
+        0 where nobody can tell.
+        """
 
     def peak_size(self) -> int:
         """Return the most bytes that were seen resident. comfy-aimdo is only asked between steps."""

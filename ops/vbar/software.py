@@ -79,6 +79,7 @@ class SoftwareVBAR:
     """
 
     kind = "software"
+    unit = 1
     failure: str | None = None  # an allocation that fails is raised instead
     follows_free_memory = False
 
@@ -93,6 +94,7 @@ class SoftwareVBAR:
         self.used = 0
         self.peak = 0
         self._faults = 0
+        self._gave_way = 0
         self.rank = next(_ranks)  # the VBAR of lower rank is evicted from first
         with lock:
             self.device_memory.open.add(self)
@@ -129,8 +131,10 @@ class SoftwareVBAR:
 
     def _give_way(self) -> None:
         """Evict where the computation has eaten into the headroom, before an allocation of it would fail."""
+        before = self.used
         while self.device_memory.free() < self.headroom and (self._evict_lower_priority() or self._evict_top()):
             pass
+        self._gave_way += before - self.used
 
     def _make_room(self, vbar_slice: SoftwareSlice) -> bool:
         while self.limit is not None and self.used + vbar_slice.nbytes > self.limit:
@@ -218,7 +222,16 @@ class SoftwareVBAR:
         free, _ = self.backend.memory()
         with lock:
             below = sum(vbar.used for vbar in self.device_memory.vbars if vbar.rank < self.rank)
-        return self.used + free + below - self.headroom
+        return self.used + free + below
+
+    def claim(self, nbytes: int) -> None:
+        with lock:
+            while self.device_memory.free() < nbytes and self._evict_lower_priority():
+                pass
+
+    def gave_way(self) -> int:
+        gone, self._gave_way = self._gave_way, 0
+        return gone
 
     def peak_size(self) -> int:
         return self.peak

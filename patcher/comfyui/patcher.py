@@ -113,7 +113,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     @never_raises("measuring a model", lambda _: 0, unless=in_a_node)
     def loaded_size(self) -> int:
         dynamic = self.state.dynamic
-        return dynamic.resident_bytes + dynamic.permanent_bytes if dynamic is not None else 0
+        return dynamic.device_bytes if dynamic is not None else 0
 
     def lowvram_patch_counter(self) -> int:
         return 0
@@ -252,6 +252,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if dynamic is not None and dynamic.residency is not None:
             dynamic.residency.note_peak()
             dynamic.ledger.summarise(dynamic.resident_bytes, dynamic.total_bytes)
+            dynamic.free_buffers()
             if self.policy.keep == "free after use":
                 dynamic.release()
 

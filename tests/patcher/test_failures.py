@@ -146,14 +146,25 @@ def test_a_layer_that_stays_out_of_memory_raises_after_one_retry(tmp_path, known
 
 
 def test_out_of_memory_with_nothing_to_evict_raises_at_once(tmp_path, known, device):
-    run = Run(tmp_path, device, 0.0)
-    assert run.is_right()
-    layer = run.model.module.layers[3]
+    write(tmp_path / "m.safetensors", FragileStack())
+    model = dynamic(FragileStack, tmp_path / "m.safetensors", device=device, vram_bytes=0, prefetch=0)
+    layer = model.module.layers[0]  # in the first forward: no buffer is held but that in use
     layer.errors = [torch.OutOfMemoryError("simulated")] * 2
     with pytest.raises(torch.OutOfMemoryError):
-        run.is_right()
+        model(model.module.input())
     assert len(layer.errors) == 1
-    assert run.model.ledger.counters.retries == 0
+    assert model.ledger.counters.retries == 0
+
+
+def test_buffers_give_way_to_out_of_memory_as_weights_do(tmp_path, known):
+    run = Run(tmp_path, SimDevice(), 0.0)
+    assert run.is_right() and run.is_right()
+    held = run.model.buffer_bytes
+    assert held > 0
+    run.model.module.layers[3].errors = [torch.OutOfMemoryError("simulated")]
+    assert run.is_right()
+    assert run.model.ledger.counters.retries == 1
+    assert 0 < run.model.buffer_bytes <= held  # the layers after it
 
 
 @pytest.mark.parametrize("make_error", [torch.OutOfMemoryError, MemoryError])

@@ -134,7 +134,7 @@ def test_two_models_on_one_device_take_turns(machine, device, tmp_path):
     for name in ("one", "two"):
         path = tmp_path / f"{name}.safetensors"
         want = expected(small, write(path, small(), seed=len(runs)))
-        runs.append((dynamic(small, path, device=device), want))
+        runs.append((dynamic(small, path, device=device, headroom_bytes=0), want))
     machine.leave_pages(3)
     for _ in range(3):
         for model, want in runs:
@@ -171,7 +171,7 @@ def test_allocations_of_the_computation_push_weights_out(machine, device, tmp_pa
     Hungry.driver, Hungry.nbytes = machine.driver, 0
     want = expected(Hungry, state)
     machine.leave_pages(6)
-    model = dynamic(Hungry, path, device=device)
+    model = dynamic(Hungry, path, device=device, headroom_bytes=0)
     assert same(model(model.module.input()), want)
     assert resident_pages(model) == 2
     Hungry.nbytes = 5 * PAGE
