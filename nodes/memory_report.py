@@ -64,7 +64,7 @@ def model_records() -> list[dict[str, Any]]:
 
 def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
     mapped = sum(bundle.source_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
-    on_device = model.resident_bytes + model.permanent_bytes
+    on_device = model.resident_bytes + model.buffer_bytes
     in_place = model.backend.in_place
     return {
         "name": model.ledger.name,

@@ -20,7 +20,8 @@ from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.caster import Caster
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
-from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers, move_buffers
+from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
+from .buffers import PlacedBuffers
 from .first_forward import FirstForward
 from .load_plan import LoadPlan
 from .policy import Policy
@@ -73,9 +74,9 @@ class DynamicModel:
         self.residency: Residency | None = None
         self.pins: Pins | None = None  # may outlive a residency
         self.last_used = 0.0  # time.monotonic() of the last step
-        self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
+        self._buffers = PlacedBuffers(module, self.device)
         self._peak = 0  # bytes, the most of the residencies that have ended
-        attach(self.bundles)
+        attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
         models.add(self)
@@ -89,6 +90,8 @@ class DynamicModel:
         """
         try:
             with self.backend.current():
+                if self.residency is None:
+                    self.place_buffers()  # what the module reads before its first layer must be there already
                 return self.module(*args, **kwargs)
         except Exception as error:
             freed = self.free() if is_out_of_memory(error) else 0
@@ -111,6 +114,7 @@ class DynamicModel:
             if self.pins is None:
                 self.pins = Pins(self._device, self._pin_budget(), self._remembered.order)
             try:
+                self.place_buffers()
                 residency = Residency(
                     self._device,
                     self.bundles,
@@ -119,10 +123,10 @@ class DynamicModel:
                     self.ledger,
                     self._remembered,
                     self._may_init,
+                    self.buffer_bytes,
                 )
                 residency.caster.on_step = partial(self._on_step, residency)
                 self.residency = residency
-                move_buffers(self.module, self.device)
             except BaseException:
                 self.release()  # otherwise the next forward would take the model for prepared
                 raise
@@ -224,9 +228,23 @@ class DynamicModel:
             if bundle.invalidate() and residency is not None:
                 bundle.move_to(None)  # its slice has the old size
                 residency.resized = True
+            bundle.stand_in(self._idle_device)
         return len(touched)
 
     # -- memory
+
+    @property
+    def _idle_device(self) -> torch.device | None:
+        return None if self.backend.in_place else self.device
+
+    def place_buffers(self) -> None:
+        """Move the module's buffers to the device, where any code may read them. `release` moves them back."""
+        self._buffers.place()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Count the bytes of buffers that are on the device beside the VBAR. The budget counts them too."""
+        return self._buffers.nbytes
 
     @property
     def total_bytes(self) -> int:
@@ -329,6 +347,7 @@ class DynamicModel:
                 self._peak = max(self._peak, residency.peak_bytes)
                 self.residency = None
                 self._lend_through(FirstForward(self.prepare, self.ledger))
+        self._buffers.give_back()
         if pins and self.pins is not None:
             self.pins.free(float("inf"))
             self.pins = None
