@@ -51,7 +51,12 @@ class Reads(TorchDispatchMode):
                     self.keys[part.untyped_storage()._cdata] = param.key
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if any(isinstance(value, torch.device) and value.type == "cuda" for value in (*args, *kwargs.values())):
+            for value in args:
+                if isinstance(value, FakeTensor):
+                    value.constant = None  # torch would move a single number to a card that must be there
+        result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.device.type == "cuda":
             for source in args:
                 if isinstance(source, FakeTensor) and source.device.type == "cpu" and source.dim():
@@ -79,8 +84,11 @@ def on_the_card(monkeypatch):
 
 
 def store(model, dtype):
-    """Give a model that was built on the meta device weights in host memory, in the `dtype` of its file."""
+    """Give a model that was built without memory weights in host memory, in the `dtype` of its file."""
     for module in model.modules():
+        for attr, value in list(vars(module).items()):
+            if type(value) is torch.Tensor:
+                setattr(module, attr, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
         for attr, parameter in module._parameters.items():
             if parameter is not None:
                 stored = dtype if parameter.is_floating_point() else parameter.dtype
