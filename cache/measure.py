@@ -15,6 +15,7 @@ import torch
 
 from ..ops.files.disk_map import locate
 from ..ops.gather import inner_tensors, is_wrapper
+from ..ops.lending.idle_weight import as_stored
 
 log = logging.getLogger("spillway")
 
@@ -140,6 +141,7 @@ def _add_model(blocks: dict[Hashable, Block], module: object, gauge: Callable[[]
 
 
 def _add_tensor(tensor: torch.Tensor, blocks: dict[Hashable, Block]) -> Iterable[Any]:
+    tensor = as_stored(tensor)
     if is_wrapper(tensor):
         return inner_tensors(tensor)
     if tensor.layout is not torch.strided:
@@ -184,7 +186,7 @@ def module_sizes(module: torch.nn.Module) -> Sizes:
         for tensor in (*owner._parameters.values(), *owner._buffers.values()):
             if tensor is None:
                 continue
-            for part in inner_tensors(tensor.data):
+            for part in inner_tensors(as_stored(tensor).data):
                 key, ram, vram = storage(part)
                 if key is not None:
                     mapped = 0 if ram or vram else part.numel() * part.element_size()

@@ -37,7 +37,7 @@ def take_snapshot() -> MemorySnapshot:
     models = list(dynamic.models)
     return MemorySnapshot.take(
         pinned=sum(model.pinned_bytes + model.staging_bytes for model in models),
-        resident=sum(0 if model.backend.in_place else model.resident_bytes + model.buffer_bytes for model in models),
+        resident=sum(0 if model.backend.in_place else model.device_bytes for model in models),
         cached=cache.engine.ram_bytes() if cache is not None else 0,
     )
 

@@ -24,6 +24,10 @@ class Unsupported(TypeError):
     """Names a module that cannot be made dynamic, and says why."""
 
 
+# Tensor classes whose numbers lie in their own memory, one after the other.
+PLAIN: tuple[type[torch.Tensor], ...] = (torch.Tensor,)
+
+
 def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
     # Cast floating-point numbers only. Integers, indices and packed weights keep their bits.
     return wanted if source.is_floating_point() else source.dtype
@@ -99,7 +103,7 @@ def collect_bundles(
                     )
                 idle = torch.nn.Parameter(tensor, requires_grad=False)
             data = idle.detach()
-            if type(data) is not torch.Tensor and not is_wrapper(data):
+            if type(data) not in PLAIN and not is_wrapper(data):
                 raise Unsupported(
                     f"'{key}' is a {type(data).__name__}, a tensor class that cannot be laid out in a bundle. "
                     "Load this model with its own loader, or load an unquantised or comfy_quant file here."
@@ -160,29 +164,22 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
             module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 
 
-def move_buffers(root: torch.nn.Module, device: torch.device) -> None:
-    """Move buffers to the device for good, as they are small. Buffers on the meta device stay there."""
-    for module in root.modules():
-        for attr, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device and not buffer.is_meta:
-                module._buffers[attr] = buffer.to(device)
+def attach(bundles: list[Bundle], device: torch.device | None) -> None:
+    """Make the bundles' modules borrow. Swaps their classes and lets idle parameters stand in for the others.
 
-
-def attach(bundles: list[Bundle]) -> None:
-    """Make the bundles' modules borrow. Swaps their classes and makes their parameters the idle ones."""
+    device: where operations outside of a layer's forward need weights; None where that is host memory.
+    """
     for bundle in bundles:
         for module in bundle.borrowers():
             module.__class__ = dynamic_class(type(module))
             module.spillway_bundle = bundle  # type: ignore[assignment]
-        bundle.restore()
+        bundle.stand_in(device)
 
 
 def detach(bundles: list[Bundle]) -> None:
     """Undo `attach`: give the modules their original classes and parameters back."""
     for bundle in bundles:
-        for param in bundle.params:
-            param.idle = param.original
-        bundle.restore()
+        bundle.let_go()
         for module in bundle.borrowers():
             original = getattr(type(module), "spillway_original_class", None)
             if original is not None:

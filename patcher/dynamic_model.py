@@ -21,7 +21,8 @@ from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.caster import Caster
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
-from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers, move_buffers
+from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
+from .buffers import PlacedBuffers
 from .first_forward import FirstForward
 from .first_use.check import first_use
 from .first_use.verdict import COPIES, VBAR, Verdict
@@ -80,9 +81,9 @@ class DynamicModel:
         self.residency: Residency | None = None
         self.pins: Pins | None = None  # may outlive a residency
         self.last_used = 0.0  # time.monotonic() of the last step
-        self.permanent_bytes = 0  # placed on the device for good by ComfyUI's side, beside the VBAR
+        self._placed = PlacedBuffers(module, self.device)
         self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
-        attach(self.bundles)
+        attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
         models.add(self)
@@ -98,6 +99,8 @@ class DynamicModel:
             self.residency.caster.expect_step()
         try:
             with self.backend.current():
+                if self.residency is None:
+                    self.place_buffers()  # what the module reads before its first layer must be there already
                 return self.module(*args, **kwargs)
         except Exception as error:
             freed = 0
@@ -125,6 +128,7 @@ class DynamicModel:
             if self.pins is None:
                 self.pins = Pins(self._device, self._pin_budget(), self._remembered.order)
             try:
+                self.place_buffers()
                 residency = Residency(
                     self._device,
                     self.bundles,
@@ -133,10 +137,10 @@ class DynamicModel:
                     self.ledger,
                     self._remembered,
                     self._may_init,
+                    self.placed_bytes,
                 )
                 residency.caster.on_step = partial(self._on_step, residency)
                 self.residency = residency
-                move_buffers(self.module, self.device)
             except BaseException:
                 self.release()  # otherwise the next forward would take the model for prepared
                 raise
@@ -269,9 +273,23 @@ class DynamicModel:
             if bundle.invalidate() and residency is not None:
                 bundle.move_to(None)  # its slice has the old size
                 residency.resized = True
+            bundle.stand_in(self._idle_device)
         return len(touched)
 
     # -- memory
+
+    @property
+    def _idle_device(self) -> torch.device | None:
+        return None if self.backend.in_place else self.device
+
+    def place_buffers(self) -> None:
+        """Move the module's buffers to the device, where any code may read them. `release` moves them back."""
+        self._placed.place()
+
+    @property
+    def placed_bytes(self) -> int:
+        """Count the bytes of the module's buffers on the device, beside the VBAR. The budget counts them too."""
+        return self._placed.nbytes
 
     @property
     def total_bytes(self) -> int:
@@ -296,7 +314,7 @@ class DynamicModel:
     @property
     def device_bytes(self) -> int:
         """Count all bytes of device memory that the model holds now."""
-        return self.resident_bytes + self.buffer_bytes + self.permanent_bytes
+        return self.resident_bytes + self.buffer_bytes + self.placed_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -400,6 +418,7 @@ class DynamicModel:
                 self._peak_held = max(self._peak_held, residency.peak_held)
                 self.residency = None
                 self._lend_through(FirstForward(self.prepare, self.ledger))
+        self._placed.give_back()
         if pins and self.pins is not None:
             self.pins.free(float("inf"))
             self.pins = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
 
 from ..ops.ledger import Ledger
 from ..ops.lending.bundle import Bundle, Lending
@@ -24,8 +27,16 @@ class FirstForward:
 
     def enter(self, bundle: Bundle) -> Lending:
         """Prepare the model and lend through its caster. Raises RuntimeError where the model was dropped."""
+        self._prepare_for(bundle)
+        return bundle.lender.enter(bundle)
+
+    def read(self, bundle: Bundle) -> AbstractContextManager[Sequence[torch.Tensor]]:
+        """Do the same for an operation outside of the module's forward."""
+        self._prepare_for(bundle)
+        return bundle.lender.read(bundle)
+
+    def _prepare_for(self, bundle: Bundle) -> None:
         prepare = self._prepare()
         if prepare is None:
             raise RuntimeError(f"the dynamic model of '{bundle.name}' was dropped while its module is still in use.")
         prepare()
-        return bundle.lender.enter(bundle)

@@ -73,6 +73,7 @@ class Remembered:
 class Residency:
     """Lays the bundles out in a VBAR and plans against the policy's budget.
 
+    placed_bytes: what the module's buffers take of the budget.
     Raises RuntimeError where the policy forces a VBAR that cannot be had, DeviceError where the device fails.
     """
 
@@ -85,7 +86,9 @@ class Residency:
         ledger: Ledger,
         remembered: Remembered,
         may_init: bool,
+        placed_bytes: int = 0,
     ) -> None:
+        self.placed_bytes = placed_bytes
         self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
         self.ledger, self.remembered, self.may_init = ledger, remembered, may_init
         self.resized = False  # whether a bundle's size no longer fits its addresses
@@ -196,8 +199,9 @@ class Residency:
     # -- budget
 
     def budget(self) -> int | None:
-        """Give the bytes that the weights may hold on the device now. None where only free memory limits them."""
-        return self.policy.vram_bytes
+        """Give the bytes that bundles may hold on the device now. None where only free memory limits them."""
+        allowed = self.policy.vram_bytes
+        return None if allowed is None else max(0, allowed - self.placed_bytes)
 
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""

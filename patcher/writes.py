@@ -18,9 +18,7 @@ def follow_writes(bundles: Iterable[Bundle], caster: Caster) -> bool:
     if written:
         caster.cancel_prefetch()  # prefetched bundles hold the values from before the write
     for bundle in written:
-        bundle.writes = bundle.count_writes()
-        caster.pins.drop(bundle)
-        bundle.invalidate()
+        caster.follow_write(bundle)
     return bool(written)
 
 

@@ -20,6 +20,7 @@ Each transition is one method of `Bundle`, and these are its callers:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from ..files.disk_map import DiskMap, SourceError
 from ..gather import gathered_bytes, inner_tensors, is_wrapper
 from ..int8.weight import PART_BYTES
 from ..ledger import Ledger
+from .idle_weight import idle_form, store_sources
 from .param import Param
 from .repeat import may_repeat
 
@@ -52,6 +54,9 @@ class Lender(Protocol):
 
     def enter(self, bundle: Bundle) -> Lending:
         """Bring the tensors and let them stand in the module. Return the Lending that ends the loan."""
+
+    def read(self, bundle: Bundle) -> AbstractContextManager[Sequence[torch.Tensor]]:
+        """Lend the tensors, in the order of the parameters, to an operation outside of the module's forward."""
 
 
 class Bundle:
@@ -87,7 +92,27 @@ class Bundle:
         # (object, attribute, value while idle, value while lent), for ops that read more than parameters; written by
         # ComfyUI's side.
         self.lent_attributes: list[tuple[Any, str, Any, Any]] = []
+        self._hooks: list[Any] = []  # of the modules' state dicts
         self.refresh()
+
+    def stand_in(self, device: torch.device | None) -> None:
+        """Let the idle parameters be what reads get. device: where ops need them; None where they lie."""
+        for param in self.params:
+            param.idle = idle_form(self, param, device)
+        if not self._hooks:
+            owners = dict.fromkeys(param.owner for param in self.params)
+            self._hooks = [owner.register_state_dict_post_hook(store_sources) for owner in owners]
+        if not self.depth:
+            self.restore()
+
+    def let_go(self) -> None:
+        """Let the parameters that stood in the module before stand there again."""
+        for param in self.params:
+            param.idle = param.original
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def __deepcopy__(self, memo: dict) -> None:
         """Return None, so that a copy of a dynamic module is an ordinary module."""

@@ -109,19 +109,22 @@ class Caster:
         try:
             if loan.views is None:
                 loan.views = self.complete(loan)
-            views = loan.views
-            if bundle.casts_at_use:
-                self.make_way(bundle.cast_bytes())
-                views = [
-                    view if param.compute_dtype is None else view.to(param.compute_dtype)
-                    for param, view in zip(bundle.params, views, strict=True)
-                ]
-            bundle.install(views)
+            bundle.install(self._cast(bundle, loan.views))
         except BaseException:
             bundle.restore()
             self.end(loan)
             raise
         return loan
+
+    def _cast(self, bundle: Bundle, views: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Cast where a rule keeps a weight in another dtype than its op is given."""
+        if not bundle.casts_at_use:
+            return views
+        self.make_way(bundle.cast_bytes())
+        return [
+            view if param.compute_dtype is None else view.to(param.compute_dtype)
+            for param, view in zip(bundle.params, views, strict=True)
+        ]
 
     def exit(self, bundle: Bundle) -> None:
         """End the loan. The idle parameters stand in the module again."""
@@ -170,7 +173,52 @@ class Caster:
         """Let a step begin with the next loan, whichever bundle it is of."""
         self.lent = 1 << 62
 
+    @contextmanager
+    def read(self, bundle: Bundle) -> Iterator[Sequence[torch.Tensor]]:
+        """Lend the tensors to one operation outside of the module's forward. The traced order stays as it is."""
+        if bundle.loan is not None:
+            yield [param.owner._parameters[param.attr] for param in bundle.params]  # type: ignore[misc]
+            return
+        with self.lock:
+            try:
+                loan = self._bring_aside(bundle)
+            except Exception as error:
+                if not self.make_room(bundle, error):
+                    raise
+                loan = self._bring_aside(bundle)
+            self.counters.reads += 1
+        try:
+            assert loan.views is not None
+            yield self._cast(bundle, loan.views)
+        finally:
+            with self.lock:
+                self.end(loan)
+
+    def follow_write(self, bundle: Bundle) -> None:
+        """Forget the final form of a bundle whose source was written into."""
+        bundle.writes = bundle.count_writes()
+        self.pins.drop(bundle)
+        bundle.invalidate()
+
+    def _bring_aside(self, bundle: Bundle) -> Loan:
+        """Return a loan whose tensors are ready and stand nowhere."""
+        if bundle.count_writes() != bundle.writes:
+            self.cancel_prefetch()
+            self.follow_write(bundle)
+        loan = self.request_aside(bundle)
+        try:
+            if loan.views is None:
+                loan.views = self.complete(loan)
+        except BaseException:
+            self.end(loan)
+            raise
+        return loan
+
     # -- residency
+
+    def request_aside(self, bundle: Bundle) -> Loan:
+        """Request a bundle whose turn it is not. What was started ahead stays."""
+        return self.request(bundle)
 
     def request(self, bundle: Bundle) -> Loan:
         """Return a loan for the bundle: ready where the bundle is resident and current, else started."""

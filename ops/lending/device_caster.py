@@ -107,6 +107,10 @@ class DeviceCaster(Caster):
         self.last_prefetched = None
         return super().request(bundle)
 
+    def request_aside(self, bundle: Bundle) -> Loan:
+        started = self.prefetched.pop(bundle, None)
+        return started if started is not None else super().request(bundle)
+
     def start(self, loan: Loan) -> None:
         bundle = loan.bundle
         bundle.check_present()

@@ -16,8 +16,9 @@ Patch = Callable[[torch.Tensor], torch.Tensor]
 class Param:
     """Parameter `attr` of module `owner`, under its name `key` in the model.
 
-    idle: the tensor that stands in the module while nothing is lent; the source's own.
-    source: the same data, detached. final: template of the final form, without memory, in the model's dtype.
+    original: the tensor that stood in the module before. source: the same data, detached.
+    idle: what stands in the module while nothing is lent, see idle_weight.py.
+    final: template of the final form, without memory, in the model's dtype.
     compute_dtype: dtype that the op is given; None for the final form's. op_dtype: dtype that the op itself casts to,
     which costs temporary memory. int8: scales per row of an INT8 weight; 0 for a weight that is not quantised here.
     """

@@ -7,11 +7,11 @@ import logging
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...ops.gather import is_wrapper
 from ...ops.lending.param import Param
 from ..dynamic_model import DynamicModel
 from .first_use import as_it_is, multiplies_wrongly
 from .model_state import ModelState
-from .patches.idle_reads import patch_idle_reads
 from .patches.int8_lora import place_loras
 from .patches.weight_patch import WeightPatch, idle_function
 
@@ -66,7 +66,6 @@ def attach_patches(
                 dynamic.ledger.decide_once(f"hooks change {len(hooked)} weights while sampling", level=logging.INFO)
         else:
             dynamic.ledger.decide(f"{len(attached)} weights patched, {touched} bundles touched by the change")
-        patch_idle_reads(dynamic, changed, patcher.backup)
     state.patches = attached
     set_weight_functions(patcher, state, dynamic)
 
@@ -74,7 +73,8 @@ def attach_patches(
 def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: DynamicModel) -> None:
     """Give ComfyUI's op classes their weight functions.
 
-    A lent weight is patched already and meets only wrappers. An idle weight must still be patched.
+    A weight is patched when an op gets it, and meets only wrappers. A quantised one that is read while it is idle must
+    still be patched.
     """
     verdict = dynamic.first_use()
     for bundle in dynamic.bundles:
@@ -90,7 +90,7 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
             wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
             if param.attr == "weight" and not param.int8 and multiplies_wrongly(module, verdict):
                 wrappers.append(as_it_is)
-            if param.key in state.patches and param.key not in patcher.backup:
+            if param.key in state.patches and is_wrapper(param.source):
                 idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]
                 bundle.lent_attributes.append((module, name, idle, wrappers))
                 state.attributes.set(module, name, idle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
 from .first_use import record_file
 from .kitchen import register_kitchen
-from .patches.idle_reads import place_permanently
 from .patches.weight_patch import WeightPatch
 
 log = logging.getLogger("spillway")
@@ -79,7 +80,6 @@ class ModelState:
             )
             for words, level in self.notes:
                 self.dynamic.ledger.decide(words, level=level)
-            place_permanently(self.dynamic)
         return self.dynamic
 
     def say(self, words: str) -> None:
@@ -148,6 +148,24 @@ def source_of(patcher: ModelPatcher, key: str, parameter: torch.Tensor) -> torch
     if key in patcher.hook_backup:
         return patcher.hook_backup[key][0].detach()
     return parameter.detach()
+
+
+@contextmanager
+def sources_standing(dynamic: DynamicModel | None, key: str | None = None) -> Iterator[None]:
+    """Let the weights as they are stored stand in their modules, for code of ComfyUI's that patches what it reads.
+
+    key: of the only one that is read.
+    """
+    bundles = [] if dynamic is None else dynamic.bundles if key is None else filter(None, [dynamic.by_key.get(key)])
+    params = [param for bundle in bundles for param in bundle.params]
+    standing = [param.owner._parameters[param.attr] for param in params]
+    for param in params:
+        param.owner._parameters[param.attr] = param.original  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for param, parameter in zip(params, standing, strict=True):
+            param.owner._parameters[param.attr] = parameter
 
 
 def register_pins(model: torch.nn.Module, device: torch.device) -> None:

@@ -23,13 +23,24 @@ from ..ram_pressure import free_ram
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
 from .loading.loader_overrides import check_complete
-from .model_state import PIN_SUBSETS, ModelState, model_dtype, register_pins, shared_state, state_of
+from .model_state import (
+    PIN_SUBSETS,
+    ModelState,
+    model_dtype,
+    register_pins,
+    shared_state,
+    source_of,
+    sources_standing,
+    state_of,
+)
 from .patches.weight_patch import rounded
 from .progress import Progress
 from .running import drop_unloaded, in_a_node
+from .seams import install
 
 # ComfyUI's op classes, quantised ones too. Classes that architectures derive from them are judged by themselves.
 register_pure("comfy.ops")
+install()
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -185,6 +196,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             hooked = self.get_combined_hook_patches(self.forced_hooks)
             self._attach_patches(hooked)
             self._hooked = bool(hooked)
+            dynamic.place_buffers()
             self.state.compilers.use(dynamic, self.compile_request)
             self.model.device = device_to
             self.model.model_lowvram = False
@@ -212,17 +224,20 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         patches: dict[str, list[tuple]] = super().get_key_patches(filter_prefix)
         for key, entries in patches.items():
             owner, _, attr = key.rpartition(".")
-            weight = entries[0][0]
+            weight = source_of(self, key, entries[0][0])
             dtype = model_dtype(comfy.utils.get_attr(self.model, owner) if owner else self.model, attr, weight)
-            if weight.is_floating_point() and dtype != weight.dtype and not is_wrapper(weight):
-                entries[0] = (weight, rounded(dtype))
+            cast = weight.is_floating_point() and dtype != weight.dtype and not is_wrapper(weight)
+            entries[0] = (weight, rounded(dtype) if cast else entries[0][1])
         return patches
 
-    def patch_weight_to_device(self, key: str, *args: Any, return_weight: bool = False, **kwargs: Any) -> Any:
-        """Patch a weight for saving. A resized weight stands in the model patched already."""
-        if return_weight and key in self.backup:
-            return comfy.utils.get_attr(self.model, key)
-        return super().patch_weight_to_device(key, *args, return_weight=return_weight, **kwargs)
+    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Patch a weight for saving: the one that is stored, as an idle weight is patched already."""
+        with sources_standing(self.state.dynamic, key):
+            return super().patch_weight_to_device(key, *args, **kwargs)
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        with sources_standing(self.state.dynamic):
+            return super().model_state_dict_for_saving(*args, **kwargs)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Attach hooks as patches on top of the LoRAs. Only bundles that they touch are made again."""

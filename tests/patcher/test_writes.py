@@ -157,7 +157,9 @@ def test_written_before_between_and_after_runs(path, device, fraction, dtype, si
 
     def both():
         change(weight(model))
-        change(state[KEY])
+        read = state[KEY].to(dtype)  # what is read is in the dtype that the model computes in
+        change(read)
+        state[KEY].copy_(read)
 
     change(tensors[KEY])  # through a tensor of its own
     change(state[KEY])

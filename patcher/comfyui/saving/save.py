@@ -140,7 +140,7 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
             else:
                 tensors.update(pieces)
         elif not value.dtype.is_floating_point:
-            tensors[key] = value
+            tensors[key] = source_of(patcher, prefix + key, value)
         elif dtype in QUANTISATIONS and _may_be_quantised(root, name, module, attr, weight):
             tensors.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
         else:

@@ -1,0 +1,211 @@
+"""What stands in a module in the place of a weight that is not lent: a tensor that is lent for whatever reads it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..gather import is_wrapper
+from .param import Param
+
+
+class Owner(Protocol):
+    """The bundle of a parameter, as far as a read knows it. lender: see bundle.py."""
+
+    lender: Any
+    params: list[Param]
+
+
+# Operations that make a view, in their order: each with its arguments after the tensor, and which result was taken.
+Steps = tuple[tuple[Any, tuple[Any, ...], dict[str, Any], int | None], ...]
+
+
+class IdleWeight(torch.Tensor):
+    """A parameter, or a view of one, that has no memory and says of itself what an op would be lent.
+
+    An operation on it gets the weight in its final form, patched, on the device, lent for that operation alone. A write
+    goes into the source. A copy is an ordinary parameter with the numbers of the source.
+    """
+
+    bundle: Owner
+    param: Param
+    shown: torch.Tensor
+    steps: Steps
+
+    @staticmethod
+    def __new__(
+        cls: type[IdleWeight],
+        bundle: Owner,
+        param: Param,
+        device: torch.device,
+        shown: torch.Tensor | None = None,
+        steps: Steps = (),
+    ) -> IdleWeight:
+        """shown: a tensor without memory of the same shape, strides and dtype. steps: how the view is made."""
+        with torch.inference_mode(False):
+            if shown is None:
+                shown = torch.empty(param.final.shape, dtype=param.compute_dtype or param.final.dtype, device="meta")
+            self: IdleWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                shown.shape,
+                strides=shown.stride(),
+                storage_offset=shown.storage_offset(),
+                dtype=shown.dtype,
+                device=device,
+                requires_grad=False,
+            )
+        self.bundle, self.param, self.shown, self.steps = bundle, param, shown, steps
+        return self
+
+    @contextmanager
+    def lent(self) -> Iterator[torch.Tensor]:
+        """Lend the weight for one operation. Once its model is closed, give the source."""
+        if self.param.idle is self.param.original:  # somebody kept the idle weight of a model that is closed
+            yield self.view_of(self.param.source.to(self.device, self.dtype))
+            return
+        with self.bundle.lender.read(self.bundle) as tensors:
+            yield self.view_of(tensors[self.bundle.params.index(self.param)])
+
+    def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make the same view of a tensor that this one is of its parameter."""
+        for func, args, kwargs, index in self.steps:
+            tensor = func(tensor, *args, **kwargs)
+            if index is not None:
+                tensor = tensor[index]
+        return tensor
+
+    # Torch reads the memory of a tensor directly for these.
+    def numpy(self, **options: Any) -> Any:
+        return self.clone().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.clone().tolist()
+
+    def __deepcopy__(self, memo: dict) -> torch.nn.Parameter:
+        copied = torch.nn.Parameter(copy.deepcopy(self.view_of(self.param.source), memo), requires_grad=False)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.nn.Parameter(self.view_of(self.param.source), requires_grad=False).__reduce_ex__(protocol)
+
+    def __repr__(self, *_: Any, **__: Any) -> str:
+        return f"IdleWeight('{self.param.key}', {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    # -- torch's protocol for subclasses
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            written = _written(func, args, kwargs)
+            if written is not None:
+                return _write(written, func, args, kwargs)
+        may_alias = any(value.alias_info is not None for value in func._schema.returns)
+        if may_alias and args and isinstance(args[0], IdleWeight) and func.overloadpacket not in _CONVERSIONS:
+            view = _view(args[0], func, args[1:], kwargs)
+            if view is not None:
+                return view
+        with ExitStack() as loans:
+            args, kwargs = tree_map_only(IdleWeight, lambda idle: loans.enter_context(idle.lent()), (args, kwargs))
+            result = func(*args, **kwargs)
+            # A view would be one of memory that goes back when the loan ends.
+            return tree_map_only(torch.Tensor, torch.clone, result) if may_alias else result
+
+
+# They return the tensor itself only where there is nothing to convert.
+_CONVERSIONS = frozenset((torch.ops.aten.to,))
+_THE_SAME = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
+
+
+def _view(idle: IdleWeight, func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the view that the operation makes of an idle weight, itself idle. None where it makes no view."""
+    if func in _THE_SAME:
+        return IdleWeight(idle.bundle, idle.param, idle.device, idle.shown, idle.steps)
+    shown = func(idle.shown, *args, **kwargs)
+    results = shown if isinstance(shown, (list, tuple)) else [shown]
+    memory = idle.shown.untyped_storage()._cdata
+    if not all(isinstance(result, torch.Tensor) and result.untyped_storage()._cdata == memory for result in results):
+        return None
+    views = [
+        IdleWeight(
+            idle.bundle,
+            idle.param,
+            idle.device,
+            result,
+            (*idle.steps, (func, args, kwargs, None if result is shown else index)),
+        )
+        for index, result in enumerate(results)
+    ]
+    return views[0] if results[0] is shown else views
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> IdleWeight | None:
+    """Return the idle weight that the operation writes into, or None."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(value, IdleWeight):
+                return value
+    return None
+
+
+def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight:
+    """Write into the source, of which the final form is made again. Other idle weights are read as sources too."""
+    place = written.param.source.device
+
+    def beside(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_of(tensor.param.source) if isinstance(tensor, IdleWeight) else tensor.to(place)
+
+    args, kwargs = tree_map_only(torch.Tensor, beside, (args, kwargs))
+    func(*args, **kwargs)
+    source = written.param.source
+    if not source.is_inference():
+        torch.autograd.graph.increment_version(source)  # torch counts no writes below a subclass
+    return written
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that holds the numbers: the source of an idle weight, else the tensor itself."""
+    return tensor.view_of(tensor.param.source) if isinstance(tensor, IdleWeight) else tensor
+
+
+# Set while code reads state dicts in order to compute with them.
+_computing = ContextVar("computing", default=False)
+
+
+@contextmanager
+def state_dicts_to_compute_with() -> Iterator[None]:
+    """Let state dicts of modules hold idle weights, which are lent to whatever reads them, while the block runs."""
+    token = _computing.set(True)
+    try:
+        yield
+    finally:
+        _computing.reset(token)
+
+
+def store_sources(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put weights into a state dict as they are stored: it is read to be saved, or for its names and shapes."""
+    for attr, parameter in module._parameters.items():
+        if isinstance(parameter, IdleWeight) and not _computing.get():
+            state[f"{prefix}{attr}"] = parameter.param.source
+
+
+def idle_form(bundle: Owner, param: Param, device: torch.device | None) -> torch.Tensor:
+    """Return what stands in the module while nothing is lent. device: None where ops use the source's own memory.
+
+    A quantised weight is read by ops that know it, and stays as it is. So does one that has no data.
+    """
+    if is_wrapper(param.source) or param.source.is_meta or (device is None and param.usable_in_place()):
+        return param.original
+    idle = IdleWeight(bundle, param, device or param.source.device)
+    idle._is_param = True  # torch takes it for an `nn.Parameter`
+    return idle
