@@ -9,6 +9,7 @@ from enum import Enum
 from heapq import heappop, heappush, nlargest
 from itertools import accumulate
 
+from ..ops.device.backend import Backend
 from ..ops.gather import aligned
 from ..ops.ledger import in_words
 from ..ops.lending.bundle import Bundle
@@ -17,6 +18,13 @@ from ..ops.lending.bundle import Bundle
 SMALL_BYTES = 16 << 10
 
 Cost = Callable[[Bundle], int]
+
+
+def use_cost(bundle: Bundle, device: Backend) -> int:
+    """Count the bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
+    if not device.in_place:
+        return bundle.offload_cost()
+    return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
 
 
 class LoadState(Enum):

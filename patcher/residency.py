@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest
 
 from ..ops.device.backend import Backend
@@ -20,54 +20,13 @@ from ..ops.lending.host_caster import HostCaster
 from ..ops.lending.pins import Pins
 from ..ops.vbar.protocol import VBAR
 from .choose_vbar import choose_vbar
-from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload
+from .headroom import GIB, headroom_bytes
+from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload, use_cost
 from .policy import Policy
+from .remembered import Remembered
 
-GIB = 1 << 30
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
 FLOOR = GIB // 4
-
-
-def default_headroom(device: Backend) -> int:
-    """Give the bytes to keep free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
-    _, total = device.memory()
-    return min(max(total // 20, GIB // 2), 2 * GIB)
-
-
-def headroom_bytes(policy: Policy, device: Backend) -> int:
-    """Give the bytes to keep free on the device for the computation."""
-    return default_headroom(device) if policy.headroom_bytes is None else policy.headroom_bytes
-
-
-def use_cost(bundle: Bundle, device: Backend) -> int:
-    """Count the bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
-    if not device.in_place:
-        return bundle.offload_cost()
-    return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
-
-
-@dataclass
-class Remembered:
-    """Keeps what a model knows from one residency to the next.
-
-    order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
-    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
-    to need. learnt: bytes that it was seen to need beyond that.
-    """
-
-    order: Sequence[Bundle]
-    traced: bool = False
-    aimdo_failure: str | None = None
-    plan: LoadPlan | None = None
-    expected: int = 0
-    learnt: int = 0
-
-    def expect(self, nbytes: int) -> bool:
-        """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
-        changed = nbytes != self.expected
-        if changed:
-            self.expected, self.learnt = nbytes, 0
-        return changed
 
 
 class Residency:
@@ -147,15 +106,8 @@ class Residency:
     def _choose_vbar(self) -> VBAR:
         # 512 bytes of alignment for each bundle.
         nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)
-        return choose_vbar(
-            self.device,
-            self.policy,
-            self.headroom,
-            nbytes,
-            self.ledger,
-            self.may_init,
-            self.remembered.aimdo_failure,
-        )
+        failure = self.remembered.aimdo_failure
+        return choose_vbar(self.device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, failure)
 
     def _keep_floor(self) -> None:
         self.vbar.headroom = min(self.headroom, FLOOR) if self.expected else self.headroom
@@ -168,7 +120,7 @@ class Residency:
         for bundle in self.bundles:
             bundle.move_to(None)
         for bundle in self.addresses:
-            bundle.move_to(vbar.alloc(bundle.nbytes, Evicted(bundle, self.ledger)))
+            bundle.move_to(vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
 
     def _may_reside(self, bundle: Bundle) -> bool:
         rule = self.policy.rule_for(bundle.name)
@@ -366,21 +318,12 @@ class Residency:
         """Lay the bundles out again where the first step ran them in another order than they are registered in."""
         guessed, self.remembered.order = list(self.remembered.order), self.execution_order()
         self.remembered.traced = True
-        self._advise_reading_ahead()
+        self.caster.follow_trace(self.bundles)
         if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL:
             self.ledger.decide(
                 "the first step ran the bundles in another order than they are registered: laid out anew"
             )
             self._rebuild()
-
-    def _advise_reading_ahead(self) -> None:
-        """Let the caster advise the system to read ahead only where the files take more than half of the free memory.
-
-        Smaller files are in the page cache after one step, so the calls would cost time for nothing.
-        """
-        if isinstance(self.caster, HostCaster):
-            maps = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
-            self.caster.advise = sum(m.file_bytes for m in maps) > self.device.memory()[0] // 2
 
     def execution_order(self) -> list[Bundle]:
         """List the bundles in the order of the last step. Bundles that did not run come last."""
@@ -449,14 +392,7 @@ class Residency:
                     bundle.drop_pages()
 
 
-class Evicted:
-    """Tells a bundle that the VBAR has taken its memory back."""
-
-    __slots__ = ("bundle", "ledger")
-
-    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
-        self.bundle, self.ledger = bundle, ledger
-
-    def __call__(self) -> None:
-        self.ledger.counters.evictions += 1
-        self.bundle.evicted()
+def _evicted(bundle: Bundle, ledger: Ledger) -> None:
+    """Take note that the VBAR has taken the memory of a bundle back."""
+    ledger.counters.evictions += 1
+    bundle.evicted()

@@ -340,6 +340,9 @@ class Caster:
         """Say whether `free_buffers` could give anything back."""
         return self.buffer_bytes > 0 or self.staging_bytes > 0
 
+    def follow_trace(self, bundles: Sequence[Bundle]) -> None:
+        """Use what the first step has shown. A device with memory of its own needs nothing more."""
+
     def close(self) -> None:
         """Give all memory of the device back."""
         self.cancel_prefetch()

@@ -87,3 +87,8 @@ class HostCaster(Caster):
         following = bundle.successor
         if self.advise and following is not None and not self.vbar.resident(following.vbar_slice):
             following.read_ahead()
+
+    def follow_trace(self, bundles: Sequence[Bundle]) -> None:
+        """Stop reading ahead where the files fit into the free memory: they are in the page cache after one step."""
+        maps = {disk_map for bundle in bundles for disk_map in bundle.maps()}
+        self.advise = sum(disk_map.file_bytes for disk_map in maps) > self.backend.memory()[0] // 2

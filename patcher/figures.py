@@ -1,0 +1,115 @@
+"""The figures of a dynamic model: what it holds where, for reports, plans of others and tests."""
+
+from __future__ import annotations
+
+from ..ops.device.backend import Backend
+from ..ops.lending.block import Block
+from ..ops.lending.bundle import Bundle
+from ..ops.lending.caster import Caster
+from ..ops.lending.pins import Pins
+from .buffers import PlacedBuffers
+from .load_plan import LoadPlan
+from .remembered import Remembered
+from .residency import Residency
+
+
+class Figures:
+    """Mixed into DynamicModel, whose fields these are. All sizes in bytes."""
+
+    backend: Backend
+    bundles: list[Bundle]
+    residency: Residency | None
+    pins: Pins | None
+    _placed: PlacedBuffers
+    _remembered: Remembered
+    _peak: int
+    _peak_held: int
+
+    @property
+    def placed_bytes(self) -> int:
+        """Count the bytes of the module's buffers on the device, beside the VBAR. The budget counts them too."""
+        return self._placed.nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Count the bytes of all bundles in their final form."""
+        return sum(bundle.nbytes for bundle in self.bundles)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Count the bytes of the VBAR that are mapped now."""
+        return self.residency.vbar.loaded_size() if self.residency is not None else 0
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """Count the most bytes of the VBAR that were ever mapped."""
+        return max(self._peak, self.residency.peak_bytes if self.residency is not None else 0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Count the bytes of device memory that bundles on their way hold now, beside the VBAR."""
+        return self.residency.caster.buffer_bytes if self.residency is not None else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Count all bytes of device memory that the model holds now."""
+        return self.resident_bytes + self.buffer_bytes + self.placed_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Count the most bytes of device memory that weights, and bundles on their way, have held together."""
+        now = self.residency.peak_held if self.residency is not None else 0
+        return max(self._peak_held, now)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Count the bytes of host memory that bundles without a pin are gathered in."""
+        return self.residency.caster.staging_bytes if self.residency is not None else 0
+
+    @property
+    def resident_ram_bytes(self) -> int:
+        """Count the bytes of RAM that resident weights take beside their file's pages.
+
+        0 on devices with memory of their own.
+        """
+        residency = self.residency
+        if residency is None or not self.backend.in_place:
+            return 0
+        return sum(b.nbytes for b in self.bundles if not b.in_place and residency.is_resident(b))
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Count the bytes held in pins."""
+        return self.pins.held if self.pins is not None else 0
+
+    @property
+    def caster(self) -> Caster | None:
+        """Give the caster, which lends. None before the first forward."""
+        return self.residency.caster if self.residency is not None else None
+
+    @property
+    def plan(self) -> LoadPlan | None:
+        """Give the current or last plan of what stays on the device. None before the first forward."""
+        return self._remembered.plan
+
+    @property
+    def vbar_kind(self) -> str:
+        """Name the VBAR's kind: 'aimdo', 'software', or 'none' before the first forward."""
+        return self.residency.vbar.kind if self.residency is not None else "none"
+
+    @property
+    def blocks(self) -> list[Block]:
+        """List the bundles that are lent as whole blocks."""
+        return [bundle for bundle in self.bundles if isinstance(bundle, Block)]
+
+    def execution_order(self) -> list[Bundle]:
+        """List the bundles in the order of the last step, or as registered before the first step."""
+        return self.residency.execution_order() if self.residency is not None else list(self.bundles)
+
+    def bundle_report(self) -> list[tuple[str, int, bool]]:
+        """List (bundle name, bytes, resident) in execution order."""
+        residency = self.residency
+        return [
+            (bundle.name, bundle.nbytes, residency is not None and residency.is_resident(bundle))
+            for bundle in self.execution_order()
+        ]
