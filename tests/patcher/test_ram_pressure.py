@@ -71,6 +71,19 @@ def test_what_is_always_kept_keeps_its_pins(path, ram):
     assert kept.pinned_bytes == kept.total_bytes
 
 
+def test_room_for_another_model_is_made_by_pins(path, ram):
+    """Exactly where less than asked for is available, and no more than is short."""
+    models = [made(path) for _ in range(2)]
+    for model in models:
+        run(model)
+    held = [model.pinned_bytes for model in models]
+    ram["available"] = 3000
+    assert ram_pressure.free_ram(models, 3000) == 0 and [model.pinned_bytes for model in models] == held
+    assert ram_pressure.free_ram(models, 3001) == held[0]
+    assert [model.pinned_bytes for model in models] == [0, held[1]]
+    assert any("of pins back: another model needs RAM" in text for text in models[0].ledger.decisions)
+
+
 def test_without_pressure_nothing_goes(path, ram):
     model = made(path)
     run(model)

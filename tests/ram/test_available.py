@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import psutil
 import pytest
@@ -141,6 +142,14 @@ def test_freed_memory_goes_back_to_the_system():
     assert len(keep) == 8
     figures = allocator.arenas()
     assert set(figures) == {"arenas", "used", "free", "mapped"} and figures["used"] > 0
+
+
+@pytest.mark.parametrize("libc", [None, types.SimpleNamespace(malloc_trim=lambda _: 0)], ids=["none", "an old one"])
+def test_a_library_without_figures_gives_none(libc, monkeypatch):
+    """glibc has mallinfo2 from 2.33 on. Other libraries have neither that nor malloc_trim."""
+    monkeypatch.setattr(allocator, "_libc", lambda: libc)
+    assert allocator.arenas() == {}
+    assert allocator.trim() is False
 
 
 def in_a_process(code, **environment):

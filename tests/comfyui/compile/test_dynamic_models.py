@@ -129,8 +129,8 @@ def test_blocks_whose_quantised_products_cannot_be_traced_run_uncompiled(quantis
     plain, model = load_diffusion_model(path), compiled(load_diffusion_model(path))
     for size in ({}, {"batch": 2}, {"width": 48}):
         assert_same(run(model, **size), run(plain, **size))
-    if torch._dynamo.utils.counters["graph_break"]:
-        assert said(model, "its quantised weights (comfy_kitchen) cannot be traced in one piece")
+    assert torch._dynamo.utils.counters["graph_break"]
+    assert said(model, "its quantised weights (comfy_kitchen) cannot be traced in one piece")
 
 
 def test_a_lora_as_side_branch_compiles_once_more(checkpoint, lora_path):
@@ -190,10 +190,13 @@ def test_functions_of_other_nodes_are_obeyed(kind, checkpoint):
     assert engine.compile_count() == 2
 
 
-def test_a_model_without_the_guard_filter_gives_the_same_latents(checkpoint):
-    path = checkpoint("flux", **SMALL)
-    model = compiled(load_diffusion_model(path), use_guard_filter=False)
+@pytest.mark.parametrize(("wanted", "graphs"), [(True, 1), (False, 4)])
+def test_the_guard_filter_saves_compilations_and_changes_no_latent(wanted, graphs, checkpoint):
+    """A UNet's block reads all options, its own number too. With the filter blocks of a kind share a graph."""
+    path = checkpoint("sd15_unet", **ARCHITECTURES["sd15_unet"][1])
+    model = compiled(load_diffusion_model(path), use_guard_filter=wanted)
     assert_same(run(model), run(load_diffusion_model(path)))
+    assert engine.compile_count() == graphs
 
 
 def test_an_interrupt_gives_the_loans_back(checkpoint):

@@ -19,7 +19,7 @@ from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.classic_models import CompiledModel, compile_other
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.adopt import dynamic_model
-from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.loading.load import is_ours, load_diffusion_model
 from spillway.patcher.policy import Policy
 
 
@@ -51,6 +51,20 @@ def test_a_model_of_comfyui_runs_uncompiled_where_compiling_fails(checkpoint, ca
     for _ in range(2):
         assert_same(run(model), run(load_classic(path)))
     assert caplog.text.count(FAILED) == 1 and "no-such-backend" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_guard_filter_of_a_model_of_comfyui_saves_compilations(wanted, checkpoint):
+    """A UNet's blocks go through all options. With the filter none of them compiles again for one more."""
+    path = checkpoint("sd15_unet", **ARCHITECTURES["sd15_unet"][1])
+    model = compile_other(load_classic(path), CompileRequest(backend="eager", use_guard_filter=wanted), True)
+    counts = []
+    for added in ({}, {"of_another_node": "some word"}):
+        changed = model.clone()
+        changed.model_options["transformer_options"].update(added)
+        run(changed)
+        counts.append(engine.compile_count())
+    assert (counts[0] == counts[1]) == wanted
 
 
 def test_an_interrupt_is_no_failure(checkpoint, caplog):
@@ -119,7 +133,10 @@ def test_the_last_node_of_a_chain_compiles(checkpoint):
         set_torch_compile_wrapper(model, "eager")
         after = as_stored(model)
         wrappers = after.wrappers["apply_model"].get("torch.compile", [])
-        assert all(isinstance(wrapper, CompiledModel) for wrapper in wrappers)
+        if is_ours(model):  # whose blocks the engine compiles
+            assert wrappers == [] and after.compile_request == CompileRequest()
+        else:
+            assert [type(wrapper) for wrapper in wrappers] == [CompiledModel]
 
 
 def test_compiled_blocks_put_in_place_take_loras_and_are_named(checkpoint, models_dir, caplog):

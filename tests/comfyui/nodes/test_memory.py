@@ -125,6 +125,26 @@ def test_a_moved_model_runs_where_it_was_moved(names, monkeypatch):
         assert torch.equal(sampling.sample(made, steps=1), sampling.sample(model, steps=1))
 
 
+@pytest.mark.parametrize("load", [ours, load_classic], ids=["ours", "classic"])
+def test_a_model_moves_between_two_devices_and_back(load, names, monkeypatch):
+    """Both compute. ComfyUI takes `cpu:1` for another device, and its tensors lie where those of `cpu` do."""
+    monkeypatch.setattr(comfy_device, "device_names", lambda: ["cpu", "cpu:1"])
+    model = load(names)[0]
+    wanted = sampling.sample(model, steps=1)
+    moved = SpillwayDeviceControl.execute(MOVE, "cpu:1", model).result[0]
+    assert moved.load_device == torch.device("cpu:1") and model.load_device == torch.device("cpu")
+    assert torch.equal(sampling.sample(moved, steps=1), wanted)
+    if load is ours:
+        assert moved.dynamic.device == torch.device("cpu:1")
+    loaded = {
+        entry.device for entry in comfy.model_management.current_loaded_models if entry.model.model is moved.model
+    }
+    assert loaded == {torch.device("cpu:1")}, "it is loaded there, and no longer where it was"
+    back = SpillwayDeviceControl.execute(MOVE, "cpu", moved).result[0]
+    assert back.load_device == torch.device("cpu")
+    assert torch.equal(sampling.sample(back, steps=1), wanted)
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from kit.comfyui import sampling
 from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
+from spillway.patcher import ram_pressure
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
@@ -300,3 +301,19 @@ def test_a_vae_in_tiles_gives_comfyuis_pictures(checkpoint):
         results.append((decoded, vae.encode_tiled(picture, tile_x=32, tile_y=32, overlap=8)))
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+
+
+@pytest.mark.parametrize(("sizes", "stay"), [(1.9, False), (2.1, True)])
+def test_pins_of_other_models_give_way_to_twice_the_size_of_a_loaded_one(sizes, stay, checkpoint, monkeypatch):
+    """Once for its pages in the cache and once for its pins."""
+    path = checkpoint("flux", **SMALL)
+    other = with_lora(
+        comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=0, pinned_bytes=1 << 30)), forms("lora")
+    )
+    run(other)
+    held = other.dynamic.pinned_bytes
+    assert held
+    model = comfy_load.load_diffusion_model(path)
+    monkeypatch.setattr(ram_pressure, "available_ram", lambda: int(sizes * model.model_size()))
+    model.load(model.load_device)
+    assert (other.dynamic.pinned_bytes == held) == stay
