@@ -36,6 +36,19 @@ class DynamicLayer:
             return _uncompiled(self, bundle, args, kwargs)
         return bundle.run(self, super().forward, args, kwargs)  # type: ignore[arg-type, misc]
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave the parameters out of a `to`, for they are lent where they are needed. Buffers and children follow it.
+
+        Some architectures move a module before they call it. That would keep a second copy of its weights.
+        """
+        if self.spillway_bundle is None:
+            return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        kept, self._parameters = self._parameters, {}  # type: ignore[has-type]
+        try:
+            return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._parameters = kept
+
 
 # torch.compiler.disable would import the compiler, which takes seconds, for everybody.
 @_disable_dynamo

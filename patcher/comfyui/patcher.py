@@ -20,6 +20,7 @@ from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
 from ..ram_pressure import free_ram
+from . import seams  # noqa: F401 - stands in ComfyUI's functions from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
 from .loading.loader_overrides import check_complete
@@ -36,11 +37,9 @@ from .model_state import (
 from .patches.weight_patch import rounded
 from .progress import Progress
 from .running import drop_unloaded, in_a_node
-from .seams import install
 
 # ComfyUI's op classes, quantised ones too. Classes that architectures derive from them are judged by themselves.
 register_pure("comfy.ops")
-install()
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):

@@ -48,26 +48,31 @@ class OpenLoan:
         self.end()
 
 
-def _cast(original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    bundle = vars(module).get("spillway_bundle")  # torch's own lookup costs more than the call where there is none
-    if bundle is None or bundle.depth or not kwargs.get("offloadable"):
-        return original(module, *args, **kwargs)
-    loan = OpenLoan(bundle, bundle.lender.enter(bundle))
-    try:
-        weight, bias, loan.token = original(module, *args, **kwargs)
-    except BaseException:
-        loan.end()
-        raise
-    return weight, bias, loan
+def _lend_between(owner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Make functions in the place of the owner's. Every layer of every model calls them, so each is one frame."""
+    cast, uncast = owner.cast_bias_weight, owner.uncast_bias_weight
 
+    def cast_bias_weight(module: Any, *args: Any, **kwargs: Any) -> Any:
+        bundle = module.__dict__.get("spillway_bundle")  # torch's own lookup costs more where there is none
+        if bundle is None or bundle.depth or not kwargs.get("offloadable"):
+            return cast(module, *args, **kwargs)
+        loan = OpenLoan(bundle, bundle.lender.enter(bundle))
+        try:
+            weight, bias, loan.token = cast(module, *args, **kwargs)
+        except BaseException:
+            loan.end()
+            raise
+        return weight, bias, loan
 
-def _uncast(original: Callable[..., Any], module: Any, weight: Any, bias: Any, token: Any) -> Any:
-    if not isinstance(token, OpenLoan):
-        return original(module, weight, bias, token)
-    try:
-        return original(module, weight, bias, token.token)
-    finally:
-        token.end()
+    def uncast_bias_weight(module: Any, weight: Any, bias: Any, token: Any) -> Any:
+        if not isinstance(token, OpenLoan):
+            return uncast(module, weight, bias, token)
+        try:
+            return uncast(module, weight, bias, token.token)
+        finally:
+            token.end()
+
+    return cast_bias_weight, uncast_bias_weight
 
 
 def _queue(original: Callable[..., Any], queue: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -88,23 +93,21 @@ def _pre_run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _stand_in(owner: Any, name: str, by: Callable[..., Any]) -> None:
     original = getattr(owner, name)
-    if getattr(original, "spillway", False):
-        return
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return by(original, *args, **kwargs)
 
-    function.spillway = True  # type: ignore[attr-defined]
     setattr(owner, name, function)
 
 
-def install() -> None:
-    """Stand in for good. Calling it again changes nothing."""
-    _stand_in(comfy.ops, "cast_bias_weight", _cast)
+def _install() -> None:
     if hasattr(comfy.ops, "uncast_bias_weight"):
-        _stand_in(comfy.ops, "uncast_bias_weight", _uncast)
+        comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight = _lend_between(comfy.ops)
     for control in vars(comfy.controlnet).values():
         if isinstance(control, type) and "pre_run" in vars(control):
             _stand_in(control, "pre_run", _pre_run)
     if prefetch is not None:
         _stand_in(prefetch, "make_prefetch_queue", _queue)
+
+
+_install()  # once, as Python imports a module once

@@ -150,6 +150,19 @@ def test_copies_and_state_dicts_have_the_numbers_of_the_source(device, state, tm
     assert model.module.tied.weight.tolist() == gain(state["tied.weight"].bfloat16()).tolist()
 
 
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_a_module_that_is_moved_or_cast_keeps_its_idle_weights(device, state):
+    model = made(state, torch.bfloat16, device())
+    model(model.module.input())
+    standing = [(parameter, parameter.dtype) for parameter in model.module.parameters()]
+    model.module.to("cpu", torch.float64)
+    after = list(model.module.parameters())
+    assert all(now is one and now.dtype == dtype for now, (one, dtype) in zip(after, standing, strict=True))
+    assert same(model(model.module.input()), expected(state, torch.bfloat16, patched=False))
+    model.close()
+    assert {parameter.dtype for parameter in model.module.double().parameters()} == {torch.float64}
+
+
 def test_an_idle_weight_outlives_its_model(state):
     model = made(state, torch.bfloat16, SimDevice())
     kept = torch.nn.Parameter(model.module.tied.weight, requires_grad=False)
