@@ -24,9 +24,9 @@ class VBAR(Protocol):
     """The calls of the caster and the residency; every implementation passes tests/vbar. All sizes in bytes.
 
     kind: its name in reports. unit: bytes that come and go together. failure: why every fault is refused from now on,
-    in the driver's words; None while all is well. follows_free_memory: the VBAR gives way by itself when the computation
-    allocates, so nobody need tell it how much that will be. headroom: bytes that stay free while weights come; the
-    residency plans with more.
+    in the driver's words; None while all is well. follows_free_memory: the VBAR gives way by itself when the
+    computation allocates, so nobody need tell it how much that will be. headroom: bytes that stay free while weights
+    come; the residency plans with more.
     """
 
     kind: str

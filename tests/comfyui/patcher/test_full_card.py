@@ -84,7 +84,7 @@ def test_each_clone_has_its_own_policy_and_compile_request(flux, full):
     for patcher in (other, ours, other, compiled, other):
         run(patcher)
         assert patcher.dynamic.policy == patcher.policy
-        computing = [b.block.compute for b in patcher.dynamic.bundles if b.block is not None]
+        computing = [block.compute for block in patcher.dynamic.blocks]
         assert any(compute is not None for compute in computing) == (patcher is compiled)
     assert any(extra < 0 for extra in full)
 
