@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep_noted
 from ..ops.never_raises import never_raises
+from ..patcher.comfyui import loads
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
@@ -42,6 +43,8 @@ class SpillwayExtension(ComfyExtension):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):
             routes.install()
+        with never_raises("listening to the end of prompts"):
+            loads.install_prompt_end()
         with never_raises("removing what an earlier run left unfinished"):
             for path in sweep_noted(journal()):
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

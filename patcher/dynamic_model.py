@@ -19,6 +19,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
+from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
 from .figures import Figures
@@ -293,6 +294,35 @@ class DynamicModel(Figures):
         Safe between steps and from another thread, as lent bundles stay.
         """
         return self.residency.free(nbytes) if self.residency is not None else 0
+
+    @property
+    def is_running(self) -> bool:
+        """Say whether a bundle is lent now."""
+        return any(bundle.loan is not None for bundle in self.bundles)
+
+    @property
+    def sees_allocations(self) -> bool:
+        """Say whether the weights give way by themselves when the computation allocates."""
+        if self.residency is not None:
+            return self.residency.vbar.follows_free_memory
+        served = self.policy.vbar != "software" and self._remembered.aimdo_failure is None
+        return served and serves(self._device, self._may_init)[0]
+
+    @property
+    def must_be_told(self) -> bool:
+        """Say whether `expect_use` decides how much the weights may hold."""
+        return not self.backend.in_place and not self.sees_allocations
+
+    def free_for_computation(self, margin: float = 1.0) -> int:
+        """Count the bytes that a computation may take on the device once the weights have come.
+
+        margin: by how much more than it needs it asks for.
+        """
+        free, _ = self._device.memory()
+        expected = int(margin * self._remembered.expected)
+        if self.residency is None:
+            return max(free - self.total_bytes, min(expected, free))
+        return self.residency.free_for_computation(free, expected)
 
     def free_buffers(self) -> int:
         """Give the buffers back that bundles pass through. Returns the bytes of device memory that were freed."""

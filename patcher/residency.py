@@ -248,11 +248,20 @@ class Residency:
         if allowed < used - GIB // 32 or grown:
             self._apply(self._new_plan())
 
-    def _claim(self) -> None:
-        """Let models of lower rank give way to the weights and buffers that are yet to come, and to the computation."""
+    def _to_come(self) -> int:
+        """Count the bytes that weights and buffers are yet to take."""
         buffers = self.plan.reserve - self.caster.buffer_bytes
-        to_come = min(self.plan.limit, self.total_bytes) - self.vbar.loaded_size()
-        self.vbar.claim(self.kept_free + max(0, to_come) + max(0, buffers))
+        weights = min(self.plan.limit, self.total_bytes) - self.vbar.loaded_size()
+        return max(0, weights) + max(0, buffers)
+
+    def _claim(self) -> None:
+        """Let models of lower rank give way to what is yet to come, and to the computation."""
+        self.vbar.claim(self.kept_free + self._to_come())
+
+    def free_for_computation(self, free: int, expected: int) -> int:
+        """Count the bytes that a computation may take. expected: what it was promised, for which weights give way."""
+        reach = self.vbar.within_reach() + self.caster.buffer_bytes
+        return max(free - self._to_come(), min(expected, reach))
 
     def begin_use(self, changed: bool) -> None:
         """Make room at once for the weights and the computation. changed: another one is expected than before."""
@@ -367,7 +376,7 @@ class Residency:
 
         Lent bundles stay.
         """
-        with self.caster.lock:
+        with self.caster.lock, self.device.current():
             self.note_peak()
             if nbytes is None:
                 return self.caster.free()
@@ -382,7 +391,7 @@ class Residency:
 
     def close(self) -> None:
         """Give all memory of the device back. Raises DeviceError where it fails, after giving back all else."""
-        with self.caster.lock:
+        with self.caster.lock, self.device.current():
             self.note_peak()
             try:
                 self.caster.close()

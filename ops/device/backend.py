@@ -18,6 +18,10 @@ from .identity import identity
 from .locked_memory import locked
 
 T = TypeVar("T")
+# Gives (free, total) bytes of a device.
+MemoryFigures = Callable[[torch.device], tuple[int, int]]
+# Types of devices that compute on the host's memory, or share it.
+HOST_MEMORY = ("cpu", "mps")
 
 
 class Event(Protocol):
@@ -42,9 +46,10 @@ class Backend:
     streams = 0
     aimdo_device: int | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory: MemoryFigures | None = None) -> None:
         self.device = device
         self.unwrapped: Backend = self
+        self._figures = memory
 
     def identity(self) -> str | None:
         """Name the device and the versions that use it; None where there is nothing that could be wrong."""
@@ -105,9 +110,35 @@ class Backend:
         return nullcontext()
 
     def memory(self) -> tuple[int, int]:
-        """Return (free, total) bytes that weights could take on the device."""
+        """Return (free, total) bytes that weights could take on the device.
+
+        The host's figures stand in for a device that shares its memory, or that nobody can ask.
+        """
+        if self._figures is not None:
+            return self._figures(self.device)
+        if self.device.type not in HOST_MEMORY:
+            module = torch.get_device_module(self.device)
+            if hasattr(module, "mem_get_info"):
+                return with_idle(module, self.device)
         memory = psutil.virtual_memory()
         return memory.available, memory.total
+
+    def settle(self) -> None:
+        """Wait for the device before memory is freed, in whichever thread that happens.
+
+        A thread that has never used the device has no context, in which a driver's own wait fails without a word.
+        """
+        with suppress(RuntimeError), self.current():
+            self.synchronize()
+
+
+def with_idle(module: Any, device: torch.device) -> tuple[int, int]:
+    """Return (free, total). Memory that torch's allocator holds but does not use is as good as free."""
+    free, total = module.mem_get_info(device)
+    idle = 0
+    if hasattr(module, "memory_reserved") and hasattr(module, "memory_allocated"):
+        idle = module.memory_reserved(device) - module.memory_allocated(device)
+    return free + max(0, idle), total
 
 
 class CpuBackend(Backend):
@@ -180,18 +211,18 @@ class StreamBackend(Backend):
         self._module.synchronize(self.device)
 
     def memory(self) -> tuple[int, int]:
-        free, total = self._module.mem_get_info(self.device)
-        # Memory that torch's allocator holds but does not use is as good as free.
-        idle = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
-        return free + max(0, idle), total
+        return with_idle(self._module, self.device)
 
 
 class DeviceError(RuntimeError):
     """A device that does not exist, cannot hold weights, or does not answer any more."""
 
 
-def backend_for(device: str | torch.device) -> Backend:
-    """Return the backend of a device. Raises DeviceError, with the devices there are, for any other."""
+def backend_for(device: str | torch.device, memory: MemoryFigures | None = None) -> Backend:
+    """Return the backend of a device. Raises DeviceError, with the devices there are, for any other.
+
+    memory: whom to ask for the memory of a device that is neither a CPU nor one with streams.
+    """
     asked = device
     try:
         device = torch.device(device)
@@ -215,4 +246,4 @@ def backend_for(device: str | torch.device) -> Backend:
         if device.index is None:
             device = torch.device(device.type, torch.get_device_module(device).current_device())
         return StreamBackend(device)
-    return Backend(device)
+    return Backend(device, None if device.type in HOST_MEMORY else memory)

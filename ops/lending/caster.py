@@ -287,7 +287,7 @@ class Caster:
 
         Any thread may call it.
         """
-        with self.lock:
+        with self.lock, self.backend.current():
             freed = self.free_buffers()
             return freed + self.vbar.free_memory(nbytes - freed) if freed < nbytes else freed
 

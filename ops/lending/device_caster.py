@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ class DeviceCaster(Caster):
         self.ring = Ring(backend.empty, slots, self.counters)
         # Host buffers that unpinned bundles are gathered in.
         self.staging = Ring(backend.host_empty, slots, self.counters)
+        # A model may be dropped, by any thread, while transfers into its memory are under way. Without the wait they
+        # would write into what the memory is used for next.
+        self._settle = weakref.finalize(self, backend.settle)
+        self._settle.atexit = False
         self.prefetched: dict[Bundle, Loan] = {}
         self.last_prefetched: Bundle | None = None
         self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
@@ -308,6 +313,7 @@ class DeviceCaster(Caster):
             self.last_prefetched = None
 
     def close(self) -> None:
+        self._settle.detach()
         self.backend.synchronize()
         self.free_buffers()
 

@@ -84,7 +84,7 @@ class AimdoVBAR:
             self.capacity = self._vbar.get_nr_pages() * PAGE
         # Its own `__del__` would free it without the lock when the last slice is dropped, and native calls from two
         # threads crash.
-        self._free = weakref.finalize(self, _free, self._vbar)
+        self._free = weakref.finalize(self, _free, self._vbar, backend)
         self._free.atexit = False
         self.rank = next(_ranks)  # as comfy-aimdo has it
         _open.add(self)
@@ -170,9 +170,11 @@ class AimdoVBAR:
 
     def free_memory(self, nbytes: int) -> int:
         with lock:
-            if self._vbar is None:
+            if self._vbar is None or nbytes <= 0:
                 return 0
-            return int(self._retry_once(self._vbar.free_memory, int(nbytes)) or 0)
+            with self.backend.current():
+                self.backend.settle()  # as in `_free`
+                return int(self._retry_once(self._vbar.free_memory, int(nbytes)) or 0)
 
     def loaded_size(self) -> int:
         with lock:
@@ -216,6 +218,8 @@ class AimdoVBAR:
             self._free()
 
 
-def _free(vbar: Any) -> None:
-    with lock:
+def _free(vbar: Any, backend: Backend) -> None:
+    with lock, backend.current():
+        # Any thread may drop the last reference. Without this wait pages would go from under kernels that read them.
+        backend.settle()
         getattr(vbar, "close", vbar.__del__)()  # `close` is new in 0.6.0

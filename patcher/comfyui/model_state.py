@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...ops.device.backend import backend_for
 from ...ops.overrides import SavedAttributes
 from ..attach import Int8Choice
 from ..dynamic_model import DynamicModel
@@ -38,6 +40,7 @@ class ModelState:
         # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
         self.lends_blocks = False
         self.compilers = SharedCompilers()
+        self.samples = False  # whether the last load was for a sampler, which batches by the memory that is free
 
     def __deepcopy__(self, memo: dict) -> ModelState:
         copied = ModelState()
@@ -74,6 +77,7 @@ class ModelState:
                 name=type(model).__name__,
                 model_dtype=model_dtype,
                 int8=self.int8,
+                backend=backend_for(device, memory_figures),
                 may_init=False,
                 blocks=block_names(model) if blocks else (),
                 first_use_file=record_file(),
@@ -113,6 +117,12 @@ class ModelState:
         finally:
             self.patches = {}
             self.attributes.restore()
+
+
+def memory_figures(device: torch.device) -> tuple[int, int]:
+    """Give (free, total) bytes of a device as ComfyUI knows them, for devices that torch cannot be asked about."""
+    management = comfy.model_management
+    return int(management.get_free_memory(device)), int(management.get_total_memory(device))
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:

@@ -24,6 +24,8 @@ from . import seams  # noqa: F401 - stands in ComfyUI's functions from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
 from .loading.loader_overrides import check_complete
+from .loads import BATCH_MARGIN, current_load
+from .loads import install as listen_to_loads
 from .model_state import (
     PIN_SUBSETS,
     ModelState,
@@ -40,6 +42,7 @@ from .running import drop_unloaded, in_a_node
 
 # ComfyUI's op classes, quantised ones too. Classes that architectures derive from them are judged by themselves.
 register_pure("comfy.ops")
+listen_to_loads()
 
 
 class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -162,12 +165,37 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             self.patch_model(load_weights=False)
             try:
                 self.load(device_to)
-                if extra_memory < 0:
-                    self.partially_unload(self.offload_device, int(-extra_memory))
+                self._expect_use(extra_memory)
             except BaseException:
                 self.detach()
                 raise
             return self.loaded_size() - before
+
+    def _expect_use(self, extra_memory: float) -> None:
+        """Take the first place on the device, and leave there what ComfyUI says that the computation needs.
+
+        extra_memory: how much larger the weights may become, as ComfyUI sees it. comfy-aimdo gives way when memory is
+        allocated. Weights that went beforehand would only have to come again.
+        """
+        dynamic, load = self.dynamic, current_load()
+        self.state.samples = load is not None and load.samples
+        shrinks = extra_memory < 0 and not dynamic.sees_allocations
+        if load is None and shrinks and dynamic.must_be_told:
+            free = comfy.model_management.get_free_memory(self.load_device)
+            dynamic.expect_use(int(min(free - extra_memory, 1 << 60)))
+        else:
+            dynamic.expect_use(None if load is None else load.nbytes)
+        if shrinks and not (load is not None and dynamic.must_be_told):
+            self.partially_unload(self.offload_device, int(-extra_memory))
+
+    def get_free_memory(self, device: torch.device) -> int:
+        """Count the bytes that a computation may take. ComfyUI batches conditions by that."""
+        dynamic = self.state.dynamic
+        if dynamic is not None and dynamic.must_be_told and device == dynamic.device:
+            return dynamic.free_for_computation(BATCH_MARGIN if self.state.samples else 1.0)
+        if hasattr(comfy.model_patcher.ModelPatcher, "get_free_memory"):
+            return int(super().get_free_memory(device))
+        return int(comfy.model_management.get_free_memory(device))
 
     def load(
         self,
