@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Developer commands of Spillway. They need Python 3.10 or newer and a package index that pip can reach, nothing else.
 
-    python dev.py test [--only engine|comfyui] [pytest arguments]
+    python dev.py test [--only engine|comfyui|device] [--slow] [pytest arguments]
     python dev.py lint [--fix]
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
@@ -10,8 +10,9 @@
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
-safetensors file and needs nothing. `--only host` means `--only comfyui`. `gpu` tests the GPU of this machine,
-measures on it, and exits with 2 where there is none.
+safetensors file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake device of
+tests/fake_device. `--slow` runs all of that, not a choice. `gpu` tests the GPU of this machine, measures on it, and
+exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -39,8 +41,10 @@ TESTS = ROOT / "tests"
 COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
 ENGINE = ("patcher", "ops", "cache")
 NO_TESTS_COLLECTED = 5
+AT_ONCE = 2  # processes of tests; each computes with two threads
 
 sys.path.append(str(TESTS))
+from kit.device_runs import RUNS, DeviceRun  # noqa: E402
 from kit.environment import (  # noqa: E402
     add_pytest,
     banner,
@@ -80,19 +84,20 @@ def main() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the engine's tests in .venv, and those in ComfyUI in its own Python beside them."""
-    parts = {"engine": engine_tests, "comfyui": comfyui_tests}
+    """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
+    # The longest first, so that no core is idle at the end.
+    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
-            return fail("--only takes engine or comfyui.", 2)
-    commands = {
-        name: prepare([argument for argument in arguments if part_of(argument) in (None, name)])
-        for name, prepare in parts.items()
-        if name in wanted
-    }
-    ran = run_beside({name: command for name, command in commands.items() if command is not None})
+            return fail("--only takes engine, comfyui or device.", 2)
+    commands: dict[str, Command] = {}
+    for name, prepare in parts.items():
+        if name in wanted:
+            mine = (None, "comfyui" if name == "device" else name)
+            commands |= prepare([argument for argument in arguments if part_of(argument) in mine])
+    ran = run_beside(commands)
     if not ran:
         return fail("No test ran.")
 
@@ -192,26 +197,35 @@ def part_of(argument: str) -> str | None:
 
 
 def run_beside(commands: dict[str, Command]) -> dict[str, int]:
-    """Run all at once, show what each prints as a whole (the first as it comes), and return the exit codes."""
+    """Run some at once, show what each prints as a whole (the first as it comes), and return the exit codes."""
     codes: dict[str, int] = {}
+    processes: list[subprocess.Popen] = []
+
+    def process(command: Command, output: BinaryIO) -> int:
+        options = {"cwd": ROOT, "env": command.environment, "stdout": output, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command.command, **options))
+        return processes[-1].wait()
+
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pool = ThreadPoolExecutor(AT_ONCE)
         started = []
-        for name, (title, command, environment) in commands.items():
+        for name, command in commands.items():
             output = stack.enter_context((folder / name).open("wb"))
             printed = stack.enter_context((folder / name).open("rb"))
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)  # where this is interrupted
-            started.append((name, title, process, printed))
-        for name, title, process, printed in started:
+            started.append((name, command.title, pool.submit(process, command, output), printed))
+        # Where this is interrupted: what waits never starts, and what runs ends.
+        stack.callback(pool.shutdown)
+        stack.callback(lambda: [process.terminate() for process in processes])
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for name, title, future, printed in started:
             say(title)
-            follow(process, printed)
-            codes[name] = shell_code(process.returncode)
+            follow(future, printed)
+            codes[name] = shell_code(future.result())
     return codes
 
 
-def follow(process: subprocess.Popen, printed: BinaryIO) -> None:
+def follow(future: Future, printed: BinaryIO) -> None:
     """Show what a process prints to the file until it has ended."""
     ended = False
     while True:
@@ -219,18 +233,52 @@ def follow(process: subprocess.Popen, printed: BinaryIO) -> None:
         sys.stdout.buffer.flush()
         if ended:
             return
-        ended = process.poll() is not None
+        ended = future.done()
         if not ended:
             time.sleep(0.1)
 
 
-def engine_tests(arguments: list[str]) -> Command:
+def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
-    return pytest("engine tests", venv_python(), [f"--ignore={COMFYUI_TESTS}", *arguments], test_environment())
+    arguments = [f"--ignore={COMFYUI_TESTS}", *without_slow(arguments)]
+    return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 
-def comfyui_tests(arguments: list[str]) -> Command | None:
-    """None where there is nothing to run them with."""
+def comfyui_tests(arguments: list[str]) -> dict[str, Command]:
+    """Nothing where there is nothing to run them with."""
+    found = comfyui_and_python()
+    if found is None:
+        return {}
+    comfyui, python, environment = found
+    others = [f"--ignore={folder}" for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
+    title = f"tests in ComfyUI: {comfyui}, {python}"
+    return {"comfyui": pytest(title, python, [*others, *without_slow(arguments)], environment)}
+
+
+def device_tests(arguments: list[str]) -> dict[str, Command]:
+    """The same ComfyUI on the fake device. Paths of tests take the place of the choice that is run without any."""
+    found = comfyui_and_python()
+    if found is None:
+        return {}
+    _, python, environment = found
+    quick = [] if "--slow" in arguments else ["-m", "not slow"]
+    arguments = without_slow(arguments)
+    chosen = any(part_of(argument) for argument in arguments)
+
+    def command(name: str, run: DeviceRun) -> Command:
+        given = [*quick, *([] if chosen else run.arguments), *arguments]
+        title = f"tests in ComfyUI on the fake device: {name}"
+        return pytest(title, python, given, {**environment, **run.environment})
+
+    return {name: command(name, run) for name, run in RUNS.items()}
+
+
+def without_slow(arguments: list[str]) -> list[str]:
+    return [argument for argument in arguments if argument != "--slow"]
+
+
+def comfyui_and_python() -> tuple[Path, Path, dict[str, str]] | None:
+    """ComfyUI, its Python, and the variables that tests in it need. None where one is missing, which is said loudly."""
     try:
         comfyui = find_comfyui()
         python = comfyui and find_comfyui_python(comfyui)
@@ -253,8 +301,7 @@ def comfyui_tests(arguments: list[str]) -> Command | None:
     # REQUIRE_HOST: with a ComfyUI here, one that cannot be imported is an error and no reason to skip.
     environment = {**test_environment(), "COMFYUI_PATH": str(comfyui), "SPILLWAY_REQUIRE_HOST": "1"}
     add_pytest(python, environment)
-    others = [f"--ignore={folder}" for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
-    return pytest(f"tests in ComfyUI: {comfyui}, {python}", python, [*others, *arguments], environment)
+    return comfyui, python, environment
 
 
 def pytest(title: str, python: Path, arguments: list[str], environment: dict[str, str]) -> Command:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -24,6 +25,7 @@ from .patches.weight_patch import WeightPatch
 
 log = logging.getLogger("spillway")
 
+ASSIGNING = "disable_weight_init."  # ComfyUI's Linear and Embedding, and what derives from them without a change
 PIN_SUBSETS = ("weights", "patches", "weights-loaded", "patches-loaded")
 
 
@@ -130,16 +132,34 @@ def state_of(model: torch.nn.Module) -> ModelState | None:
     return getattr(model, "spillway_state", None)
 
 
-def shared_state(model: torch.nn.Module) -> ModelState:
-    """The state of a model. The first call makes it, and notes in which dtypes ComfyUI built the parameters."""
+def shared_state(model: torch.nn.Module, device: torch.device) -> ModelState:
+    """The state of a model. The first call makes it, and notes in which dtypes ComfyUI built the parameters.
+
+    device: on which ComfyUI means to run the model.
+    """
     state = state_of(model)
     if state is None:
         state = model.spillway_state = ModelState()  # type: ignore[assignment]
+        # A diffusion model without such a dtype has layers that do not cast what they are given.
+        casts = getattr(model, "manual_cast_dtype", True) is not None
         for module in model.modules():
+            if device.type == "cpu" and casts and _filled_by_assignment(module):
+                # ComfyUI notes here the dtype that it would cast to on a GPU. On a CPU it computes with the file's
+                # weight as it is. Rounded to that dtype it would be another number.
+                module.weight_comfy_model_dtype = module.bias_comfy_model_dtype = None  # type: ignore[assignment]
+                continue
             for attr, parameter in module._parameters.items():
                 if parameter is not None and getattr(module, f"{attr}_comfy_model_dtype", None) is None:
                     setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
     return state
+
+
+def _filled_by_assignment(module: torch.nn.Module) -> bool:
+    """Whether ComfyUI made a casting layer without a weight, as it does with dynamic VRAM on, on any device."""
+    if not getattr(module, "comfy_cast_weights", False) or not getattr(comfy.memory_management, "aimdo_enabled", False):
+        return False
+    load = type(module)._load_from_state_dict
+    return load.__qualname__.startswith(ASSIGNING)
 
 
 def model_dtype(module: torch.nn.Module, attr: str, parameter: torch.Tensor) -> torch.dtype:

@@ -66,7 +66,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.policy = Policy()
-        shared_state(model).join(self)
+        shared_state(model, load_device).join(self)
         register_pins(model, load_device)
 
     @never_raises("giving up a model that nothing uses any more")

@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import pytest
+import safetensors.torch
 import torch
 
 from kit.comfyui import sampling
@@ -16,6 +17,7 @@ from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher import ram_pressure
 from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.comfyui.loading.loader_overrides import building
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.policy import Policy
 
@@ -252,6 +254,20 @@ def test_models_loaded_while_dynamic_vram_is_on_are_right(checkpoint, flux, monk
     assert_same(run(with_lora(ours, forms("lora"))), wanted[0])
     assert_same(sampling.text_encode(clip, text), wanted[1])
     assert_same(sampling.vae_decode(vae, latent), picture)
+
+
+def test_a_text_encoder_on_a_cpu_keeps_the_numbers_of_its_file(checkpoint, monkeypatch):
+    """With dynamic VRAM on, ComfyUI rounds its norms to the model's dtype there, and its linear layers never."""
+    if not hasattr(comfy.memory_management, "aimdo_enabled"):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    path, text = checkpoint("clip_l", dtype=torch.bfloat16), "a red house"
+    on_cpu = {"load_device": CPU, "offload_device": CPU}
+    tensors = safetensors.torch.load_file(path)  # comfy-aimdo's mapping of a file needs a device
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    wanted = sampling.text_encode(comfy.sd.load_text_encoder_state_dicts([tensors], model_options=on_cpu), text)
+    with building(DynamicModelPatcher, Policy(vram_bytes=0)):
+        clip = comfy.sd.load_clip([path], model_options=on_cpu)
+    assert_same(sampling.text_encode(clip, text), wanted)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

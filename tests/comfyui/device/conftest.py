@@ -1,0 +1,30 @@
+"""Tests that need a device with memory of its own. They run on the fake one: `python dev.py test --only device`."""
+
+import gc
+
+import pytest
+
+from fake_device.device import start, wanted
+
+collect_ignore_glob = [] if wanted() else ["test_*.py"]
+CAPACITY = 8 << 30
+
+
+@pytest.fixture
+def card():
+    """The fake devices, empty. Afterwards no copy may have come too late."""
+    import comfy.model_management as mm
+
+    mm.unload_all_models()
+    gc.collect()
+    device = start(capacity=CAPACITY)
+    device.reset()
+    device.drop_cached()
+    yield device
+    mm.unload_all_models()
+    gc.collect()
+    hazards = device.hazards()
+    device.reset()
+    for number in range(device.count):
+        device.set(number, capacity=CAPACITY)
+    assert not hazards, hazards

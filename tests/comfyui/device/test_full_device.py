@@ -1,0 +1,161 @@
+"""A device that fills up: whatever gives way, the pictures are those of ComfyUI's own loaders on the same device."""
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from fake_device.comfyui import wants_aimdo
+from kit.comfyui import sampling
+from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.pairs import assert_same, comfyui_vae, run
+from spillway.nodes.vae import SpillwayVAEDecode
+from spillway.patcher.comfyui.loading import load as comfy_load
+from spillway.patcher.policy import Policy
+
+CUDA = torch.device("cuda", 0)
+MIB = 1 << 20
+EAGER = Policy(headroom_bytes=0)  # takes whatever is free
+software = pytest.mark.skipif(wants_aimdo(), reason="comfy-aimdo maps pages of 32 MiB, more than these models")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ComfyUI passes to each partially_load."""
+    asked, real = [], mm.LoadedModel.model_use_more_vram
+
+    def use_more(loaded, extra_memory, *args, **kwargs):
+        asked.append(extra_memory)
+        return real(loaded, extra_memory, *args, **kwargs)
+
+    monkeypatch.setattr(mm.LoadedModel, "model_use_more_vram", use_more)
+    return asked
+
+
+@software
+def test_a_model_is_asked_for_negative_memory_and_shrinks(card, flux, asked):
+    """On a full card each later load has less memory than the model holds."""
+    wanted = run(comfy.sd.load_diffusion_model(flux))
+    mm.unload_all_models()
+    ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
+    lora = with_lora(ours, forms("lora"))
+    assert_same(run(ours), wanted)
+    held = ours.loaded_size()
+    assert held > 0
+    with card.room(64 * MIB):
+        asked.clear()
+        patched = run(lora)
+        assert min(asked) < 0
+        assert_same(run(ours), wanted)
+        assert_same(run(lora), patched)
+    assert min(asked) < 0 and not torch.equal(patched, wanted)
+
+
+@software
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_free_memory_gives_so_much_back_to_the_device(card, flux, share):
+    wanted = run(comfy.sd.load_diffusion_model(flux))
+    mm.unload_all_models()
+    ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
+    assert_same(run(ours), wanted)
+    held, used = ours.loaded_size(), card.memory("used")
+    assert held > 0
+    short = int(share * held)
+    mm.free_memory(mm.get_free_memory(CUDA) + short, CUDA)
+    assert used - card.memory("used") >= short
+    assert ours.loaded_size() <= held - short
+    assert_same(run(ours), wanted)
+
+
+@software
+def test_two_models_that_do_not_fit_together_take_turns(card, checkpoint):
+    paths = [checkpoint("flux"), checkpoint("wan")]
+    wanted, sizes = [], []
+    for path in paths:
+        model = comfy.sd.load_diffusion_model(path)
+        wanted.append(run(model))
+        sizes.append(model.model_size())
+        del model
+    mm.unload_all_models()
+    models = [comfy_load.load_diffusion_model(path, policy=EAGER) for path in paths]
+    with card.room(max(sizes) + min(sizes) // 2 + 16 * MIB):
+        for _ in range(3):
+            for model, latents in zip(models, wanted, strict=True):
+                assert_same(run(model), latents)
+                assert model.loaded_size() > 0
+    assert card.get("allocated") <= card.get("capacity")
+
+
+@pytest.mark.parametrize("node", [False, True], ids=["ComfyUI's", "Spillway's node"])
+def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
+    """The model holds what is free, and gives way to the picture."""
+    vae_path, path = checkpoint("flux_vae"), checkpoint("flux")
+    latent = sampling.latent(16, 48, 48)
+    core = comfyui_vae(vae_path)
+    before = card.memory("used")
+    card.library.fake_reset_peak(0)
+    picture = core.decode(latent)
+    needs = card.memory("peak") - before
+    wanted = run(comfy.sd.load_diffusion_model(path))
+    del core
+    mm.unload_all_models()
+    model, vae = comfy_load.load_diffusion_model(path, policy=EAGER), comfy_load.load_vae(vae_path, EAGER)
+    assert_same(run(model), wanted)
+    with card.room(needs - model.loaded_size() // 2):
+        for _ in range(2):
+            if node:
+                got, how = SpillwayVAEDecode.execute({"samples": latent}, vae, 512).result
+                assert how.startswith("plain")
+            else:
+                got = vae.decode(latent)
+            assert_same(got.reshape(picture.shape), picture)
+            assert_same(run(model), wanted)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_both_conditions_in_one_batch_or_one_after_the_other(card, checkpoint, batched, monkeypatch):
+    """ComfyUI puts the two into one batch where its estimate fits what is free."""
+    path = checkpoint("sd15")
+    cond = sampling.conds("sd15")
+    free, seen = mm.get_free_memory, []
+
+    def of(model):
+        seen.clear()
+        real = model.model.apply_model
+
+        def apply_model(x, *args, **kwargs):
+            seen.append(len(x))
+            return real(x, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model, "apply_model", apply_model)
+            if not batched:
+                patch.setattr(mm, "get_free_memory", lambda *a, **k: min(1, free(*a, **k)) if not a[1:] else free(*a))
+            return run(model, cond=cond), set(seen)
+
+    results = []
+    for load in (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint):
+        mm.unload_all_models()
+        results.append(of(load(path)[0]))
+    assert results[0][1] == results[1][1] == ({2} if batched else {1})
+    assert_same(results[1][0], results[0][0])
+
+
+def test_nothing_of_a_model_stays_on_the_device(card, flux):
+    """To the byte, when the last patcher has gone."""
+    import gc
+
+    ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
+    run(ours)
+    for _ in range(2):
+        mm.unload_all_models()
+        del ours
+        gc.collect()
+        card.drop_cached()
+        now = card.memory("used"), card.get("mapped")
+        ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
+        run(with_lora(ours, forms("lora")))
+        if "before" in locals():
+            assert now == before  # noqa: F821
+        before = now
