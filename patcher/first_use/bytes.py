@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import torch
 
@@ -11,8 +12,10 @@ from ...ops.device.backend import Backend
 # A prime, so that no two pages of a pattern are alike.
 PERIOD = 1_048_583
 LARGEST = 1 << 20
-# Multiplications at a time, and their size. A device of its own must still be busy when the copies behind them begin.
-KERNELS, WIDTH, WIDTH_ON_CPU = 8, 1024, 64
+# Multiplications at a time, and their widths. A device must still be busy when the copies behind them begin. Where
+# large ones would take more than SLOW seconds, which are a GPU's overhead at small ones several times, small ones do.
+KERNELS, LARGE, SMALL = 4, 1024, 128
+SLOW = 0.05
 
 
 class Wrong(Exception):
@@ -48,10 +51,22 @@ class Load:
     """Kernels on the main stream of a device."""
 
     def __init__(self, backend: Backend) -> None:
-        width = WIDTH_ON_CPU if backend.device.type == "cpu" else WIDTH
+        width = _width(backend)
         self.matrix = torch.full((width, width), 1 / width, device=backend.device)
 
     def run(self) -> None:
         """Queue some, each behind the one before."""
         for _ in range(KERNELS):
             self.matrix = self.matrix @ self.matrix
+
+
+def _width(backend: Backend) -> int:
+    """Return the width of products that a device is busy with for a while. A slow device gets small ones."""
+    for _ in range(2):  # the first loads libraries
+        matrix = torch.ones((SMALL, SMALL), device=backend.device)
+        backend.synchronize()
+        began = time.perf_counter()
+        _ = matrix @ matrix
+        backend.synchronize()
+        seconds = time.perf_counter() - began
+    return LARGE if backend.device.type != "cpu" and seconds * (LARGE / SMALL) ** 3 < SLOW else SMALL

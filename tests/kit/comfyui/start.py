@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.device import prepare_comfyui
 from kit.find_comfyui import WrongVariable, find_comfyui
 from kit.pack import ROOT
 
@@ -42,13 +43,16 @@ def _put_first_on_path(comfyui):
 
 
 def _import(comfyui, base):
-    """Import ComfyUI the way `main.py --cpu` would set it up. Return None, or why it cannot be imported."""
+    """Import ComfyUI the way `main.py --cpu` would set it up, or on the device under test.
+
+    Returns None, or why it cannot be imported.
+    """
     try:
+        on_a_device = prepare_comfyui()
         import comfy.cli_args
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
-    # `dev.py gpu` names the device that ComfyUI is then to find.
-    comfy.cli_args.args.cpu = not os.environ.get("SPILLWAY_TEST_DEVICE")
+    comfy.cli_args.args.cpu = not on_a_device
     comfy.cli_args.args.base_directory = str(base)  # models, input, output, temp and user folders
     try:
         import comfy.sample
