@@ -12,10 +12,10 @@ from ...ops.device.backend import Backend
 # A prime, so that no two pages of a pattern are alike.
 PERIOD = 1_048_583
 LARGEST = 1 << 20
-# Multiplications at a time, and their widths. A device must still be busy when the copies behind them begin. Where
-# large ones would take more than SLOW seconds, which are a GPU's overhead at small ones several times, small ones do.
-KERNELS, LARGE, SMALL = 4, 1024, 128
-SLOW = 0.05
+# Multiplications at a time, and their widths. A device must still be busy when the copies behind them begin. Where one
+# of width TRIED takes more than SLOW seconds, small ones do: no GPU is so slow.
+KERNELS, LARGE, TRIED, SMALL = 4, 1024, 512, 64
+SLOW = 0.001
 
 
 class Wrong(Exception):
@@ -62,11 +62,13 @@ class Load:
 
 def _width(backend: Backend) -> int:
     """Return the width of products that a device is busy with for a while. A slow device gets small ones."""
+    if backend.device.type == "cpu":
+        return SMALL
+    matrix = torch.ones((TRIED, TRIED), device=backend.device)
     for _ in range(2):  # the first loads libraries
-        matrix = torch.ones((SMALL, SMALL), device=backend.device)
         backend.synchronize()
         began = time.perf_counter()
         _ = matrix @ matrix
         backend.synchronize()
         seconds = time.perf_counter() - began
-    return LARGE if backend.device.type != "cpu" and seconds * (LARGE / SMALL) ** 3 < SLOW else SMALL
+    return LARGE if seconds < SLOW else SMALL
