@@ -14,7 +14,7 @@ PERIOD = 1_048_583
 LARGEST = 1 << 20
 # Multiplications at a time, and their widths. A device must still be busy when the copies behind them begin. Where one
 # of width TRIED takes more than SLOW seconds, small ones do: no GPU is so slow.
-KERNELS, LARGE, TRIED, SMALL = 4, 1024, 512, 64
+KERNELS, LARGE, TRIED, SMALL = 4, 1024, 512, 32
 SLOW = 0.001
 
 
