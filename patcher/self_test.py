@@ -70,7 +70,7 @@ def self_test(backend: Backend, *, may_init: bool = False, stop: Callable[[], No
     """
     verdict = check(backend, may_init=may_init)
     stop()
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": str(backend.device),
         "identity": backend.identity() or f"{backend.device}, torch {torch.__version__}, Spillway {pack_version()}",
