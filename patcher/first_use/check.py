@@ -45,14 +45,28 @@ def first_use(backend: Backend, path: Path | None = None, *, aimdo: bool = True,
         verdict = check(backend, {**found}, aimdo=aimdo, may_init=may_init)
         fresh = {label: words for label, words in _found(backend, verdict).items() if label not in found}
         if fresh:
-            found.update(fresh)
-            words = f"checked in {verdict.seconds:.2f} s, {len(verdict.failed)} of {len(found)} checks failed"
+            words = f"checked in {verdict.seconds:.2f} s, {len(verdict.failed)} of {len(found | fresh)} checks failed"
             log.info("[Spillway] %s: %s", name, words)
-            try:
-                record.write(path, name, fresh)
-            except OSError as error:
-                log.warning("[Spillway] %s cannot be written (%s): devices are checked at each start.", path, error)
+            _remember(name, path, fresh)
     return verdict
+
+
+def remember_failures(backend: Backend, path: Path | None, verdict: Verdict) -> None:
+    """Add what failed this time to what is known. What failed before stays so: a fault may come and go."""
+    name = backend.identity()
+    failed = {label: words for label, words in _found(backend, verdict).items() if words is not None}
+    if name is not None and failed:
+        with _lock:
+            _known.setdefault(name, record.read(path, name))
+            _remember(name, path, failed)
+
+
+def _remember(name: str, path: Path | None, found: record.Found) -> None:
+    _known[name].update(found)
+    try:
+        record.write(path, name, found)
+    except OSError as error:
+        log.warning("[Spillway] %s cannot be written (%s): devices are checked at each start.", path, error)
 
 
 def check(

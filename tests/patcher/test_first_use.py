@@ -14,7 +14,7 @@ from spillway.ops.int8 import linear
 from spillway.patcher import choose_vbar
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.first_use import check as first_use_check
-from spillway.patcher.first_use.check import check, first_use
+from spillway.patcher.first_use.check import check, first_use, remember_failures
 from spillway.patcher.first_use.verdict import COPIES, FP8, INSTEAD, INT8, PINNED, STREAMS, VBAR
 
 ALL = 1 << 40
@@ -331,6 +331,17 @@ def test_junk_in_the_file_is_ignored_and_replaced(tmp_path, junk):
     found = json.loads(path.read_text())["devices"]["x"]
     assert found[PINNED] is None and "bytes came back wrong" in found[STREAMS]
     assert [entry.name for entry in tmp_path.iterdir()] == ["first_use.json"]
+
+
+def test_a_failure_found_later_counts_and_a_later_success_does_not(tmp_path, monkeypatch):
+    path = tmp_path / "first_use.json"
+    sound, broken = SimDevice(name="x"), DropsCopies(name="x")
+    assert first_use(sound, path).failed == {}
+    remember_failures(broken, path, check(broken))
+    assert set(first_use(sound, path).failed) == {STREAMS}
+    remember_failures(sound, path, check(sound))
+    monkeypatch.setattr(first_use_check, "_known", {})
+    assert set(first_use(sound, path).failed) == {STREAMS}
 
 
 def test_the_engine_passes_the_file_on(tmp_path):
