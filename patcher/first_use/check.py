@@ -54,7 +54,7 @@ def first_use(backend: Backend, path: Path | None = None, *, aimdo: bool = True,
 def remember_failures(backend: Backend, path: Path | None, verdict: Verdict) -> None:
     """Add what failed this time to what is known. What failed before stays so: a fault may come and go."""
     name = backend.identity()
-    failed = {label: words for label, words in _found(backend, verdict).items() if words is not None}
+    failed: record.Found = {label: words for label, words in _found(backend, verdict).items() if words is not None}
     if name is not None and failed:
         with _lock:
             _known.setdefault(name, record.read(path, name))
