@@ -15,6 +15,7 @@ from comfy_api.latest import io, ui
 
 from ..ops.device.backend import backend_for
 from ..patcher.comfyui.device import device_names
+from ..patcher.comfyui.first_use import record_file
 from ..patcher.comfyui.kitchen import register_kitchen
 from ..patcher.self_test import in_lines, self_test
 from .checked_node import CheckedNode
@@ -70,7 +71,9 @@ class SpillwaySelfTest(CheckedNode):
         chosen = comfy.model_management.get_torch_device() if device == CURRENT else torch.device(device)
         comfy.model_management.free_memory(ROOM, chosen)
         register_kitchen()
-        found = self_test(backend_for(chosen), stop=comfy.model_management.throw_exception_if_processing_interrupted)
+        found = self_test(
+            backend_for(chosen), record_file(), stop=comfy.model_management.throw_exception_if_processing_interrupted
+        )
         found["comfyui"] = comfyui_version.__version__
         path = _write(found)
         words = f"{in_lines(found)}\n{path}"

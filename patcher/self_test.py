@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..ops.device.backend import Backend
 from ..ops.device.identity import pack_version
 from ..ops.ledger import in_words
 from .dynamic_model import DynamicModel
-from .first_use.check import check
+from .first_use.check import check, remember_failures
 from .policy import Policy
 
 # 64 MiB in fp32, two pages of comfy-aimdo; a quarter of that on a CPU, which is slower and has no pages
@@ -62,13 +63,16 @@ def _module(state: dict[str, torch.Tensor]) -> Stack:
     return module.requires_grad_(False)
 
 
-def self_test(backend: Backend, *, may_init: bool = False, stop: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def self_test(
+    backend: Backend, path: Path | None = None, *, may_init: bool = False, stop: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Check a device anew and run a small model at each share of its bytes. Return what was found, ready for JSON.
 
-    may_init: initialise comfy-aimdo where nobody has. stop: called between the parts; may raise to end the test. Raises
-    DeviceError for a device that does not answer.
+    path: the file of `first_use`, which is told of checks that fail. may_init: initialise comfy-aimdo where nobody has.
+    stop: called between the parts; may raise to end the test. Raises DeviceError for a device that does not answer.
     """
     verdict = check(backend, may_init=may_init)
+    remember_failures(backend, path, verdict)
     stop()
     found: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -89,7 +93,7 @@ def self_test(backend: Backend, *, may_init: bool = False, stop: Callable[[], No
     for vbar in ("auto", "software") if "comfy-aimdo" in verdict.passed else ("auto",):
         for share in SHARES:
             stop()
-            found["model"].append(_run(backend, share, vbar, state, x, expected, may_init))
+            found["model"].append(_run(backend, share, vbar, state, x, expected, may_init, path))
     found["ok"] = not verdict.failed and all(run["same_bits"] for run in found["model"])
     return found
 
@@ -113,8 +117,11 @@ def _run(
     x: torch.Tensor,
     expected: list[torch.Tensor],
     may_init: bool,
+    path: Path | None,
 ) -> dict[str, Any]:
-    model = DynamicModel(_module(state), None, backend.device, name="self test", backend=backend, may_init=may_init)
+    model = DynamicModel(
+        _module(state), None, name="self test", backend=backend, may_init=may_init, first_use_file=path
+    )
     try:
         model.set_policy(Policy(vram_bytes=int(share * model.total_bytes) if share < 1 else None, vbar=vbar))
         same, seconds = True, []

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from . import report
-from .device import CPU, settle, start_device, used_bytes
+from .device import CPU, prepare_comfyui, settle, used_bytes
 from .laps import Laps, contest
 from .pack import ROOT
 from .race import command_of, must_have_run, solo
@@ -103,11 +103,11 @@ def start_comfyui(comfyui: Path, base: Path | None = None, device: str = CPU) ->
     """
     sys.path.insert(0, str(comfyui))
     sys.path.append(str(ROOT / "tests"))  # for checkpoints and sampling
+    if device != CPU:
+        prepare_comfyui()
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = device == CPU
-    if device != CPU:
-        start_device(device)
     if base is not None:
         comfy.cli_args.args.base_directory = str(base)
     import comfy.sample

@@ -24,6 +24,11 @@ def start_device(name: str) -> torch.device:
     return tests.device_under_test() or torch.device(name)
 
 
+def prepare_comfyui() -> None:
+    """Do what must be done before ComfyUI looks for its device."""
+    importlib.import_module("kit.device").prepare_comfyui()
+
+
 def settle(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
     if device.type != CPU:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import torch
 
@@ -11,8 +12,10 @@ from ...ops.device.backend import Backend
 # A prime, so that no two pages of a pattern are alike.
 PERIOD = 1_048_583
 LARGEST = 1 << 20
-# Multiplications at a time, and their size. A device of its own must still be busy when the copies behind them begin.
-KERNELS, WIDTH, WIDTH_ON_CPU = 8, 1024, 64
+# Multiplications at a time, and their widths. A device must still be busy when the copies behind them begin. Where one
+# of width TRIED takes more than SLOW seconds, small ones do: no GPU is so slow.
+KERNELS, LARGE, TRIED, SMALL = 4, 1024, 512, 32
+SLOW = 0.001
 
 
 class Wrong(Exception):
@@ -48,10 +51,24 @@ class Load:
     """Kernels on the main stream of a device."""
 
     def __init__(self, backend: Backend) -> None:
-        width = WIDTH_ON_CPU if backend.device.type == "cpu" else WIDTH
+        width = _width(backend)
         self.matrix = torch.full((width, width), 1 / width, device=backend.device)
 
     def run(self) -> None:
         """Queue some, each behind the one before."""
         for _ in range(KERNELS):
             self.matrix = self.matrix @ self.matrix
+
+
+def _width(backend: Backend) -> int:
+    """Return the width of products that a device is busy with for a while. A slow device gets small ones."""
+    if backend.device.type == "cpu":
+        return SMALL
+    matrix = torch.ones((TRIED, TRIED), device=backend.device)
+    for _ in range(2):  # the first loads libraries
+        backend.synchronize()
+        began = time.perf_counter()
+        _ = matrix @ matrix
+        backend.synchronize()
+        seconds = time.perf_counter() - began
+    return LARGE if seconds < SLOW else SMALL

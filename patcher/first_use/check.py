@@ -27,6 +27,11 @@ log = logging.getLogger("spillway")
 
 # What is known in this process, by device and check. One thread checks at a time.
 _known: dict[str, record.Found] = {}
+# Checks that could not run, by device and check, and why. They wait so long for another try. Else each model on a full
+# device would try.
+_refused: dict[str, dict[str, str]] = {}
+_tried: dict[str, float] = {}  # when a device's checks last ran, by time.monotonic()
+RETRY_SECONDS = 60.0
 _lock = threading.RLock()
 
 
@@ -42,23 +47,45 @@ def first_use(backend: Backend, path: Path | None = None, *, aimdo: bool = True,
         return Verdict()
     with _lock:
         found = _known.setdefault(name, record.read(path, name))
-        verdict = check(backend, {**found}, aimdo=aimdo, may_init=may_init)
+        waits = time.monotonic() - _tried.get(name, -RETRY_SECONDS) < RETRY_SECONDS
+        verdict = check(backend, {**found}, aimdo=aimdo, may_init=may_init, waits=waits)
+        if not waits:
+            _tried[name] = time.monotonic()
         fresh = {label: words for label, words in _found(backend, verdict).items() if label not in found}
         if fresh:
-            found.update(fresh)
-            words = f"checked in {verdict.seconds:.2f} s, {len(verdict.failed)} of {len(found)} checks failed"
+            words = f"checked in {verdict.seconds:.2f} s, {len(verdict.failed)} of {len(found | fresh)} checks failed"
             log.info("[Spillway] %s: %s", name, words)
-            try:
-                record.write(path, name, fresh)
-            except OSError as error:
-                log.warning("[Spillway] %s cannot be written (%s): devices are checked at each start.", path, error)
+            _remember(name, path, fresh)
     return verdict
 
 
+def remember_failures(backend: Backend, path: Path | None, verdict: Verdict) -> None:
+    """Add what failed this time to what is known. What failed before stays so: a fault may come and go."""
+    name = backend.identity()
+    failed: record.Found = {label: words for label, words in _found(backend, verdict).items() if words is not None}
+    if name is not None and failed:
+        with _lock:
+            _known.setdefault(name, record.read(path, name))
+            _remember(name, path, failed)
+
+
+def _remember(name: str, path: Path | None, found: record.Found) -> None:
+    _known[name].update(found)
+    try:
+        record.write(path, name, found)
+    except OSError as error:
+        log.warning("[Spillway] %s cannot be written (%s): devices are checked at each start.", path, error)
+
+
 def check(
-    backend: Backend, found: record.Found | None = None, *, aimdo: bool = True, may_init: bool = False
+    backend: Backend,
+    found: record.Found | None = None,
+    *,
+    aimdo: bool = True,
+    may_init: bool = False,
+    waits: bool = False,
 ) -> Verdict:
-    """Run the checks of which `found` says nothing. Return what they and `found` say."""
+    """Run the checks of which `found` says nothing. Return what they and `found` say. waits: run none that refused."""
     verdict = Verdict(backend.identity() or str(backend.device))
     began = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad(), backend.current():
@@ -66,6 +93,9 @@ def check(
             label = _label(backend, name)
             if found is not None and label in found:
                 words = found[label]
+            elif waits and label in _refused.get(verdict.device, {}):
+                verdict.not_run[name] = _refused[verdict.device][label]
+                continue
             else:
                 try:
                     run()
@@ -75,6 +105,7 @@ def check(
                 # A device that refuses is met where it is used. Next time it may not refuse.
                 except Exception as error:
                     verdict.not_run[name] = first_line(error)
+                    _refused.setdefault(verdict.device, {})[label] = first_line(error)
                     continue
             if words is None:
                 verdict.passed.append(name)

@@ -6,12 +6,19 @@ SPILLWAY_FAKE_CUDA=1          torch.cuda is the fake device of tests/fake_device
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # not here: what torch reads from the environment must be set first
+    import torch
 
 VARIABLE = "SPILLWAY_TEST_DEVICE"
 FAKE = "SPILLWAY_FAKE_CUDA"
+
+
+def is_fake() -> bool:
+    return os.environ.get(FAKE, "0") not in ("", "0")
 
 
 def device_under_test() -> torch.device | None:
@@ -19,8 +26,8 @@ def device_under_test() -> torch.device | None:
     name = os.environ.get(VARIABLE, "")
     if not name:
         return None
-    if os.environ.get(FAKE, "0") not in ("", "0"):
-        from fake_device.device import start
+    if is_fake():
+        importlib.import_module("fake_device.device").start()
+    import torch
 
-        start()
     return torch.device(name)

@@ -14,7 +14,7 @@ from spillway.ops.int8 import linear
 from spillway.patcher import choose_vbar
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.first_use import check as first_use_check
-from spillway.patcher.first_use.check import check, first_use
+from spillway.patcher.first_use.check import check, first_use, remember_failures
 from spillway.patcher.first_use.verdict import COPIES, FP8, INSTEAD, INT8, PINNED, STREAMS, VBAR
 
 ALL = 1 << 40
@@ -25,7 +25,8 @@ EAGER = {"deferred": False, "eager": True, "overtaking": "some"}
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """Nothing is known of any device, and what a test finds is forgotten."""
-    monkeypatch.setattr(first_use_check, "_known", {})
+    for name in ("_known", "_tried", "_refused"):
+        monkeypatch.setattr(first_use_check, name, {})
     monkeypatch.setattr(linear, "_distrusted", set())
     monkeypatch.setattr(linear, "_kernels", {})
     monkeypatch.setattr(linear, "_kernel_names", {})
@@ -247,12 +248,14 @@ def test_every_model_of_the_device_does_without(tmp_path):
 # -- it never raises
 
 
-def test_a_device_that_is_full_is_checked_another_time(tmp_path, aimdo):
+def test_a_device_that_is_full_is_checked_another_time(tmp_path, aimdo, monkeypatch):
     aimdo(Sound)
     path = tmp_path / "first_use.json"
     device = SimDevice(1 << 20, name="full")
     assert set(first_use(device, path).not_run) == {VBAR}
     device.capacity = 1 << 30
+    assert set(first_use(device, path).not_run) == {VBAR}, "not at once, as each model of a full device would try"
+    monkeypatch.setattr(first_use_check, "RETRY_SECONDS", 0)
     assert VBAR in first_use(device, path).passed
     assert set(json.loads(path.read_text())["devices"]["full"]) == {
         COPIES,
@@ -331,6 +334,17 @@ def test_junk_in_the_file_is_ignored_and_replaced(tmp_path, junk):
     found = json.loads(path.read_text())["devices"]["x"]
     assert found[PINNED] is None and "bytes came back wrong" in found[STREAMS]
     assert [entry.name for entry in tmp_path.iterdir()] == ["first_use.json"]
+
+
+def test_a_failure_found_later_counts_and_a_later_success_does_not(tmp_path, monkeypatch):
+    path = tmp_path / "first_use.json"
+    sound, broken = SimDevice(name="x"), DropsCopies(name="x")
+    assert first_use(sound, path).failed == {}
+    remember_failures(broken, path, check(broken))
+    assert set(first_use(sound, path).failed) == {STREAMS}
+    remember_failures(sound, path, check(sound))
+    monkeypatch.setattr(first_use_check, "_known", {})
+    assert set(first_use(sound, path).failed) == {STREAMS}
 
 
 def test_the_engine_passes_the_file_on(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
-from spillway.ops.device.backend import CpuBackend
+from spillway.ops.device.backend import backend_for
 from spillway.ops.int8 import linear
 from spillway.patcher.comfyui import first_use
+from spillway.patcher.comfyui.kitchen import register_kitchen
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.first_use import check
 from spillway.patcher.first_use.verdict import COPIES, FP8, INSTEAD, INT8, Verdict
@@ -19,15 +20,20 @@ QuantizedTensor = comfy.quant_ops.QuantizedTensor
 FORMATS = {"float8_e4m3fn": FP8, "int8_tensorwise": INT8}
 
 
+def kind_of_backend():
+    return type(backend_for(comfy.model_management.get_torch_device()))
+
+
 @pytest.fixture
 def wrong(monkeypatch):
-    """``wrong(INT8)``: the CPU is a device on which only that has failed the check; without a name, none has."""
+    """``wrong(INT8)``: ComfyUI's device is one on which only that has failed the check; without a name, none has."""
 
     def on_this_device(failed=None):
-        found = {name: None for name in ("copies", "pinned memory", f"{INT8} by torch", FP8)}
-        label = f"{INT8} by torch" if failed == INT8 else failed
-        found.update({} if label is None else {label: "its products are wrong"})
-        monkeypatch.setattr(CpuBackend, "identity", lambda self: "a device")
+        register_kitchen()  # INT8 is checked with its kernel
+        labels = {name: name for name in INSTEAD}
+        labels[INT8] = f"{INT8} by {linear.kernel_name(comfy.model_management.get_torch_device().type)}"
+        found = {label: "its products are wrong" if name == failed else None for name, label in labels.items()}
+        monkeypatch.setattr(kind_of_backend(), "identity", lambda self: "a device")
         monkeypatch.setattr(check, "_known", {"a device": found})
 
     monkeypatch.setattr(linear, "_distrusted", set())
@@ -120,7 +126,7 @@ def test_fp8_ops_of_comfyui_multiply_wrongly_where_fp8_does(failed, expected):
 def test_the_result_is_kept_in_the_user_folder(checkpoint, monkeypatch):
     assert first_use.record_file().is_relative_to(folder_paths.get_user_directory())
     asked = []
-    monkeypatch.setattr(CpuBackend, "identity", lambda self: "the CPU, taken for a device")
+    monkeypatch.setattr(kind_of_backend(), "identity", lambda self: "the CPU, taken for a device")
     monkeypatch.setattr(check, "_known", {})
     monkeypatch.setattr(check, "_checks", lambda *_: {"copies": lambda: asked.append(1)})
     theirs, ours = pair(checkpoint("flux", **SMALL))

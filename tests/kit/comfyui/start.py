@@ -44,7 +44,10 @@ def _put_first_on_path(comfyui):
 
 
 def _import(comfyui, base):
-    """Import ComfyUI the way `main.py --cpu` would set it up. Return None, or why it cannot be imported."""
+    """Import ComfyUI the way `main.py --cpu` would set it up, or on the device under test.
+
+    Returns None, or why it cannot be imported.
+    """
     try:
         on_fake_device = fake_comfyui.prepare()
         import comfy.cli_args
