@@ -223,7 +223,6 @@ class Caster:
     def request(self, bundle: Bundle) -> Loan:
         """Return a loan for the bundle: ready where the bundle is resident and current, else started."""
         loan = self.ask(bundle)
-        self.count(loan)
         if loan.views is None:
             self.begin(loan)
         return loan
@@ -232,23 +231,21 @@ class Caster:
         """Return a loan with what the VBAR grants. It is ready where the bundle is resident and current."""
         signature = self.vbar.fault(bundle.vbar_slice)
         loan = Loan(bundle, signature)
-        if signature is not None and self.vbar.same(signature, bundle.signature):
-            loan.views = bundle.views
-            if loan.views is bundle.source:  # resident where it lies in its file
-                try:
-                    bundle.check_files_often()
-                except BaseException:
-                    self.end(loan)
-                    raise
-        return loan
-
-    def count(self, loan: Loan) -> None:
-        """Count what the VBAR has granted."""
-        if loan.signature is None:
-            self.counters.misses += 1
+        counters = self.counters
+        if signature is None:
+            counters.misses += 1
         else:
-            self.counters.faults += 1
-            self.counters.hits += loan.views is not None
+            counters.faults += 1
+            if self.vbar.same(signature, bundle.signature):
+                counters.hits += 1
+                loan.views = bundle.views
+                if loan.views is bundle.source:  # resident where it lies in its file
+                    try:
+                        bundle.check_files_often()
+                    except BaseException:
+                        self.end(loan)
+                        raise
+        return loan
 
     def begin(self, loan: Loan) -> None:
         """Start bringing the bytes. Ends the loan where that fails."""

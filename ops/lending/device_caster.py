@@ -275,8 +275,9 @@ class DeviceCaster(Caster):
                 # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
                 loan.event.synchronize()
         finally:
-            self._held -= loan.held
-            loan.held = 0
+            if loan.held:
+                self._held -= loan.held
+                loan.held = 0
             self._free_slot(loan)
             super().end(loan)
 
@@ -292,9 +293,10 @@ class DeviceCaster(Caster):
                 break
             loan = self.ask(following)
             if loan.views is None and not self._has_room_ahead(loan):
+                self.counters.misses -= loan.signature is None  # it will be asked for again
+                self.counters.faults -= loan.signature is not None
                 self.end(loan)
                 break
-            self.count(loan)
             try:
                 if loan.views is None:
                     self.begin(loan)
