@@ -60,11 +60,20 @@ def next_name(prefix: str) -> str:
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
 
 
+def _as_queued(prompt: Any) -> Any:
+    """Give the prompt as it was queued. ComfyUI notes in a running one what its loaders' files were."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    return {
+        number: {key: value for key, value in node.items() if key != "is_changed"} for number, node in prompt.items()
+    }
+
+
 def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
     """Give the workflow as metadata, or nothing where the user has turned that off."""
     if args.disable_metadata:
         return {}
-    metadata = {"prompt": json.dumps(prompt)} if prompt is not None else {}
+    metadata = {"prompt": json.dumps(_as_queued(prompt))} if prompt is not None else {}
     return {**metadata, **{key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}}
 
 
@@ -86,7 +95,7 @@ def checkpoint_target(
             model,
             filename_prefix=prefix,
             output_dir=folder_paths.get_output_directory(),
-            prompt=prompt,
+            prompt=_as_queued(prompt),
             extra_pnginfo=extra_pnginfo,
         )
     return targets[0]
