@@ -20,8 +20,8 @@ def settings(name):
     return json.loads((FOLDER / name).read_text())
 
 
-def ids():
-    return torch.ones(1, 16, dtype=torch.long, device=CARD)
+def ids(length=16):
+    return torch.ones(1, length, dtype=torch.long, device=CARD)
 
 
 def tokens(model):
@@ -66,7 +66,7 @@ MODELS = {
     "CLIP": (
         comfy.clip_model.CLIPTextModel,
         {**settings("../sd1_clip_config.json"), "num_hidden_layers": 2},
-        lambda model: model(ids()),
+        lambda model: model(ids(77)),
     ),
     "CLIP vision": (comfy.clip_model.CLIPVisionModelProjection, VISION, picture),
 }
