@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 import comfy.supported_models
 import pytest
 
+from kit.comfyui.architectures import texts
 from kit.comfyui.architectures.fake_card import CARD, Reads, dynamic_on_the_card, on_the_card
 from kit.comfyui.architectures.table import build, models
 
@@ -56,6 +57,12 @@ NOT_ASKED = {
     "SAM31": {"*": "tracking in videos"},
 }
 
+NOT_ASKED_BY_TEXTS = {
+    "Gemma3_4B_Vision": {"vision_model*": "pictures", "multi_modal_projector*": "pictures"},
+    "Gemma3_12B": {"vision_model*": "pictures", "multi_modal_projector*": "pictures"},
+    "Qwen25_7BVLI": {"visual*": "pictures"},
+}
+
 RUN = sorted(set(models()) - set(SAME) - set(BY_NUMBERS))
 
 
@@ -71,27 +78,37 @@ def test_two_steps_on_a_card(name, monkeypatch):
     if name not in {model.__name__ for model in comfy.supported_models.models}:
         pytest.skip(f"this ComfyUI has no {name}")
     with on_the_card(monkeypatch):
-        model, step = build(name)
-        dynamic = dynamic_on_the_card(model).dynamic
-        params = [param for bundle in dynamic.bundles for param in bundle.params]
-        seen = {}
+        two_steps(*build(name), NOT_ASKED.get(name, {}))
 
-        def patch(key):
-            return lambda weight: seen.setdefault(key, []).append((weight.device, weight.dtype)) or weight
 
-        dynamic.set_patches({param.key: patch(param.key) for param in params})
-        with Reads(dynamic) as reads:
-            for _ in range(2):
-                step(model)
-        assert not reads.beside
-        asked = {bundle.name for bundle in dynamic.bundles if dynamic.residency.is_resident(bundle)}
-        never = {bundle.name for bundle in dynamic.bundles} - asked
-        known = NOT_ASKED.get(name, {})
-        assert asked and not [bundle for bundle in never if not any(fnmatch(bundle, pattern) for pattern in known)]
-        assert bool(never) == bool(known)
-        for param in params:
-            wanted = [(CARD, param.final.dtype)] if dynamic.by_key[param.key].name in asked else []
-            assert seen.get(param.key, []) == wanted, param.key
-        assert all(buffer.device == CARD for buffer in model.buffers())
-        dynamic.close()
-        assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", sorted(texts.MODELS))
+def test_two_encodings_on_a_card(name, monkeypatch):
+    with on_the_card(monkeypatch):
+        two_steps(*texts.build(name), NOT_ASKED_BY_TEXTS.get(name, {}))
+
+
+def two_steps(model, step, known):
+    """Run and check both. known: patterns of the bundles that are not asked for."""
+    dynamic = dynamic_on_the_card(model).dynamic
+    params = [param for bundle in dynamic.bundles for param in bundle.params]
+    seen = {}
+
+    def patch(key):
+        return lambda weight: seen.setdefault(key, []).append((weight.device, weight.dtype)) or weight
+
+    dynamic.set_patches({param.key: patch(param.key) for param in params})
+    with Reads(dynamic) as reads:
+        for _ in range(2):
+            step(model)
+    assert not reads.beside
+    asked = {bundle.name for bundle in dynamic.bundles if dynamic.residency.is_resident(bundle)}
+    never = {bundle.name for bundle in dynamic.bundles} - asked
+    assert asked and not [bundle for bundle in never if not any(fnmatch(bundle, pattern) for pattern in known)]
+    assert bool(never) == bool(known)
+    for param in params:
+        wanted = [(CARD, param.final.dtype)] if dynamic.by_key[param.key].name in asked else []
+        assert seen.get(param.key, []) == wanted, param.key
+    assert all(buffer.device == CARD for buffer in model.buffers())
+    dynamic.close()
+    assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
