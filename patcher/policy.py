@@ -80,6 +80,11 @@ class Policy:
         """Find the first rule whose pattern matches a module's name, or None."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
 
+    def may_reside(self, name: str) -> bool:
+        """Say whether a module's weights may stay on the device."""
+        rule = self.rule_for(name)
+        return rule is None or rule.resident
+
     def with_changes(self, **changes: Any) -> Policy:
         """Copy the policy with some fields changed. Raises ValueError for a value that a field does not take."""
         return replace(self, **changes)

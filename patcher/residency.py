@@ -47,9 +47,8 @@ class Residency:
         may_init: bool,
         placed_bytes: int = 0,
     ) -> None:
-        self.placed_bytes = placed_bytes
         self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
-        self.ledger, self.remembered, self.may_init = ledger, remembered, may_init
+        self.ledger, self.remembered, self.may_init, self.placed_bytes = ledger, remembered, may_init, placed_bytes
         self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
@@ -70,8 +69,7 @@ class Residency:
     @property
     def ahead(self) -> int:
         """Count the bundles that are in buffers beside the one in use: those begun ahead, and one that drains."""
-        streams = min(self.policy.streams, self.device.streams)
-        return self.policy.prefetch + 1 if streams else 0
+        return self.policy.prefetch + 1 if min(self.policy.streams, self.device.streams) else 0
 
     @property
     def vbar(self) -> VBAR:
@@ -104,8 +102,7 @@ class Residency:
     # -- layout
 
     def _choose_vbar(self) -> VBAR:
-        # 512 bytes of alignment for each bundle.
-        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)
+        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)  # 512: the alignment of each
         failure = self.remembered.aimdo_failure
         return choose_vbar(self.device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, failure)
 
@@ -116,15 +113,11 @@ class Residency:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
         vbar = self.vbar
-        self.addresses = interleave([b for b in self.remembered.order if self._may_reside(b)], self.cost)
+        self.addresses = interleave([b for b in self.remembered.order if self.policy.may_reside(b.name)], self.cost)
         for bundle in self.bundles:
             bundle.move_to(None)
         for bundle in self.addresses:
             bundle.move_to(vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
-
-    def _may_reside(self, bundle: Bundle) -> bool:
-        rule = self.policy.rule_for(bundle.name)
-        return rule is None or rule.resident
 
     def _rebuild(self) -> None:
         """Give the VBAR back and lay out a new one. No bundle may be lent."""

@@ -2,7 +2,6 @@
 
 import torch
 
-from spillway.ops.device.backend import Backend
 from spillway.patcher.buffers import PlacedBuffers
 
 META = torch.device("meta")  # another device than the CPU, on every machine
@@ -38,13 +37,6 @@ def test_buffers_go_and_come_back():
     placed.give_back()
     assert placed.nbytes == 0
     assert all(buffer is before[name] for name, buffer in module.named_buffers(remove_duplicate=False))
-
-
-class Elsewhere(Backend):
-    """A device whose tensors are torch's own, of which only the buffers are told apart."""
-
-    def memory(self):
-        return 1 << 30, 1 << 30
 
 
 def test_what_is_written_comes_back_and_what_is_replaced_stays(monkeypatch):
