@@ -43,7 +43,7 @@ def card(monkeypatch):
     """``card(found)``: what the process that looks for a device says, and the one that checks it."""
 
     def found(device, check=CHECK):
-        answers = {"find_device.py": device, "run_self_test.py": check}
+        answers = {"find_device.py": device, "print_self_report.py": check}
         monkeypatch.setattr(gpu, "ask", lambda process, environment: answers[process])
 
     return found
@@ -93,7 +93,7 @@ def test_what_is_wrong_with_the_device_is_in_the_table(card, suites, tmp_path, c
 
 
 def test_a_part_that_cannot_run_fails(card, suites, tmp_path):
-    card({"device": "cuda:0", "torch": "2.13.0", "fake": False}, {"failed": "run_self_test.py ended with code -11"})
+    card({"device": "cuda:0", "torch": "2.13.0", "fake": False}, {"failed": "print_self_report.py ended with code -11"})
     path = tmp_path / "x.json"
     assert gpu.main(["--only", "check", "--only", "comfyui", "--json", str(path)], suites(True)) == 1
     result = json.loads(path.read_text())

@@ -99,7 +99,7 @@ def run_parts(
     }
     if "check" in wanted:
         say("checks and a small model")
-        result["check"] = ask("run_self_test.py", environment)
+        result["check"] = ask("print_self_report.py", environment)
     if "engine" in wanted:
         only = ["tests/gpu"] if short else []
         result["engine"] = run_suite(suites.engine(["-q", *only]), environment)
