@@ -31,6 +31,6 @@ class DeviceRun(NamedTuple):
 # The longest first. A real T5 takes a minute and is no other code than CLIP.
 RUNS = {
     "device, fp32": DeviceRun("--force-fp32", False, (DEVICE, PARITY, "-k", "not t5")),
-    "device, 16 bit": DeviceRun("", False, (DEVICE, PARITY, "-k", "not t5")),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (DEVICE, PARITY, "-k", "not t5")),
+    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (PARITY, "-k", "not t5")),
+    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5")),
 }

@@ -91,7 +91,7 @@ def test_two_models_that_do_not_fit_together_take_turns(card, checkpoint):
 def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
     """The model holds what is free, and gives way to the picture."""
     vae_path, path = checkpoint("flux_vae"), checkpoint("flux")
-    latent = sampling.latent(16, 48, 48)
+    latent = sampling.latent(16, 64, 64)
     core = comfyui_vae(vae_path)
     before = card.memory("used")
     card.library.fake_reset_peak(0)
