@@ -84,7 +84,6 @@ def clone_by_clone(checkpoint):
 
 CASTER = "ops.lending.device_caster:DeviceCaster"
 FAULTS = {
-    "buffers not moved": (decoded, "patcher.attach:move_buffers", "buffer.to(device)", "buffer"),
     "no wait before fresh memory is filled": (
         sampled, f"{CASTER}.start", "self.backend.wait(self.backend.record(None), stream)", "pass",
     ),
