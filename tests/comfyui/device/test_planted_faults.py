@@ -129,6 +129,7 @@ def test_without_a_fault_all_is_right(card, check, checkpoint):
     assert outcome(card, check, checkpoint) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check", "where", "words", "others"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_seen(card, check, where, words, others, checkpoint, monkeypatch):
     with monkeypatch.context() as patch:
