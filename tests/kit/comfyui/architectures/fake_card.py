@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spillway.ops.device.backend import Backend
 from spillway.ops.gather import inner_tensors
-from spillway.patcher import attach, dynamic_model
+from spillway.patcher import attach
+from spillway.patcher.comfyui import model_state
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 
 CARD = torch.device("cuda:0")
@@ -74,7 +75,7 @@ def memory(device=None, torch_free_too=False):
 def on_the_card(monkeypatch):
     """Let ComfyUI and the engine take `CARD` for a card that is there, and torch compute by shapes alone."""
     monkeypatch.setattr(attach, "PLAIN", (torch.Tensor, FakeTensor))
-    monkeypatch.setattr(dynamic_model, "backend_for", lambda device: FakeCard())
+    monkeypatch.setattr(model_state, "backend_for", lambda device, memory=None: FakeCard())
     for name in ("get_free_memory", "get_total_memory"):
         monkeypatch.setattr(comfy.model_management, name, memory)
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: CARD)
