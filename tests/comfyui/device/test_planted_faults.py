@@ -84,10 +84,6 @@ def clone_by_clone(checkpoint):
 
 CASTER = "ops.lending.device_caster:DeviceCaster"
 FAULTS = {
-<<<<<<< HEAD
-    "buffers not moved": (decoded, "patcher.attach:move_buffers", "buffer.to(device)", "buffer"),
-=======
->>>>>>> device-suite
     "no wait before fresh memory is filled": (
         sampled, f"{CASTER}.start", "self.backend.wait(self.backend.record(None), stream)", "pass",
     ),
@@ -133,10 +129,7 @@ def test_without_a_fault_all_is_right(card, check, checkpoint):
     assert outcome(card, check, checkpoint) is None
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.slow
->>>>>>> device-suite
 @pytest.mark.parametrize(("check", "where", "words", "others"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_seen(card, check, where, words, others, checkpoint, monkeypatch):
     with monkeypatch.context() as patch:
