@@ -90,7 +90,8 @@ def test_two_encodings_on_a_card(name, monkeypatch):
 
 def two_steps(model, step, known):
     """Run and check both. known: patterns of the bundles that are not asked for."""
-    dynamic = dynamic_on_the_card(model).dynamic
+    patcher = dynamic_on_the_card(model)  # the engine closes with its last patcher
+    dynamic = patcher.dynamic
     params = [param for bundle in dynamic.bundles for param in bundle.params]
     seen = {}
 
