@@ -244,17 +244,18 @@ def test_removed_patches_give_their_memory_back_on_the_cpu(tmp_path):
     def held():
         gc.collect()
         storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
             for tensor in gc.get_objects()
             if type(tensor) is torch.Tensor and not tensor.is_meta and tensor.dtype == torch.uint8
         }
-        return {place: nbytes for place, nbytes in storages.items() if nbytes == model.bundles[0].nbytes}
+        return {place: data for place, data in storages.items() if data.nbytes() == model.bundles[0].nbytes}
 
-    before = held()  # what other tests have left may go at any time
+    before = held()  # kept, as what other tests have left may go at any time, and its addresses be used again
     model.set_patches(loras())
     run(model)
     patched = held()
-    assert sum(patched[place] for place in patched.keys() - before.keys()) == model.total_bytes
+    assert sum(patched[place].nbytes() for place in patched.keys() - before.keys()) == model.total_bytes
+    del patched
     model.set_patches({})
     run(model)
     assert not held().keys() - before.keys()
