@@ -60,8 +60,10 @@ class Opened:
         """List the files that gave the model nothing."""
         used = {
             place[0]
-            for parameter in model.parameters()
-            for part in inner_tensors(parameter.detach())
+            # A state dict has the source of a weight that stands idle.
+            for tensor in model.state_dict().values()
+            if isinstance(tensor, torch.Tensor)
+            for part in inner_tensors(tensor)
             if (place := locate(part)) is not None
         }
         return [str(disk_map.path) for disk_map in self.maps if disk_map not in used]
