@@ -115,16 +115,11 @@ def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
             assert_same(run(model), wanted)
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_both_conditions_in_one_batch_or_one_after_the_other(card, checkpoint, batched, monkeypatch):
-    """ComfyUI puts the two into one batch where its estimate fits what is free."""
+def test_both_conditions_go_in_one_batch_where_there_is_room(card, checkpoint, monkeypatch):
+    """ComfyUI asks at each step whether its estimate fits what is free."""
     path = checkpoint("sd15")
     cond = sampling.conds("sd15")
-    free, seen = mm.get_free_memory, []
-
-    def scarce(*args, **kwargs):
-        found = free(*args, **kwargs)
-        return found if isinstance(found, tuple) else 1
+    seen = []
 
     def of(model):
         seen.clear()
@@ -136,15 +131,13 @@ def test_both_conditions_in_one_batch_or_one_after_the_other(card, checkpoint, b
 
         with monkeypatch.context() as patch:
             patch.setattr(model.model, "apply_model", apply_model)
-            if not batched:
-                patch.setattr(mm, "get_free_memory", scarce)
             return run(model, cond=cond), set(seen)
 
     results = []
     for load in (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint):
         mm.unload_all_models()
         results.append(of(load(path)[0]))
-    assert results[0][1] == results[1][1] == ({2} if batched else {1})
+    assert results[0][1] == results[1][1] == {2}
     assert_same(results[1][0], results[0][0])
 
 

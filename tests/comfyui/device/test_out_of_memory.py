@@ -141,13 +141,3 @@ def test_one_refused_allocation(kind, checkpoint, card):
 def test_any_refused_allocation(kind, checkpoint, card):
     prompts = Prompts(kind, checkpoint, card)
     assert all([prompts.refused(number) for number in range(1, FIRST + 1)])
-
-
-def test_a_refusal_that_lasts_ends_the_prompt_and_no_other(checkpoint, card):
-    """No room at all, then room again."""
-    prompts = Prompts(Flux, checkpoint, card)
-    with card.room(0), pytest.raises((RuntimeError, MemoryError), match=CLEAR):
-        prompts.picture()
-    prompts.picture()
-    prompts.unload()
-    assert held(card) == prompts.idle
