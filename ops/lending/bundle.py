@@ -72,6 +72,10 @@ class Bundle:
         self.name = name
         self.module = module
         self.params = list(params)
+        # Looked up once: this is the greater part of what lending a resident bundle does.
+        self._places: list[tuple[Param, dict[str, Any], str]] = [
+            (param, param.owner._parameters, param.attr) for param in self.params
+        ]
         self.source = [param.source for param in self.params]
         self.final = [param.final for param in self.params]
         self.source_bytes = gathered_bytes(self.source)
@@ -238,15 +242,15 @@ class Bundle:
     def install(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let borrowed tensors stand in the module in place of its parameters."""
         # Not strict: for every layer call, that would cost as much as the rest of this loop.
-        for param, tensor in zip(self.params, tensors):  # noqa: B905
-            param.owner._parameters[param.attr] = tensor  # type: ignore[assignment]
+        for (_, standing, attr), tensor in zip(self._places, tensors):  # noqa: B905
+            standing[attr] = tensor
         for target, name, _, lent in self.lent_attributes:
             setattr(target, name, lent)
 
     def restore(self) -> None:
         """Put the idle parameters back."""
-        for param in self.params:
-            param.owner._parameters[param.attr] = param.idle
+        for param, standing, attr in self._places:
+            standing[attr] = param.idle
         for target, name, idle, _ in self.lent_attributes:
             setattr(target, name, idle)
 

@@ -42,6 +42,7 @@ class Loan:
     brings_final = False  # the transfer brings the final form
     keep: object | None = None  # memory that must outlive a transfer
     held = 0  # bytes of device memory that the loan holds outside of VBAR and ring
+    started = False  # bytes had to be brought
 
     def __init__(self, bundle: Bundle, signature: Any) -> None:
         self.bundle = bundle
@@ -107,9 +108,10 @@ class Caster:
         """Return a loan whose tensors stand in the module."""
         loan = self.request(bundle)
         try:
-            if loan.views is None:
-                loan.views = self.complete(loan)
-            bundle.install(self._cast(bundle, loan.views))
+            views = loan.views
+            if views is None:
+                views = loan.views = self.complete(loan)
+            bundle.install(self._cast(bundle, views) if bundle.casts_at_use else views)
         except BaseException:
             bundle.restore()
             self.end(loan)
@@ -118,8 +120,6 @@ class Caster:
 
     def _cast(self, bundle: Bundle, views: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Cast where a rule keeps a weight in another dtype than its op is given."""
-        if not bundle.casts_at_use:
-            return views
         self.make_way(bundle.cast_bytes())
         return [
             view if param.compute_dtype is None else view.to(param.compute_dtype)
@@ -189,7 +189,7 @@ class Caster:
             self.counters.reads += 1
         try:
             assert loan.views is not None
-            yield self._cast(bundle, loan.views)
+            yield self._cast(bundle, loan.views) if bundle.casts_at_use else loan.views
         finally:
             with self.lock:
                 self.end(loan)
@@ -238,8 +238,8 @@ class Caster:
             counters.faults += 1
             if self.vbar.same(signature, bundle.signature):
                 counters.hits += 1
-                loan.views = bundle.views
-                if loan.views is bundle.source:  # resident where it lies in its file
+                loan.views = views = bundle.views
+                if views is bundle.source:  # resident where it lies in its file
                     try:
                         bundle.check_files_often()
                     except BaseException:
@@ -249,6 +249,7 @@ class Caster:
 
     def begin(self, loan: Loan) -> None:
         """Start bringing the bytes. Ends the loan where that fails."""
+        loan.started = True
         try:
             self.start(loan)
         except BaseException:
@@ -298,11 +299,19 @@ class Caster:
         """Wait, cast and patch on the main stream. Return the tensors in their final form."""
         raise NotImplementedError
 
+    def finish(self, loan: Loan) -> None:
+        """Give back what bringing the bytes has taken. The bundle is still lent."""
+
     def end(self, loan: Loan) -> None:
         """End a loan, used or not."""
-        if loan.signature is not None:
-            self.vbar.unpin(loan.bundle.vbar_slice)
-            loan.signature = None
+        try:
+            if loan.started:
+                loan.started = False
+                self.finish(loan)
+        finally:
+            if loan.signature is not None:
+                self.vbar.unpin(loan.bundle.vbar_slice)
+                loan.signature = None
 
     def prefetch_after(self, bundle: Bundle) -> None:
         """Start the loans that will be asked for after `bundle`."""

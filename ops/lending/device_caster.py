@@ -104,10 +104,10 @@ class DeviceCaster(Caster):
     def request(self, bundle: Bundle) -> Loan:
         if self.write_backs:
             self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
-        loan = self.prefetched.pop(bundle, None)
-        if loan is not None:
-            return loan
         if self.prefetched:
+            loan = self.prefetched.pop(bundle, None)
+            if loan is not None:
+                return loan
             self.cancel_prefetch()  # the order is not what it was
         self.last_prefetched = None
         return super().request(bundle)
@@ -269,7 +269,7 @@ class DeviceCaster(Caster):
             finally:
                 self.ring.give(slot, done)
 
-    def end(self, loan: Loan) -> None:
+    def finish(self, loan: Loan) -> None:
         try:
             if loan.views is None and loan.event is not None:
                 # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
@@ -279,7 +279,6 @@ class DeviceCaster(Caster):
                 self._held -= loan.held
                 loan.held = 0
             self._free_slot(loan)
-            super().end(loan)
 
     # -- ahead of the use
 

@@ -78,10 +78,9 @@ class HostCaster(Caster):
         bundle.check_files()  # what was written meanwhile must not be kept
         return views
 
-    def end(self, loan: Loan) -> None:
+    def finish(self, loan: Loan) -> None:
         if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to != "ram":
             loan.bundle.drop_pages()
-        super().end(loan)
 
     def prefetch_after(self, bundle: Bundle) -> None:
         following = bundle.successor

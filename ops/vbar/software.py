@@ -179,7 +179,8 @@ class SoftwareVBAR:
     def unpin(self, vbar_slice: SoftwareSlice) -> None:
         with lock:
             vbar_slice.pins -= 1
-            self._keep_limit()  # it may have been lowered while the slice was lent
+            if self.limit is not None and self.used > self.limit:  # it was lowered while the slice was lent
+                self._keep_limit()
 
     def tensor(self, vbar_slice: SoftwareSlice) -> torch.Tensor:
         if vbar_slice.memory is None:
