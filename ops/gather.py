@@ -63,26 +63,28 @@ def interpret_gathered_like(tensors: Sequence[torch.Tensor | None], buffer: torc
     needed = gathered_bytes(tensors)
     if needed > buffer.numel():
         raise ValueError(f"the gathered tensors need {needed} bytes, the buffer has {buffer.numel()}")
-    offset = 0
     views: list[torch.Tensor | None] = []
+    offset = 0
     for tensor in tensors:
-        views.append(None if tensor is None else _view_like(tensor, buffer[offset:]))
-        offset += gathered_bytes([tensor])
+        view = None
+        if tensor is not None:
+            view, offset = _view_like(tensor, buffer, offset)
+        views.append(view)
     return views
 
 
-def _view_like(template: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def _view_like(template: torch.Tensor, buffer: torch.Tensor, offset: int) -> tuple[torch.Tensor, int]:
+    """Return the view that begins at `offset`, and where the next one begins."""
     # No closure: one that calls itself is a reference cycle, and would keep the buffer until the collector runs.
     if not is_wrapper(template):
-        nbytes = template.numel() * template.element_size()
-        return buffer[:nbytes].view(template.dtype).view(template.shape)
+        stop = offset + template.numel() * template.element_size()
+        return buffer[offset:stop].view(template.dtype).view(template.shape), aligned(stop)
     names, context = template.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = {}
     for name in names:
-        inner = getattr(template, name)
-        parts[name] = _view_like(inner, buffer)
-        buffer = buffer[gathered_bytes([inner]) :]
-    return type(template).__tensor_unflatten__(parts, context, template.shape, None)  # type: ignore[attr-defined]
+        parts[name], offset = _view_like(getattr(template, name), buffer, offset)
+    made = type(template).__tensor_unflatten__(parts, context, template.shape, None)  # type: ignore[attr-defined]
+    return made, offset
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:

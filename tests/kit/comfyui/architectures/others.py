@@ -18,6 +18,22 @@ def segment(model, x):
     return sam.forward_segment(x, point_inputs=points)
 
 
+# Eight blocks of its encoder of pictures have one with attention over the whole picture.
+SAM = {
+    "diffusion_model.detector.backbone.vision_backbone.trunk.blocks": 8,
+    "diffusion_model.detector.transformer.encoder.layers": 1,
+    "diffusion_model.detector.transformer.decoder.layers": 1,
+}
+DETR = {
+    "diffusion_model.backbone.stages.2.blocks": 2,
+    **{
+        f"diffusion_model.encoder.{way}_blocks.{block}.cv{part}.0.bottlenecks": 1
+        for way in ("fpn", "pan")
+        for block in (0, 1)
+        for part in (2, 3)
+    },
+}
+
 MODELS = {
     "StableAudio3": Entry(
         dict(
@@ -85,8 +101,8 @@ MODELS = {
         built_on="cpu",
     ),
     "MiniMaxMusic3": Entry({}, (1, 128, 64), (1, 32, 8 * 4096), conditioning_scale=(1, 1, 1)),
-    "RT_DETR_v4": Entry({}, (1, 3, 640, 640), call=lambda model, x: model.diffusion_model(x)),
-    "SAM3": Entry({}, (1, 3, 1008, 1008), call=segment),
-    "SAM31": Entry({}, (1, 3, 1008, 1008), call=segment),
+    "RT_DETR_v4": Entry({}, (1, 3, 640, 640), call=lambda model, x: model.diffusion_model(x), short=DETR),
+    "SAM3": Entry({}, (1, 3, 1008, 1008), call=segment, short=SAM),
+    "SAM31": Entry({}, (1, 3, 1008, 1008), call=segment, short=SAM),
     "DepthAnything3": Entry({}, (1, 3, 504, 504), call=lambda model, x: model.diffusion_model(x.to(COMPUTES_IN))),
 }

@@ -13,6 +13,7 @@ from .fake_card import CARD, store
 
 COMPUTES_IN = torch.bfloat16
 STORED_IN = torch.float32
+DEPTHS = ("transformer_depth",)
 
 
 def build(name):
@@ -20,10 +21,13 @@ def build(name):
     found = next(model for model in comfy.supported_models.models if model.__name__ == name)
     entry = models()[name]
     settings = {**entry.settings, **found.unet_config}
+    settings.update({key: entry.settings[key] for key in DEPTHS if key in entry.settings})
     config = found(settings)
     config.set_inference_dtype(COMPUTES_IN, None)
     with unset_fake_temporarily():  # some compute tables while they are built
         model = config.get_model(embedders(name), "", device=entry.built_on)
+    for part, kept in entry.short.items():
+        del model.get_submodule(part)[kept:]
     store(model, STORED_IN)
     return model, entry.step
 
@@ -52,14 +56,14 @@ def tensor(*shape, dtype=torch.float32):
 
 
 class Entry:
-    """settings: beside those that `supported_models` names. x, context: shapes. others: name -> shape or value.
+    """settings: beside those that `supported_models` names; DEPTHS may be shorter than there. x, context: shapes. others: name -> shape or value.
 
     built_on: "cpu" where building reads numbers, which takes memory. call: runs a step, for models that are no
-    denoisers.
+    denoisers. short: name of a list of like blocks -> how many of them are kept.
     """
 
-    def __init__(self, settings, x, context=None, call=None, built_on="meta", **others):
-        self.built_on = built_on
+    def __init__(self, settings, x, context=None, call=None, built_on="meta", short=None, **others):
+        self.built_on, self.short = built_on, short or {}
         self.settings, self.x, self.context, self.others, self.call = settings, x, context, others, call
 
     def step(self, model):

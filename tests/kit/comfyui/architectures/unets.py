@@ -7,10 +7,10 @@ UNET = dict(image_size=32, out_channels=4, use_spatial_transformer=True, legacy=
 SD = dict(
     **UNET,
     in_channels=4,
-    num_res_blocks=[2, 2, 2, 2],
+    num_res_blocks=[1, 1, 1, 1],
     channel_mult=[1, 2, 4, 4],
-    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-    transformer_depth_output=[1] * 9 + [0] * 3,
+    transformer_depth=[1, 1, 1, 0],
+    transformer_depth_output=[1] * 6 + [0] * 2,
     transformer_depth_middle=1,
 )
 
@@ -34,15 +34,16 @@ def xl(down, middle, up, levels=3, channels=4, **others):
     )
 
 
-XL = xl([0, 0, 2, 2, 10, 10], 10, [0, 0, 0, 2, 2, 2, 10, 10, 10])
+XL = xl([0, 1, 2], 2, [0, 0, 1, 1, 2, 2])
 
 VIDEO_UNET = dict(
     UNET,
-    num_res_blocks=[2, 2, 2, 2],
+    num_res_blocks=[1, 1, 1, 1],
     channel_mult=[1, 2, 4, 4],
     num_head_channels=64,
     num_classes="sequential",
-    transformer_depth_output=[1] * 9 + [0] * 3,
+    transformer_depth=[1, 1, 1, 0],
+    transformer_depth_output=[1] * 6 + [0] * 2,
     transformer_depth_middle=1,
     extra_ff_mix_layer=True,
     use_spatial_context=True,
@@ -78,8 +79,8 @@ MODELS = {
             num_heads=8,
             num_head_channels=-1,
             channel_mult=[1, 2, 2, 4],
-            transformer_depth=[0, 0, 1, 1, 1, 1, 1, 1],
-            transformer_depth_output=[1] * 9 + [0] * 3,
+            transformer_depth=[0, 1, 1, 1],
+            transformer_depth_output=[1] * 6 + [0] * 2,
             disable_self_attentions=[True, True, True, False],
         ),
         STEP,
