@@ -9,9 +9,11 @@ import torch
 from nodes import ControlNetApplyAdvanced
 
 from kit.comfyui import sampling
-from kit.comfyui.pairs import assert_same, pair, run
+from kit.comfyui.pairs import assert_same, counters, pair, run
+from kit.comfyui.quantised import quantised
 from kit.nets import same
 from kit.sim_device import SimDevice
+from spillway.ops.gather import is_wrapper
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
@@ -150,3 +152,22 @@ def test_control_lora_borrows_what_the_model_computes_with(dtype, fraction, chec
     assert not torch.equal(first, second) and not torch.equal(second, uncontrolled)
     # On a CPU, a weight of the right dtype and without a patch is read where it lies.
     assert ours.dynamic.ledger.counters.reads > (100 if dtype is torch.float16 else 0)
+
+
+@pytest.mark.skipif(not hasattr(comfy.ops, "linear_input_act"), reason="this ComfyUI fuses no activation")
+def test_a_fused_activation_takes_its_int8_weight_from_a_loan(checkpoint, tmp_path):
+    """Wan's feed forward never calls its last layer. What a step streams is what the file holds, once."""
+    base = checkpoint("wan", dim=256, layers=1)
+    classic, model = pair(quantised(tmp_path / "int8.safetensors", base, "int8_tensorwise", ("ffn",)), 0.0)
+    assert_same(run(model, 1), run(classic, 1))
+    before, forwards = counters(model), []
+    hook = model.model.diffusion_model.register_forward_hook(lambda *_: forwards.append(1))
+    run(model, 1)
+    hook.remove()
+    after, dynamic = counters(model), model.dynamic
+    fused = [bundle for bundle in dynamic.bundles if bundle.name.endswith(".ffn.2")]
+    assert len(fused) == 1 and any(is_wrapper(source) for source in fused[0].source)
+    assert fused[0] in dynamic.execution_order()
+    asked = sum(bundle.source_bytes for bundle in dynamic.execution_order())
+    assert after.bytes_streamed - before.bytes_streamed == len(forwards) * asked > 0
+    assert after.reads == before.reads

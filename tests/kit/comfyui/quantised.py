@@ -11,12 +11,15 @@ from kit.comfyui import checkpoints
 MATCH = ("attn.qkv", "mlp.0", "mlp.2", "linear1", "linear2")
 
 
-def quantised(path, base, kind):
-    """Write the file `base` with its large matrices quantised as `comfy_quant` files have them."""
+def quantised(path, base, kind, match=MATCH):
+    """Write the file `base` with its large matrices quantised as `comfy_quant` files have them.
+
+    match: parts of their names.
+    """
     layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     out = {}
     for name, tensor in comfy.utils.load_torch_file(base).items():
-        if not name.endswith(".weight") or not any(part in name for part in MATCH):
+        if not name.endswith(".weight") or not any(part in name for part in match):
             out[name] = tensor
             continue
         weight = comfy.quant_ops.QuantizedTensor.from_float(tensor.float(), layout, scale="recalculate")
