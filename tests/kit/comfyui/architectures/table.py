@@ -59,7 +59,8 @@ class Entry:
     """settings: beside those that `supported_models` names; DEPTHS may be shorter than there.
 
     x, context: shapes. others: name -> shape or value. built_on: "cpu" where building reads numbers, which takes
-    memory. call: runs a step, for models that are no denoisers. short: name of a list of like blocks -> how many of them are kept.
+    memory. call: runs a step, for models that are no denoisers. short: name of a list of like blocks ->
+    how many of them are kept.
     """
 
     def __init__(self, settings, x, context=None, call=None, built_on="meta", short=None, **others):
