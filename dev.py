@@ -10,9 +10,9 @@
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
-safetensors file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake device of
-tests/fake_device. `--slow` runs all of that, not a choice. `gpu` tests the GPU of this machine, measures on it, and
-exits with 2 where there is none.
+safetensors or GGUF file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
+device of tests/fake_device. `--slow` runs all of that, not a choice. `gpu` tests the GPU of this machine, measures on
+it, and exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -156,16 +156,16 @@ def bench(arguments: list[str]) -> int:
 
 
 def probe(arguments: list[str]) -> int:
-    """Say what is in each of the safetensors files named, from their headers alone."""
+    """Say what is in each of the model files named, from their headers alone."""
     if not arguments:
-        return fail("probe takes the names of safetensors files.", 2)
+        return fail("probe takes the names of model files.", 2)
     sys.path.insert(0, str(ROOT))
-    module = importlib.import_module("ops.files.probe")
+    module, errors = importlib.import_module("ops.gguf.probe"), importlib.import_module("ops.files.safetensors_header")
     failed = 0
     for name in arguments:
         try:
             print(module.probe(name).words, flush=True)
-        except (module.SourceError, OSError) as error:
+        except (errors.SourceError, OSError) as error:
             failed = fail(str(error))
     return failed
 

@@ -9,6 +9,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..ops.gguf.header import is_gguf
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .checked_node import CheckedNode
@@ -27,6 +28,15 @@ def model_path(folder: str, name: str) -> str:
             f"There is no file '{name}' in {places}. Put it there, or press R to bring the lists up to date and choose "
             "another."
         ) from None
+
+
+def model_names(folder: str) -> list[str]:
+    """List the files of one of ComfyUI's folders, GGUF files among them, which ComfyUI itself does not list."""
+    found = set(folder_paths.get_filename_list(folder))
+    for place in folder_paths.get_folder_paths(folder):
+        names, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+        found.update(name for name in names if is_gguf(name))
+    return sorted(found)
 
 
 def file_stamps(folder: str, *names: str) -> list[str]:
@@ -48,12 +58,13 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             category=CATEGORY,
             description="Loads a diffusion model almost at once and with almost no memory. Each weight is read when it "
             "is first used, and gives way when the memory is needed elsewhere.",
-            search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "offload", "dynamic vram"],
+            search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "dynamic vram", "gguf"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A safetensors file in models/diffusion_models. Other formats must be converted first.",
+                    options=model_names("diffusion_models"),
+                    tooltip="A safetensors or GGUF file in models/diffusion_models. Other formats must be converted "
+                    "first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -61,7 +72,8 @@ class SpillwayLoadDiffusionModel(CheckedNode):
                     default="default",
                     tooltip="The number format that the weights are kept in. 'default' follows the file and the "
                     "device; the fp8 and int8 choices halve the size of a 16-bit model and cost some quality. int8 "
-                    "also computes in INT8; int8_auto does so only where a measurement says that it is faster.",
+                    "also computes in INT8; int8_auto does so only where a measurement says that it is faster. A GGUF "
+                    "file stays in its own blocks with 'default'.",
                 ),
                 policy_input(),
             ],

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.loading.probe import probe_file
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
-from .load import model_path
+from .load import model_names, model_path
 
 log = logging.getLogger("spillway")
 
@@ -21,8 +20,8 @@ def _files() -> list[str]:
     return [
         f"{folder}/{name}"
         for folder in FOLDERS
-        for name in folder_paths.get_filename_list(folder)
-        if name.lower().endswith((".safetensors", ".sft"))
+        for name in model_names(folder)
+        if name.lower().endswith((".safetensors", ".sft", ".gguf"))
     ]
 
 
@@ -40,7 +39,7 @@ class SpillwayProbeModel(CheckedNode):
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip="A safetensors file in ComfyUI's models folder, and the folder that it lies in.",
+                    tooltip="A safetensors or GGUF file in ComfyUI's models folder, and the folder that it lies in.",
                 )
             ],
             outputs=[io.String.Output("report", tooltip="One fact a line, for Preview as Text.")],

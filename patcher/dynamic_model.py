@@ -82,6 +82,7 @@ class DynamicModel(Figures):
         self._remembered = Remembered(self.bundles)
         self.residency: Residency | None = None
         self.pins: Pins | None = None  # may outlive a residency
+        self._unused_pins = 0  # bytes of their blocks that no bundle may fit into
         self.last_used = 0.0  # time.monotonic() of the last step
         self._placed = PlacedBuffers(module, self.device)
         self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
@@ -205,7 +206,7 @@ class DynamicModel(Figures):
         # Take at most half of the available RAM. Pins are a cache of the file, and more of them could make the machine
         # swap. On a CPU, pins hold only patched weights for which the budget has no room. Without a pin these would be
         # computed at every use.
-        return min(self.total_bytes, available_ram() // 2)
+        return min(self.total_bytes + self._unused_pins, available_ram() // 2)
 
     @property
     def rank(self) -> float:
@@ -271,11 +272,18 @@ class DynamicModel(Figures):
         for bundle in self.bundles:
             for param in bundle.params:
                 param.set_patch(patches.get(param.key))
+        resized = False
         for bundle in touched:
-            if bundle.invalidate() and residency is not None:
-                bundle.move_to(None)  # its slice has the old size
-                residency.resized = True
+            if bundle.invalidate():
+                resized = True
+                if residency is not None:
+                    bundle.move_to(None)  # its slice has the old size
+                    residency.resized = True
             bundle.stand_in(self._idle_device)
+        if self.pins is not None and resized:
+            # Blocks that were cut for smaller weights leave up to one bundle unused.
+            self._unused_pins = max(bundle.nbytes for bundle in self.bundles)
+            self.pins.set_budget(self._pin_budget())  # else what patches have made larger is made anew at every use
         return len(touched)
 
     # -- memory

@@ -98,11 +98,12 @@ def tensor_specs(
             if name in specs:
                 raise SourceError(f"{header.path}: two tensors are named '{name}' after renaming '{key}'.")
             specs[name] = _spec(header, key)
-    _check_overlap(header.path, specs)
+    check_overlap(header.path, specs)
     return specs
 
 
-def _check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
+def check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
+    """Raise SourceError where two tensors share bytes of the file."""
     before, end = "", 0
     for key, spec in sorted(specs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if spec.nbytes and spec.offset < end:
@@ -156,11 +157,7 @@ class DiskMap:
         with open_file(path) as file:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
             self.check, self.check_often = watched.check, watched.check_often
-            header = parse_header(self.path, file)
-            self.file_bytes = header.file_bytes
-            self.metadata = header.metadata
-            self._specs = tensor_specs(header, keep, rename)
-            self.left_out = [key for key in header.entries if _is_left_out(header, key)]
+            self._specs = self._describe(file, keep, rename)
             self._map, self.read_only = _map(file, self.file_bytes)
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
@@ -168,6 +165,15 @@ class DiskMap:
         self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
         self._offsets = [self._offset(key) for key in self._order]
         _open_maps.add(self)
+
+    def _describe(
+        self, file: BinaryIO, keep: Callable[[str], bool] | None, rename: Callable[[str], str] | None
+    ) -> dict[str, TensorSpec]:
+        """Read the header. Return the place of each tensor."""
+        header = parse_header(self.path, file)
+        self.file_bytes, self.metadata = header.file_bytes, header.metadata
+        self.left_out = [key for key in header.entries if _is_left_out(header, key)]
+        return tensor_specs(header, keep, rename)
 
     def _offset(self, key: str) -> int:
         return self._specs[key].offset

@@ -9,7 +9,9 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .safetensors_header import Entry, Header, SourceError, read_header
 
@@ -106,30 +108,40 @@ def probe(path: str | os.PathLike[str]) -> Probe:
     """Tell what a file holds. Raises SourceError, with the reason, for a file that is no whole safetensors file."""
     header = read_header(path)
     entries = {key: header.entry(key) for key in header.entries}
-    dtypes: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for key, entry in entries.items():
         nbytes = entry.end - entry.start
         if entry.dtype in BITS:
             nbytes = -(-entry.numel * BITS[entry.dtype] // 8)
         header.check_place(key, entry, nbytes)
-        dtypes[entry.dtype] += 1
         sizes[entry.dtype] += nbytes
-    names = _Names(entries)
-    kind, architecture, parts = _what(names, entries)
     quantised = _quantisation(header, entries)
+    return describe(str(path), header.file_bytes, entries, sizes, quantised, header.metadata)
+
+
+def describe(
+    path: str,
+    file_bytes: int,
+    entries: dict[str, Entry],
+    sizes: Mapping[str, int],
+    quantised: Mapping[str, str],
+    metadata: Mapping[str, Any],
+) -> Probe:
+    """Tell what a header says. sizes: dtype -> bytes. quantised: layer -> format."""
+    kind, architecture, parts = _what(_Names(entries), entries)
+    dtypes = Counter(entry.dtype for entry in entries.values())
     return Probe(
-        path=str(path),
+        path=path,
         kind=kind,
         architecture=architecture,
         parameters=sum(_parameters(key, entry, entries) for key, entry in entries.items()),
-        file_bytes=header.file_bytes,
+        file_bytes=file_bytes,
         tensors=len(entries),
         dtypes={name: (count, sizes[name]) for name, count in dtypes.most_common()},
         quantisation=dict(Counter(quantised.values()).most_common()),
         parts=parts,
         ranks=_ranks(entries) if kind == "LoRA" else {},
-        metadata=_said(header),
+        metadata=_said(metadata),
     )
 
 
@@ -213,10 +225,10 @@ def _ranks(entries: dict[str, Entry]) -> dict[int, int]:
     return dict(layers.most_common())
 
 
-def _said(header: Header) -> dict[str, str]:
+def _said(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata, shortened, since workflows and training logs fill pages."""
     shortened = {}
-    for key, value in header.metadata.items():
+    for key, value in metadata.items():
         text = str(value)
         shortened[key] = text if len(text) <= 120 else f"{text[:100]}… ({len(text):,} characters)"
     return shortened

@@ -21,12 +21,10 @@ import torch
 
 from ..device.backend import Backend, Event
 from ..device.out_of_memory import is_out_of_memory
-from ..gather import copy_into, interpret_gathered_like, is_wrapper
-from ..int8.weight import Int8Weight
 from ..ledger import Ledger, in_words
 from ..vbar.protocol import VBAR
 from .bundle import Bundle
-from .param import Param
+from .final_form import make_final
 from .pins import Pins
 from .ring import Slot
 
@@ -357,35 +355,7 @@ class Caster:
 
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
         """Cast `source` into `memory` and apply the patches there. Return views in the final form."""
-        views = interpret_gathered_like(bundle.final, memory)
-        for param, view, tensor in zip(bundle.params, views, source, strict=True):
-            assert view is not None
-            if isinstance(view, Int8Weight):
-                self._quantise(param, view, tensor)
-            elif param.patch is None:
-                copy_into(view, tensor)
-            else:
-                # A patch gets the weight in the dtype that the op computes in, and may write into it. On a CPU `tensor`
-                # is the source itself: without the copy the patch would change the source.
-                wanted = param.compute_dtype or view.dtype
-                weight = tensor if is_wrapper(tensor) else tensor.to(wanted, copy=self.backend.in_place)
-                copy_into(view, param.patch(weight))
-                self.counters.patched += 1
-        return views  # type: ignore[return-value]
-
-    def _quantise(self, param: Param, view: Int8Weight, tensor: torch.Tensor) -> None:
-        if param.patch is None:
-            view.quantise_(tensor)
-        elif view.down is not None and view.up is not None:
-            view.quantise_(tensor)
-            down, up = param.patch.low_rank(tensor.device)  # type: ignore[attr-defined]
-            view.down.copy_(down)
-            view.up.copy_(up)
-        else:  # merged in floating point, rounded once
-            weight = tensor if is_wrapper(tensor) else tensor.to(view.dtype, copy=self.backend.in_place)
-            view.quantise_(param.patch(weight))
-            self.counters.patched += 1
-        self.counters.quantised += 1
+        return make_final(bundle, source, memory, self.counters, in_place=self.backend.in_place)
 
     def keep_resident(self, loan: Loan, views: Sequence[torch.Tensor]) -> None:
         """Note that the slice of the loan's bundle holds the final form."""

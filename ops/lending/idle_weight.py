@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..gather import is_wrapper
+from ..gguf.weight import stays_quantised
 from .param import Param
 
 
@@ -204,7 +204,7 @@ def idle_form(bundle: Owner, param: Param, device: torch.device | None) -> torch
 
     A quantised weight is read by ops that know it, and stays as it is. So does one that has no data.
     """
-    if is_wrapper(param.source) or param.source.is_meta or (device is None and param.usable_in_place()):
+    if stays_quantised(param.source) or param.source.is_meta or (device is None and param.usable_in_place()):
         return param.original
     idle = IdleWeight(bundle, param, device or param.source.device)
     idle._is_param = True  # torch takes it for an `nn.Parameter`

@@ -8,6 +8,7 @@ import torch
 
 from ..files.disk_map import locate
 from ..gather import inner_tensors, is_wrapper, like
+from ..gguf.weight import GgufWeight
 from ..int8.weight import Int8Weight
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
@@ -18,7 +19,7 @@ class Param:
 
     original: the tensor that stood in the module before. source: the same data, detached.
     idle: what stands in the module while nothing is lent, see idle_weight.py.
-    final: template of the final form, without memory, in the model's dtype.
+    final: template of the final form, without memory. dtype: the model's, that a patched weight has.
     compute_dtype: dtype that the op is given; None for the final form's. op_dtype: dtype that the op itself casts to,
     which costs temporary memory. int8: scales per row of an INT8 weight; 0 for a weight that is not quantised here.
     """
@@ -26,6 +27,7 @@ class Param:
     __slots__ = (
         "attr",
         "compute_dtype",
+        "dtype",
         "final",
         "idle",
         "int8",
@@ -51,18 +53,22 @@ class Param:
         self.owner, self.attr, self.key = owner, attr, key
         self.idle = self.original = idle
         self.source = idle.detach()
-        self.int8 = int8
+        self.int8, self.dtype = int8, dtype
+        self.patch: Patch | None = None
         self.final = self._template(self.source.shape, dtype)
         wanted = compute_dtype if compute_dtype != self.final.dtype and not is_wrapper(self.final) else None
         self.compute_dtype = wanted
         self.op_dtype: torch.dtype | None = None
-        self.patch: Patch | None = None
         # Parts that lie in a memory map, as (map, offset, bytes).
         self.where = [place for part in inner_tensors(self.source) if (place := locate(part)) is not None]
 
     def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
         if self.int8:
             return Int8Weight.template(shape, dtype, self.int8, rank)
+        if isinstance(self.source, GgufWeight) and (rank or self.patch is None):
+            return self.source.template(rank)
+        if isinstance(self.source, GgufWeight):  # a patched weight is not made blocks of again
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         if shape == self.source.shape:
             return like(self.source, dtype)
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -70,13 +76,19 @@ class Param:
     def set_patch(self, patch: Patch | None) -> None:
         """Attach a patch, or None. A patch with a `shape` attribute may give the weight another shape.
 
-        A patch with a `rank` stays beside an INT8 weight, as its low-rank branch.
+        A patch with a `rank` stays beside a weight that may have a branch.
         """
         self.patch = patch
         shape = torch.Size(getattr(patch, "shape", self.source.shape))
-        rank = getattr(patch, "rank", 0) if self.int8 else 0
-        if shape != self.final.shape or rank != getattr(self.final, "rank", 0):
+        rank = getattr(patch, "rank", 0) if self.has_branches else 0
+        in_blocks = isinstance(self.source, GgufWeight) and not self.int8
+        if in_blocks or shape != self.final.shape or rank != getattr(self.final, "rank", 0):
             self.final = self._template(shape, self.final.dtype, rank)
+
+    @property
+    def has_branches(self) -> bool:
+        """Say whether a low-rank patch may stand beside the weight."""
+        return bool(self.int8) or isinstance(self.source, GgufWeight)
 
     @property
     def is_cast(self) -> bool:

@@ -7,12 +7,12 @@ import logging
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.gather import is_wrapper
+from ...ops.gguf.weight import GgufWeight, stays_quantised
 from ...ops.lending.param import Param
 from ..dynamic_model import DynamicModel
 from .first_use import as_it_is, multiplies_wrongly
 from .model_state import ModelState
-from .patches.int8_lora import place_loras
+from .patches.int8_lora import branch_of, place_loras
 from .patches.weight_patch import WeightPatch, idle_function
 
 HookPatches = dict[str, list[tuple]]
@@ -40,7 +40,7 @@ def attach_patches(
             param = next(param for param in bundle.params if param.key == key)
             if param.int8:
                 quantised[key] = param
-            patches[key] = WeightPatch(
+            patch = WeightPatch(
                 patcher.model,
                 key,
                 param.original,
@@ -49,6 +49,8 @@ def attach_patches(
                 hooked.get(key, []),
                 rounded=not param.int8,
             )
+            beside = branch_of(patch) if isinstance(param.source, GgufWeight) and not param.int8 else None
+            patches[key] = patch if beside is None else beside
     if quantised and not hooked:
         chosen = {key: patches[key] for key in quantised}
         patches.update(place_loras(chosen, quantised, int8_lora, dynamic.device, dynamic.ledger))
@@ -90,7 +92,7 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
             wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
             if param.attr == "weight" and not param.int8 and multiplies_wrongly(module, verdict):
                 wrappers.append(as_it_is)
-            if param.key in state.patches and is_wrapper(param.source):
+            if param.key in state.patches and stays_quantised(param.source):
                 idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]
                 bundle.lent_attributes.append((module, name, idle, wrappers))
                 state.attributes.set(module, name, idle)

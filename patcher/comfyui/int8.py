@@ -10,6 +10,7 @@ import torch
 
 from ...ops.device.backend import backend_for
 from ...ops.gather import is_wrapper, tensor_bytes
+from ...ops.gguf.weight import stays_quantised
 from ...ops.int8.measure import Timing, measure
 from ..first_use.check import first_use
 from ..int8_layers import Int8Layers
@@ -26,7 +27,7 @@ class ComfyInt8Layers(Int8Layers):
     """Chooses among ComfyUI's modules. Weights in fewer bits than INT8 stay; those in INT8 are taken over."""
 
     def __call__(self, module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
-        if is_wrapper(weight):
+        if stays_quantised(weight):
             layout = str(getattr(weight, "_layout_cls", ""))
             if "INT8" in layout:
                 parameters: Any = weight._params  # type: ignore[attr-defined]

@@ -14,6 +14,8 @@ import torch
 
 from ....ops.files.disk_map import DiskMap, SourceError
 from ....ops.files.safetensors_header import shard_words
+from ....ops.gguf.gguf_map import open_map
+from ....ops.gguf.header import is_gguf
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
@@ -45,10 +47,15 @@ def _options(path: str, weight_dtype: str) -> dict[str, Any]:
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype '{weight_dtype}' is not one of {', '.join(WEIGHT_DTYPES)}.")
     options = dict(WEIGHT_DTYPES[weight_dtype])
+    if "dtype" in options and is_gguf(path):
+        raise ValueError(
+            f"{path}: the weights of a GGUF file stay in its blocks, so weight_dtype '{weight_dtype}' means nothing "
+            "here. Choose 'default', or 'int8' to have them quantised anew."
+        )
     # Weights live in their file, never on the device as a whole, whatever --highvram says.
     options["offload_device"] = torch.device("cpu")
     fp8_ops = options.get("fp8_optimizations") or comfy.ops.pick_operations(None, None) is comfy.ops.fp8_ops
-    source = DiskMap(path)
+    source = open_map(path)
     if not is_quantised(source) and not fp8_ops:
         options["custom_operations"] = operations()
     return options

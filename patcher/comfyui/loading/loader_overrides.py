@@ -19,6 +19,7 @@ from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES, shard_words
 from ....ops.gather import inner_tensors
+from ....ops.gguf.gguf_map import open_map
 from ....ops.overrides import overridden
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
@@ -98,7 +99,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
-        disk_map = DiskMap(path)
+        disk_map = open_map(path)
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")

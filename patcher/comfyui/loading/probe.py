@@ -6,8 +6,9 @@ from typing import Any
 
 import comfy.model_detection
 
-from ....ops.files.disk_map import DiskMap
-from ....ops.files.probe import Probe, probe
+from ....ops.files.probe import Probe
+from ....ops.gguf.gguf_map import open_map
+from ....ops.gguf.probe import probe
 
 
 def probe_file(path: str) -> tuple[Probe, str]:
@@ -22,7 +23,7 @@ def probe_file(path: str) -> tuple[Probe, str]:
 
 def comfyui_name(path: str) -> str:
     """Find ComfyUI's name for the diffusion model in a file, or '' where it knows none."""
-    tensors: dict[str, Any] = DiskMap(path).state_dict()
+    tensors: dict[str, Any] = open_map(path).state_dict()
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     for begin in (prefix, ""):
         try:

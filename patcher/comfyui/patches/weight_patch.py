@@ -16,7 +16,8 @@ from comfy.model_patcher import LowVramPatch, get_key_weight
 from comfy.weight_adapter import WeightAdapterBase
 
 from ....ops.files.disk_map import map_of
-from ....ops.gather import inner_tensors, is_wrapper
+from ....ops.gather import inner_tensors
+from ....ops.gguf.weight import numbers_of, stays_quantised
 
 
 class WeightPatch:
@@ -91,7 +92,7 @@ class WeightPatch:
         """Give the unpatched weight as ComfyUI's own patcher has it, for the one form of patch that asks."""
         if not any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
             return None
-        weight = self.weight if is_wrapper(self.weight) else self.weight.to(self.dtype)
+        weight = self.weight if stays_quantised(self.weight) else numbers_of(self.weight).to(self.dtype)
         return {self.key: [(weight, _unchanged)]}
 
     def same_as(self, other: Any) -> bool:

@@ -14,6 +14,7 @@ from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.disk_map import check_files
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
+from ....ops.gguf.weight import numbers_of
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
 from ..patches.weight_patch import WeightPatch
 
@@ -74,7 +75,7 @@ class FinalWeight:
     def whole(self) -> torch.Tensor:
         """Make the weight on the device, quantised if the model keeps it so."""
         self._check_files()
-        weight = self.source.to(self.device)
+        weight = numbers_of(self.source.to(self.device))
         if not is_wrapper(weight):
             weight = weight.to(self.dtype)
         return weight if self.patch is None else self.patch(weight, in_place=False)

@@ -16,7 +16,7 @@ import torch
 from ....ops.files.deferred import Assembling, Deferred
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
-from ....ops.gather import is_wrapper
+from ....ops.gguf.weight import stays_quantised
 from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
 from ..running import drop_unloaded
@@ -126,7 +126,7 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
             continue
         weight = _final(patcher, module, attr, prefix + key, parameter)
         beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
-        if is_wrapper(parameter):
+        if stays_quantised(parameter):
             pieces = weight.source.state_dict(key)  # type: ignore[operator]
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
@@ -156,7 +156,7 @@ def _final(patcher: Any, module: Any, attr: str, key: str, parameter: torch.Tens
     source = source_of(patcher, key, parameter)
     if source.is_meta:
         raise SaveError(f"'{key}' has no data: the file that the model was loaded from lacks it. Get a complete file.")
-    dtype = parameter.dtype if is_wrapper(source) else model_dtype(module, attr, parameter)
+    dtype = parameter.dtype if stays_quantised(source) else model_dtype(module, attr, parameter)
     patches = patcher.patches.get(key, [])
     patch = WeightPatch(patcher.model, key, source, dtype, patches, []) if patches else None
     return FinalWeight(key, source, dtype, patch, patcher.load_device)

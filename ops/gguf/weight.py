@@ -1,0 +1,174 @@
+"""A weight in a GGUF file's blocks, as one tensor. It travels as its blocks do, and has numbers where it is used."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..gather import is_wrapper
+from .dequantise import function_for
+from .types import IDS, TYPES
+
+# Bytes of fp32 numbers that are made at a time, which bounds temporary memory.
+PART_BYTES = 16 << 20
+
+
+class Form(NamedTuple):
+    """What blocks stand for: their type, and the shape and dtype of the weight."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class GgufWeight(torch.Tensor):
+    """A weight that behaves like one in `dtype`, and whose blocks are never made again.
+
+    blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in `dtype`,
+    (rank, columns) and (rows, rank), which is added exactly. `linear` computes the branch beside the weight. Every
+    other operation gets the numbers, rounded once from fp32 to `dtype`.
+    """
+
+    blocks: torch.Tensor
+    form: Form
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[GgufWeight],
+        blocks: torch.Tensor,
+        form: Form,
+        down: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> GgufWeight:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, form.shape, dtype=form.dtype, device=blocks.device, requires_grad=False
+        )
+
+    def __init__(
+        self, blocks: torch.Tensor, form: Form, down: torch.Tensor | None = None, up: torch.Tensor | None = None
+    ) -> None:
+        self.blocks, self.form, self.down, self.up = blocks, form, down, up
+
+    def template(self, rank: int = 0) -> GgufWeight:
+        """Return a weight without memory, in the same blocks. rank: of its branch; 0 for none."""
+        blocks = torch.empty(self.blocks.shape, dtype=torch.uint8, device="meta")
+        if not rank:
+            return GgufWeight(blocks, self.form)
+        rows, columns = self.shape
+        down = torch.empty(rank, columns, dtype=self.dtype, device="meta")
+        return GgufWeight(blocks, self.form, down, torch.empty(rows, rank, dtype=self.dtype, device="meta"))
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of the branch; 0 where there is none."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the numbers that the weight stands for, its branch included, in `dtype`."""
+        numbers = self._numbers(self.blocks).view(self.form.shape)
+        if self.down is None:
+            return numbers
+        assert self.up is not None
+        return numbers.float().addmm_(self.up.float(), self.down.float()).to(self.dtype)
+
+    def _numbers(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of some blocks in `dtype`, one-dimensional."""
+        function, per_block = function_for(self.form.kind), TYPES[IDS[self.form.kind]].numbers
+        made = torch.empty(blocks.shape[0] * per_block, dtype=self.dtype, device=blocks.device)
+        step = max(1, PART_BYTES // (4 * per_block))
+        for start in range(0, blocks.shape[0], step):
+            part = function(blocks[start : start + step])
+            made[start * per_block : start * per_block + part.numel()] = part.flatten()
+        return made
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return some rows of a table, in `dtype`, of which only the blocks are read."""
+        count, columns = self.shape
+        if self.down is not None or self.blocks.shape[0] % count:
+            return torch.nn.functional.embedding(indices, self.dequantize())
+        blocks = self.blocks.view(count, -1)[indices.flatten()]
+        return self._numbers(blocks.view(-1, self.blocks.shape[1])).view(*indices.shape, columns)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x (..., columns). Return (..., rows), in x's dtype."""
+        weight = self._numbers(self.blocks).view(self.form.shape).to(x.dtype)
+        result = torch.nn.functional.linear(x, weight, bias)
+        if self.down is None:
+            return result
+        assert self.up is not None
+        narrow = torch.nn.functional.linear(x, self.down.to(x.dtype))
+        return result.add_(torch.nn.functional.linear(narrow, self.up.to(x.dtype)))
+
+    # -- torch's protocol for wrapper subclasses
+
+    def __tensor_flatten__(self) -> tuple[list[str], Form]:
+        return ["blocks"] if self.down is None else ["blocks", "down", "up"], self.form
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, torch.Tensor], context: Form, outer_size: Any, outer_stride: Any
+    ) -> GgufWeight:
+        return GgufWeight(parts["blocks"], context, parts.get("down"), parts.get("up"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if isinstance(weight, GgufWeight) and not isinstance(x, GgufWeight) and x.is_floating_point():
+                return weight.linear(x, bias)
+        with torch._C.DisableTorchFunctionSubclass():  # else the result would be taken for such a weight
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        aten = torch.ops.aten
+        if isinstance(first, GgufWeight):
+            if func is aten.detach.default:
+                return first
+            if func is aten.clone.default or func is aten._to_copy.default:
+                return _copied(func, first, kwargs)
+            if func is aten.embedding.default and not isinstance(args[1], GgufWeight):
+                return first.rows(args[1])
+            if func._schema.is_mutable and any(
+                isinstance(value, GgufWeight) and argument.alias_info is not None and argument.alias_info.is_write
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+            ):
+                raise RuntimeError(f"{func} would write into a GGUF weight. Use a copy of `weight.dequantize()`.")
+        args, kwargs = torch.utils._pytree.tree_map_only(GgufWeight, GgufWeight.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"GgufWeight({tuple(self.shape)}, {self.form.kind} as {self.dtype}, {self.device}, rank={self.rank})"
+
+
+def stays_quantised(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor keeps its quantised form when it is patched or saved. Blocks of a GGUF file do not."""
+    return is_wrapper(tensor) and not isinstance(tensor, GgufWeight)
+
+
+def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a weight in blocks. Any other tensor is returned as it is."""
+    return tensor.dequantize() if isinstance(tensor, GgufWeight) else tensor
+
+
+def _linear_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return x, weight, bias
+
+
+def _copied(func: Any, weight: GgufWeight, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return a copy, on another device perhaps, in the same blocks. In another dtype it is an ordinary tensor."""
+    dtype = kwargs.get("dtype") or weight.dtype
+    if dtype != weight.dtype:
+        return func(weight.dequantize(), **kwargs)  # type: ignore[no-any-return]
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "memory_format")}
+    names, form = weight.__tensor_flatten__()
+    parts = {name: func(getattr(weight, name), **kwargs) for name in names}
+    return GgufWeight.__tensor_unflatten__(parts, form, None, None)

@@ -1,0 +1,68 @@
+"""Makes the form of a bundle's tensors that its op gets: cast, quantised, patched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..gather import copy_into, interpret_gathered_like
+from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
+from ..int8.weight import Int8Weight
+from ..ledger import Counters
+from .bundle import Bundle
+from .param import Param
+
+
+def make_final(
+    bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor, counters: Counters, *, in_place: bool
+) -> list[torch.Tensor]:
+    """Cast `source` into `memory` and apply the patches there. Return views in the final form.
+
+    in_place: `source` may be the source itself, which no patch may write into.
+    """
+    views = interpret_gathered_like(bundle.final, memory)
+    for param, view, tensor in zip(bundle.params, views, source, strict=True):
+        assert view is not None
+        if isinstance(view, Int8Weight):
+            _quantise(param, view, tensor, counters, in_place)
+        elif param.patch is None:
+            copy_into(view, tensor)
+        elif isinstance(view, GgufWeight):
+            view.blocks.copy_(tensor.blocks)  # type: ignore[attr-defined]
+            _fill_branch(view, param.patch)
+            counters.patched += 1
+        else:
+            # A patch gets the weight in the dtype that the op computes in, and may write into it.
+            copy_into(view, param.patch(_writable(tensor, param.compute_dtype or view.dtype, in_place)))
+            counters.patched += 1
+    return views  # type: ignore[return-value]
+
+
+def _writable(tensor: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:
+    """Return a weight in a dtype that a patch may write into. A wrapper whose patches know it stays as it is."""
+    if stays_quantised(tensor):
+        return tensor
+    numbers = numbers_of(tensor)
+    return numbers.to(dtype, copy=in_place and numbers is tensor)
+
+
+def _quantise(param: Param, view: Int8Weight, tensor: torch.Tensor, counters: Counters, in_place: bool) -> None:
+    if param.patch is None:
+        view.quantise_(tensor)
+    elif view.down is not None:
+        view.quantise_(tensor)
+        _fill_branch(view, param.patch)
+    else:  # merged in floating point, rounded once
+        view.quantise_(param.patch(_writable(tensor, view.dtype, in_place)))
+        counters.patched += 1
+    counters.quantised += 1
+
+
+def _fill_branch(view: Int8Weight | GgufWeight, patch: Any) -> None:
+    """Write the matrices of a low-rank patch into the branch of a weight."""
+    assert view.down is not None and view.up is not None
+    down, up = patch.low_rank(view.device)
+    view.down.copy_(down)
+    view.up.copy_(up)

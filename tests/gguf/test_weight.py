@@ -1,0 +1,91 @@
+"""A weight in blocks: its numbers, its branch, its memory."""
+
+import pytest
+import torch
+
+from kit.gguf_files import random_blocks
+from spillway.ops.gather import copy_into, gathered_bytes, interpret_gathered_like
+from spillway.ops.gguf import weight as weight_module
+from spillway.ops.gguf.dequantise import IN_TORCH
+from spillway.ops.gguf.weight import Form, GgufWeight
+
+KINDS = ("Q4_0", "Q5_K", "Q8_0", "IQ4_XS")
+
+
+def made(kind="Q4_K", rows=48, columns=512, dtype=torch.bfloat16):
+    """Return a weight, and the numbers that it stands for."""
+    blocks = random_blocks(kind, rows * columns)
+    return GgufWeight(blocks, Form(kind, (rows, columns), dtype)), IN_TORCH[kind](blocks).view(rows, columns).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part_bytes", [1 << 24, 4096, 1])
+def test_numbers_are_rounded_once(kind, part_bytes, monkeypatch):
+    """However much of the weight is made at a time."""
+    monkeypatch.setattr(weight_module, "PART_BYTES", part_bytes)
+    weight, numbers = made(kind)
+    assert weight.shape == numbers.shape and weight.dtype == numbers.dtype and weight.device == numbers.device
+    assert torch.equal(weight.dequantize(), numbers)
+    assert torch.equal(weight.to(torch.float32), numbers.float()) and type(weight.to(torch.float32)) is torch.Tensor
+    assert (
+        torch.equal(weight + 0, numbers) and torch.equal(weight[3], numbers[3]) and torch.equal(weight.t(), numbers.t())
+    )
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_that_of_the_numbers(x_dtype):
+    weight, numbers = made()
+    x, bias = torch.randn(2, 5, 512).to(x_dtype), torch.randn(48).to(x_dtype)
+    wanted = torch.nn.functional.linear(x, numbers.to(x_dtype), bias)
+    assert torch.equal(torch.nn.functional.linear(x, weight, bias), wanted)
+    assert torch.equal(torch.nn.functional.linear(x, weight=weight, bias=bias), wanted)
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(torch.nn.functional.linear(x, parameter, bias), wanted)
+
+
+def test_a_branch_is_added_beside():
+    weight, numbers = made(dtype=torch.float32)
+    down, up = torch.randn(4, 512) * 0.1, torch.randn(48, 4) * 0.1
+    branched = GgufWeight(weight.blocks, weight.form, down, up)
+    x = torch.randn(3, 512)
+    wanted = torch.nn.functional.linear(x.double(), numbers.double() + up.double() @ down.double())
+    assert torch.allclose(torch.nn.functional.linear(x, branched).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(branched.dequantize(), numbers + up @ down, atol=1e-6) and branched.rank == 4
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_it_travels_as_its_parts(rank):
+    weight, _ = made()
+    template = weight.template(rank)
+    assert template.is_meta and template.rank == rank
+    branch = [torch.ones_like(part, device="cpu") for part in (template.down, template.up)] if rank else []
+    source = GgufWeight(weight.blocks, weight.form, *branch)
+    buffer = torch.zeros(gathered_bytes([template]), dtype=torch.uint8)
+    (view,) = interpret_gathered_like([template], buffer)
+    copy_into(view, source)
+    assert torch.equal(view.dequantize(), source.dequantize()) and view.form == weight.form
+
+
+@pytest.mark.parametrize("indices", [[[0, 47, 3], [3, 3, 1]], []])
+def test_a_table_reads_the_rows_that_are_asked_for(indices, monkeypatch):
+    weight, numbers = made()
+    wanted = torch.tensor(indices, dtype=torch.long)
+    read = []
+    original = GgufWeight._numbers
+    monkeypatch.setattr(GgufWeight, "_numbers", lambda self, blocks: read.append(len(blocks)) or original(self, blocks))
+    assert torch.equal(torch.nn.functional.embedding(wanted, weight), numbers[wanted])
+    assert sum(read) == 2 * wanted.numel()  # blocks of 256, rows of 512
+
+
+def test_a_write_is_refused():
+    weight, _ = made()
+    for write in (lambda: weight.add_(1), lambda: weight.copy_(torch.ones(48, 512))):
+        with pytest.raises(RuntimeError, match="would write into a GGUF weight"):
+            write()
+
+
+def test_a_copy_keeps_the_blocks():
+    weight, numbers = made()
+    for copied in (weight.clone(), weight.to("cpu", copy=True), weight.detach()):
+        assert type(copied) is GgufWeight and torch.equal(copied.dequantize(), numbers)
+    assert weight.clone().blocks.data_ptr() != weight.blocks.data_ptr()
