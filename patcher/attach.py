@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
+from ..ops.errors import SpillwayError
 from ..ops.files.disk_map import SourceError
 from ..ops.files.source import Source
 from ..ops.gather import is_wrapper
@@ -20,7 +21,7 @@ ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
 Int8Choice = Callable[[torch.nn.Module, str, torch.Tensor], int]
 
 
-class Unsupported(TypeError):
+class Unsupported(SpillwayError, TypeError):
     """Names a module that cannot be made dynamic, and says why."""
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import torch
 
+from ..errors import SpillwayError
 from ..ledger import first_line
 from .identity import identity
 from .locked_memory import locked
@@ -214,7 +215,7 @@ class StreamBackend(Backend):
         return with_idle(self._module, self.device)
 
 
-class DeviceError(RuntimeError):
+class DeviceError(SpillwayError, RuntimeError):
     """A device that does not exist, cannot hold weights, or does not answer any more."""
 
 

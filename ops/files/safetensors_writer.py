@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SpillwayError
 from ..ledger import in_words
 from .disk_map import DTYPES
 from .partial_file import PartialFile
@@ -29,7 +30,7 @@ SPARE_BYTES = 1 << 20
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
 
 
-class SaveError(RuntimeError):
+class SaveError(SpillwayError, RuntimeError):
     """A file that could not be written. Names the file, the need and the remedy. Nothing of the file is left."""
 
 
