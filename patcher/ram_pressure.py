@@ -58,7 +58,7 @@ def relieve(models: Iterable[PinHolder]) -> int:
         return 0
     _looked = now
     short = ram_reserve() - available_ram()
-    return _free_pins(held, short, "RAM runs short") if short > 0 else 0
+    return _free_pins(held, short, f"RAM runs short{_limit()}") if short > 0 else 0
 
 
 def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
@@ -68,7 +68,22 @@ def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
     for its pins.
     """
     short = nbytes - available_ram()
-    return _free_pins(models, short, "another model needs RAM") if short > 0 else 0
+    return _free_pins(models, short, f"another model needs RAM{_limit()}") if short > 0 else 0
+
+
+def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
+    """Free `nbytes` of pins for an allocation that the system has refused. Returns the bytes freed."""
+    return _free_pins(models, nbytes, "memory was refused")
+
+
+def room_for_pins() -> int:
+    """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
+    return max(0, available.recent_ram().available - ram_reserve())
+
+
+def _limit() -> str:
+    ram = available.recent_ram()
+    return "" if ram.of_machine else f" ({ram.reason})"
 
 
 def _free_pins(models: Iterable[PinHolder], nbytes: int, reason: str) -> int:

@@ -19,6 +19,8 @@ from typing import BinaryIO
 import torch
 
 from ..ram.available import available_ram
+from ..ram.process_limits import private_room
+from ..ram.shortage import obtain
 from .private_pages import has_private_pages
 from .safetensors_header import Header, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
@@ -116,10 +118,14 @@ def _map(file: BinaryIO, file_bytes: int) -> tuple[mmap.mmap, bool]:
     """Map a whole file, however large. Return the map, and whether it is read-only.
 
     A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
-    unless told not to, which a model larger than RAM would fail. Windows cannot be told. There the map is writable
-    while that leaves as much again to others. Else it is read-only, and a write ends the process.
+    unless told not to, which a model larger than RAM would fail. Windows cannot be told, and `ulimit -d` counts the map
+    all the same. There the map is writable while that leaves as much again to others. Else it is read-only, and a write
+    ends the process.
     """
+    room = private_room()
     try:
+        if room is not None and 2 * file_bytes > room:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), True
         if sys.platform != "win32":
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
             flags, prot = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
@@ -161,7 +167,9 @@ class DiskMap:
             self.metadata = header.metadata
             self._specs = tensor_specs(header, keep, rename)
             self.left_out = [key for key in header.entries if _is_left_out(header, key)]
-            self._map, self.read_only = _map(file, self.file_bytes)
+            self._map, self.read_only = obtain(
+                lambda: _map(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
+            )
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
         self._lent: dict[str, torch.Tensor] = {}

@@ -24,6 +24,7 @@ from ..device.out_of_memory import is_out_of_memory
 from ..gather import copy_into, interpret_gathered_like, is_wrapper
 from ..int8.weight import Int8Weight
 from ..ledger import Ledger, in_words
+from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_bytes
 from ..vbar.protocol import VBAR
 from .bundle import Bundle
 from .param import Param
@@ -143,12 +144,15 @@ class Caster:
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
         """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
-        again: the failed call may run once more. Returns `again` where memory was freed, else False.
+        again: the failed call may run once more. Returns `again` where memory was freed, else False. On a device that
+        computes on host memory, whoever else holds some gives way too.
         """
         if not is_out_of_memory(error):
             return False
         self.on_out_of_memory()
         freed = self.free()
+        if self.backend.in_place and is_refusal(error):
+            freed += give_way(refused_bytes(error))
         if not freed:
             return False
         self.counters.retries += again
@@ -159,6 +163,11 @@ class Caster:
             level=logging.WARNING,
         )
         return again
+
+    def explain(self, bundle: Bundle, error: BaseException) -> None:
+        """Raise OutOfRAM in place of an error by which torch says that the system refused host memory."""
+        if self.backend.in_place and is_refusal(error) and not isinstance(error, OutOfRAM):
+            raise explained(refused_bytes(error), f"'{bundle.name}'") from error
 
     @contextmanager
     def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:

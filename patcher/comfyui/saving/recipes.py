@@ -14,6 +14,7 @@ from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.disk_map import check_files
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
+from ....ops.ram.available import available_ram
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
 from ..patches.weight_patch import WeightPatch
 
@@ -123,14 +124,15 @@ class Quantised(Recipe):
     """Quantises a weight with one scale for all of it, in a layout of ComfyUI's. Parts are named by suffix.
 
     The scale must be known before the first number is rounded. Rows computed for it are kept while they take no more
-    memory than the stored weight. The others are computed again.
+    memory than the stored weight, and half of the RAM that is free. The others are computed again.
     """
 
     def __init__(self, weight: FinalWeight, layout: str) -> None:
         self.weight, self.layout = weight, get_layout_class(layout)
 
     def parts(self) -> Iterator[Part]:
-        largest, kept, rest, room = torch.zeros(1, 1), deque(), None, tensor_bytes(self.weight.source)
+        largest, kept, rest = torch.zeros(1, 1), deque(), None
+        room = min(tensor_bytes(self.weight.source), available_ram().available // 2)
         for start, rows in self.weight.parts():
             room -= rows.nbytes
             if room >= 0:

@@ -17,6 +17,7 @@ from ....ops.files.deferred import Assembling, Deferred
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
 from ....ops.gather import is_wrapper
+from ....ops.ram import shortage
 from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
 from ..running import drop_unloaded
@@ -93,11 +94,15 @@ def save_model(
 
 
 def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Have ComfyUI free device memory for the largest weight, its patch, their product and the result in float32."""
+    """Free memory for the largest weight, its patch, their product and the result in float32.
+
+    On a device ComfyUI frees it, and the result comes to the RAM. There cached outputs and pins give way.
+    """
+    largest = 4 * max((tensor.numel() for tensor in tensors.values()), default=0)
     if device.type != "cpu":
-        largest = max((tensor.numel() for tensor in tensors.values()), default=0)
         drop_unloaded()
-        comfy.model_management.free_memory(4 * 4 * largest, device)
+        comfy.model_management.free_memory(4 * largest, device)
+    shortage.make_room(4 * largest if device.type == "cpu" else largest)
 
 
 def final_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinalWeight]:
