@@ -68,7 +68,8 @@ def save_model(
 
     Each weight is written as its model computes with it, patches applied, then rounded to `dtype`, a name in
     SAVE_DTYPES. A quantisation is for the repeated blocks of the MODEL, and the rest is then as loaded. extra: more
-    tensors by key. Saving loads nothing onto a device and changes no model. Raises SaveError and FileExistsError.
+    tensors by key. Saving loads nothing onto a device and changes no model. Where another process has taken the number
+    that the path ends with by the end, the next free one is used. Raises SaveError and FileExistsError.
     """
     if dtype not in SAVE_DTYPES:
         raise ValueError(f"dtype '{dtype}' is not one of {', '.join(SAVE_DTYPES)}.")
@@ -89,8 +90,8 @@ def save_model(
         named = model.model.state_dict_for_saving(unet, **parts)
         tensors = {key: assembling.resolve(tensor) for key, tensor in {**named, **(extra or {})}.items()}
     make_room(model.load_device, tensors)
-    nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
-    return Saved(Path(path), nbytes, time.perf_counter() - begun)
+    written = save(path, tensors, metadata, progress=progress, counted=True, journal=journal)
+    return Saved(*written, time.perf_counter() - begun)
 
 
 def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
