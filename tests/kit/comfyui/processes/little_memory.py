@@ -1,6 +1,6 @@
 """Run a model in ComfyUI's executor, after images that the output cache keeps, in a process with little memory.
 
-little_memory.py COMFYUI PACK BASE FILE IMAGES MIB STEPS DTYPE
+little_memory.py COMFYUI PACK BASE FILE IMAGES MIB STEPS
 
 Prints JSON: a digest of the latent, what the cache evicted, the peak of private memory and what was decided.
 """
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-comfyui, pack, base, file, images, mib, steps, dtype = sys.argv[1:]
+comfyui, pack, base, file, images, mib, steps = sys.argv[1:]
 sys.path[:0] = [comfyui, f"{pack}/tests"]
 runpy.run_path(f"{pack}/prestartup_script.py")
 
@@ -32,12 +32,13 @@ from kit.comfyui import sampling
 from spillway.cache.comfyui import install
 from spillway.nodes.load import SpillwayLoadDiffusionModel
 from spillway.ops.ram.available import available_ram, process_bytes
-from spillway.patcher.dynamic_model import models
 
 torch.set_num_threads(2)
+peak, log = [0], []
+handler = logging.Handler()
+handler.emit = lambda record: log.append(record.getMessage())
+logging.getLogger("spillway").addHandler(handler)
 logging.getLogger("spillway").setLevel(logging.INFO)
-logging.getLogger().setLevel(logging.WARNING)
-peak, decisions = [0], []
 
 
 def watch():
@@ -95,7 +96,7 @@ def image_prompt(number):
 
 
 MODEL = {
-    "load": node("Load", unet_name=file, weight_dtype=dtype),
+    "load": node("Load", unet_name=file, weight_dtype="default"),
     "conds": node("Conds", model=["load", 0]),
     "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
     "sample": node(
@@ -144,8 +145,7 @@ print(
             "peak": peak[0],
             "seconds": time.perf_counter() - before_model,
             "begun": [begun.available, begun.total, begun.reason],
-            "cache": list(engine.ledger.decisions),
-            "model": [line for model in list(models) for line in model.ledger.decisions],
+            "log": log,
         }
     )
 )
