@@ -267,6 +267,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             return super().patch_weight_to_device(key, *args, **kwargs)
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        for disk_map in getattr(self.model, "spillway_maps", ()):
+            disk_map.check()  # ComfyUI's own nodes read the sources
         with sources_standing(self.state.dynamic):
             return super().model_state_dict_for_saving(*args, **kwargs)
 

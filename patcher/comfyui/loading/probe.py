@@ -6,8 +6,10 @@ from typing import Any
 
 import comfy.model_detection
 
+from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.disk_map import DiskMap
 from ....ops.files.probe import Probe, probe
+from ....ops.files.watched_file import FileChanged
 
 
 def probe_file(path: str) -> tuple[Probe, str]:
@@ -22,13 +24,17 @@ def probe_file(path: str) -> tuple[Probe, str]:
 
 def comfyui_name(path: str) -> str:
     """Find ComfyUI's name for the diffusion model in a file, or '' where it knows none."""
-    tensors: dict[str, Any] = DiskMap(path).state_dict()
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    for begin in (prefix, ""):
-        try:
-            config = comfy.model_detection.model_config_from_unet(tensors, begin)
-        except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # names of one model, shapes of another
-            continue
-        if config is not None:
-            return type(config).__name__
+    disk_map = DiskMap(path)
+    tensors: dict[str, Any] = disk_map.state_dict()
+    with CheckBeforeRead([disk_map]):
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+        for begin in (prefix, ""):
+            try:
+                config = comfy.model_detection.model_config_from_unet(tensors, begin)
+            except FileChanged:
+                raise
+            except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # names of one model, shapes of another
+                continue
+            if config is not None:
+                return type(config).__name__
     return ""

@@ -37,10 +37,10 @@ class FinalWeight:
 
         Raises FileChanged where a file that is read has changed.
         """
-        self._check_files()
         ranges = [edges for edges in row_ranges(self.shape) if edges[0] >= first]
         if self.device.type == "cpu" and self._can_be_parted():
             for start, stop in ranges:
+                self._check_files()
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
                 rows = self.source[start:stop] if self.shape else self.source
                 cast = rows.to(self.dtype)
