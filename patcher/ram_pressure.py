@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
+from heapq import nlargest
 from typing import Protocol
 
 from ..ops.ledger import Ledger, in_words
@@ -79,6 +80,15 @@ def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
 def room_for_pins() -> int:
     """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
     return max(0, available.recent_ram().available - ram_reserve())
+
+
+def room_for_staging(sizes: Iterable[int], count: int, held: int) -> int:
+    """Count the bytes that bundles on their way may be gathered in. One of them must pass, however short RAM is.
+
+    sizes: of the bundles. count: how many may be on their way. held: what their buffers take by now.
+    """
+    buffers = nlargest(count, sizes)
+    return max(sum(buffers[:1]), min(sum(buffers), room_for_pins() + held))
 
 
 def _limit() -> str:

@@ -144,8 +144,8 @@ class Caster:
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
         """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
-        again: the failed call may run once more. Returns `again` where memory was freed, else False. On a device that
-        computes on host memory, whoever else holds some gives way too.
+        again: the failed call may run once more. Returns `again` where memory was freed, else False. Where host memory
+        was refused, whoever else holds some gives way too.
         """
         if not is_out_of_memory(error):
             return False
@@ -157,11 +157,8 @@ class Caster:
             return False
         self.counters.retries += again
         done = "and ran it again" if again else "for whoever tries next; it cannot be run again half way"
-        self.ledger.decide(
-            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}. "
-            "A larger headroom avoids this.",
-            level=logging.WARNING,
-        )
+        said = f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}."
+        self.ledger.decide(f"{said} A larger headroom avoids this.", level=logging.WARNING)
         return again
 
     def explain(self, bundle: Bundle, error: BaseException) -> None:
