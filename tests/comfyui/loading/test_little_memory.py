@@ -4,6 +4,7 @@ The limit is a control group's where one can be made, as by root. Elsewhere SPIL
 private memory stands for the kernel, which would end the process beyond the limit.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -19,19 +20,22 @@ SMALL = {"hidden": 1024, "depth": 2, "depth_single": 2, "context": 512, "pooled"
 
 @pytest.fixture
 def model(checkpoint, models_dir, request):
-    """The name of a file, which is gone afterwards."""
+    """A file in the folder of diffusion models, which is gone afterwards."""
     path = Path(checkpoint("flux", **request.param))
     there = models_dir / "diffusion_models" / path.name
     shutil.move(path, there)
-    yield there.name
+    yield there
     there.unlink()
 
 
-def run(name, limit, images):
-    """Run the model in `limit` bytes after `images` of 100 MiB each."""
+def run(model, limit, images):
+    """Run the model in `limit` bytes after `images` of 100 MiB each. Pages of its file count from the first on."""
+    with open(model, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with control_group(limit) as group:
         variables = {} if group is not None else {"SPILLWAY_RAM_GB": str(limit / GIB)}
-        said = run_script("little_memory.py", name, str(images), "100", "2", around=group, **variables)
+        said = run_script("little_memory.py", model.name, str(images), "100", "2", around=group, **variables)
         assert group is None or not killed_in(group)
     assert said["peak"] < limit
     return said
@@ -51,7 +55,7 @@ def test_a_small_model_in_little_memory(model):
 @pytest.mark.parametrize("model", [BIG], indirect=True)
 def test_a_model_of_almost_four_gigabytes_in_three_two_and_one(model):
     """Its weights take 7.5 GiB. The bits are those of a run with all memory, however little there is."""
-    wanted = run_script("little_memory.py", model, "0", "100", "2")["digest"]
+    wanted = run_script("little_memory.py", model.name, "0", "100", "2")["digest"]
     for limit in (3, 2, 1):
         for images in (0, 20):
             assert run(model, limit * GIB, images)["digest"] == wanted
