@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops.ledger import Ledger, in_words
-from ..ops.ram import allocator
-from ..ops.ram.available import Available, available_ram
+from ..ops.ram import allocator, shortage
+from ..ops.ram.available import Available, available_ram, refusing_limit
 from .choose import Candidates, choose
 from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
@@ -79,6 +79,8 @@ class OutputCache:
         self.holdings = Holdings()
         self.kinds: defaultdict[str, Kind] = defaultdict(Kind)
         self.protected: set[Hashable] = set()
+        self._needed: Callable[[], Collection[Hashable]] = tuple  # as `relieve` was told last
+        shortage.register(self)
 
     @property
     def entries(self) -> dict[Hashable, Entry]:
@@ -216,6 +218,7 @@ class OutputCache:
         """
         freed = 0
         with self.lock:
+            self._needed = needed
             for _ in range(ROUNDS):
                 state = self.available()
                 short = target - state.available
@@ -229,6 +232,17 @@ class OutputCache:
                 if not eviction.entries:
                     break
         return freed
+
+    def give_ram(self, nbytes: int) -> int:
+        """Evict for an allocation that the system has refused. Returns the bytes that this freed."""
+        # Do not wait. Who holds the lock may be freeing a model, and wait for a lock that the caller holds.
+        if not self.lock.acquire(blocking=False):
+            return 0
+        try:
+            limit = refusing_limit()
+            return self.evict(nbytes, self._needed(), reason=f"memory was refused by {limit.reason}").freed
+        finally:
+            self.lock.release()
 
     def evict(
         self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"

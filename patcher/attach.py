@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from ..ops.files.disk_map import SourceError
+from ..ops.errors import SpillwayError
+from ..ops.files.disk_map import SourceError, check_files
 from ..ops.files.source import Source
-from ..ops.gather import is_wrapper
+from ..ops.gather import inner_tensors, is_wrapper
 from ..ops.lending.block import Block
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.layer import dynamic_class, has_forward
@@ -20,7 +21,7 @@ ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
 Int8Choice = Callable[[torch.nn.Module, str, torch.Tensor], int]
 
 
-class Unsupported(TypeError):
+class Unsupported(SpillwayError, TypeError):
     """Names a module that cannot be made dynamic, and says why."""
 
 
@@ -161,6 +162,7 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
                     f"{where}: tensor '{key}' has shape {tuple(tensor.shape)}, the buffer of "
                     f"{type(module).__name__} has {tuple(buffer.shape)}. The file is of another kind."
                 )
+            check_files(inner_tensors(tensor))
             module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..ops.gather import tensor_bytes
+from ..ops.files.disk_map import check_files
+from ..ops.gather import inner_tensors, tensor_bytes
 
 
 class PlacedBuffers:
@@ -28,6 +29,7 @@ class PlacedBuffers:
             for module in self._module.modules():
                 for attr, buffer in module._buffers.items():
                     if buffer is not None and buffer.device != self._device and not buffer.is_meta:
+                        check_files(inner_tensors(buffer))
                         there = moved.setdefault(id(buffer), buffer.to(self._device))
                         module._buffers[attr] = there
                         self._placed[module, attr] = (buffer, there, there._version)

@@ -19,6 +19,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
+from ..ops.ram import shortage
 from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
@@ -29,13 +30,24 @@ from .first_use.verdict import COPIES, VBAR, Verdict
 from .headroom import headroom_bytes
 from .load_plan import use_cost
 from .policy import Policy
-from .ram_pressure import available_ram, relieve
+from .ram_pressure import available_ram, give_pins, relieve, room_for_pins
 from .remembered import Remembered
 from .residency import Residency
 from .writes import follow_writes, note_kept
 
 # Every dynamic model that is alive, for the memory report and for freeing.
 models: weakref.WeakSet[DynamicModel] = weakref.WeakSet()
+
+
+class _AllPins:
+    """The pins of all models, which give way where memory is refused."""
+
+    def give_ram(self, nbytes: int) -> int:
+        return give_pins(models, nbytes)
+
+
+_all_pins = _AllPins()
+shortage.register(_all_pins)
 
 
 class DynamicModel(Figures):
@@ -129,7 +141,7 @@ class DynamicModel(Figures):
         if self.residency is None:
             self._heed_first_use()
             if self.pins is None:
-                self.pins = Pins(self._device, self._pin_budget(), self._remembered.order)
+                self.pins = Pins(self._device, self._pin_budget(), self._remembered.order, room_for_pins)
             try:
                 self.place_buffers()
                 residency = Residency(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
+from heapq import nlargest
 from typing import Protocol
 
 from ..ops.ledger import Ledger, in_words
@@ -58,7 +59,7 @@ def relieve(models: Iterable[PinHolder]) -> int:
         return 0
     _looked = now
     short = ram_reserve() - available_ram()
-    return _free_pins(held, short, "RAM runs short") if short > 0 else 0
+    return _free_pins(held, short, f"RAM runs short{_limit()}") if short > 0 else 0
 
 
 def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
@@ -68,7 +69,31 @@ def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
     for its pins.
     """
     short = nbytes - available_ram()
-    return _free_pins(models, short, "another model needs RAM") if short > 0 else 0
+    return _free_pins(models, short, f"another model needs RAM{_limit()}") if short > 0 else 0
+
+
+def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
+    """Free `nbytes` of pins for an allocation that the system has refused. Returns the bytes freed."""
+    return _free_pins(models, nbytes, "memory was refused")
+
+
+def room_for_pins() -> int:
+    """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
+    return max(0, available.recent_ram().available - ram_reserve())
+
+
+def room_for_staging(sizes: Iterable[int], count: int, held: int) -> int:
+    """Count the bytes that bundles on their way may be gathered in. One of them must pass, however short RAM is.
+
+    sizes: of the bundles. count: how many may be on their way. held: what their buffers take by now.
+    """
+    buffers = nlargest(count, sizes)
+    return max(sum(buffers[:1]), min(sum(buffers), room_for_pins() + held))
+
+
+def _limit() -> str:
+    ram = available.recent_ram()
+    return "" if ram.of_machine else f" ({ram.reason})"
 
 
 def _free_pins(models: Iterable[PinHolder], nbytes: int, reason: str) -> int:

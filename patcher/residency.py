@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from heapq import nlargest
 
 from ..ops.device.backend import Backend
 from ..ops.gather import aligned
@@ -23,6 +22,7 @@ from .choose_vbar import choose_vbar
 from .headroom import GIB, headroom_bytes
 from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload, use_cost
 from .policy import Policy
+from .ram_pressure import room_for_staging
 from .remembered import Remembered
 
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
@@ -209,9 +209,8 @@ class Residency:
             )
 
     def _free_in_words(self) -> str:
-        free, _ = self.device.memory()
         kept = "headroom" if self.kept_free == self.headroom else "for the computation"
-        return f"{in_words(free)} free, {in_words(self.kept_free)} {kept}"
+        return f"{self.device.free_in_words()}, {in_words(self.kept_free)} {kept}"
 
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
@@ -220,7 +219,8 @@ class Residency:
         casts = max(map(casting, self.bundles), default=0)
         room = self._available() - min(plan.limit, resides)
         # A budget of 0 asks for streaming, which is as fast as ever.
-        staging = sum(nlargest(1 + self.ahead, (bundle.source_bytes for bundle in self.bundles)))
+        sizes = [bundle.source_bytes for bundle in self.bundles]
+        staging = room_for_staging(sizes, 1 + self.ahead, self.caster.staging_bytes)
         self.caster.set_room(plan.reserve if self.budget() == 0 else room, casts, staging)
 
     def _raise_limit(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..device.out_of_memory import is_out_of_memory
+from ..errors import SpillwayError
 from ..gather import is_wrapper
 from .skeleton import skeleton
 
@@ -94,7 +95,7 @@ def as_argument(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Failed(Exception):
+class Failed(SpillwayError, Exception):
     """A block could not be compiled; its arguments are as they were."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SpillwayError
 from ..gather import inner_tensors, is_wrapper
 
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -22,7 +23,7 @@ INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-class Untraceable(TypeError):
+class Untraceable(SpillwayError, TypeError):
     """A block that cannot be compiled with its weights lifted out, and why."""
 
 

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
-import psutil
 import torch
 
-from ..ledger import first_line
+from ..errors import SpillwayError
+from ..ledger import first_line, in_words
+from ..ram.available import recent_ram
+from ..ram.shortage import obtain
 from .identity import identity
 from .locked_memory import locked
 
@@ -112,7 +114,7 @@ class Backend:
     def memory(self) -> tuple[int, int]:
         """Return (free, total) bytes that weights could take on the device.
 
-        The host's figures stand in for a device that shares its memory, or that nobody can ask.
+        The RAM that this process can have stands in for a device that shares it, or that nobody can ask.
         """
         if self._figures is not None:
             return self._figures(self.device)
@@ -120,8 +122,17 @@ class Backend:
             module = torch.get_device_module(self.device)
             if hasattr(module, "mem_get_info"):
                 return with_idle(module, self.device)
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        ram = recent_ram()
+        return ram.available, ram.total
+
+    def free_in_words(self) -> str:
+        """Word what is free, and the limit that this minds where there is one beside the device's size."""
+        free, _ = self.memory()
+        return f"{in_words(free)} free{self.limit_in_words()}"
+
+    def limit_in_words(self) -> str:
+        """Word the limit of the free memory, with a space before it. Empty where that is the device's size."""
+        return ""
 
     def settle(self) -> None:
         """Wait for the device before memory is freed, in whichever thread that happens.
@@ -148,6 +159,13 @@ class CpuBackend(Backend):
 
     def identity(self) -> None:
         return None
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return obtain(lambda: super(CpuBackend, self).empty(nbytes), nbytes, "a weight")
+
+    def limit_in_words(self) -> str:
+        ram = recent_ram()
+        return "" if ram.of_machine else f" of {ram.reason}"
 
 
 # cudaHostRegisterPortable: locked for every device, not for the current device alone.
@@ -214,7 +232,7 @@ class StreamBackend(Backend):
         return with_idle(self._module, self.device)
 
 
-class DeviceError(RuntimeError):
+class DeviceError(SpillwayError, RuntimeError):
     """A device that does not exist, cannot hold weights, or does not answer any more."""
 
 

@@ -139,6 +139,9 @@ class CarefulBackend(Backend):
     def current(self) -> AbstractContextManager[Any]:
         return self.unwrapped.current()
 
+    def limit_in_words(self) -> str:
+        return self.unwrapped.limit_in_words()
+
     def memory(self) -> tuple[int, int]:
         try:
             return self._retry_once(self.unwrapped.memory)

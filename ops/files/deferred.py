@@ -53,8 +53,8 @@ class Stored(Recipe):
 
     def parts(self) -> Iterator[Part]:
         tensor = self.tensor.detach()
-        check_files(inner_tensors(tensor))
         for start, stop in row_ranges(tuple(tensor.shape)):
+            check_files(inner_tensors(tensor))
             rows = tensor[start:stop] if tensor.dim() else tensor
             yield Part("", start, rows.to(device="cpu", dtype=self.dtype).contiguous())
 

@@ -14,11 +14,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 
 from ..ram.available import available_ram
+from ..ram.process_limits import private_room
+from ..ram.shortage import obtain
 from .private_pages import has_private_pages
 from .safetensors_header import Header, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
@@ -113,23 +115,35 @@ def check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
         before, end = key, spec.offset + spec.nbytes
 
 
-def _map(file: BinaryIO, file_bytes: int) -> tuple[mmap.mmap, bool]:
+class MappedFile(mmap.mmap):
+    """The map of a file. It lives as long as a tensor in it, and knows whether the file is what was opened."""
+
+    address: int
+    file_bytes: int
+    check: Callable[[], None]
+
+
+def _map(file: BinaryIO, file_bytes: int) -> tuple[MappedFile, bool]:
     """Map a whole file, however large. Return the map, and whether it is read-only.
 
     A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
-    unless told not to, which a model larger than RAM would fail. Windows cannot be told. There the map is writable
-    while that leaves as much again to others. Else it is read-only, and a write ends the process.
+    unless told not to, which a model larger than RAM would fail. Windows cannot be told, and `ulimit -d` counts the map
+    all the same. There the map is writable while that leaves as much again to others. Else it is read-only, and a write
+    ends the process.
     """
+    room = private_room()
     try:
+        if room is not None and 2 * file_bytes > room:
+            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
         if sys.platform != "win32":
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
             flags, prot = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot), False
+            return MappedFile(file.fileno(), 0, flags=flags, prot=prot), False
         if 2 * file_bytes <= available_ram().available:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), False
+            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_COPY), False
     except OSError:  # a system that never overcommits
         pass
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), True
+    return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
 
 
 class DiskMap:
@@ -158,12 +172,17 @@ class DiskMap:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
             self.check, self.check_often = watched.check, watched.check_often
             self._specs = self._describe(file, keep, rename)
-            self._map, self.read_only = _map(file, self.file_bytes)
+            self._map, self.read_only = obtain(
+                lambda: _map(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
+            )
+        self.check()  # the system maps the file as it is now
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
         self._lent: dict[str, torch.Tensor] = {}
         self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
         self._offsets = [self._offset(key) for key in self._order]
+        self._map.address, self._map.file_bytes, self._map.check = self.address, self.file_bytes, watched.check
+        _mapped_files.add(self._map)
         _open_maps.add(self)
 
     def _describe(
@@ -253,15 +272,28 @@ class DiskMap:
             self._map.madvise(option, start, offset + nbytes - start)
 
 
+Place = TypeVar("Place", DiskMap, MappedFile)
+
 _open_maps: weakref.WeakSet[DiskMap] = weakref.WeakSet()
+# Of tensors that outlive their DiskMap too, as in another pack's merge.
+_mapped_files: weakref.WeakSet[MappedFile] = weakref.WeakSet()
 
 
 def map_of(tensor: torch.Tensor) -> DiskMap | None:
     """Return the map that the elements of a strided tensor lie in; None for ordinary memory."""
+    return _holder(tensor, _open_maps)
+
+
+def mapped_file(tensor: torch.Tensor) -> MappedFile | None:
+    """Return the mapped file that the elements of a strided tensor lie in; None for ordinary memory."""
+    return _holder(tensor, _mapped_files)
+
+
+def _holder(tensor: torch.Tensor, places: Iterable[Place]) -> Place | None:
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
     address = tensor.data_ptr()
-    return next((m for m in _open_maps if 0 <= address - m.address < m.file_bytes), None)
+    return next((place for place in places if 0 <= address - place.address < place.file_bytes), None)
 
 
 def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
@@ -274,8 +306,8 @@ def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
 
 def check_files(tensors: Iterable[torch.Tensor]) -> None:
     """Raise FileChanged where a file that ordinary tensors lie in has changed since it was opened."""
-    for disk_map in {map_of(tensor) for tensor in tensors} - {None}:
-        disk_map.check()  # type: ignore[union-attr]
+    for file in {mapped_file(tensor) for tensor in tensors} - {None}:
+        file.check()  # type: ignore[union-attr]
 
 
 def open_maps() -> Iterator[DiskMap]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..ram.available import available_ram
+from ..ram.shortage import obtain
 from .disk_map import DiskMap, tensor_specs
 from .safetensors_header import open_file, parse_header
 from .watched_file import changed, stamp
@@ -29,7 +30,8 @@ def read_whole(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], d
         if header.file_bytes * SHARE > available_ram().available:
             return _mapped(path)
         specs = tensor_specs(header)
-        memory = mmap.mmap(-1, header.file_bytes)
+        size = header.file_bytes
+        memory = obtain(lambda: mmap.mmap(-1, size), size, f"{path}: reading this file")
         file.seek(0)
         file.readinto(memory)  # type: ignore[attr-defined]
         now = stamp(file.fileno())

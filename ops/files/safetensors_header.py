@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import SpillwayError
+
 # The limit of the format's reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
@@ -21,7 +23,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 AGAIN = "Download or copy the file again."
 
 
-class SourceError(ValueError):
+class SourceError(SpillwayError, ValueError):
     """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
 
 

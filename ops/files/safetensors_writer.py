@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SpillwayError
 from ..ledger import in_words
 from .disk_map import DTYPES
 from .partial_file import PartialFile
@@ -29,7 +30,7 @@ SPARE_BYTES = 1 << 20
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
 
 
-class SaveError(RuntimeError):
+class SaveError(SpillwayError, RuntimeError):
     """A file that could not be written. Names the file, the need and the remedy. Nothing of the file is left."""
 
 
@@ -85,8 +86,9 @@ def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> by
 class SafetensorsWriter:
     """A safetensors file under way. The context manager leaves it complete under its name, or not there at all.
 
-    specs: key -> dtype and shape. Tensors may be written in any order and in parts. overwrite, journal: as for
-    PartialFile. Raises SaveError where the disk has no room for the whole file, before a byte is written.
+    specs: key -> dtype and shape. Tensors may be written in any order and in parts. overwrite, counted, journal: as for
+    PartialFile. path: of the file, which `counted` may change when it is complete. Raises SaveError where the disk has
+    no room for the whole file, before a byte is written.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         overwrite: bool = False,
+        counted: bool = False,
         journal: Path | None = None,
     ) -> None:
         self.path = Path(path)
@@ -107,13 +110,14 @@ class SafetensorsWriter:
             self._offsets[key] = self.file_bytes
             self.file_bytes += specs[key].nbytes
         self._left = {key: spec.nbytes for key, spec in specs.items()}
-        self._overwrite, self._journal = overwrite, journal
+        self._naming = {"overwrite": overwrite, "counted": counted}
+        self._journal = journal
         self._partial: PartialFile | None = None
 
     def __enter__(self) -> SafetensorsWriter:
         self._check_space()
         try:
-            self._partial = PartialFile(self.path, overwrite=self._overwrite, journal=self._journal)
+            self._partial = PartialFile(self.path, **self._naming, journal=self._journal)
         except FileExistsError:
             raise
         except OSError as error:
@@ -136,6 +140,7 @@ class SafetensorsWriter:
             if error_type is None:
                 self._check_complete()
                 self._partial.commit()
+                self.path = self._partial.target
         except FileExistsError as there:
             raise SaveError(f"{there} Save again under another name.") from there
         except OSError as failed:

@@ -22,6 +22,13 @@ WAITING = 2
 AHEAD_BYTES = 64 << 20
 
 
+class Written(NamedTuple):
+    """A file that is complete under its name. nbytes: its size."""
+
+    path: Path
+    nbytes: int
+
+
 class _Job(NamedTuple):
     """Tensors that are computed together. keys: name of a part -> the keys that it is saved under."""
 
@@ -36,9 +43,10 @@ def save(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
     overwrite: bool = False,
+    counted: bool = False,
     journal: Path | None = None,
-) -> int:
-    """Write a safetensors file. Return its bytes.
+) -> Written:
+    """Write a safetensors file. overwrite, counted, journal: as for PartialFile.
 
     progress: called with (bytes of tensors computed so far, bytes of all). An error that it raises ends the saving.
     Raises SaveError, FileExistsError, and FileChanged where a file that is read has changed. After any error a file of
@@ -47,7 +55,7 @@ def save(
     specs = {key: SavedSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     jobs = _jobs(tensors, specs)
     total = sum(spec.nbytes for spec in specs.values())
-    with SafetensorsWriter(path, specs, metadata, overwrite=overwrite, journal=journal) as writer:
+    with SafetensorsWriter(path, specs, metadata, overwrite=overwrite, counted=counted, journal=journal) as writer:
         done, ahead, requested = 0, 0, 0
         progress(0, total)
         with _Behind(writer, specs) as behind:
@@ -65,7 +73,7 @@ def save(
                 check_files(read)  # what another program wrote meanwhile must not be saved
                 for inner in read:
                     drop_pages(inner)
-        return writer.file_bytes
+    return Written(writer.path, writer.file_bytes)
 
 
 def _jobs(tensors: Mapping[str, Deferred], specs: Mapping[str, SavedSpec]) -> list[_Job]:

@@ -49,8 +49,8 @@ class WatchedFile:
         """Do what `check` does, at most once in INTERVAL. Resident weights are lent in a few microseconds."""
         now = time.monotonic()
         if now >= self._next:
+            self.check()  # a file that has changed is one at every question
             self._next = now + INTERVAL
-            self.check()
 
 
 def changed(path: Path, before: int, now: int) -> FileChanged:

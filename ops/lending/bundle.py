@@ -46,6 +46,9 @@ class Lending(Protocol):
         again: the forward may run once more. Returns `again` where memory was freed, else False.
         """
 
+    def explain(self, bundle: Bundle, error: BaseException) -> None:
+        """Raise an error that names the limit in place of one of a forward that says that memory was refused."""
+
 
 class Lender(Protocol):
     """Whoever brings a bundle's tensors. Layers and blocks know nothing else of how weights travel."""
@@ -230,12 +233,16 @@ class Bundle:
             return forward(*args, **kwargs)
         except Exception as error:
             if not lending.make_room(self, error, may_repeat(module)):
+                lending.explain(self, error)
                 raise
         finally:
             lending.exit(self)
         lending = self.lender.enter(self)
         try:
             return forward(*args, **kwargs)
+        except Exception as error:
+            lending.explain(self, error)
+            raise
         finally:
             lending.exit(self)
 

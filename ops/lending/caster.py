@@ -22,6 +22,7 @@ import torch
 from ..device.backend import Backend, Event
 from ..device.out_of_memory import is_out_of_memory
 from ..ledger import Ledger, in_words
+from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_bytes
 from ..vbar.protocol import VBAR
 from .bundle import Bundle
 from .final_form import make_final
@@ -141,22 +142,27 @@ class Caster:
     def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool:
         """Evict the bundles that are not in use, where the error of a forward or a loan says out of memory.
 
-        again: the failed call may run once more. Returns `again` where memory was freed, else False.
+        again: the failed call may run once more. Returns `again` where memory was freed, else False. Where host memory
+        was refused, whoever else holds some gives way too.
         """
         if not is_out_of_memory(error):
             return False
         self.on_out_of_memory()
         freed = self.free()
+        if self.backend.in_place and is_refusal(error):
+            freed += give_way(refused_bytes(error))
         if not freed:
             return False
         self.counters.retries += again
         done = "and ran it again" if again else "for whoever tries next; it cannot be run again half way"
-        self.ledger.decide(
-            f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}. "
-            "A larger headroom avoids this.",
-            level=logging.WARNING,
-        )
+        said = f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}."
+        self.ledger.decide(f"{said} A larger headroom avoids this.", level=logging.WARNING)
         return again
+
+    def explain(self, bundle: Bundle, error: BaseException) -> None:
+        """Raise OutOfRAM in place of an error by which torch says that the system refused host memory."""
+        if self.backend.in_place and is_refusal(error) and not isinstance(error, OutOfRAM):
+            raise explained(refused_bytes(error), f"'{bundle.name}'") from error
 
     @contextmanager
     def borrow(self, bundle: Bundle) -> Iterator[list[torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -69,16 +70,18 @@ class PinBlocks:
         """Return the bytes of all blocks, used or not."""
         return sum(block.nbytes for block in self.blocks)
 
-    def take(self, nbytes: int, wanted: int, budget: int) -> Extent | None:
+    def take(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> Extent | None:
         """Return an extent of `nbytes`, of a block that is there, else of a new block of `wanted` bytes.
 
-        A new block is smaller where `budget` (bytes of all blocks) allows no more. Returns None where there is no room.
+        A new block is smaller where `budget` (bytes of all blocks) or `room` (bytes of RAM) allow no more. Returns None
+        where there is no room.
         """
         for block in self.blocks:
             extent = block.cut(nbytes)
             if extent is not None:
                 return extent
         size = min(max(nbytes, wanted), budget - self.nbytes)
+        size = min(size, room()) if size >= nbytes else size
         return self.add(self.backend.host_empty(size), nbytes) if size >= nbytes else None
 
     def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:

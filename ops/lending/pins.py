@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,21 @@ class Pin:
 
 
 class Pins:
-    """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one."""
+    """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one.
 
-    def __init__(self, backend: Backend, budget: int, bundles: Sequence[Bundle] = ()) -> None:
+    room: tells how many bytes of RAM pins may still take, whatever the budget.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        budget: int,
+        bundles: Sequence[Bundle] = (),
+        room: Callable[[], int] = lambda: 1 << 62,
+    ) -> None:
         self.backend = backend
         self.budget = budget
+        self.room = room
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
         self.changes = 0  # how often a final form came or went: costs are not what they were
         self._blocks = PinBlocks(backend)
@@ -67,10 +77,10 @@ class Pins:
         if bundle.offload_to == "disk":
             return None
         if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
-            room = self.budget - self.held >= nbytes
+            room = min(self.budget - self.held, self.room()) >= nbytes
             extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
         else:
-            extent = self._blocks.take(nbytes, self._block_bytes(bundle, nbytes), self.budget)
+            extent = self._blocks.take(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
         if extent is None and version is not None:
             extent = self._displace(nbytes)
         if extent is None:

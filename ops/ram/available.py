@@ -1,10 +1,11 @@
-"""The RAM that this process can really have."""
+"""The RAM that this process can really have. Whoever decides by the RAM asks here."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -12,8 +13,13 @@ import psutil
 from .. import settings
 from ..ledger import in_words
 from . import cgroup
+from .process_limits import process_limits
 
 GIB = 1 << 30
+# Asking takes up to a millisecond where there are cgroups.
+RECENT_SECONDS = 0.02
+# Linux counts the pages of mapped files as available also while they are in use. Elsewhere those in use are not.
+COUNTS_MAPPED_FILES = sys.platform == "linux"
 # Shares of the last ten seconds in which a task waited for memory. From the first on, only a part of the available
 # memory can be had without waiting; from the second on, none.
 PRESSURE_BEGINS, PRESSURE_FULL = 0.10, 0.40
@@ -21,17 +27,27 @@ PRESSURE_BEGINS, PRESSURE_FULL = 0.10, 0.40
 
 @dataclass(frozen=True)
 class Available:
-    """available: bytes that can be had. total: bytes in all. reason: the limit of them, in words."""
+    """available: bytes that can be had. total: bytes in all. reason: the limit of them, in words.
+
+    remedy: what a user can do about the limit. of_machine: whether it is the machine's memory itself.
+    """
 
     available: int
     total: int
     reason: str
+    remedy: str = "Close other programs, or choose a smaller model."
+    of_machine: bool = field(default=False, compare=False)
+
+    def in_words(self) -> str:
+        """Word what is free, and of which limit unless it is the machine's memory."""
+        return f"{in_words(self.available)} free" + ("" if self.of_machine else f" of {self.reason}")
 
 
 def available_ram(root: Path = Path("/")) -> Available:
-    """Return the least that host memory, cgroups, memory pressure, the commit limit and SPILLWAY_RAM_GB allow.
+    """Return the least that memory, cgroups, pressure, the limits of process and system and SPILLWAY_RAM_GB allow.
 
-    root: where /proc and the mounted file systems are looked for.
+    Pages of files count as available, also those of weights that are used where they lie: the system takes them back
+    when memory is asked for. root: where /proc and the mounted file systems are looked for.
     """
     group = cgroup.tightest(root) if sys.platform == "linux" else None
     least = min(_limits(group), key=lambda limit: limit.available)
@@ -39,8 +55,20 @@ def available_ram(root: Path = Path("/")) -> Available:
     if stalled > PRESSURE_BEGINS:
         left = max(0.0, 1 - (stalled - PRESSURE_BEGINS) / (PRESSURE_FULL - PRESSURE_BEGINS))
         reason = f"{least.reason}, and tasks waited for memory {stalled:.0%} of the last ten seconds"
-        return Available(int(least.available * left), least.total, reason)
+        return Available(int(least.available * left), least.total, reason, least.remedy)
     return least
+
+
+_recent: tuple[float, Available] = (-RECENT_SECONDS, Available(0, 0, ""))
+
+
+def recent_ram() -> Available:
+    """Return what `available_ram` said at most RECENT_SECONDS ago, for callers that ask several times a step."""
+    global _recent
+    now = time.monotonic()
+    if now - _recent[0] >= RECENT_SECONDS:
+        _recent = now, available_ram()
+    return _recent[1]
 
 
 def total_ram(root: Path = Path("/")) -> int:
@@ -51,19 +79,35 @@ def total_ram(root: Path = Path("/")) -> int:
     return min(limit.total for limit in _limits(cgroup.tightest(root) if sys.platform == "linux" else None))
 
 
-def _limits(group: cgroup.Group | None) -> list[Available]:
+def refusing_limit() -> Available:
+    """Return the tightest of the limits beyond which an allocation fails. A cgroup's ends the process instead."""
+    return min(_limits_that_refuse(), key=lambda limit: limit.available)
+
+
+def _limits_that_refuse() -> list[Available]:
     memory = psutil.virtual_memory()
-    limits = [Available(memory.available, memory.total, "the host's memory")]
+    limits = [Available(memory.available, memory.total, f"the machine's {in_words(memory.total)}", of_machine=True)]
     if sys.platform == "win32":
         commit = commit_limit()
         if commit is not None:
-            limits.append(Available(*commit, "Windows' commit limit"))
-    if group is not None and group.limit < memory.total:
-        limits.append(Available(group.available, group.limit, f"the memory limit of cgroup {group.path}"))
+            remedy = "Enlarge the page file, or close other programs."
+            limits.append(Available(*commit, f"Windows' commit limit of {in_words(commit[1])}", remedy))
+    for limit in process_limits():
+        remedy = f"Start ComfyUI with a higher `ulimit {limit.option}`, or choose a smaller model."
+        limits.append(Available(limit.available, limit.limit, f"{limit.name} of {in_words(limit.limit)}", remedy))
+    return limits
+
+
+def _limits(group: cgroup.Group | None) -> list[Available]:
+    limits = _limits_that_refuse()
+    if group is not None and group.limit < limits[0].total:
+        remedy = "Give the container more memory, or choose a smaller model."
+        limits.append(Available(group.available, group.limit, f"the cgroup's limit of {in_words(group.limit)}", remedy))
     limit = limit_of_variable()
     if limit is not None:
         rest = max(0, limit - process_bytes())
-        limits.append(Available(rest, limit, f"{settings.RAM_GB.name}, {in_words(limit)}"))
+        words, remedy = f"{settings.RAM_GB.name} of {in_words(limit)}", f"Set a higher {settings.RAM_GB.name}."
+        limits.append(Available(rest, limit, words, remedy))
     return limits
 
 

@@ -92,8 +92,9 @@ def _read_v2(folder: Path) -> Group | None:
     if limit is None or used is None:
         return None
     stat = _stat(folder)
-    # Half of what was read lately, as the kernel's own MemAvailable counts it.
-    file_cache = stat.get("inactive_file", 0) + stat.get("active_file", 0) // 2
+    # All of it, as in the kernel's own MemAvailable: weights that are used where they lie in their file are among the
+    # pages that were read lately, and the kernel takes them back rather than to refuse memory.
+    file_cache = stat.get("inactive_file", 0) + stat.get("active_file", 0)
     return Group(str(folder), limit, used, file_cache + stat.get("slab_reclaimable", 0))
 
 
@@ -102,7 +103,7 @@ def _read_v1(folder: Path) -> Group | None:
     if limit is None or used is None or limit >= NO_LIMIT:
         return None
     stat = _stat(folder)
-    return Group(str(folder), limit, used, stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0) // 2)
+    return Group(str(folder), limit, used, stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0))
 
 
 def _number(path: Path) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..device.backend import Backend
+from ..ram import available
 from .protocol import lock
 
 _serials = itertools.count(1)
@@ -222,8 +223,14 @@ class SoftwareVBAR:
     def within_reach(self) -> int:
         free, _ = self.backend.memory()
         with lock:
-            below = sum(vbar.used for vbar in self.device_memory.vbars if vbar.rank < self.rank)
-        return self.used + free + below
+            below = sum(vbar.taken() for vbar in self.device_memory.vbars if vbar.rank < self.rank)
+            return self.taken() + free + below
+
+    def taken(self) -> int:
+        """Count the bytes that would be free without this VBAR. Weights that lie in their file may count as free."""
+        if not self.backend.in_place or not available.COUNTS_MAPPED_FILES:
+            return self.used
+        return sum(one.nbytes for one in self.slices if one.memory is not None)
 
     def claim(self, nbytes: int) -> None:
         with lock:

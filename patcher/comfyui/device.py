@@ -8,13 +8,14 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...ops.errors import SpillwayError
 from ..preload import load_now as engine_load_now
 from .loading.load import is_ours
 from .progress import Progress
 from .running import drop_unloaded
 
 
-class DeviceIgnored(ValueError):
+class DeviceIgnored(SpillwayError, ValueError):
     """Says that a device is not there, or that the model would not really run on it."""
 
 

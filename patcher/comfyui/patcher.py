@@ -16,6 +16,7 @@ from ...ops.gather import is_wrapper
 from ...ops.ledger import Ledger, in_words
 from ...ops.lending.repeat import register_pure
 from ...ops.never_raises import never_raises
+from ...ops.ram.available import recent_ram
 from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
@@ -194,8 +195,11 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if dynamic is not None and dynamic.must_be_told and device == dynamic.device:
             return dynamic.free_for_computation(BATCH_MARGIN if self.state.samples else 1.0)
         if hasattr(comfy.model_patcher.ModelPatcher, "get_free_memory"):
-            return int(super().get_free_memory(device))
-        return int(comfy.model_management.get_free_memory(device))
+            free = int(super().get_free_memory(device))
+        else:
+            free = int(comfy.model_management.get_free_memory(device))
+        # ComfyUI asks the machine alone, which may have more than this process can have.
+        return min(free, recent_ram().available) if device.type == "cpu" else free
 
     def load(
         self,
@@ -263,6 +267,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             return super().patch_weight_to_device(key, *args, **kwargs)
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        for disk_map in getattr(self.model, "spillway_maps", ()):
+            disk_map.check()  # ComfyUI's own nodes read the sources
         with sources_standing(self.state.dynamic):
             return super().model_state_dict_for_saving(*args, **kwargs)
 

@@ -12,6 +12,7 @@ import comfy.model_management
 import torch
 
 from ...ops.device.out_of_memory import is_out_of_memory
+from ...ops.errors import SpillwayError
 from .. import dynamic_model as dynamic
 from .running import drop_unloaded
 
@@ -27,7 +28,7 @@ AFTER_EVICTION = "plain, after everything else was evicted"
 FRAMES_A_TILE, FRAMES_OVERLAP = 64, 8
 
 
-class _OutOfRoom(Exception):
+class _OutOfRoom(SpillwayError, Exception):
     """Stands for the out-of-memory error that ComfyUI has caught and answers by tiling."""
 
 

@@ -8,6 +8,7 @@ import time
 import torch
 
 from ...ops.device.backend import Backend
+from ...ops.errors import SpillwayError
 
 # A prime, so that no two pages of a pattern are alike.
 PERIOD = 1_048_583
@@ -18,7 +19,7 @@ KERNELS, LARGE, TRIED, SMALL = 4, 1024, 512, 32
 SLOW = 0.001
 
 
-class Wrong(Exception):
+class Wrong(SpillwayError, Exception):
     """Says what a device gave back, and what was expected."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...ops.device.backend import Backend
+from ...ops.errors import SpillwayError
 from ...ops.vbar.protocol import VBAR
 from .bytes import Load, Wrong, compare, pattern
 from .transfers import HostEmpty
@@ -19,7 +20,7 @@ ALIGNMENT = 512
 SPOILT = 8 << 20
 
 
-class NoRoom(Exception):
+class NoRoom(SpillwayError, Exception):
     """Says that the device has no room for the check at the moment."""
 
 

@@ -57,8 +57,8 @@ def test_every_dtype(tmp_path):
             raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=random_bytes)
             tensors[f"{name}.{suffix}"] = raw.view(dtype).reshape(shape)
     metadata = {"format": "pt", "prompt": '{"text": "Ä \\" 🌊"}'}
-    nbytes = save(path, deferred(tensors), metadata)
-    assert nbytes == path.stat().st_size and os.listdir(tmp_path) == [path.name]
+    written = save(path, deferred(tensors), metadata)
+    assert written == (path, path.stat().st_size) and os.listdir(tmp_path) == [path.name]
     mapped = DiskMap(path)
     assert mapped.metadata == metadata
     assert_same(mapped.state_dict(), tensors)

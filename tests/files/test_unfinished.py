@@ -153,5 +153,6 @@ def test_names_that_are_no_text(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
     folder.mkdir()
     made = PartialFile(folder / "a", journal=tmp_path / "journal")
-    made.file.close()
-    assert sweep_noted(tmp_path / "journal") == [made.path] and not os.listdir(folder)
+    path = made.path
+    del made  # as when its process dies
+    assert sweep_noted(tmp_path / "journal") == [path] and not os.listdir(folder)

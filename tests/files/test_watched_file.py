@@ -12,9 +12,13 @@ from safetensors.torch import save_file
 
 from kit.nets import Stack, dynamic, same, write
 from kit.pack import ROOT
+from spillway.ops.files import disk_map as mapping
 from spillway.ops.files import read_whole as reading
-from spillway.ops.files.disk_map import DiskMap, SourceError, locate
+from spillway.ops.files.check_before_read import CheckBeforeRead
+from spillway.ops.files.deferred import Deferred, Stored
+from spillway.ops.files.disk_map import DiskMap, SourceError, check_files, locate
 from spillway.ops.files.read_whole import read_whole
+from spillway.ops.files.save_pipeline import save
 from spillway.ops.files.watched_file import FileChanged
 
 FILE_CHANGES = ROOT / "tests" / "kit" / "processes" / "file_changes.py"
@@ -87,6 +91,55 @@ def test_a_check_takes_a_microsecond_or_a_few(original):
             disk_map.check()
         times.append((time.perf_counter() - start) / 100)
     assert min(times) < 5e-6
+
+
+def overwrite(path):
+    with open(path, "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes(100))
+
+
+@posix
+def test_a_file_that_changes_while_it_is_opened_is_an_error(original, monkeypatch):
+    parse = mapping.parse_header
+    monkeypatch.setattr(mapping, "parse_header", lambda *given: (parse(*given), overwrite(original))[0])
+    with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+        DiskMap(original)
+
+
+@posix
+def test_a_tensor_that_outlives_its_map_is_checked(original):
+    """As in a merge by another pack, which keeps the tensors of a model alone."""
+    tensor = DiskMap(original).tensor("layers.0.weight")
+    assert locate(tensor) is None, "the map is still known"
+    check_files([tensor])
+    overwrite(original)
+    with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+        check_files([tensor])
+
+
+@posix
+def test_a_tensor_is_checked_for_each_part_that_is_saved(tmp_path):
+    path, shape = tmp_path / "model.safetensors", (4096, 1024)
+    save_file({"x": torch.zeros(shape)}, path)
+    tensor = Deferred.of(Stored(DiskMap(path).tensor("x")), shape, torch.float32)
+    changes = [lambda: overwrite(path)]
+    with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+        save(tmp_path / "saved", {"x": tensor}, progress=lambda done, _: done and changes and changes.pop()())
+    assert changes == [] and os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@posix
+def test_others_code_is_checked_before_it_reads(original):
+    disk_map = DiskMap(original)
+    tensor = disk_map.tensor("layers.0.weight")
+    with CheckBeforeRead([disk_map]):
+        assert tensor.sum().isfinite()
+        overwrite(original)
+        time.sleep(0.005)
+        for read in (torch.Tensor.tolist, torch.Tensor.clone, lambda one: one + 1):
+            with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+                read(tensor)
 
 
 # In memory

@@ -47,14 +47,14 @@ def kernel_is_silent(monkeypatch):
 @pytest.fixture
 def never_overcommits(monkeypatch):
     """A system without room for a private map of a model."""
-    make = mmap.mmap
+    make = disk_map_module.MappedFile
 
     def refuse(*args, **kwargs):
         if kwargs.get("access") != mmap.ACCESS_READ:
             raise OSError(12, "Cannot allocate memory")
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(disk_map_module, "MappedFile", refuse)
 
 
 def change(tensor):

@@ -9,6 +9,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 
 from ....ops.files.disk_map import DiskMap, SourceError
+from ....ops.files.watched_file import FileChanged
 
 CONF, SCALE, OLD_SCALE, OLD_MARK = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
 # The scales that a format must have. That of int8_tensorwise is one number, or one for each row.
@@ -73,6 +74,8 @@ def _check_scales(source: DiskMap, known: set[str]) -> None:
 def _conf(source: DiskMap, key: str) -> Any:
     try:
         return json.loads(bytes(source.tensor(key).tolist()))
+    except FileChanged:
+        raise
     except (ValueError, TypeError, OverflowError):
         raise SourceError(
             f"{source.path}: '{key}' is not JSON text in bytes. The file is damaged, or was made by another "

@@ -15,6 +15,7 @@ import comfy.utils
 import torch
 
 from ....ops.device.out_of_memory import is_out_of_memory
+from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES, shard_words
@@ -84,7 +85,7 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iterator[Opened]:
     """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
-    Afterwards, parameters that the files lack are on the meta device.
+    Afterwards, parameters that the files lack are on the meta device. Raises FileChanged where a file has changed.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
     opened, guard = Opened(), CopyBeforeWrite()
@@ -100,10 +101,10 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
         disk_map = open_map(path)
+        opened.maps.append(disk_map)  # checked from here on
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
-        opened.maps.append(disk_map)
         tensors = disk_map.state_dict()
         if disk_map.read_only:  # ComfyUI's conversions write into some tensors
             if not guard.watched:
@@ -127,6 +128,7 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         return result
 
     with (
+        CheckBeforeRead(opened.maps),
         ExitStack() as guards,
         skip_model_initialization(KEEP_BELOW),
         overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
@@ -134,6 +136,8 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         overridden(torch.nn.Module, "load_state_dict", by=load_tensors),
     ):
         yield opened
+        for disk_map in opened.maps:
+            disk_map.check()
 
 
 def check_complete(model: torch.nn.Module) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import comfy.model_detection
 
+from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.probe import Probe
+from ....ops.files.watched_file import FileChanged
 from ....ops.gguf.gguf_map import open_map
 from ....ops.gguf.probe import probe
 
@@ -23,13 +25,17 @@ def probe_file(path: str) -> tuple[Probe, str]:
 
 def comfyui_name(path: str) -> str:
     """Find ComfyUI's name for the diffusion model in a file, or '' where it knows none."""
-    tensors: dict[str, Any] = open_map(path).state_dict()
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    for begin in (prefix, ""):
-        try:
-            config = comfy.model_detection.model_config_from_unet(tensors, begin)
-        except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # names of one model, shapes of another
-            continue
-        if config is not None:
-            return type(config).__name__
+    disk_map = open_map(path)
+    tensors: dict[str, Any] = disk_map.state_dict()
+    with CheckBeforeRead([disk_map]):
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+        for begin in (prefix, ""):
+            try:
+                config = comfy.model_detection.model_config_from_unet(tensors, begin)
+            except FileChanged:
+                raise
+            except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # names of one model, shapes of another
+                continue
+            if config is not None:
+                return type(config).__name__
     return ""

@@ -12,6 +12,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 
+from ....ops.errors import SpillwayError
 from ....ops.files.disk_map import SourceError
 from ....ops.files.read_whole import read_whole
 from ....ops.files.safetensors_header import PICKLES
@@ -32,7 +33,7 @@ FILES, SHARE = 8, 16
 _kept: OrderedDict[tuple[str, int, int, int], tuple[Tensors, dict[str, str]]] = OrderedDict()
 
 
-class NoFit(ValueError):
+class NoFit(SpillwayError, ValueError):
     """Says that nothing of a LoRA belongs to the models that it is given."""
 
 

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
 from comfy.weight_adapter import WeightAdapterBase
 
-from ....ops.files.disk_map import map_of
+from ....ops.files.disk_map import mapped_file
 from ....ops.gather import inner_tensors
 from ....ops.gguf.weight import numbers_of, stays_quantised
 
@@ -48,7 +48,7 @@ class WeightPatch:
         self.weight = weight
         self.shape = comfy.lora.calculate_shape(self.all_patches, weight, key)
         # Of large LoRAs, and of other models whose weights are merged in.
-        self.maps = {map_of(tensor) for tensor in tensors_of(self.all_patches)} - {None}
+        self.maps = {mapped_file(tensor) for tensor in tensors_of(self.all_patches)} - {None}
 
     @property
     def all_patches(self) -> list[tuple]:

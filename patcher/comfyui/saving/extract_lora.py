@@ -145,5 +145,5 @@ def save_lora(
         raise ValueError("the two models are the same: there is no difference to make a LoRA of.")
     make_room(model.load_device, {key: weight.source for key, (weight, _) in pairs.items()})
     log.info("[Spillway] a LoRA of rank %d: %d tensors of %d weights", rank, len(tensors), len(pairs))
-    nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
-    return Saved(Path(path), nbytes, time.perf_counter() - begun)
+    written = save(path, tensors, metadata, progress=progress, counted=True, journal=journal)
+    return Saved(*written, time.perf_counter() - begun)

@@ -15,6 +15,7 @@ from ....ops.files.disk_map import check_files
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
 from ....ops.gguf.weight import numbers_of
+from ....ops.ram.available import available_ram
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
 from ..patches.weight_patch import WeightPatch
 
@@ -37,10 +38,10 @@ class FinalWeight:
 
         Raises FileChanged where a file that is read has changed.
         """
-        self._check_files()
         ranges = [edges for edges in row_ranges(self.shape) if edges[0] >= first]
         if self.device.type == "cpu" and self._can_be_parted():
             for start, stop in ranges:
+                self._check_files()
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
                 rows = self.source[start:stop] if self.shape else self.source
                 cast = rows.to(self.dtype)
@@ -124,14 +125,15 @@ class Quantised(Recipe):
     """Quantises a weight with one scale for all of it, in a layout of ComfyUI's. Parts are named by suffix.
 
     The scale must be known before the first number is rounded. Rows computed for it are kept while they take no more
-    memory than the stored weight. The others are computed again.
+    memory than the stored weight, and half of the RAM that is free. The others are computed again.
     """
 
     def __init__(self, weight: FinalWeight, layout: str) -> None:
         self.weight, self.layout = weight, get_layout_class(layout)
 
     def parts(self) -> Iterator[Part]:
-        largest, kept, rest, room = torch.zeros(1, 1), deque(), None, tensor_bytes(self.weight.source)
+        largest, kept, rest = torch.zeros(1, 1), deque(), None
+        room = min(tensor_bytes(self.weight.source), available_ram().available // 2)
         for start, rows in self.weight.parts():
             room -= rows.nbytes
             if room >= 0:

@@ -17,6 +17,7 @@ from ....ops.files.deferred import Assembling, Deferred
 from ....ops.files.safetensors_writer import SaveError
 from ....ops.files.save_pipeline import save
 from ....ops.gguf.weight import stays_quantised
+from ....ops.ram import shortage
 from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
 from ..running import drop_unloaded
@@ -67,7 +68,8 @@ def save_model(
 
     Each weight is written as its model computes with it, patches applied, then rounded to `dtype`, a name in
     SAVE_DTYPES. A quantisation is for the repeated blocks of the MODEL, and the rest is then as loaded. extra: more
-    tensors by key. Saving loads nothing onto a device and changes no model. Raises SaveError and FileExistsError.
+    tensors by key. Saving loads nothing onto a device and changes no model. Where another process has taken the number
+    that the path ends with by the end, the next free one is used. Raises SaveError and FileExistsError.
     """
     if dtype not in SAVE_DTYPES:
         raise ValueError(f"dtype '{dtype}' is not one of {', '.join(SAVE_DTYPES)}.")
@@ -88,16 +90,20 @@ def save_model(
         named = model.model.state_dict_for_saving(unet, **parts)
         tensors = {key: assembling.resolve(tensor) for key, tensor in {**named, **(extra or {})}.items()}
     make_room(model.load_device, tensors)
-    nbytes = save(path, tensors, metadata, progress=progress, journal=journal)
-    return Saved(Path(path), nbytes, time.perf_counter() - begun)
+    written = save(path, tensors, metadata, progress=progress, counted=True, journal=journal)
+    return Saved(*written, time.perf_counter() - begun)
 
 
 def make_room(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Have ComfyUI free device memory for the largest weight, its patch, their product and the result in float32."""
+    """Free memory for the largest weight, its patch, their product and the result in float32.
+
+    On a device ComfyUI frees it, and the result comes to the RAM. There cached outputs and pins give way.
+    """
+    largest = 4 * max((tensor.numel() for tensor in tensors.values()), default=0)
     if device.type != "cpu":
-        largest = max((tensor.numel() for tensor in tensors.values()), default=0)
         drop_unloaded()
-        comfy.model_management.free_memory(4 * 4 * largest, device)
+        comfy.model_management.free_memory(4 * largest, device)
+    shortage.make_room(4 * largest if device.type == "cpu" else largest)
 
 
 def final_weights(patcher: Any, root: torch.nn.Module, prefix: str) -> dict[str, FinalWeight]:

@@ -9,6 +9,7 @@ import torch
 
 from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from kit.comfyui.saving import assert_same_tensors, comfyui_save, read, save
+from spillway.ops.files import disk_map as mapping
 from spillway.ops.files.disk_map import locate
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
@@ -40,7 +41,7 @@ def test_names_of_diffusers_and_of_bfl_make_one_model(checkpoint):
 
 def test_what_is_converted_in_a_map_that_cannot_be_written_is_copied(checkpoint, monkeypatch):
     """On a system without room for a private map, what is converted is copied, and nothing else."""
-    path, make = checkpoint("flux_as_diffusers", **FLUX), mmap.mmap
+    path, make = checkpoint("flux_as_diffusers", **FLUX), mapping.MappedFile
 
     def refuse(*args, **kwargs):
         if kwargs.get("access") != mmap.ACCESS_READ:
@@ -48,7 +49,7 @@ def test_what_is_converted_in_a_map_that_cannot_be_written_is_copied(checkpoint,
         return make(*args, **kwargs)
 
     classic = comfy.sd.load_diffusion_model(path)
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(mapping, "MappedFile", refuse)
     ours = load_diffusion_model(path, policy=budget(classic, 0.0))
     monkeypatch.undo()
     parameters = {name: parameter.detach() for name, parameter in ours.model.named_parameters()}

@@ -45,6 +45,20 @@ def test_a_subfolder_is_made(checkpoint, tmp_path):
     assert os.path.dirname(saved) == str(tmp_path / "a" / "b") and os.path.basename(saved).startswith("c20")
 
 
+def test_two_servers_that_save_under_one_prefix_lose_nothing(checkpoint, tmp_path, monkeypatch):
+    """The other one is done first, with the number that both saw. The report names the file that was written."""
+    other = tmp_path / "x_00001_.safetensors"
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: other.write_bytes(b"the other server's"))
+    model = load_diffusion_model(checkpoint("flux", **SMALL))
+    path, words = (
+        (out := SpillwaySaveDiffusionModel.execute(model=model, filename_prefix="x")).args[0],
+        out.ui.as_dict(),
+    )
+    assert other.read_bytes() == b"the other server's"
+    assert path == str(tmp_path / "x_00002_.safetensors") and words["text"][0].startswith("x_00002_.safetensors: ")
+    assert read(path)[0]
+
+
 def test_the_report_says_name_size_and_speed(checkpoint):
     out = SpillwaySaveDiffusionModel.execute(
         model=load_diffusion_model(checkpoint("flux", **SMALL)), filename_prefix="x", dtype="as loaded"

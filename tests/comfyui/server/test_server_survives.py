@@ -25,6 +25,7 @@ def server(tmp_path_factory, checkpoint):
     for name, path in files.items():
         (base / "models" / name).parent.mkdir(parents=True)
         os.symlink(path, base / "models" / f"{name}.safetensors")
+    (base / "models" / "vae" / "damaged.safetensors").write_bytes(b"no header")
     with Server(base) as running:
         yield running
 
@@ -72,6 +73,13 @@ def test_a_literal_in_place_of_a_wire(server, name):
     (error,) = [said for kind, said in status["messages"] if kind == "execution_error"]
     assert words in error["exception_message"] and "Connect it to" in error["exception_message"]
     assert len(server.pictures(simple(f"after {list(WRONG).index(name)}"))) == 1
+
+
+def test_an_errors_type_does_not_say_where_the_pack_lies(server):
+    """ComfyUI names the modules of custom nodes by their folder's path."""
+    status = server.run({"probe": node("SpillwayProbeModel", file="vae/damaged.safetensors")})["status"]
+    (error,) = [said for kind, said in status["messages"] if kind == "execution_error"]
+    assert error["exception_type"] == "spillway.SourceError" and "damaged.safetensors" in error["exception_message"]
 
 
 def test_a_policy_node_that_leads_nowhere(server):

@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 
 from kit.comfyui.start import BASE, COMFYUI, ROOT
+from kit.limited import inside
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 
 
-def run_script(name, *arguments):
-    """Give a script ComfyUI, the pack, the folder of models and the arguments. Return the JSON that it prints last."""
+def run_script(name, *arguments, around=None, **variables):
+    """Give a script ComfyUI, the pack, the folder of models and the arguments. Return the JSON that it prints last.
+
+    around: a control group to run it in. variables: of its environment.
+    """
+    command = [sys.executable, Path(__file__).parent / "processes" / name, COMFYUI, ROOT, BASE, *arguments]
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "processes" / name, COMFYUI, ROOT, BASE, *arguments],
+        inside(around, command),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": "", **variables},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 save_files.py forever FOLDER            saves FOLDER/model.safetensors again and again, each time larger
 save_files.py full FOLDER               FOLDER lies on a file system of 4 MiB, which fills while it saves
 save_files.py once FOLDER               saves FOLDER/model.safetensors, of 2 MiB
+save_files.py counted FOLDER            saves 15 files under the next number that it sees, each full of its process's id
 """
 
 import contextlib
@@ -82,5 +83,23 @@ def once(folder):
         return {"said": str(error)}
 
 
+def counted(folder):
+    """As two servers do: the number is chosen when a save begins. A line on the input starts it."""
+    mine = torch.full((1000,), float(os.getpid()))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    paths = []
+    for _ in range(15):
+        number = max([int(name.split("_")[1]) for name in os.listdir(folder) if name.startswith("model_")], default=0)
+        path = folder / f"model_{number + 1:05}_.safetensors"
+        written = save(
+            path, {"x": Deferred.of(Stored(mine), (1000,), torch.float32)}, counted=True, journal=folder / "journal"
+        )
+        paths.append(written.path.name)
+    return {"pid": os.getpid(), "paths": paths}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"forever": forever, "full": full, "once": once}[sys.argv[1]](Path(sys.argv[2]))))
+    print(
+        json.dumps({"forever": forever, "full": full, "once": once, "counted": counted}[sys.argv[1]](Path(sys.argv[2])))
+    )
