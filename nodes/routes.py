@@ -99,13 +99,17 @@ def parse(content_type: str, body: bytes) -> dict[str, Any]:
 def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Free all that is not in use. While a prompt runs, its models are freed when it ends.
 
-    Returns the bytes freed from the cache, the parts that were put off, and the difference in words.
+    Returns the bytes freed from the cache, the bytes of them that are still to be written to disk, the parts that were
+    put off, and the difference in words.
     """
-    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it.
+    before = take_snapshot()
+    put_off = []
+    cache = current_cache()
+    taken = None
+    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it. The
+    # server's event loop waits for the same lock, so what can take long comes later.
     with queue.mutex:
         running = bool(queue.currently_running)
-        before = take_snapshot()
-        put_off = []
         if wanted.get("models"):
             if running:
                 queue.set_flag("unload_models", True)
@@ -121,12 +125,17 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             else:
                 for model in list(dynamic.models):
                     model.free_pins()
-        freed = 0
-        cache = current_cache()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
-            freed = cache.engine.evict(short, current=not running, reason="asked for by /spillway/free").freed
-        if not running:
-            comfy.model_management.soft_empty_cache()
-        after = take_snapshot()
-    return {"cache_bytes": freed, "put_off": put_off, "words": before.difference(after), "memory": after.as_dict()}
+            taken = cache.engine.take(short, current=not running, reason="asked for by /spillway/free")
+    freed = cache.engine.let_go(taken).freed if cache is not None and taken is not None else 0
+    if not running:
+        comfy.model_management.soft_empty_cache()
+    after = take_snapshot()
+    return {
+        "cache_bytes": freed,
+        "writing_bytes": cache.engine.writer.nbytes if cache is not None else 0,
+        "put_off": put_off,
+        "words": before.difference(after),
+        "memory": after.as_dict(),
+    }

@@ -18,13 +18,19 @@ from . import settings
 GIB = 1 << 30
 
 
-def make_tier(ledger: Any, gigabytes: float | None = None) -> DiskTier | None:
-    """The tier with a cap in GB (None: as the settings say), or None where it is off, as it is by default."""
+def make_tier(ledger: Any, gigabytes: float | None = None, former: DiskTier | None = None) -> DiskTier | None:
+    """The tier with a cap in GB (None: as the settings say), or None where it is off, as it is by default.
+
+    former: the last prompt's, which remembers whether its folder can be written to.
+    """
     # All settings are looked at, so that one that makes no sense is named also while the tier is off.
     cap, seconds = settings.disk_gigabytes(), settings.disk_seconds()
     cap = cap if gigabytes is None else gigabytes
     if not 0 < cap < 1e6:
         return None
+    if former is not None and former.folder == folder():
+        former.cap, former.least_seconds = int(cap * GIB), seconds
+        return former
     return DiskTier(folder(), int(cap * GIB), seconds, ledger, room=lambda: available_ram().available)
 
 

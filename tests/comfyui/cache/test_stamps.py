@@ -94,6 +94,7 @@ def run(executor, prompt):
 
 def evict(executor):
     executor.cache.engine.evict(1 << 60)
+    assert executor.cache.engine.writer.wait(60)
 
 
 def in_place(path):
