@@ -16,6 +16,7 @@ from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.running import drop_unloaded
 from .memory_report import memory_report, take_snapshot
+from .shared_report import SharedReport
 
 MAX_BODY_BYTES = 4096
 PARTS = ("cache", "models", "pins")
@@ -36,11 +37,12 @@ def install() -> bool:
     if running is None:
         return False
 
+    report = SharedReport(lambda: memory_report())
+
     @running.routes.get("/spillway/memory")
     @never_raises("GET /spillway/memory", failed)
     async def get_memory(request: web.Request) -> web.Response:
-        report = await asyncio.get_running_loop().run_in_executor(None, memory_report)
-        return web.json_response(report)
+        return web.Response(body=await report.get(), content_type="application/json", charset="utf-8")
 
     @running.routes.post("/spillway/free")
     @never_raises("POST /spillway/free", failed)
