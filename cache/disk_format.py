@@ -6,6 +6,7 @@ raise anything but ValueError or OSError, hang, or ask for more memory than the 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -141,7 +142,8 @@ def write(
     table = []
     for tensor in found.tensors:
         table.append([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        data = _bytes_of(tensor.detach().cpu().contiguous())
+        on_cpu = tensor.detach().cpu().contiguous()
+        data = _bytes_of(on_cpu)
         for start in range(0, len(data), CHUNK):
             if stop():
                 raise Stopped
@@ -162,11 +164,12 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Show the memory of a contiguous tensor on the CPU as bytes, without a copy."""
-    flat = torch.empty(0, dtype=torch.uint8)
+    """Show the memory of a contiguous tensor on the CPU as bytes, for as long as the tensor is held.
+
+    numpy would do so too, and its storage could not be emptied any more: see `Grip`.
+    """
     size = _nbytes(tensor)
-    flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (size,))
-    return memoryview(flat.numpy()).cast("B") if size else memoryview(b"")
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

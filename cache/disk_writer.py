@@ -10,6 +10,7 @@ from typing import Any
 
 from ..ops.ledger import Ledger, in_words
 from .disk_tier import DiskTier
+from .give_up import Grip
 
 # How long the end of the process waits for what is still to be written.
 EXIT_SECONDS = 10.0
@@ -141,9 +142,13 @@ class DiskWriter:
             self.wait(seconds)
 
     def _run(self) -> None:
+        grip = None
         while True:
             with self._changed:
                 self._current = None
+                if grip is not None:
+                    grip.let_go()
+                    grip = None
                 self._changed.notify_all()
                 if not self._waiting:
                     self._thread = None
@@ -151,7 +156,7 @@ class DiskWriter:
                 job = self._waiting[next(iter(self._waiting))]
                 self._current = self._pop(job.name)
             try:
-                done = job.tier.store(
+                self.written += job.tier.store(
                     job.name,
                     job.outputs,
                     seconds=job.seconds,
@@ -159,9 +164,9 @@ class DiskWriter:
                     stamps=job.stamps,
                     stop=job.stop.is_set,
                 )
-                self.written += done
             except BaseException as error:  # this thread is nobody's: there is no one to tell but the log
                 self.ledger.decide_once(f"disk tier: writing {job.kind} failed ({error})")
+            grip = Grip(job.outputs)
             del job  # else this would keep the output until the next one
 
 

@@ -14,6 +14,7 @@ from ..ops.ram import allocator
 from ..ops.ram.available import Available, available_ram
 from .choose import Candidates, choose
 from .disk_writer import DiskWriter
+from .give_up import Grip
 from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
 
@@ -282,7 +283,11 @@ class OutputCache:
         going = [entry for entry, _, _ in taken.gone]
         words = self._in_words(going, taken.freed, taken.short, taken.reason)
         while taken.gone:
-            self._tell(*taken.gone.popleft())
+            entry, value, nbytes = taken.gone.popleft()
+            self._tell(entry, value, nbytes)
+            grip = Grip(value)
+            del value
+            grip.let_go()
         if going:
             self._give_back(taken.models)
             self.ledger.decide(words)
