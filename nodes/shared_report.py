@@ -10,7 +10,7 @@ from typing import Any
 
 INTERVAL_SECONDS = 2.0
 # Making reports takes at most this part of one core. It holds Python's lock, which the running prompt needs too.
-SHARE = 1 / 400
+SHARE = 1 / 200
 
 
 class SharedReport:
