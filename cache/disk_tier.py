@@ -1,7 +1,7 @@
-"""Keeps evicted outputs on disk: ordinary tensors in containers, as safetensors beside JSON.
+"""Keeps evicted outputs on disk, in a folder that several processes may share.
 
-Nothing is pickled. An entry is a pair of files, which a later process finds again by name. It exists when its JSON
-exists, and counts only when its hashes are right.
+An entry is one file, which a later process finds again by name. It is complete or not there, and counts only when its
+hashes are right and were made for that name.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
+from ..ops.files import partial_file
+from ..ops.files.partial_file import PartialFile
 from ..ops.ledger import Ledger, in_words
+from .disk_format import Description, NotStorable, Stopped, describe, opened, read_outputs, read_record, write
 
-FORMAT = 2
-MAX_JSON_BYTES = 16 << 20
+SUFFIX = ".output"
 # Bytes that stay free on the disk for other programs.
 KEEP_FREE = 1 << 30
 # Failures in a row after which nothing is written any more until the next start.
 PATIENCE = 3
-LITERALS = (type(None), bool, int, float, str)
-
-
-class NotStorable(TypeError):
-    """Raised for an output that holds something other than ordinary tensors, containers and literals."""
 
 
 class DiskTier:
     """A folder of evicted outputs under a cap in bytes. A failure is logged once and never raised.
 
-    least_seconds: outputs that took less to make are not worth a file. room: tells how much RAM writing may take.
+    least_seconds: outputs that took less to make are not worth a file. room: tells how much RAM may be taken.
     """
 
     def __init__(
@@ -54,35 +48,65 @@ class DiskTier:
         self.room = room
         self._failures = 0
 
+    def path(self, name: str) -> Path:
+        """Return the file of an entry."""
+        return self.folder / f"{name}{SUFFIX}"
+
     # -- writing
 
-    def store(self, name: str, outputs: Any, *, seconds: float, kind: str, stamps: Any = None) -> bool:
-        """Write outputs under a name. Returns whether they are there now. stamps: JSON data, for `load` to judge by."""
+    def store(
+        self,
+        name: str,
+        outputs: Any,
+        *,
+        seconds: float,
+        kind: str,
+        stamps: Any = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Write outputs under a name. Returns whether they are there now.
+
+        stamps: JSON data, for `load` to judge by. stop: is asked again and again whether to give the writing up.
+        """
         if self._failures >= PATIENCE or seconds < self.least_seconds:
             return False
+        if self._has(name, stamps):
+            return True
         try:
-            if self._record(name)["stamps"] == stamps:
-                return True
-        except Exception:  # there is none, or it is damaged
-            pass
-        try:
-            tensors: dict[str, torch.Tensor] = {}
-            tree = _describe(outputs, tensors, {}, set())
-        except (NotStorable, RecursionError):
+            found = describe(outputs)
+            if not self._has_room(found):
+                return False
+            about = {"name": name, "kind": kind, "seconds": seconds, "stamps": stamps}
+            partial = PartialFile(self.path(name), overwrite=True)
+            try:
+                # Other processes count the whole of it from now on.
+                partial.file.truncate(found.nbytes)
+                write(partial.file, found, about, stop)
+                partial.commit()
+            except BaseException:
+                partial.discard()
+                raise
+            self._make_room(0)
+        except (NotStorable, Stopped):
             return False
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        try:
-            return self._write(name, tree, tensors, nbytes, {"kind": kind, "seconds": seconds, "stamps": stamps})
         except Exception as error:
             self._failures += 1
-            self._discard(name)
             self.ledger.decide_once(f"disk tier: {self.folder} cannot be written ({error}): outputs are lost instead.")
             return False
+        self._failures = 0
+        self.ledger.decide(f"disk tier: wrote {kind}, {in_words(found.nbytes)}, which took {seconds:.1f} s to make")
+        return True
 
-    def _write(
-        self, name: str, tree: Any, tensors: dict[str, torch.Tensor], nbytes: int, what: Mapping[str, Any]
-    ) -> bool:
-        if nbytes > min(self.cap, self.room()):
+    def _has(self, name: str, stamps: Any) -> bool:
+        try:
+            with opened(self.path(name)) as file:
+                return bool(read_record(file, name).stamps == stamps)
+        except (OSError, ValueError):  # there is none, or it is damaged
+            return False
+
+    def _has_room(self, found: Description) -> bool:
+        nbytes = found.nbytes
+        if nbytes > self.cap or found.copied > self.room():
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(nbytes)
@@ -90,39 +114,31 @@ class DiskTier:
         if free < nbytes + KEEP_FREE:
             self.ledger.decide_once(f"disk tier: only {in_words(free)} are free on the disk; nothing more is written.")
             return False
-        data, about = self._paths(name)
-        partial = data.with_suffix(".part")
-        save_file(tensors, partial)
-        record = {"format": FORMAT, **what, "tree": tree, "data": _hash_file(partial)}
-        os.replace(partial, data)
-        text = json.dumps({**record, "check": _check(record)})
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, about)
-        self._failures = 0
-        self.ledger.decide(
-            f"disk tier: wrote {what['kind']}, {in_words(nbytes)}, which took {what['seconds']:.1f} s to make"
-        )
         return True
 
     def _make_room(self, nbytes: int) -> None:
         """Delete the entries that were not used for longest, until `nbytes` more stay under the cap."""
-        entries = sorted(self._entries(), key=lambda entry: entry[1])
-        held = sum(size for _, _, size in entries)
-        for name, _, size in entries:
+        files = self._files()
+        held = sum(size for _, _, size in files)
+        for path, _, size in sorted(files, key=lambda file: file[1]):
             if held + nbytes <= self.cap:
                 break
-            self._discard(name)
-            held -= size
+            # What is being written counts too. What a dead process was writing is removed at the next start.
+            if path.endswith(SUFFIX):
+                self._discard(path)
+                held -= size
 
-    def _entries(self) -> list[tuple[str, float, int]]:
-        """List (name, last use, bytes) of all entries in the folder, with halves of entries and leftovers."""
-        states: dict[str, list[float]] = {}
-        for path in self.folder.glob("*"):
-            if path.suffix in (".safetensors", ".json", ".part"):
-                state = path.stat()
-                entry = states.setdefault(path.stem, [0.0, 0])
-                entry[0], entry[1] = max(entry[0], state.st_mtime), entry[1] + state.st_size
-        return [(name, used, int(size)) for name, (used, size) in states.items()]
+    def _files(self) -> list[tuple[str, float, int]]:
+        """List (path, last use, bytes) of all entries in the folder, and of those that are being written."""
+        files = []
+        with os.scandir(self.folder) as found:
+            for file in found:
+                ours = file.name.startswith(partial_file.PREFIX) and file.name.endswith(partial_file.SUFFIX)
+                with contextlib.suppress(FileNotFoundError):  # another process has just evicted it
+                    if (ours or file.name.endswith(SUFFIX)) and file.is_file(follow_symlinks=False):
+                        state = file.stat(follow_symlinks=False)
+                        files.append((file.path, state.st_mtime, state.st_size))
+        return files
 
     # -- reading
 
@@ -131,53 +147,42 @@ class DiskTier:
 
         holds: says whether stamps still hold. Damaged entries, and those whose stamps do not hold, are deleted.
         """
-        data, about = self._paths(name)
-        if not about.is_file():
-            return None
+        path = self.path(name)
         try:
-            record = self._record(name)
-            if not holds(record["stamps"]):
-                self.ledger.decide(f"disk tier: what {record['kind']} was made from has changed: it is made again")
-                self._discard(name)
-                return None
-            if _hash_file(data) != record["data"]:
-                raise ValueError("its tensors were changed")
-            entry = _rebuild(record["tree"], load_file(data)), float(record["seconds"]), record["stamps"]
-        except Exception as error:  # however it is damaged, the node makes it again
-            self.ledger.decide(f"disk tier: {about.name} is damaged ({error}): ignored")
-            self._discard(name)
+            with opened(path) as file:
+                record = read_record(file, name)
+                if not holds(record.stamps):
+                    self.ledger.decide(f"disk tier: what {record.kind} was made from has changed: it is made again")
+                    self._discard(path)
+                    return None
+                if record.nbytes > self.room():
+                    self.ledger.decide(
+                        f"disk tier: {record.kind} is made again: its {in_words(record.nbytes)} are more than is free"
+                    )
+                    return None
+                outputs = read_outputs(file, record)
+        except FileNotFoundError:
             return None
-        for path in (data, about):
-            try:
-                os.utime(path)
-            except OSError:  # a read-only folder keeps no time of use, and can still be read
-                break
-        return entry
+        except OSError as error:  # it may be whole, and readable another time
+            self.ledger.decide_once(f"disk tier: {path.name} cannot be read ({error}): it is made again")
+            return None
+        except Exception as error:  # however it is damaged, the node makes it again
+            self.ledger.decide(f"disk tier: {path.name} is damaged ({error}): ignored")
+            self._discard(path)
+            return None
+        with contextlib.suppress(OSError):  # a read-only folder keeps no time of use, and can still be read
+            os.utime(path)
+        return outputs, record.seconds, record.stamps
 
-    def _record(self, name: str) -> dict[str, Any]:
-        """Read the JSON of an entry. Raises OSError, or ValueError for one that is not as it was written."""
-        about = self._paths(name)[1]
-        if about.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError("its JSON is too large")
-        record = json.loads(about.read_text(encoding="utf-8"))
-        if record.pop("check") != _check(record) or record["format"] != FORMAT:
-            raise ValueError("its JSON was changed")
-        return record  # type: ignore[no-any-return]
-
-    def _discard(self, name: str) -> None:
-        data, about = self._paths(name)
-        for path in (about, data, data.with_suffix(".part")):
-            with contextlib.suppress(OSError):  # in a read-only folder it stays, and is ignored again
-                path.unlink(missing_ok=True)
-
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+    def _discard(self, path: str | Path) -> None:
+        with contextlib.suppress(OSError):  # in a read-only folder it stays, and is ignored again
+            os.unlink(path)
 
 
 def name_of(key: Hashable, salt: Any) -> str | None:
     """Return a file name for a key, the same in every process. None for keys that another process cannot make.
 
-    salt: JSON data that must be the same too, such as versions and stamps of files.
+    salt: JSON data that must be the same too, such as versions.
     """
     try:
         text = json.dumps([_canonical(key), salt], sort_keys=True, allow_nan=False)
@@ -194,54 +199,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, frozenset):
         return ["set", sorted((_canonical(item) for item in value), key=json.dumps)]
     raise TypeError(f"a {type(value).__name__} in a key")
-
-
-def _describe(value: Any, tensors: dict[str, torch.Tensor], names: dict[int, str], storages: set[int]) -> Any:
-    """Return JSON data that stands for the outputs. Their tensors go into `tensors`."""
-    if type(value) is torch.Tensor:
-        if id(value) not in names:
-            names[id(value)] = name = str(len(tensors))
-            tensors[name] = _writable(value, storages)
-        return {"tensor": names[id(value)], "device": str(value.device)}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_describe(item, tensors, names, storages) for item in value]}
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": [[key, _describe(item, tensors, names, storages)] for key, item in value.items()]}
-    if type(value) in LITERALS:
-        return {"literal": value}
-    raise NotStorable
-
-
-def _writable(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """Make a tensor ready for a file: contiguous, and sharing its memory with no other tensor of that file."""
-    if value.layout is not torch.strided or value.is_meta or value.requires_grad or value.is_quantized:
-        raise NotStorable
-    tensor = value.detach().cpu().contiguous()
-    if tensor.untyped_storage().data_ptr() in storages:
-        tensor = tensor.clone()
-    storages.add(tensor.untyped_storage().data_ptr())
-    return tensor
-
-
-def _rebuild(node: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    if "tensor" in node:
-        return tensors[node["tensor"]].to(node["device"])
-    if "list" in node:
-        return [_rebuild(item, tensors) for item in node["list"]]
-    if "tuple" in node:
-        return tuple(_rebuild(item, tensors) for item in node["tuple"])
-    if "dict" in node:
-        return {key: _rebuild(item, tensors) for key, item in node["dict"]}
-    return node["literal"]
-
-
-def _check(record: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

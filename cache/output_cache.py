@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.ram import allocator, shortage
 from ..ops.ram.available import Available, available_ram, refusing_limit
 from .choose import Candidates, choose
+from .disk_writer import DiskWriter
+from .give_up import Grip
 from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
 
@@ -48,11 +50,22 @@ class Eviction:
     words: str
 
 
+@dataclass
+class Taken:
+    """What `take` took out of the cache, until `let_go`. gone: (entry, value, bytes that no other entry holds)."""
+
+    short: int
+    freed: int
+    reason: str
+    gone: deque[tuple[Entry, Any, int]]
+    models: bool
+
+
 class OutputCache:
     """The engine of the output cache. Keys are hashable, values are of any kind. A lookup is `values.get(key)`.
 
-    headroom: bytes of RAM to keep available. available: tells how many there are. on_evict: is called with
-    (entry, value) before a value goes.
+    headroom: bytes of RAM to keep available. available: tells how many there are. on_evict: is called with (entry,
+    value, bytes of RAM that go with it) before a value goes. It may queue the value with `writer`.
     """
 
     def __init__(
@@ -62,13 +75,14 @@ class OutputCache:
         getters: Iterable[Getter] = (),
         available: Callable[[], Available] = available_ram,
         ledger: Ledger | None = None,
-        on_evict: Callable[[Entry, Any], None] | None = None,
+        on_evict: Callable[[Entry, Any, int], None] | None = None,
         entry_bytes: int = ENTRY_BYTES,
     ) -> None:
         self.headroom = headroom
         self.available = available
         self.ledger = ledger or Ledger("output cache")
         self.on_evict = on_evict
+        self.writer = DiskWriter(self.ledger)
         self.entry_bytes = entry_bytes
         self.measurer = Measurer(getters)
         self.lock = threading.RLock()
@@ -205,6 +219,9 @@ class OutputCache:
             "headroom_bytes": self.headroom,
             "evicted_entries": self.evicted,
             "evicted_bytes": self.freed_bytes,
+            "writing_bytes": self.writer.nbytes,
+            "written_entries": self.writer.written,
+            "unwritten_entries": self.writer.dropped,
             "largest": self.largest(largest),
             "decisions": list(self.ledger.decisions)[-20:],
         }
@@ -215,13 +232,14 @@ class OutputCache:
         """Evict until `target` bytes of RAM are available. Returns the bytes that this freed.
 
         needed: tells which keys the running prompt will still read. current: False spares all entries of this prompt.
+        What is being written to disk counts as freed, as long as half of the headroom is available without it.
         """
         freed = 0
         with self.lock:
             self._needed = needed
             for _ in range(ROUNDS):
                 state = self.available()
-                short = target - state.available
+                short = target - state.available - self.writer.nbytes
                 surplus = len(self.entries) - MAX_ENTRIES
                 if short <= 0 and surplus <= 0:
                     break
@@ -231,6 +249,8 @@ class OutputCache:
                 freed += eviction.freed
                 if not eviction.entries:
                     break
+            if current and self.writer.nbytes:
+                self._hurry(target - self.headroom // 2)
         return freed
 
     def give_ram(self, nbytes: int) -> int:
@@ -244,26 +264,55 @@ class OutputCache:
         finally:
             self.lock.release()
 
+    def _hurry(self, least: int) -> None:
+        """Drop what waits to be written where less than that is available. A disk may take minutes for it."""
+        short = least - self.available().available
+        if short > 0 and self.writer.drop(short):
+            allocator.trim()
+
     def evict(
         self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
     ) -> Eviction:
         """Evict entries until `short` bytes are freed, and give the memory back to the system."""
+        return self.let_go(self.take(short, needed, current=current, reason=reason))
+
+    def take(
+        self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
+    ) -> Taken:
+        """Take entries out of the cache as `evict` does, but leave their memory to `let_go`, which takes time."""
         with self.lock:
             candidates = self.candidates(set(needed), current=current)
             chosen = choose(candidates, short)
             going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
             models = any(self.holdings.blocks[key].is_model for entry in going for key in entry.blocks)
             before = self.ram_bytes()
-            for entry in going:
-                self._evict(entry)
+            gone = deque(self._evict(entry) for entry in going)
             freed = before - self.ram_bytes()
             self.evicted += len(going)
             self.freed_bytes += freed
-        words = self._in_words(going, freed, short, reason)
+        return Taken(short, freed, reason, gone, models)
+
+    def let_go(self, taken: Taken) -> Eviction:
+        """Give up what was taken, one by one: to `on_evict`, and to the system."""
+        going = [entry for entry, _, _ in taken.gone]
+        words = self._in_words(going, taken.freed, taken.short, taken.reason)
+        while taken.gone:
+            entry, value, nbytes = taken.gone.popleft()
+            self._tell(entry, value, nbytes)
+            grip = Grip(value)
+            del value
+            grip.let_go()
         if going:
-            self._give_back(models)
+            self._give_back(taken.models)
             self.ledger.decide(words)
-        return Eviction(short, freed, len(going), words)
+        return Eviction(taken.short, taken.freed, len(going), words)
+
+    def _tell(self, entry: Entry, value: Any, nbytes: int) -> None:
+        if self.on_evict is not None:
+            try:
+                self.on_evict(entry, value, nbytes)
+            except Exception as error:  # memory is short, and only a copy on disk is lost
+                self.ledger.decide_once(f"an evicted output was not kept: {error}")
 
     def candidates(self, needed: Collection[Hashable] = (), *, current: bool = True) -> Candidates:
         """List what could be evicted. Entries that share a model are one candidate, as none of them frees it alone."""
@@ -325,14 +374,11 @@ class OutputCache:
                         f"the model {block.name} cannot be measured ({error}): its last size holds."
                     )
 
-    def _evict(self, entry: Entry) -> None:
-        if self.on_evict is not None:
-            try:
-                self.on_evict(entry, self.values[entry.key])
-            except Exception as error:  # memory is short, and only a copy on disk is lost
-                self.ledger.decide_once(f"an evicted output was not kept: {error}")
+    def _evict(self, entry: Entry) -> tuple[Entry, Any, int]:
+        gone = entry, self.values[entry.key], self.holdings.ram_alone(entry)
         self._remove(entry)
         self.holdings.bury(entry)
+        return gone
 
     def _remove(self, entry: Entry) -> None:
         self.values.pop(entry.key, None)

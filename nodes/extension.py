@@ -6,8 +6,9 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
-from ..ops.files.partial_file import sweep_noted
+from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
 from ..patcher.comfyui import loads
 from ..patcher.comfyui.saving.target import journal
@@ -46,7 +47,7 @@ class SpillwayExtension(ComfyExtension):
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
         with never_raises("removing what an earlier run left unfinished"):
-            for path in sweep_noted(journal()):
+            for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -16,6 +16,7 @@ from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.running import drop_unloaded
 from .memory_report import memory_report, take_snapshot
+from .shared_report import SharedReport
 
 MAX_BODY_BYTES = 4096
 PARTS = ("cache", "models", "pins")
@@ -36,11 +37,12 @@ def install() -> bool:
     if running is None:
         return False
 
+    report = SharedReport(lambda: memory_report())
+
     @running.routes.get("/spillway/memory")
     @never_raises("GET /spillway/memory", failed)
     async def get_memory(request: web.Request) -> web.Response:
-        report = await asyncio.get_running_loop().run_in_executor(None, memory_report)
-        return web.json_response(report)
+        return web.Response(body=await report.get(), content_type="application/json", charset="utf-8")
 
     @running.routes.post("/spillway/free")
     @never_raises("POST /spillway/free", failed)
@@ -99,13 +101,17 @@ def parse(content_type: str, body: bytes) -> dict[str, Any]:
 def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Free all that is not in use. While a prompt runs, its models are freed when it ends.
 
-    Returns the bytes freed from the cache, the parts that were put off, and the difference in words.
+    Returns the bytes freed from the cache, the bytes of them that are still to be written to disk, the parts that were
+    put off, and the difference in words.
     """
-    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it.
+    before = take_snapshot()
+    put_off = []
+    cache = current_cache()
+    taken = None
+    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it. The
+    # server's event loop waits for the same lock, so what can take long comes later.
     with queue.mutex:
         running = bool(queue.currently_running)
-        before = take_snapshot()
-        put_off = []
         if wanted.get("models"):
             if running:
                 queue.set_flag("unload_models", True)
@@ -121,12 +127,17 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             else:
                 for model in list(dynamic.models):
                     model.free_pins()
-        freed = 0
-        cache = current_cache()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
-            freed = cache.engine.evict(short, current=not running, reason="asked for by /spillway/free").freed
-        if not running:
-            comfy.model_management.soft_empty_cache()
-        after = take_snapshot()
-    return {"cache_bytes": freed, "put_off": put_off, "words": before.difference(after), "memory": after.as_dict()}
+            taken = cache.engine.take(short, current=not running, reason="asked for by /spillway/free")
+    freed = cache.engine.let_go(taken).freed if cache is not None and taken is not None else 0
+    if not running:
+        comfy.model_management.soft_empty_cache()
+    after = take_snapshot()
+    return {
+        "cache_bytes": freed,
+        "writing_bytes": cache.engine.writer.nbytes if cache is not None else 0,
+        "put_off": put_off,
+        "words": before.difference(after),
+        "memory": after.as_dict(),
+    }

@@ -17,7 +17,9 @@ from comfy_execution.graph_utils import is_link
 
 from ...ops.ledger import Ledger
 from ...ops.never_raises import never_raises
+from ..disk_format import is_storable
 from ..disk_tier import DiskTier
+from ..disk_writer import Job
 from ..holdings import Entry
 from ..output_cache import OutputCache
 from . import stamps
@@ -140,7 +142,7 @@ class SpillwayCache(caching.BasicCache):
     def _apply_policies(self, node_ids: Iterable[str]) -> None:
         """Apply the prompt's policy nodes. Those whose outputs are still cached do not run, and count all the same."""
         self.engine.headroom = self.base_headroom
-        self.disk = make_tier(self.engine.ledger)
+        self.disk = make_tier(self.engine.ledger, former=self.disk)
         for node_id in node_ids:
             node = self._node(node_id)
             if node.get("class_type") == POLICY_NODE:
@@ -157,12 +159,12 @@ class SpillwayCache(caching.BasicCache):
 
     def set_disk(self, gigabytes: float) -> None:
         """Set the cap of the disk tier for the running prompt. 0 turns it off."""
-        self.disk = make_tier(self.engine.ledger, gigabytes)
+        self.disk = make_tier(self.engine.ledger, gigabytes, former=self.disk)
 
     # -- disk
 
-    def _write(self, entry: Entry, value: Any) -> None:
-        """Write an evicted entry. Entries with UI stay out: it names files that may be gone when the entry is read."""
+    def _write(self, entry: Entry, value: Any, nbytes: int) -> None:
+        """Queue an evicted entry. Entries with UI stay out: it names files that may be gone when the entry is read."""
         if self.disk is None or entry.unfindable or value.ui or entry.seconds < self.disk.least_seconds:
             return
         name, made_from = file_name(entry.key), self.stamps.of(entry.number)
@@ -171,18 +173,28 @@ class SpillwayCache(caching.BasicCache):
                 f"disk tier: {entry.kind} is not written: what it was made from was not watched then, or has changed",
                 level=logging.INFO,
             )
-        elif name is not None:
+        elif name is not None and is_storable(value.outputs):
             record = stamps.as_record(made_from)
-            self.disk.store(name, value.outputs, seconds=entry.seconds, kind=entry.kind, stamps=record)
+            self.engine.writer.put(
+                Job(self.disk, name, value.outputs, entry.seconds, entry.kind, record, nbytes),
+            )
 
     def _read(self, node_id: str, key: Any) -> Any:
-        if self.disk is None or key is None or not self.disk.folder.is_dir():
+        """Find an evicted output: among those that wait to be written, or on disk."""
+        name = file_name(key) if self.disk is not None and key is not None else None
+        if self.disk is None or name is None:
             return None
-        name = file_name(key)
-        stored = self.disk.load(name, stamps.still_hold) if name is not None else None
+        stored = self.engine.writer.take_back(name)
+        if stored is None or not stamps.still_hold(stored[2]):
+            stored = self.disk.load(name, stamps.still_hold)
         if stored is None:
             return None
         outputs, seconds, record = stored
+        if not isinstance(outputs, list) or not all(isinstance(items, list) for items in outputs):
+            self.ledger.decide(
+                f"disk tier: what lies there for node {node_id} is no output of a node: it is made again"
+            )
+            return None
         value = execution.CacheEntry(ui=None, outputs=outputs)
         self._adopt(node_id, key, value, seconds)
         self.stamps.remember(hash(key), stamps.from_record(record))

@@ -6,6 +6,7 @@ between: so its stamps are taken when it is made, are written with it, and must 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import os
@@ -18,17 +19,26 @@ import folder_paths
 import nodes
 import psutil
 
-# Size, time of the last change of the content, number, time of the last change of any kind: nobody can set the last.
-Stamp = list[int]
-# (kind, name) -> what was there. Kinds: file, embedding, source.
+from ..content import content_of
+
+# Size, time of the last change of the content, number, time of the last change of any kind, hash of the content. On
+# some systems nobody can set the fourth. On others (Windows, network drives) it says nothing, and the hash must do.
+Stamp = list[Any]
+# (kind, name) -> what was there. Kinds: file, embedding, lora, source.
 Stamps = dict[tuple[str, str], Any]
 
 STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
 MAX_REMEMBERED = 10_000
-MAX_FILES = 5000
+MAX_SOURCES = 5000
+# Each file of a folder that is named is sampled.
+MAX_FILES = 1000
 EMBEDDING = "embedding:"
 EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin")
+# Some packs read LoRAs' names out of texts.
+LORA = re.compile(r"<\w+:([^:<>]+)")
+LORA_SUFFIXES = ("", ".safetensors", ".pt", ".ckpt")
 LONGEST_NAME = 1024
+CODE = (".py", ".so", ".pyd", ".dll")
 
 _sources: dict[type, Any] = {}
 
@@ -105,6 +115,8 @@ def stamps_of(node: Mapping[str, Any]) -> Stamps:
     for text in _strings(node.get("inputs")):
         if EMBEDDING in text:
             names.update(("embedding", name) for name in _embedding_names(text))
+        if "<" in text:
+            names.update(("lora", name.strip()) for name in LORA.findall(text))
         if len(text) <= LONGEST_NAME and not {"\0", "\n"} & set(text):
             names.add(("file", text))
     found = {name: _look(*name) for name in names}
@@ -114,7 +126,7 @@ def stamps_of(node: Mapping[str, Any]) -> Stamps:
 
 def _look(kind: str, name: str) -> Any:
     """What is there under a name; None where it cannot be told."""
-    return {"file": _files, "embedding": _embeddings, "source": _source}[kind](name)
+    return {"file": _files, "embedding": _embeddings, "lora": _loras, "source": _source}[kind](name)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -150,7 +162,7 @@ def _files(name: str) -> list[Stamp] | None:
     for path in dict.fromkeys(paths):
         stamp = _stamp(path)
         if stamp and os.path.isdir(path):
-            within = list(_within(path))
+            within = list(_within(path, MAX_FILES))
             if len(within) > MAX_FILES:
                 return None
             found += [one for file in within if (one := _stamp(file))]
@@ -163,28 +175,29 @@ def _folders(kind: str) -> list[str]:
     return folder_paths.get_folder_paths(kind)
 
 
-def _within(folder: str, suffix: str = "") -> Iterator[str]:
-    """Files below a folder, in a fixed order; one more than MAX_FILES at most."""
+def _within(folder: str, most: int, suffixes: str | tuple[str, ...] = "") -> Iterator[str]:
+    """Files below a folder, in a fixed order; one more than `most` at most."""
     count = 0
     for path, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
         for name in sorted(names):
-            if name.endswith(suffix):
+            if name.endswith(suffixes):
                 yield os.path.join(path, name)
                 count += 1
-                if count > MAX_FILES:
+                if count > most:
                     return
 
 
 def _stamp(path: str) -> Stamp | None:
     try:
         state = os.stat(path)
+        content = content_of(path, state)
     except (OSError, ValueError):
         return None
-    return [state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns]
+    return [state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns, content]
 
 
-# -- embeddings
+# -- what texts name
 
 
 def _embedding_names(text: str) -> set[str]:
@@ -199,11 +212,19 @@ def _embedding_names(text: str) -> set[str]:
 
 def _embeddings(name: str) -> list[Stamp]:
     """ComfyUI looks into every folder below those of embeddings, and takes the first that has such a file."""
+    return _below("embeddings", name, EMBEDDING_SUFFIXES)
+
+
+def _loras(name: str) -> list[Stamp]:
+    return _below("loras", name, LORA_SUFFIXES)
+
+
+def _below(kind: str, name: str, suffixes: tuple[str, ...]) -> list[Stamp]:
     found = []
-    for top in _folders("embeddings"):
+    for top in _folders(kind):
         for folder, folders, _ in os.walk(top, followlinks=True):
             folders.sort()
-            found += [stamp for end in EMBEDDING_SUFFIXES if (stamp := _stamp(os.path.join(folder, name + end)))]
+            found += [stamp for end in suffixes if (stamp := _stamp(os.path.join(folder, name + end)))]
     return found
 
 
@@ -223,24 +244,39 @@ def _source(name: str) -> Any:
             path = inspect.getsourcefile(kind)
         except TypeError:  # made by something that is no file
             path = None
-        _sources[kind] = [] if path is None else _digest(_pack_of(path))
+        _sources[kind] = [] if path is None else _pack_digest(path)
     return _sources[kind]
 
 
-def _pack_of(path: str) -> list[str]:
-    """All source files of the custom nodes that a file belongs to; the file alone where it is ComfyUI's own."""
+def _pack_digest(path: str) -> str | None:
+    """Hash all code of the custom nodes that a file belongs to, as a node imports helpers of its pack.
+
+    The file alone where it is ComfyUI's own: `comfyui_digest` is part of every name.
+    """
     for folder in _folders("custom_nodes"):
         inside = os.path.relpath(path, folder)
         if not inside.startswith(os.pardir) and os.sep in inside:
-            return list(_within(os.path.join(folder, inside.split(os.sep)[0]), ".py"))
-    return [path]
+            pack = os.path.join(folder, inside.split(os.sep)[0])
+            return _digest(pack, list(_within(pack, MAX_SOURCES, CODE)))
+    return _digest(os.path.dirname(path), [path])
 
 
-def _digest(paths: list[str]) -> str | None:
+@functools.cache
+def comfyui_digest() -> str | None:
+    """Hash ComfyUI's code, which changes with each pull where its version does not. None where it just changed."""
+    root = os.path.dirname(os.path.abspath(nodes.__file__))
+    paths = [entry.path for entry in os.scandir(root) if entry.name.endswith(".py")]
+    for entry in os.scandir(root):
+        if entry.is_dir() and entry.name.startswith("comfy"):
+            paths += _within(entry.path, MAX_SOURCES, CODE)
+    return _digest(root, sorted(paths))
+
+
+def _digest(folder: str, paths: list[str]) -> str | None:
     digest = hashlib.sha256()
     for path in paths:
         stamp = _stamp(path)
-        if stamp is None or stamp[3] > STARTED or stamp[1] > STARTED or len(paths) > MAX_FILES:
+        if stamp is None or stamp[3] > STARTED or stamp[1] > STARTED or len(paths) > MAX_SOURCES:
             return None
-        digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{os.path.relpath(path, folder)}\0{stamp[4]}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

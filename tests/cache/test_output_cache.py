@@ -210,7 +210,7 @@ def test_decisions_say_what_went_and_why():
 
 
 def test_an_eviction_that_cannot_be_kept_is_no_error():
-    def broken(entry, value):
+    def broken(entry, value, nbytes):
         raise OSError("disk full")
 
     machine = Machine(20, on_evict=broken)

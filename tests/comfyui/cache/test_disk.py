@@ -1,22 +1,30 @@
 """Evicted outputs on disk, in ComfyUI's executor."""
 
-import json
-
 import folder_paths
 import torch
 
 from kit.comfyui.executor import ALL, Executor, prompt
+from spillway.cache import disk_format
 
 
 def written(user):
-    return sorted(json.loads(path.read_text())["kind"] for path in (user / "__spillway" / "outputs").glob("*.json"))
+    kinds = []
+    for path in (user / "__spillway" / "outputs").glob("*.output"):
+        with open(path, "rb") as file:
+            kinds.append(disk_format.read_record(file, path.stem).kind)
+    return sorted(kinds)
+
+
+def evict(executor):
+    executor.cache.engine.evict(1 << 60)
+    assert executor.cache.engine.writer.wait(60)
 
 
 def test_evicted_outputs_are_found_after_a_restart(installed, user):
     first = Executor()
     first.run(prompt())
     assert written(user) == []
-    first.cache.engine.evict(1 << 60)
+    evict(first)
     assert written(user) == ["Decode", "Encode", "Sample"], "no models, and nothing that was shown"
     assert first.run(prompt()) == ["Save"]
 
@@ -34,10 +42,10 @@ def test_evicted_outputs_are_found_after_a_restart(installed, user):
 def test_what_is_damaged_is_made_again(installed, user):
     first = Executor()
     first.run(prompt())
-    first.cache.engine.evict(1 << 60)
-    for path in (user / "__spillway" / "outputs").glob("*.safetensors"):
+    evict(first)
+    for path in (user / "__spillway" / "outputs").glob("*.output"):
         data = bytearray(path.read_bytes())
-        data[-1] ^= 1
+        data[20] ^= 1
         path.write_bytes(data)
     assert sorted(Executor().run(prompt())) == sorted(ALL)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import time
+import types
 
 import folder_paths
 import nodes
@@ -11,6 +12,7 @@ import torch
 from comfy_execution.graph_utils import GraphBuilder
 
 from kit.comfyui.executor import Executor
+from spillway.cache import content as content_module
 from spillway.cache.comfyui import stamps as comfy_stamps
 
 pytestmark = pytest.mark.usefixtures("known_nodes", "installed", "user")
@@ -94,6 +96,7 @@ def run(executor, prompt):
 
 def evict(executor):
     executor.cache.engine.evict(1 << 60)
+    assert executor.cache.engine.writer.wait(60)
 
 
 def in_place(path):
@@ -144,6 +147,8 @@ NAMED = {
     "weighted": (node("Encode", value="a ((embedding:foo:1.2)), cat"), "embeddings/foo.pt"),
     "followed by a comma": (node("Encode", value="embedding:foo, a cat"), "embeddings/foo.pt"),
     "in a folder below": (node("Encode", value="embedding:foo"), "embeddings/sub/foo.pt"),
+    "a LoRA in a text": (node("File", value="a cat <lora:x.bin:0.8>, <other>"), "loras/x.bin"),
+    "a LoRA in a text, in a folder below": (node("File", value="<lora:foo:1:0.5>"), "loras/sub/foo.safetensors"),
     "on another line": (node("Encode", value="a cat\nembedding:foo\n" + "x " * 2000), "embeddings/foo.pt"),
 }
 WHEN = ["before it is evicted", "while it is down"]
@@ -185,6 +190,45 @@ def test_what_has_changed_is_made_again(named, change, when):
     assert len(run(later, prompt)) == 3
     evict(later)
     assert run(Executor(), prompt) == ["Show"], "what was made of the new one takes its place"
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("named", ["a LoRA", "an embedding", "a model's folder"], indirect=True)
+def test_a_system_whose_times_say_nothing(named, when, monkeypatch):
+    """Windows' and network drives': size, number and times of another file may be the same."""
+    prompt, path = named
+
+    class Blind:
+        """The module os, for which all files of a size are alike."""
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def stat(self, path):
+            state = os.stat(path)
+            times = dict.fromkeys(("st_mtime", "st_ctime", "st_mtime_ns", "st_ctime_ns", "st_ino"), 0)
+            return types.SimpleNamespace(st_mode=state.st_mode, st_size=state.st_size, **times)
+
+    monkeypatch.setattr(content_module, "STATES_TELL", False)
+    monkeypatch.setattr(comfy_stamps, "os", Blind())
+    first = Executor()
+    run(first, prompt)
+    if when == WHEN[0]:
+        same_size_and_time(path)
+    evict(first)
+    if when == WHEN[1]:
+        same_size_and_time(path)
+    assert len(run(Executor(), prompt)) == 3
+
+
+def test_names_of_pipes_and_devices_are_no_files_to_read(places):
+    """Else the prompt would wait for ever."""
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(places / "loras" / "pipe.bin")
+    executor = Executor()
+    for name in ("pipe.bin", "/dev/zero", "/dev/stdin"):
+        assert len(run(executor, graph(node("Text", value=name)))) == 3
+    evict(executor)
 
 
 @pytest.mark.parametrize("named", ["an embedding", "a LoRA"], indirect=True)

@@ -99,7 +99,12 @@ class Executor:
     def limit(self, mib, headroom=10):
         engine, total = self.cache.engine, mib * MIB
         engine.headroom = self.cache.base_headroom = headroom * MIB
-        engine.available = lambda: Available(max(0, total - engine.ram_bytes()), total, "the test's memory")
+
+        def available():
+            held = engine.ram_bytes() + engine.writer.nbytes
+            return Available(max(0, total - held), total, "the test's memory")
+
+        engine.available = available
         return engine
 
     def run(self, graph, output="save"):
