@@ -1,0 +1,153 @@
+"""What must hold whatever happens: which errors are none of a user's, what may lie on the disk, what must stay flat."""
+
+import json
+import re
+import statistics
+import struct
+
+import psutil
+
+from kit.pack import ROOT
+
+# An error of these says that the code met what it did not expect, and not what a user did wrong.
+INTERNAL = (
+    "AttributeError",
+    "KeyError",
+    "TypeError",
+    "AssertionError",
+    "IndexError",
+    "NameError",
+    "UnboundLocalError",
+    "ZeroDivisionError",
+    "RecursionError",
+    "NotImplementedError",
+    "UnicodeEncodeError",
+    "OverflowError",
+)
+OURS = ("Spillway", "INT8LazyTorchCompile")
+# What never_raises says of an error outside of a node, and what aiohttp says of one in a route.
+IN_LOG = re.compile(r"\[Spillway\] .* failed \(.*\); the server goes on without it\.|Error handling request.*|"
+                    r"\[Spillway\] .* is damaged .*|Exception ignored in.*|Fatal Python error.*")
+OF_COMFYUI = "ConnectionResetError"
+MIB = 1 << 20
+
+
+class Faults:
+    """What was found wrong, each kind with its words."""
+
+    LONGEST = 1500
+
+    def __init__(self):
+        self.found = []
+
+    def add(self, kind, words):
+        self.found.append((kind, words[: self.LONGEST]))
+        print(f"FAULT {kind}: {words[: self.LONGEST]}", flush=True)
+
+
+def error_of(history):
+    """The error that ended a prompt; None where it ended well or was interrupted."""
+    messages = history["status"]["messages"]
+    return next((said for kind, said in messages if kind == "execution_error"), None)
+
+
+def wrong_error(error, given=None):
+    """Say what is wrong with the error of a prompt. None where a user can tell from it what to do.
+
+    given: the inputs that made no sense, of which the error must name one.
+    """
+    kind, message = error["exception_type"], error["exception_message"]
+    trace = "".join(error["traceback"])
+    ours = error["node_type"].startswith(OURS) or _in_pack(error["traceback"][-1:])
+    where = f"{error['node_type']}: {kind}: {message}\n{trace[-700:]}"
+    if "/" in kind or "\\" in kind:
+        return f"the error's type is a path. {where}"
+    if ours and kind.split(".")[-1] in INTERNAL:
+        return f"an error about internals. {where}"
+    if given and error["node_type"].startswith(OURS) and not any(name in message for name in given):
+        return f"the error names none of {', '.join(given)}. {where}"
+    return None
+
+
+def _in_pack(frames):
+    return any("ComfyUI-Spillway" in frame or str(ROOT) in frame for frame in frames)
+
+
+def faults_in_log(text):
+    return sorted({line for line in IN_LOG.findall(text) if OF_COMFYUI not in line})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def leftovers(base):
+    """Files that belong to no living process and to no finished output."""
+    output = [path for path in (base / "output").rglob("*") if path.name.startswith(".spillway-")]
+    notes = [path for path in (base / "user" / "spillway-unfinished").glob("*")]
+    tier = [path for path in (base / "user" / "__spillway" / "outputs").glob("*")]
+    whole = {path.stem for path in tier if path.suffix == ".json"} & {
+        path.stem for path in tier if path.suffix == ".safetensors"
+    }
+    tier = [path for path in tier if path.suffix not in (".json", ".safetensors") or path.stem not in whole]
+    return {str(path.relative_to(base)) for path in (*output, *notes, *tier)}
+
+
+def half_files(base):
+    """Files of ours under a final name that are not complete."""
+    found = []
+    for path in (base / "output" / "ours").rglob("*.safetensors"):
+        if path.name.startswith("."):
+            continue
+        try:
+            end = end_of(path)
+        except (ValueError, struct.error) as error:
+            found.append(f"{path}: {error}")
+        else:
+            if end != path.stat().st_size:
+                found.append(f"{path}: {path.stat().st_size} of {end} bytes")
+    return found
+
+
+def header_of(path):
+    """(header, where the data begins) of a safetensors file. Raises ValueError or struct.error for half of one."""
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        return json.loads(file.read(size)), 8 + size
+
+
+def end_of(path):
+    header, begin = header_of(path)
+    return begin + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+
+
+# --- resources --------------------------------------------------------------------------------------------------------
+
+
+class Resources:
+    """RSS, threads and file descriptors of one server over time, taken while it does nothing."""
+
+    FEWEST = 8  # samples, before anything is said of a trend
+
+    def __init__(self, process):
+        self.process = psutil.Process(process.pid)
+        self.samples = []
+
+    def sample(self):
+        self.samples.append(
+            (self.process.memory_info().rss, self.process.num_threads(), getattr(self.process, "num_fds", int)())
+        )
+
+    def trend(self):
+        """Say what grew from the first third of the samples to the last."""
+        third = len(self.samples) // 3
+        if len(self.samples) < self.FEWEST:
+            return None
+        first = [statistics.median(values) for values in zip(*self.samples[:third], strict=True)]
+        last = [statistics.median(values) for values in zip(*self.samples[-third:], strict=True)]
+        limits = (first[0] * 1.1 + 100 * MIB, first[1] + 4, first[2] + 10)
+        grew = [
+            f"{what} from {before:.0f} to {after:.0f}"
+            for what, before, after, limit in zip(("RSS", "threads", "descriptors"), first, last, limits, strict=True)
+            if after > limit
+        ]
+        return f"{', '.join(grew)} in {len(self.samples)} samples" if grew else None
