@@ -10,6 +10,10 @@ PolicyType = io.Custom("SPILLWAY_POLICY")
 AUTO = -1.0
 
 
+class FileInput(io.Combo.Input):
+    """A choice of files. Its list may be older than a file, so the node itself says which file is missing, and where."""
+
+
 def policy_input() -> io.Input:
     """Make the optional policy input that every loader has."""
     return PolicyType.Input(

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, policy_input
+from .inputs import CATEGORY, FileInput, policy_input
 
 NONE = "none"
 
@@ -30,12 +30,17 @@ def model_path(folder: str, name: str) -> str:
 
 
 def file_stamps(folder: str, *names: str) -> list[str]:
-    """Say which files these are: another one under the same name, or one written again, makes a loader run anew."""
+    """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
+
+    Size and time of the content can be those of the file before. Nobody can set the time of the last change of any kind.
+    """
     stamps = []
     for name in names:
         path = folder_paths.get_full_path(folder, name)
         status = os.stat(path) if path is not None else None  # a loader says itself that a file is missing
-        stamps.append("" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino}")
+        stamps.append(
+            "" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
+        )
     return stamps
 
 
@@ -50,7 +55,7 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             "is first used, and gives way when the memory is needed elsewhere.",
             search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "offload", "dynamic vram"],
             inputs=[
-                io.Combo.Input(
+                FileInput(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
                     tooltip="A safetensors file in models/diffusion_models. Other formats must be converted first.",
@@ -91,7 +96,7 @@ class SpillwayLoadCheckpoint(CheckedNode):
             "encoder, VAE and CLIP vision are read when they are first used.",
             search_aliases=["load checkpoint", "checkpoint loader", "ckpt", "low vram", "offload"],
             inputs=[
-                io.Combo.Input(
+                FileInput(
                     "ckpt_name",
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
@@ -128,21 +133,21 @@ class SpillwayLoadCLIP(CheckedNode):
             "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                io.Combo.Input("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
+                FileInput("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],
                     default="stable_diffusion",
                     tooltip="The model family that the prompt is for, such as flux, sd3 or lumina2 (for Z-Image too).",
                 ),
-                io.Combo.Input(
+                FileInput(
                     "clip_name2",
                     options=[NONE, *files],
                     default=NONE,
                     optional=True,
                     tooltip="A second file, if the model needs one.",
                 ),
-                io.Combo.Input(
+                FileInput(
                     "clip_name3",
                     options=[NONE, *files],
                     default=NONE,
@@ -177,7 +182,7 @@ class SpillwayLoadVAE(CheckedNode):
             description="Loads a VAE. Its weights are read when they are first used.",
             search_aliases=["load vae", "vae loader", "low vram", "offload"],
             inputs=[
-                io.Combo.Input(
+                FileInput(
                     "vae_name",
                     options=folder_paths.get_filename_list("vae"),
                     tooltip="A safetensors file in models/vae. Other formats must be converted first.",

@@ -113,10 +113,17 @@ def kill_and_cap(around):
 def wrong_prompts(around):
     server = around.any_server()
     made = [around.fuzz.prompt() for _ in range(10)]
-    jobs = [(Job(server, prompt, around.files, around.faults), names) for prompt, _, names in made]
-    for job, names in jobs:
-        outcome = job.finish(may_fail=True, given=names)
+    jobs = [(Job(server, prompt, around.files, around.faults), given) for prompt, _, given in made]
+    for job, given in jobs:
+        outcome = job.finish(may_fail=True, given=given)
         around.count(f"fuzzed: {outcome}")
+
+
+def free_all(around):
+    """When nothing runs: then the servers' resources must be what they were."""
+    around.finish_all()
+    for server in around.pair.servers:
+        server.sample()
 
 
 def wrong_requests(around):
@@ -142,5 +149,6 @@ DISTURBANCES = {
     "queue cleared": clear_queue,
     "wrong prompts": wrong_prompts,
     "wrong requests": wrong_requests,
+    "all freed": free_all,
 }
 RARE = ("kill", "kill, less RAM")  # a start takes as long as twenty prompts

@@ -1,7 +1,6 @@
 """Prompts and requests of which one or two inputs make no sense."""
 
 import json
-import random
 
 from kit.comfyui.running_server import node
 
@@ -10,7 +9,24 @@ from .invariants import OURS
 NAN, INF = float("nan"), float("inf")
 WRONG = (
     *(None, True, False, 0, -1, 1, 0.5, -1e308, NAN, INF, -INF, 2**31, 2**63, -(2**70), 10**400),
-    *("", " ", ".", "..", "/", "x", "nan", "-1", "none", "auto", "con", "a\nb", "a\0b", "ünï/模型", "\ud800", "x" * 5000),
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "/",
+        "x",
+        "nan",
+        "-1",
+        "none",
+        "auto",
+        "con",
+        "a\nb",
+        "a\0b",
+        "ünï/模型",
+        "\ud800",
+        "x" * 5000,
+    ),
     *("../../../escape", "/etc/passwd", "..\\..\\x", "%2e%2e/x", "ours/../../x", "embedding:nothing", "%date:yyyy%"),
     *({}, {"a": 1}, {"samples": 1}, {"samples": None}, {"__value__": [1, 2]}, {"__value__": []}, {"__type__": "MODEL"}),
 )
@@ -25,8 +41,6 @@ WIRES = {
     "SPILLWAY_POLICY": ["policy", 1],
     "*": ["image", 0],
 }
-# What takes long when its inputs are right.
-SLOW = ("SpillwaySelfTest", "SpillwaySaveCheckpoint")
 
 
 def our_nodes(server):
@@ -48,6 +62,7 @@ def base_prompt():
     flux = {"unet_name": "flux.safetensors", "weight_dtype": "default"}
     return {
         "unet": node("SpillwayLoadDiffusionModel", **flux),
+        "second": node("SpillwayLoadDiffusionModel", **{**flux, "unet_name": "second.safetensors"}),
         "clip": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion"),
         "vae": node("SpillwayLoadVAE", vae_name="ae.safetensors"),
         "policy": node("SpillwayPolicy", **policy),
@@ -57,7 +72,7 @@ def base_prompt():
 
 
 class Fuzz:
-    """Makes prompts. Every input of every node comes up in turn. named: the inputs that were made wrong."""
+    """Makes prompts. Every input of every node comes up in turn."""
 
     def __init__(self, server, rng):
         self.rng = rng
@@ -67,7 +82,7 @@ class Fuzz:
         self.count = 0
 
     def prompt(self):
-        """(prompt, kind, names of the inputs that make no sense)."""
+        """(prompt, kind of the node, {input: value} of the inputs that make no sense)."""
         kind, (name, *_) = self.turn[self.count % len(self.turn)]
         self.count += 1
         prompt = base_prompt()
@@ -75,12 +90,11 @@ class Fuzz:
         names = [name]
         if self.rng.random() < 0.2:
             names.append(self.rng.choice(self.nodes[kind])[0])
-        for number, wrong in enumerate(dict.fromkeys(names)):
-            self.spoil(prompt, inputs, wrong, number)
+        given = {wrong: self.spoil(prompt, inputs, wrong, number) for number, wrong in enumerate(dict.fromkeys(names))}
         prompt["fuzzed"] = node(kind, **inputs)
         # Of a node without an output node behind it nothing runs.
         prompt["report"] = node("SpillwayMemoryReport", value=["fuzzed", 0])
-        return self.with_loaders(prompt), kind, list(dict.fromkeys(names))
+        return self.with_loaders(prompt), kind, given
 
     def with_loaders(self, prompt):
         """Give the wires of `load` to the loaders that stand for it."""
@@ -92,12 +106,17 @@ class Fuzz:
         return prompt
 
     def spoil(self, prompt, inputs, name, number):
-        """Give an input a value by a wire of any type, which ComfyUI does not look at, or as a literal, or none."""
-        way = self.rng.choices(("any wire", "literal", "wrong wire", "missing", "any wire of a wire"), (5, 3, 1, 1, 2))[0]
+        """Give an input a value by a wire of any type, which ComfyUI does not look at, or as a literal, or none.
+
+        Returns the value.
+        """
+        value = None
+        ways = {"any wire": 5, "any wire of a wire": 2, "literal": 3, "wrong wire": 1, "missing": 1}
+        (way,) = self.rng.choices(list(ways), list(ways.values()))
         if way == "missing":
             inputs.pop(name, None)
         elif way == "literal":
-            inputs[name] = self.rng.choice(WRONG)
+            inputs[name] = value = self.rng.choice(WRONG)
         elif way == "wrong wire":
             inputs[name] = self.rng.choice([*WRONG_WIRES, ["nothing", 0], ["image", 7], ["fuzzed", 0], ["image", -1]])
         else:
@@ -106,12 +125,17 @@ class Fuzz:
             values = {"value": value, "headroom_gb": -1.0, "never_evict": False, "disk_gb": -1.0}
             prompt[any_name] = node("SpillwayCachePolicy", **values)
             inputs[name] = [any_name, 0]
+        return value
 
     def right(self, entry):
         """A value that the node takes."""
         name, kind, options, _ = entry
+        if name == "base":  # a model that is the same has no difference to make a LoRA of
+            return ["second", 0]
         if kind in WIRES:
             return WIRES[kind]
+        if name == "mode" and "weighted sum" in options.get("options", []):
+            return "weighted sum"  # the other needs a third model
         if kind == "COMBO":
             choices = [one for one in options.get("options", []) if "large" not in str(one)] or ["nothing"]
             return self.rng.choice(choices)
@@ -133,7 +157,6 @@ HEADERS = (
     {"Content_Type": "application/json; charset=utf-16"},
     {"Content_Type": "application/json; charset=nonsense"},
     {"Content_Type": "\x01"},
-    {"Origin": "http://[::1"},
     {"Origin": "null"},
     {"Sec_Fetch_Site": "cross-site"},
     {"Content_Encoding": "gzip"},
@@ -149,7 +172,3 @@ def request(rng):
         keys = rng.sample(("cache", "models", "pins", "bytes", "x"), rng.randint(1, 3))
         body = json.dumps({key: rng.choice((True, *WRONG)) for key in keys}).encode()
     return path, body if method not in ("GET", "HEAD", "OPTIONS") else None, method, rng.choice(HEADERS)
-
-
-def seeded(seed):
-    return random.Random(seed)

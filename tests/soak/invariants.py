@@ -25,10 +25,11 @@ INTERNAL = (
     "OverflowError",
 )
 OURS = ("Spillway", "INT8LazyTorchCompile")
-# What never_raises says of an error outside of a node, and what aiohttp says of one in a route.
-IN_LOG = re.compile(r"\[Spillway\] .* failed \(.*\); the server goes on without it\.|Error handling request.*|"
-                    r"\[Spillway\] .* is damaged .*|Exception ignored in.*|Fatal Python error.*")
-OF_COMFYUI = "ConnectionResetError"
+# What never_raises says of an error outside of a node, and the disk tier of an entry that is not as it was written.
+IN_LOG = re.compile(
+    r"\[Spillway\] .* failed \(.*\); the server goes on without it\.|"
+    r"\[Spillway\] .* is damaged .*|Exception ignored in.*|Fatal Python error.*"
+)
 MIB = 1 << 20
 
 
@@ -54,7 +55,7 @@ def error_of(history):
 def wrong_error(error, given=None):
     """Say what is wrong with the error of a prompt. None where a user can tell from it what to do.
 
-    given: the inputs that made no sense, of which the error must name one.
+    given: the inputs that made no sense, by name. The error must name one of them, or its value.
     """
     kind, message = error["exception_type"], error["exception_message"]
     trace = "".join(error["traceback"])
@@ -64,8 +65,9 @@ def wrong_error(error, given=None):
         return f"the error's type is a path. {where}"
     if ours and kind.split(".")[-1] in INTERNAL:
         return f"an error about internals. {where}"
-    if given and error["node_type"].startswith(OURS) and not any(name in message for name in given):
-        return f"the error names none of {', '.join(given)}. {where}"
+    named = [word for name, value in (given or {}).items() for word in (name, str(value)[:30])]
+    if given and error["node_type"].startswith(OURS) and not any(word in message for word in named):
+        return f"the error names none of {named}. {where}"
     return None
 
 
@@ -74,7 +76,7 @@ def _in_pack(frames):
 
 
 def faults_in_log(text):
-    return sorted({line for line in IN_LOG.findall(text) if OF_COMFYUI not in line})
+    return sorted(set(IN_LOG.findall(text)))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -124,9 +126,9 @@ def end_of(path):
 
 
 class Resources:
-    """RSS, threads and file descriptors of one server over time, taken while it does nothing."""
+    """RSS, threads and file descriptors of one server over time, each taken when all was freed."""
 
-    FEWEST = 8  # samples, before anything is said of a trend
+    FEWEST = 6  # samples, before anything is said of a trend
 
     def __init__(self, process):
         self.process = psutil.Process(process.pid)

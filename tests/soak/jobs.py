@@ -6,7 +6,11 @@ import time
 from .compare import digests, key_of
 from .invariants import error_of, wrong_error
 
-SECONDS = 300
+SECONDS = 180
+
+
+class Stuck(Exception):
+    """A server runs no prompts any more. Nothing more can be learnt from it."""
 
 
 class Job:
@@ -52,14 +56,15 @@ class Job:
             except OSError:  # it is being killed
                 pass
             time.sleep(0.05)
-        self.faults.add("stuck", f"no end after {SECONDS} s: {json.dumps(self.prompt)}")
-        return None
+        self.faults.add("stuck", f"no end after {SECONDS} s: {json.dumps(self.prompt)}\n{self.server.said()[-1500:]}")
+        raise Stuck
 
     def _judge(self, may_fail, given):
         if self.history is None:
             return "lost"
         if self.history["status"]["status_str"] == "success":
-            self.digests = digests(self.server.base, self.prompt, self.history)
+            if not may_fail:  # what a wrong input made is compared with nothing
+                self.digests = digests(self.server.base, self.prompt, self.history)
             return "done"
         error = error_of(self.history)
         if error is None:

@@ -45,14 +45,12 @@ class Graph:
         self.add("load vae", "SpillwayLoadVAE", vae_name="ae.safetensors", **given)
         self.model, self.clip, self.vae = ["load", 0], ["load clip", 0], ["load vae", 0]
         self.latent = "EmptySD3LatentImage"
-        way = self.rng.choice(("ours", "ours", "merge", "theirs", "checkpoint"))
+        way = self.rng.choice(("ours",) * 4 + ("merge",) * 2 + ("theirs",) * 2 + ("checkpoint",))
         if way == "ours":
             self.load_flux("load", self.rng.choice(DTYPES), **given)
         elif way == "merge":
             self.load_flux("load one", "default", **given)
-            self.add(
-                "load two", "SpillwayLoadDiffusionModel", unet_name="second.safetensors", weight_dtype="default"
-            )
+            self.add("load two", "SpillwayLoadDiffusionModel", unet_name="second.safetensors", weight_dtype="default")
             ratios = {"early": -1.0, "middle": self.rng.choice((-1.0, 0.0)), "late": -1.0, "other": 1.0}
             self.add(
                 "load",
@@ -73,9 +71,7 @@ class Graph:
         self.is_flux = way != "checkpoint"
 
     def load_flux(self, name, weight_dtype, **given):
-        self.add(
-            name, "SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype=weight_dtype, **given
-        )
+        self.add(name, "SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype=weight_dtype, **given)
 
     def change(self):
         """LoRAs, policies and device control on the model, in any order."""
@@ -154,9 +150,11 @@ class Graph:
         """One prefix for both servers: their numbers are counted up side by side."""
         values = {"model": self.model, "filename_prefix": "ours/model", "dtype": self.rng.choice(SAVE_DTYPES)}
         if self.is_flux and self.maybe(0.2):
+            self.with_lora()  # two models that are the same have no difference
             self.load_flux("base", "default")
-            self.add("save", "SpillwaySaveLora", base=["base", 0], rank=2, **{**values, "dtype": "fp16"})
-        elif not self.is_flux and self.maybe(0.5):
+            values |= {"model": self.model, "dtype": "fp16"}
+            self.add("save", "SpillwaySaveLora", base=["base", 0], rank=2, **values)
+        elif not self.is_flux and self.maybe(0.3):
             self.add("save", "SpillwaySaveCheckpoint", clip=self.clip, vae=self.vae, **values)
         else:
             self.add("save", "SpillwaySaveDiffusionModel", **values)

@@ -1,6 +1,7 @@
 """Two servers on one user and one output folder, which are ended and started again."""
 
 import json
+import time
 
 from kit.comfyui.running_server import Server
 
@@ -8,13 +9,15 @@ from .invariants import Faults, Resources, faults_in_log, leftovers
 
 SETTINGS = {"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}  # every evicted output is written
 ARGUMENTS = ["--disable-api-nodes"]  # they reach out, and cost a second of each start
+# Results are compared bit for bit. One thread, as several servers share the machine's cores.
+VARIABLES = {"MKL_CBWR": "AUTO", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class WatchedServer(Server):
     """Notes each answer that says that the server itself failed."""
 
     def __init__(self, base, arguments=(), log="server.log", faults=None, **variables):
-        super().__init__(base, [*ARGUMENTS, *arguments], log, **variables)
+        super().__init__(base, [*ARGUMENTS, *arguments], log, **VARIABLES, **variables)
         self.faults = faults or Faults()
         self.resources = Resources(self.process)
         self.killed = False
@@ -32,6 +35,13 @@ class WatchedServer(Server):
             return status, json.loads(answer or b"null")
         except ValueError:
             return status, answer.decode(errors="replace")
+
+    def sample(self):
+        """Look at its resources when all is freed, also what ComfyUI frees in its own time."""
+        self.post("free", {"unload_models": True, "free_memory": True})
+        self.post("spillway/free", {"cache": True, "models": True, "pins": True})
+        time.sleep(1)
+        self.resources.sample()
 
     def kill(self):
         self.killed = True
@@ -84,7 +94,7 @@ class Pair:
         if trend:
             self.faults.add("not flat", trend)
 
-    def stop(self):
+    def close(self):
         for server in self.servers:
             if server is not None and not server.killed:
                 server.stop()

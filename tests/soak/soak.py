@@ -76,7 +76,7 @@ class Round:
                 name = waiting.pop() if waiting else self.rng.choice([one for one in DISTURBANCES if self.is_due(one)])
                 self.disturb(name)
         finally:
-            self.pair.stop()
+            self.pair.close()
         self.start_again()
         self.compare()
 
@@ -102,8 +102,6 @@ class Round:
             if job.finish() != "done":
                 self.faults.add("worker", f"a good prompt is {job.outcome}")
             self.done.append(job)
-            if server.is_up:
-                server.resources.sample()
 
     def start_again(self):
         """After both were down and files changed meanwhile, also those that are only read by ComfyUI's own nodes."""
@@ -118,7 +116,7 @@ class Round:
             self.finish_all()
         finally:
             self.pair.servers[1] = None
-            self.pair.stop()
+            self.pair.close()
         self.check_files()
 
     def compare(self):
@@ -133,7 +131,6 @@ class Round:
                         kinds = [job.prompt[name]["class_type"] for name in wrong]
                         self.faults.add("another result", f"{wrong} {kinds} of {job.key} {json.dumps(job.prompt)}")
         self.count("answers of fresh servers", len(reference.answers))
-        # What a prompt gives twice with the same files is compared through its one answer.
 
 
 def soak(base, variants, seconds, seed, faults):

@@ -8,7 +8,9 @@ from kit.soak_runs import given
 
 from .files import write_variants
 from .invariants import Faults
+from .kills import kills
 from .soak import soak
+from .wrong_inputs import wrong_inputs
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +37,13 @@ def said(figures):
 
 def test_the_mix(tmp_path, variants, faults):
     said(soak(tmp_path, variants, given("SECONDS"), given("SEED"), faults))
+
+
+def test_fuzz(tmp_path, variants, faults):
+    figures = wrong_inputs(tmp_path, variants, given("FUZZ"), given("SEED"), faults)
+    said(figures)
+    assert figures["reached execution"] > given("FUZZ") / 3, "too few of the prompts were let through to be a test"
+
+
+def test_kills(tmp_path, variants, faults):
+    said(kills(tmp_path, variants, given("KILLS"), given("SEED"), faults))
