@@ -1,8 +1,8 @@
 """Checks what comes into a node before it runs.
 
-ComfyUI lets any literal through that a prompt has in the place of a wire, and NaN in the place of a number. A wire of any
-type brings any value, which ComfyUI compares with no range and no list. Kept in a model, a wrong value would raise long
-after the node had ended, where no error is allowed.
+ComfyUI lets any literal through that a prompt has in the place of a wire, and NaN in the place of a number. A wire of
+any type brings any value, which ComfyUI compares with no range and no list. Kept in a model, a wrong value would raise
+long after the node had ended, where no error is allowed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _checked(node: type[io.ComfyNode], execute: Callable[..., Any]) -> Callable[
         for entry in schema().inputs:
             if entry.io_type in KINDS:
                 _check_wire(schema().display_name, entry, given.get(entry.id))
-            elif entry.id in given and entry.id not in own:
+        for entry in schema().inputs:
+            if entry.io_type not in KINDS and entry.id in given and entry.id not in own:
                 _check_value(schema().display_name, entry, given[entry.id])
         return execute(*arguments, **named)
 
@@ -108,10 +109,10 @@ def _expected(entry: io.Input, value: Any) -> str | None:
         return None if fits else f"{words} from {entry.min:g} to {entry.max:g}"
     if isinstance(entry, io.Boolean.Input):
         return None if isinstance(value, bool) else "true or false"
-    if isinstance(entry, io.String.Input | FileInput):  # that a file is missing, the node itself says
-        return (
-            None if isinstance(value, str) else "text" if isinstance(entry, io.String.Input) else "the name of a file"
-        )
+    if isinstance(entry, FileInput):  # that the file is missing, the node itself says
+        return None if isinstance(value, str) else "the name of a file"
+    if isinstance(entry, io.String.Input):
+        return None if isinstance(value, str) else "text"
     if isinstance(entry, io.Combo.Input):
         return None if isinstance(value, str) and value in entry.options else f"one of {', '.join(entry.options)}"
     return None

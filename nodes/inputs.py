@@ -11,7 +11,7 @@ AUTO = -1.0
 
 
 class FileInput(io.Combo.Input):
-    """A choice of files. Its list may be older than a file, so the node itself says which file is missing, and where."""
+    """A choice of files. Its list may be older than a file, so the node itself says that one is missing, and where."""
 
 
 def policy_input() -> io.Input:

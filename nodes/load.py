@@ -32,7 +32,7 @@ def model_path(folder: str, name: str) -> str:
 def file_stamps(folder: str, *names: str) -> list[str]:
     """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
 
-    Size and time of the content can be those of the file before. Nobody can set the time of the last change of any kind.
+    Its size and the time of its content can be those of the file before. The time of its last change cannot be set.
     """
     stamps = []
     for name in names:

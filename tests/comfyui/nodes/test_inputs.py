@@ -1,4 +1,4 @@
-"""Literals in the place of wires: every node says which input is wrong, what it expected and what to do."""
+"""Wrong values for wires, numbers, texts and choices: every node says which input is wrong and what it expected."""
 
 import asyncio
 from types import SimpleNamespace
@@ -8,12 +8,21 @@ import torch
 
 from spillway.nodes.checked_node import KINDS, CheckedNode
 from spillway.nodes.extension import SpillwayExtension
+from spillway.nodes.inputs import FileInput
 from spillway.nodes.load import SpillwayMakeDynamic
+from spillway.nodes.old_ids import INT8LazyTorchCompile
 from spillway.nodes.vae import SpillwayVAEDecode
 from spillway.patcher.policy import Policy
 
 NODES = asyncio.run(SpillwayExtension().get_node_list())
 BASIC = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"}
+# The old node takes the values of another pack's too.
+VALUES = [
+    (node, entry)
+    for node in NODES
+    for entry in node.GET_SCHEMA().inputs
+    if entry.io_type in BASIC - {"*"} and node is not INT8LazyTorchCompile
+]
 WIRES = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs if entry.io_type not in BASIC]
 RIGHT = {
     "MODEL": SimpleNamespace(model=1, clone=1),
@@ -31,9 +40,14 @@ def ids(wire):
     return f"{wire[0].__name__}.{wire[1].id}"
 
 
+def right(entry):
+    default = getattr(entry, "default", None)
+    return next(iter(getattr(entry, "options", None) or ["a"])) if default is None else default
+
+
 def execute(node, **given):
     """With what every other input takes, as far as it is checked."""
-    inputs = {entry.id: RIGHT.get(entry.io_type) for entry in node.GET_SCHEMA().inputs}
+    inputs = {entry.id: RIGHT.get(entry.io_type) or right(entry) for entry in node.GET_SCHEMA().inputs}
     return node.execute(**{**inputs, **given})
 
 
@@ -74,3 +88,28 @@ def test_objects_whose_words_fail():
 
     with pytest.raises(ValueError, match=r"the input 'policy' is <Mute instance at .*> .Mute."):
         execute(SpillwayMakeDynamic, policy=Mute())
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG_VALUES = {
+    "INT": ["x", None, 1.5, NAN, {}, 10**400, -(10**400)],
+    "FLOAT": ["x", None, {}, NAN, INF, -INF, 10**400, torch.zeros(2)],
+    "STRING": [None, 1, {}, ["x"], "\ud800"],
+    "BOOLEAN": [None, "x", 2, NAN, {}],
+    "COMBO": [None, 1, {}, ["x"], "\ud800"],
+}
+
+
+@pytest.mark.parametrize("value", VALUES, ids=ids)
+def test_a_wrong_value_is_refused_by_name(value):
+    """As it comes by a wire of any type. What goes into the message can be written to any log."""
+    node, entry = value
+    wrong = WRONG_VALUES[entry.io_type] + ["nonsense"] * (entry.io_type == "COMBO" and not isinstance(entry, FileInput))
+    for one in wrong:
+        if one is None and entry.optional:
+            continue
+        with pytest.raises(ValueError, match="; expected ") as error:
+            execute(node, **{entry.id: one})
+        words = str(error.value)
+        assert words.startswith(f"{node.GET_SCHEMA().display_name}: the input '{entry.id}' is ")
+        assert len(words.encode()) < 600
