@@ -26,12 +26,12 @@ def _has(*names: str) -> Callable[[Any], bool]:
 
 
 # By wire type: a test of the value and where such a value comes from. Other packs have classes of their own, so most
-# tests look at attributes.
+# tests look at attributes. ComfyUI's CLIP can decode and encode too.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     PolicyType.io_type: (lambda value: isinstance(value, Policy), "a Spillway Policy node"),
     io.Model.io_type: (_has("model", "clone"), "a node that loads a model"),
     io.Clip.io_type: (_has("patcher", "clone"), "a node that loads a text encoder"),
-    io.Vae.io_type: (_has("decode", "encode"), "a node that loads a VAE"),
+    io.Vae.io_type: (_has("decode", "encode", "first_stage_model"), "a node that loads a VAE"),
     io.ClipVision.io_type: (_has("patcher", "model"), "a node that loads a CLIP vision model"),
     io.Latent.io_type: (
         lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"),
@@ -71,7 +71,11 @@ def _checked(node: type[io.ComfyNode], execute: Callable[..., Any]) -> Callable[
             if entry.io_type in KINDS:
                 _check_wire(schema().display_name, entry, given.get(entry.id))
         for entry in schema().inputs:
-            if entry.io_type not in KINDS and entry.id in given and entry.id not in own:
+            if entry.io_type in KINDS or entry.id not in given or entry.id in own:
+                continue
+            if given[entry.id] is None and entry.optional:
+                named.pop(entry.id, None)  # as where nothing was given: the default holds
+            else:
                 _check_value(schema().display_name, entry, given[entry.id])
         return execute(*arguments, **named)
 
@@ -89,8 +93,6 @@ def _check_wire(node: str, entry: io.Input, value: Any) -> None:
 
 
 def _check_value(node: str, entry: io.Input, value: Any) -> None:
-    if value is None and entry.optional:
-        return
     expected = _expected(entry, value)
     if expected is not None:
         raise ValueError(f"{node}: the input '{entry.id}' is {_in_words(value)}; expected {expected}.")

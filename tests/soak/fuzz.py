@@ -137,7 +137,8 @@ class Fuzz:
         if name == "mode" and "weighted sum" in options.get("options", []):
             return "weighted sum"  # the other needs a third model
         if kind == "COMBO":
-            choices = [one for one in options.get("options", []) if "large" not in str(one)] or ["nothing"]
+            # A move needs another device than there is.
+            choices = [one for one in options.get("options", []) if "large" not in str(one) and "move" not in str(one)]
             return self.rng.choice(choices)
         if kind == "BOOLEAN":
             return self.rng.random() < 0.5

@@ -30,6 +30,7 @@ IN_LOG = re.compile(
     r"\[Spillway\] .* failed \(.*\); the server goes on without it\.|"
     r"\[Spillway\] .* is damaged .*|Exception ignored in.*|Fatal Python error.*"
 )
+FINISHED = (".output", ".json", ".safetensors")  # in the disk tier
 MIB = 1 << 20
 
 
@@ -86,11 +87,8 @@ def leftovers(base):
     """Files that belong to no living process and to no finished output."""
     output = [path for path in (base / "output").rglob("*") if path.name.startswith(".spillway-")]
     notes = [path for path in (base / "user" / "spillway-unfinished").glob("*")]
-    tier = [path for path in (base / "user" / "__spillway" / "outputs").glob("*")]
-    whole = {path.stem for path in tier if path.suffix == ".json"} & {
-        path.stem for path in tier if path.suffix == ".safetensors"
-    }
-    tier = [path for path in tier if path.suffix not in (".json", ".safetensors") or path.stem not in whole]
+    tier = (base / "user" / "__spillway" / "outputs").glob("*")
+    tier = [path for path in tier if path.name.startswith(".") or path.suffix not in FINISHED]
     return {str(path.relative_to(base)) for path in (*output, *notes, *tier)}
 
 

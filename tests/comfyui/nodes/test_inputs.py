@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy_api.latest import io
 
 from spillway.nodes.checked_node import KINDS, CheckedNode
 from spillway.nodes.extension import SpillwayExtension
@@ -27,7 +28,7 @@ WIRES = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs i
 RIGHT = {
     "MODEL": SimpleNamespace(model=1, clone=1),
     "CLIP": SimpleNamespace(patcher=1, clone=1),
-    "VAE": SimpleNamespace(decode=1, encode=1),
+    "VAE": SimpleNamespace(decode=1, encode=1, first_stage_model=1),
     "CLIP_VISION": SimpleNamespace(patcher=1, model=1),
     "LATENT": {"samples": torch.zeros(1)},
     "IMAGE": torch.zeros(1, 8, 8, 3),
@@ -113,3 +114,16 @@ def test_a_wrong_value_is_refused_by_name(value):
         words = str(error.value)
         assert words.startswith(f"{node.GET_SCHEMA().display_name}: the input '{entry.id}' is ")
         assert len(words.encode()) < 600
+
+
+def test_nothing_for_an_optional_value_is_its_default():
+    class Node(CheckedNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="Optional", inputs=[io.Int.Input("number", min=0, max=9, optional=True)])
+
+        @classmethod
+        def execute(cls, number=5):
+            return number
+
+    assert Node.execute(number=None) == Node.execute() == 5 and Node.execute(number=3) == 3
