@@ -18,7 +18,7 @@ import torch
 from comfy_api.latest import io
 
 from ..patcher.policy import Policy
-from .inputs import FileInput, PolicyType
+from .inputs import OpenChoice, PolicyType
 
 
 def _has(*names: str) -> Callable[[Any], bool]:
@@ -111,9 +111,7 @@ def _expected(entry: io.Input, value: Any) -> str | None:
         return None if fits else f"{words} from {entry.min:g} to {entry.max:g}"
     if isinstance(entry, io.Boolean.Input):
         return None if isinstance(value, bool) else "true or false"
-    if isinstance(entry, FileInput):  # that the file is missing, the node itself says
-        return None if isinstance(value, str) else "the name of a file"
-    if isinstance(entry, io.String.Input):
+    if isinstance(entry, io.String.Input | OpenChoice):
         return None if isinstance(value, str) else "text"
     if isinstance(entry, io.Combo.Input):
         return None if isinstance(value, str) and value in entry.options else f"one of {', '.join(entry.options)}"

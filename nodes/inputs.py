@@ -10,8 +10,8 @@ PolicyType = io.Custom("SPILLWAY_POLICY")
 AUTO = -1.0
 
 
-class FileInput(io.Combo.Input):
-    """A choice of files. Its list may be older than a file, so the node itself says that one is missing, and where."""
+class OpenChoice(io.Combo.Input):
+    """A choice of files or devices, of which the list may be older than they are. The node says that one is missing."""
 
 
 def policy_input() -> io.Input:

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, FileInput, policy_input
+from .inputs import CATEGORY, OpenChoice, policy_input
 
 NONE = "none"
 
@@ -55,7 +55,7 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             "is first used, and gives way when the memory is needed elsewhere.",
             search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "offload", "dynamic vram"],
             inputs=[
-                FileInput(
+                OpenChoice(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
                     tooltip="A safetensors file in models/diffusion_models. Other formats must be converted first.",
@@ -96,7 +96,7 @@ class SpillwayLoadCheckpoint(CheckedNode):
             "encoder, VAE and CLIP vision are read when they are first used.",
             search_aliases=["load checkpoint", "checkpoint loader", "ckpt", "low vram", "offload"],
             inputs=[
-                FileInput(
+                OpenChoice(
                     "ckpt_name",
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
@@ -133,21 +133,21 @@ class SpillwayLoadCLIP(CheckedNode):
             "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                FileInput("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
+                OpenChoice("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],
                     default="stable_diffusion",
                     tooltip="The model family that the prompt is for, such as flux, sd3 or lumina2 (for Z-Image too).",
                 ),
-                FileInput(
+                OpenChoice(
                     "clip_name2",
                     options=[NONE, *files],
                     default=NONE,
                     optional=True,
                     tooltip="A second file, if the model needs one.",
                 ),
-                FileInput(
+                OpenChoice(
                     "clip_name3",
                     options=[NONE, *files],
                     default=NONE,
@@ -167,7 +167,7 @@ class SpillwayLoadCLIP(CheckedNode):
     def execute(
         cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
     ) -> io.NodeOutput:
-        names = [name for name in (clip_name1, clip_name2, clip_name3) if name != NONE]
+        names = [clip_name1, *(name for name in (clip_name2, clip_name3) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
@@ -182,7 +182,7 @@ class SpillwayLoadVAE(CheckedNode):
             description="Loads a VAE. Its weights are read when they are first used.",
             search_aliases=["load vae", "vae loader", "low vram", "offload"],
             inputs=[
-                FileInput(
+                OpenChoice(
                     "vae_name",
                     options=folder_paths.get_filename_list("vae"),
                     tooltip="A safetensors file in models/vae. Other formats must be converted first.",

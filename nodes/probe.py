@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.loading.probe import probe_file
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, FileInput
+from .inputs import CATEGORY, OpenChoice
 from .load import file_stamps, model_path
 
 log = logging.getLogger("spillway")
@@ -37,7 +37,7 @@ class SpillwayProbeModel(CheckedNode):
             "whether it is a model or a LoRA. Only its header is read, so it takes no time and no memory.",
             search_aliases=["model info", "inspect model", "what model is this", "metadata", "dtype", "lora rank"],
             inputs=[
-                FileInput(
+                OpenChoice(
                     "file",
                     options=_files(),
                     tooltip="A safetensors file in ComfyUI's models folder, and the folder that it lies in.",

@@ -86,7 +86,9 @@ class Fuzz:
         kind, (name, *_) = self.turn[self.count % len(self.turn)]
         self.count += 1
         prompt = base_prompt()
-        inputs = {entry[0]: self.right(entry) for entry in self.nodes[kind] if not entry[3] or self.rng.random() < 0.5}
+        # Device Control needs one of its optional inputs.
+        chosen = [entry for entry in self.nodes[kind] if not entry[3] or entry[0] == "model" or self.rng.random() < 0.5]
+        inputs = {entry[0]: self.right(entry) for entry in chosen}
         names = [name]
         if self.rng.random() < 0.2:
             names.append(self.rng.choice(self.nodes[kind])[0])

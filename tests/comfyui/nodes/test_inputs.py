@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from spillway.nodes.checked_node import KINDS, CheckedNode
 from spillway.nodes.extension import SpillwayExtension
-from spillway.nodes.inputs import FileInput
-from spillway.nodes.load import SpillwayMakeDynamic
+from spillway.nodes.inputs import OpenChoice
+from spillway.nodes.load import SpillwayLoadCLIP, SpillwayMakeDynamic
 from spillway.nodes.old_ids import INT8LazyTorchCompile
 from spillway.nodes.vae import SpillwayVAEDecode
 from spillway.patcher.policy import Policy
@@ -48,7 +48,9 @@ def right(entry):
 
 def execute(node, **given):
     """With what every other input takes, as far as it is checked."""
-    inputs = {entry.id: RIGHT.get(entry.io_type) or right(entry) for entry in node.GET_SCHEMA().inputs}
+    inputs = {
+        entry.id: RIGHT[entry.io_type] if entry.io_type in RIGHT else right(entry) for entry in node.GET_SCHEMA().inputs
+    }
     return node.execute(**{**inputs, **given})
 
 
@@ -105,7 +107,9 @@ WRONG_VALUES = {
 def test_a_wrong_value_is_refused_by_name(value):
     """As it comes by a wire of any type. What goes into the message can be written to any log."""
     node, entry = value
-    wrong = WRONG_VALUES[entry.io_type] + ["nonsense"] * (entry.io_type == "COMBO" and not isinstance(entry, FileInput))
+    wrong = WRONG_VALUES[entry.io_type] + ["nonsense"] * (
+        entry.io_type == "COMBO" and not isinstance(entry, OpenChoice)
+    )
     for one in wrong:
         if one is None and entry.optional:
             continue
@@ -127,3 +131,8 @@ def test_nothing_for_an_optional_value_is_its_default():
             return number
 
     assert Node.execute(number=None) == Node.execute() == 5 and Node.execute(number=3) == 3
+
+
+def test_the_first_text_encoder_cannot_be_left_out():
+    with pytest.raises(FileNotFoundError, match="There is no file 'none'"):
+        SpillwayLoadCLIP.execute(clip_name1="none", type="stable_diffusion")
