@@ -50,12 +50,12 @@ def key_of(prompt, files):
 
 
 class Reference:
-    """A fresh server of its own folder, which nothing disturbs, whose files never change, and that caches no output."""
+    """A fresh server with ComfyUI's own cache, which nothing disturbs and whose files never change."""
 
     def __init__(self, base, variants):
         self.base = base
         link_variants(variants, base / "models")
-        self.server = WatchedServer(base, ["--cache-none"], SPILLWAY_CACHE="0")
+        self.server = WatchedServer(base, SPILLWAY_CACHE="0")
         self.answers = {}
 
     def answer(self, key):

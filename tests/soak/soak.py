@@ -86,8 +86,7 @@ class Round:
     def disturb(self, name):
         begun = time.monotonic()
         for server in self.pair.servers:
-            for _ in range(self.rng.randint(1, 2)):
-                self.send(server)
+            self.send(server)
         DISTURBANCES[name](self)
         self.count(name)
         self.finish_all()
