@@ -291,6 +291,9 @@ def soak_tests(run: SoakRun) -> Callable[[list[str]], dict[str, Command]]:
     """Return what makes the command of one run of the soak, which starts servers with the Python that it runs in."""
 
     def commands(arguments: list[str]) -> dict[str, Command]:
+        if os.name == "nt":
+            say("no soak: Windows lets nobody replace the file of a loaded model")
+            return {}
         found = comfyui_and_python()
         if found is None:
             return {}

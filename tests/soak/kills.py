@@ -59,8 +59,8 @@ class Kills:
         self.figures, self.answers, self.seen = collections.Counter(), {}, set()
 
     def run(self, count):
-        self.pair.start(0, 1)
         with contextlib.suppress(Stuck), contextlib.closing(self.pair):
+            self.pair.start(0, 1)
             self.ask_fresh_server()
             while self.figures["kills"] < count:
                 kinds = [self.disturb(server) for server in self.pair.servers]

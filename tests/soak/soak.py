@@ -1,6 +1,7 @@
 """Rounds of the mix: prompts and disturbances on two servers, and then all results compared with a fresh one's."""
 
 import collections
+import contextlib
 import json
 import random
 import shutil
@@ -11,7 +12,7 @@ from .disturb import DISTURBANCES, RARE
 from .files import REPLACED, VARIANTS, WAYS, Files
 from .fuzz import Fuzz
 from .invariants import half_files
-from .jobs import Job
+from .jobs import Job, Stuck
 from .mix import known_good, random_graph
 from .servers import Pair
 
@@ -68,16 +69,15 @@ class Round:
     def run(self, seconds):
         """Every disturbance once, in a random order, and then for as long as there is time."""
         end = time.monotonic() + seconds * DISTURBED
-        self.pair.start(0, 1)
-        try:
+        with contextlib.closing(self.pair):
+            self.pair.start(0, 1)
             self.fuzz = Fuzz(self.pair.servers[0], self.rng)
             waiting = self.rng.sample(list(DISTURBANCES), len(DISTURBANCES))
             while waiting or time.monotonic() < end:
                 name = waiting.pop() if waiting else self.rng.choice([one for one in DISTURBANCES if self.is_due(one)])
                 self.disturb(name)
-        finally:
-            self.pair.close()
-        self.start_again()
+        with contextlib.closing(self.pair):
+            self.start_again()
         self.compare()
 
     def is_due(self, name):
@@ -108,14 +108,10 @@ class Round:
             if self.maybe(0.5) or name.startswith("embeddings/"):
                 self.replace(name, self.rng.choice(WAYS))
         self.pair.start(0)
-        try:
-            for job in self.rng.sample(self.done, min(6, len(self.done))):
-                self.jobs.append(Job(self.pair.servers[0], job.prompt, self.files, self.faults))
-            self.pair.servers[0].post("spillway/free", {"cache": True})
-            self.finish_all()
-        finally:
-            self.pair.servers[1] = None
-            self.pair.close()
+        (server, _) = self.pair.servers
+        for job in self.rng.sample(self.done, min(6, len(self.done))):
+            self.jobs.append(Job(server, job.prompt, self.files, self.faults))
+        self.finish_all()
         self.check_files()
 
     def compare(self):
@@ -136,13 +132,14 @@ def soak(base, variants, seconds, seed, faults):
     """Run rounds for so long. Returns the figures."""
     rng, figures = random.Random(seed), collections.Counter()
     begun = time.monotonic()
-    while (left := seconds - (time.monotonic() - begun)) > 0 or not figures:
+    while not faults.found and ((left := seconds - (time.monotonic() - begun)) > 0 or not figures):
         folder = base / f"round-{figures['rounds']}"
         folder.mkdir()
         for part in ("servers", "reference"):
             (folder / part).mkdir()
         one = Round(folder, variants, rng, faults)
-        one.run(min(left, ROUND_SECONDS))
+        with contextlib.suppress(Stuck):  # which is a fault that was noted
+            one.run(min(left, ROUND_SECONDS))
         figures += one.figures
         figures["rounds"] += 1
         if not faults.found:

@@ -18,9 +18,9 @@ def wrong_inputs(base, variants, count, seed, faults):
     """Run so many prompts on one server. Returns the figures."""
     figures = collections.Counter()
     files, pair = Files(variants, base / "models"), Pair(base, faults)
-    pair.start(0)
-    server = pair.servers[0]
     with contextlib.suppress(Stuck), contextlib.closing(pair):
+        pair.start(0)
+        server = pair.servers[0]
         fuzz = Fuzz(server, random.Random(seed))
         while fuzz.count < count and server.is_up:
             made = [fuzz.prompt() for _ in range(min(AT_ONCE, count - fuzz.count))]
