@@ -133,9 +133,11 @@ class Resources:
         self.samples = []
 
     def sample(self):
-        self.samples.append(
-            (self.process.memory_info().rss, self.process.num_threads(), getattr(self.process, "num_fds", int)())
-        )
+        """Take one, and say what it is."""
+        process = self.process
+        self.samples.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
+        rss, threads, descriptors = self.samples[-1]
+        return f"RSS {rss / MIB:.0f} MiB, {threads} threads, {descriptors} descriptors"
 
     def trend(self):
         """Say what grew from the first third of the samples to the last."""

@@ -41,7 +41,7 @@ class WatchedServer(Server):
         self.post("free", {"unload_models": True, "free_memory": True})
         self.post("spillway/free", {"cache": True, "models": True, "pins": True})
         time.sleep(1)
-        self.resources.sample()
+        print(f"{self.port}: {self.resources.sample()}", flush=True)
 
     def kill(self):
         self.killed = True
