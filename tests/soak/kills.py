@@ -12,7 +12,7 @@ from kit.comfyui.running_server import node
 
 from .compare import digests, key_of
 from .files import Files
-from .invariants import half_files, header_of
+from .invariants import half_files, header_of, leftovers
 from .jobs import Job, Stuck
 from .mix import known_good
 from .servers import Pair
@@ -64,8 +64,9 @@ class Kills:
             self.ask_fresh_server()
             while self.figures["kills"] < count:
                 kinds = [self.disturb(server) for server in self.pair.servers]
-                time.sleep(self.rng.random() * 1.5)
+                self.wait_for_a_moment(kinds)
                 self.pair.kill(0, 1)
+                self.figures["with unfinished files"] += bool(leftovers(self.base))
                 for kind in kinds:
                     self.figures[f"killed {kind}"] += 1
                     self.figures["kills"] += 1
@@ -92,6 +93,13 @@ class Kills:
             job.finish()
             threading.Thread(target=self.evict, args=(server,), daemon=True).start()
         return kind
+
+    def wait_for_a_moment(self, kinds):
+        """Any moment from when a file is begun, where one will be."""
+        end = time.monotonic() + 20
+        while set(kinds) != {"sampling"} and not leftovers(self.base) and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(self.rng.random() ** 2)  # short ones more often
 
     def evict(self, server):
         with contextlib.suppress(OSError, ValueError):  # it is killed meanwhile
