@@ -8,7 +8,8 @@ jobs.py         a prompt that was sent, and what came of it
 compare.py      what a prompt made, as digests, and what a fresh server makes of it
 disturb.py      the disturbances
 fuzz.py         prompts and requests with inputs that make no sense
-kills.py        the moments at which servers are killed
+wrong_inputs.py many of them on one server
+kills.py        servers killed while they save, write and sample
 invariants.py   what must hold whatever happens
 soak.py         one round of the mix
 test_soak.py    runs them; `python dev.py soak` and tests/kit/soak_runs.py say for how long
