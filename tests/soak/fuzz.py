@@ -113,6 +113,8 @@ class Fuzz:
         Returns the value.
         """
         value = None
+        # The model itself is a right value for the other model, and has no difference to it.
+        wires = [wire for wire in WRONG_WIRES if name != "base" or wire != ["load", 0]]
         ways = {"any wire": 5, "any wire of a wire": 2, "literal": 3, "wrong wire": 1, "missing": 1}
         (way,) = self.rng.choices(list(ways), list(ways.values()))
         if way == "missing":
@@ -120,9 +122,9 @@ class Fuzz:
         elif way == "literal":
             inputs[name] = value = self.rng.choice(WRONG)
         elif way == "wrong wire":
-            inputs[name] = self.rng.choice([*WRONG_WIRES, ["nothing", 0], ["image", 7], ["fuzzed", 0], ["image", -1]])
+            inputs[name] = self.rng.choice([*wires, ["nothing", 0], ["image", 7], ["fuzzed", 0], ["image", -1]])
         else:
-            value = self.rng.choice(WRONG if way == "any wire" else WRONG_WIRES)
+            value = self.rng.choice(WRONG if way == "any wire" else wires)
             any_name = f"any {number}"
             values = {"value": value, "headroom_gb": -1.0, "never_evict": False, "disk_gb": -1.0}
             prompt[any_name] = node("SpillwayCachePolicy", **values)
