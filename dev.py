@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Developer commands of Spillway. They need Python 3.10 or newer and a package index that pip can reach, nothing else.
 
-    python dev.py test [--only engine|comfyui|device] [--slow] [pytest arguments]
+    python dev.py test [--only engine|comfyui|device|soak] [--slow] [pytest arguments]
     python dev.py lint [--fix]
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
     python dev.py probe FILE...
+    python dev.py soak [--minutes N] [--seed S] [--fuzz N | --kills N]
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
 safetensors or GGUF file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
-device of tests/fake_device. `--slow` runs all of that, not a choice. `gpu` tests the GPU of this machine, measures on
-it, and exits with 2 where there is none.
+device of tests/fake_device. `--slow` runs all of that, not a choice. `soak` disturbs real ComfyUI servers and compares
+what they make with what fresh ones make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where
+there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +42,7 @@ from typing import BinaryIO
 ROOT = Path(os.path.abspath(__file__)).parent
 TESTS = ROOT / "tests"
 COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
+SOAK_TESTS = TESTS / "soak"
 ENGINE = ("patcher", "ops", "cache")
 NO_TESTS_COLLECTED = 5
 AT_ONCE = 2  # processes of tests; each computes with two threads
@@ -62,6 +66,7 @@ from kit.environment import (  # noqa: E402
 from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python  # noqa: E402
 from kit.gpu import Command, Suites  # noqa: E402
 from kit.gpu import main as gpu_main  # noqa: E402
+from kit.soak_runs import ONLY_MIX, PLAIN_MIX, SoakRun, asked_for  # noqa: E402
 
 # `python -m pytest` would put this folder on sys.path, and ComfyUI's `import nodes` would find the pack's.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
@@ -70,7 +75,8 @@ PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; s
 def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
-    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe, "gpu": gpu}
+    commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe}
+    commands |= {"soak": soak, "gpu": gpu}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -86,12 +92,13 @@ def main() -> int:
 def test(arguments: list[str]) -> int:
     """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
     # The longest first, so that no core is idle at the end.
-    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
+    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests, "soak": soak_tests(PLAIN_MIX)}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
-            return fail("--only takes engine, comfyui or device.", 2)
+            return fail("--only takes engine, comfyui, device or soak.", 2)
+        parts["soak"] = soak_tests(ONLY_MIX)
     commands: dict[str, Command] = {}
     for name, prepare in parts.items():
         if name in wanted:
@@ -170,6 +177,12 @@ def probe(arguments: list[str]) -> int:
     return failed
 
 
+def soak(arguments: list[str]) -> int:
+    """Run the soak for as long as asked for, and show what happens as it does."""
+    ran = run_beside(soak_tests(asked_for(arguments))(["-s"]))
+    return next(iter(ran.values()), 1)
+
+
 def gpu(arguments: list[str]) -> int:
     set_up_engine()
     return gpu_main(arguments, Suites(engine_tests, comfyui_tests))
@@ -193,7 +206,8 @@ def part_of(argument: str) -> str | None:
     path = Path(os.path.abspath(ROOT / argument.split("::")[0]))
     if not path.exists() or TESTS not in path.parents:
         return None
-    return "comfyui" if path.is_relative_to(COMFYUI_TESTS) else "engine"
+    parts = {COMFYUI_TESTS: "comfyui", SOAK_TESTS: "soak"}
+    return next((part for folder, part in parts.items() if path.is_relative_to(folder)), "engine")
 
 
 def run_beside(commands: dict[str, Command]) -> dict[str, int]:
@@ -240,7 +254,7 @@ def follow(future: Future, printed: BinaryIO) -> None:
 
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
-    arguments = [f"--ignore={COMFYUI_TESTS}", *without_slow(arguments)]
+    arguments = [f"--ignore={COMFYUI_TESTS}", f"--ignore={SOAK_TESTS}", *without_slow(arguments)]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 
@@ -271,6 +285,23 @@ def device_tests(arguments: list[str]) -> dict[str, Command]:
         return pytest(title, python, given, {**environment, **run.environment})
 
     return {name: command(name, run) for name, run in RUNS.items()}
+
+
+def soak_tests(run: SoakRun) -> Callable[[list[str]], dict[str, Command]]:
+    """Return what makes the command of one run of the soak, which starts servers with the Python that it runs in."""
+
+    def commands(arguments: list[str]) -> dict[str, Command]:
+        if os.name == "nt":
+            say("no soak: Windows lets nobody replace the file of a loaded model")
+            return {}
+        found = comfyui_and_python()
+        if found is None:
+            return {}
+        _, python, environment = found
+        given = [*run.arguments, *without_slow(arguments)]
+        return {"soak": pytest(f"soak: {run.title}", python, given, {**environment, **run.environment})}
+
+    return commands
 
 
 def without_slow(arguments: list[str]) -> list[str]:

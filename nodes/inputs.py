@@ -10,6 +10,10 @@ PolicyType = io.Custom("SPILLWAY_POLICY")
 AUTO = -1.0
 
 
+class OpenChoice(io.Combo.Input):
+    """A choice of files or devices, of which the list may be older than they are. The node says that one is missing."""
+
+
 def policy_input() -> io.Input:
     """Make the optional policy input that every loader has."""
     return PolicyType.Input(

@@ -13,7 +13,7 @@ from ..ops.gguf.header import is_gguf
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, policy_input
+from .inputs import CATEGORY, OpenChoice, policy_input
 
 NONE = "none"
 
@@ -40,12 +40,17 @@ def model_names(folder: str) -> list[str]:
 
 
 def file_stamps(folder: str, *names: str) -> list[str]:
-    """Say which files these are: another one under the same name, or one written again, makes a loader run anew."""
+    """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
+
+    Its size and the time of its content can be those of the file before. The time of its last change cannot be set.
+    """
     stamps = []
     for name in names:
         path = folder_paths.get_full_path(folder, name)
         status = os.stat(path) if path is not None else None  # a loader says itself that a file is missing
-        stamps.append("" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino}")
+        stamps.append(
+            "" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
+        )
     return stamps
 
 
@@ -60,7 +65,7 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             "is first used, and gives way when the memory is needed elsewhere.",
             search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "dynamic vram", "gguf"],
             inputs=[
-                io.Combo.Input(
+                OpenChoice(
                     "unet_name",
                     options=model_names("diffusion_models"),
                     tooltip="A safetensors or GGUF file in models/diffusion_models. Other formats must be converted "
@@ -103,7 +108,7 @@ class SpillwayLoadCheckpoint(CheckedNode):
             "encoder, VAE and CLIP vision are read when they are first used.",
             search_aliases=["load checkpoint", "checkpoint loader", "ckpt", "low vram", "offload"],
             inputs=[
-                io.Combo.Input(
+                OpenChoice(
                     "ckpt_name",
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
@@ -140,21 +145,21 @@ class SpillwayLoadCLIP(CheckedNode):
             "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                io.Combo.Input("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
+                OpenChoice("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],
                     default="stable_diffusion",
                     tooltip="The model family that the prompt is for, such as flux, sd3 or lumina2 (for Z-Image too).",
                 ),
-                io.Combo.Input(
+                OpenChoice(
                     "clip_name2",
                     options=[NONE, *files],
                     default=NONE,
                     optional=True,
                     tooltip="A second file, if the model needs one.",
                 ),
-                io.Combo.Input(
+                OpenChoice(
                     "clip_name3",
                     options=[NONE, *files],
                     default=NONE,
@@ -174,7 +179,7 @@ class SpillwayLoadCLIP(CheckedNode):
     def execute(
         cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
     ) -> io.NodeOutput:
-        names = [name for name in (clip_name1, clip_name2, clip_name3) if name != NONE]
+        names = [clip_name1, *(name for name in (clip_name2, clip_name3) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 
@@ -189,7 +194,7 @@ class SpillwayLoadVAE(CheckedNode):
             description="Loads a VAE. Its weights are read when they are first used.",
             search_aliases=["load vae", "vae loader", "low vram", "offload"],
             inputs=[
-                io.Combo.Input(
+                OpenChoice(
                     "vae_name",
                     options=folder_paths.get_filename_list("vae"),
                     tooltip="A safetensors file in models/vae. Other formats must be converted first.",

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..patcher.comfyui.patches.lora import apply_lora
 from ..patcher.comfyui.progress import Progress
 from .checked_node import CheckedNode
-from .inputs import CATEGORY
+from .inputs import CATEGORY, OpenChoice
 from .load import NONE, file_stamps, model_path
 
 log = logging.getLogger("spillway")
@@ -23,7 +23,7 @@ CLIP_IN = "The text encoder that the LoRA is also for. Leave it unconnected for 
 
 
 def _lora_choice() -> io.Input:
-    return io.Combo.Input(
+    return OpenChoice(
         "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A LoRA file in models/loras."
     )
 
@@ -126,7 +126,7 @@ class SpillwayLoraStack(CheckedNode):
         slots = []
         for number in range(1, SLOTS + 1):
             slots += [
-                io.Combo.Input(
+                OpenChoice(
                     f"lora_{number}",
                     options=files,
                     default=NONE,

@@ -10,7 +10,7 @@ from ..cache.comfyui.models import model_bytes, patcher_of
 from ..ops.ledger import in_words
 from ..patcher.comfyui import device as devices
 from .checked_node import CheckedNode
-from .inputs import CATEGORY
+from .inputs import CATEGORY, OpenChoice
 from .memory_report import in_lines, memory_report, residency_picture
 
 LOAD, UNLOAD, DROP, MOVE = "load now", "unload to RAM", "drop RAM and pins too", "move to device"
@@ -36,7 +36,7 @@ class SpillwayDeviceControl(CheckedNode):
                     "the device. drop RAM and pins too: a Spillway model is read from its file when it is next used. "
                     "move to device: from here on it runs on the device chosen below.",
                 ),
-                io.Combo.Input(
+                OpenChoice(
                     "device",
                     options=[KEEP_DEVICE, *devices.device_names()],
                     default=KEEP_DEVICE,

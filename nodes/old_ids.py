@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from typing import Any
 
 import nodes as comfyui_nodes
@@ -51,6 +52,11 @@ class INT8LazyTorchCompile(SpillwayLazyTorchCompile):
             value = values.pop(other, None)
             if value is not None:
                 values[name] = value
+                if name == "dynamic" and str(value).lower() not in DYNAMIC:
+                    raise ValueError(
+                        f"{cls.define_schema().display_name}: the input '{other}' is {reprlib.repr(value)}; expected "
+                        f"one of {', '.join(DYNAMIC)}."
+                    )
         values["dynamic"] = str(values.get("dynamic", defaults["dynamic"])).lower()
         return SpillwayLazyTorchCompile.execute(model=model, **{**defaults, **values})
 

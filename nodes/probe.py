@@ -8,8 +8,8 @@ from comfy_api.latest import io, ui
 
 from ..patcher.comfyui.loading.probe import probe_file
 from .checked_node import CheckedNode
-from .inputs import CATEGORY
-from .load import model_names, model_path
+from .inputs import CATEGORY, OpenChoice
+from .load import file_stamps, model_names, model_path
 
 log = logging.getLogger("spillway")
 
@@ -36,7 +36,7 @@ class SpillwayProbeModel(CheckedNode):
             "whether it is a model or a LoRA. Only its header is read, so it takes no time and no memory.",
             search_aliases=["model info", "inspect model", "what model is this", "metadata", "dtype", "lora rank"],
             inputs=[
-                io.Combo.Input(
+                OpenChoice(
                     "file",
                     options=_files(),
                     tooltip="A safetensors or GGUF file in ComfyUI's models folder, and the folder that it lies in.",
@@ -45,6 +45,11 @@ class SpillwayProbeModel(CheckedNode):
             outputs=[io.String.Output("report", tooltip="One fact a line, for Preview as Text.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> list[str]:
+        folder, _, name = file.partition("/")
+        return file_stamps(folder, name) if folder in FOLDERS else []
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

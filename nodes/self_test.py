@@ -19,7 +19,7 @@ from ..patcher.comfyui.first_use import record_file
 from ..patcher.comfyui.kitchen import register_kitchen
 from ..patcher.self_test import in_lines, self_test
 from .checked_node import CheckedNode
-from .inputs import CATEGORY
+from .inputs import CATEGORY, OpenChoice
 
 log = logging.getLogger("spillway")
 
@@ -46,7 +46,7 @@ class SpillwaySelfTest(CheckedNode):
                 "benchmark",
             ],
             inputs=[
-                io.Combo.Input(
+                OpenChoice(
                     "device",
                     options=[CURRENT, *device_names()],
                     tooltip="The device to test. 'current' is the one that ComfyUI computes on.",

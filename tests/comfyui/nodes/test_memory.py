@@ -229,7 +229,7 @@ def test_the_cache_policy_node_sets_headroom_and_drops_entries(cache, monkeypatc
 def test_a_bad_headroom_is_an_error_and_comfyuis_own_cache_is_left_alone(monkeypatch, caplog):
     with pytest.raises(ValueError, match=r"headroom_gb is -0.5; give 0 or more GB"):
         SpillwayCachePolicy.execute("x", -0.5, False)
-    with pytest.raises(ValueError, match=r"disk_gb is nan; give 0 or more GB"):
+    with pytest.raises(ValueError, match=r"'disk_gb' is nan \(float\); expected a number from -1 to 1024"):
         SpillwayCachePolicy.execute("x", -1.0, False, float("nan"))
     monkeypatch.setattr(cache_install, "_current", None)
     assert SpillwayCachePolicy.execute("x", 2.0, True).result == ("x",)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -176,13 +174,8 @@ def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
 def status_of(server, body, **headers):
     """(status, answer) of a POST to /spillway/free."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/spillway/free", data, sent)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    status, answer = server.ask("spillway/free", data, **headers)
+    return status, json.loads(answer) if status == 200 else answer.decode()
 
 
 def test_memory_is_told_and_freed(server):

@@ -6,19 +6,24 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from kit.comfyui.start import COMFYUI, ROOT
+from kit.find_comfyui import find_comfyui
+from kit.pack import ROOT
 
 
 class Server:
-    """base: an empty folder for its models, settings and outputs. variables: of its environment."""
+    """base: a folder for its models, settings and outputs. Several servers may share it, each with a log of its own.
 
-    def __init__(self, base, **variables):
+    arguments: of ComfyUI's command line. variables: of its environment.
+    """
+
+    def __init__(self, base, arguments=(), log="server.log", **variables):
         self.base = base
         if not (base / "custom_nodes").exists():
             (base / "custom_nodes").mkdir()
@@ -26,27 +31,36 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log = open(base / "server.log", "w+b")  # noqa: SIM115 - open as long as the server
+        self.log = open(base / log, "w+b")  # noqa: SIM115 - open as long as the server
         options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
         self.process = subprocess.Popen(
-            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:"],
-            cwd=COMFYUI,
+            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:", *arguments],
+            cwd=find_comfyui(),
             env={**os.environ, "PYTHONPATH": "", **variables},
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
 
     def said(self):
-        self.log.flush()
         return Path(self.log.name).read_text(errors="replace")
 
     def get(self, path, body=None):
+        """The JSON that the server answers. Raises HTTPError for a status that says no."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(self._request(path, data), timeout=60) as answer:
             return json.loads(answer.read() or b"null")
+
+    def ask(self, path, data=None, method=None, seconds=120, **headers):
+        """(status, body) of a request, whatever the status. Raises OSError where the server is away."""
+        try:
+            with urllib.request.urlopen(self._request(path, data, method, headers), timeout=seconds) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def _request(self, path, data, method=None, headers=()):
+        sent = {"Content-Type": "application/json", **{name.replace("_", "-"): headers[name] for name in headers}}
+        return urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, sent, method=method)
 
     def wait(self, what, seconds):
         end = time.monotonic() + seconds
@@ -93,6 +107,12 @@ class Server:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        self.log.close()
+
+    def kill(self):
+        """End it as the kernel does when memory runs out: it can do nothing any more."""
+        self.process.kill()
+        self.process.wait()
         self.log.close()
 
 
