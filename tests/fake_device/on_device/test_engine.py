@@ -96,6 +96,20 @@ def test_the_bits_of_the_plain_module_on_comfy_aimdo(fake, file_dtype, dtype, pi
     assert fake.get("mapped") == 0
 
 
+def test_synchronising_waits_for_side_streams(fake):
+    backend = backend_for("cuda")
+    source, back, target = backend.host_empty(64), backend.host_empty(64), backend.empty(64)
+    source.copy_(torch.arange(64)), back.zero_()
+    backend.synchronize()
+    streams = [backend.stream(), backend.stream()]
+    backend.copy(target, source, streams[0])
+    backend.wait(backend.record(streams[0]), streams[1])
+    backend.copy(back, target, streams[1])
+    assert not back.any()
+    backend.synchronize()
+    assert same(back, source)
+
+
 @pytest.mark.parametrize("vbar", ["software", "aimdo"])
 def test_patches_are_made_on_the_device(fake, vbar):
     model, _ = on_device(stack, vbar=vbar, fraction=0.5, pins=0.5)
@@ -125,6 +139,35 @@ def test_a_model_on_each_device(fake, vbar):
             assert out.device.index == number and model.vbar_kind == vbar and same(out.cpu(), expected)
     for model in models:
         model.close()
+
+
+class Reading(torch.nn.Module):
+    """Reads a buffer before its first layer and writes into another one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(64.0))
+        self.register_buffer("runs", torch.zeros(1))
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.layer(x + self.table)
+        self.runs += x.new_ones(1)
+        return x
+
+    def input(self):
+        return torch.ones(2, 64)
+
+
+def test_buffers_are_where_the_module_computes(fake):
+    model, expected = on_device(Reading, fraction=0.0, pins=0.5)
+    runs = model.module.runs.clone()
+    assert same(run(model).cpu(), expected)
+    assert {buffer.device for buffer in model.module.buffers()} == {DEVICE}
+    model.release()
+    assert {buffer.device.type for buffer in model.module.buffers()} == {"cpu"} and same(model.module.runs, runs + 1)
+    assert same(run(model).cpu(), expected)
+    model.close()
 
 
 def test_nothing_is_left_on_the_device(fake):
