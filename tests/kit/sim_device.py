@@ -27,10 +27,11 @@ class Hazard(BaseException):
 
 
 class _Place:
-    """Where a copy reads or writes. It keeps no memory alive."""
+    """Where a copy reads or writes. It keeps no memory alive, unless it is to."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.storage = weakref.ref(tensor.untyped_storage())
+    def __init__(self, tensor: torch.Tensor, keep: bool) -> None:
+        storage = tensor.untyped_storage()
+        self.storage = (lambda: storage) if keep else weakref.ref(storage)
         self.start, self.nbytes = tensor.storage_offset(), tensor.numel()
 
     def tensor(self) -> torch.Tensor:
@@ -101,6 +102,7 @@ class SimDevice(Backend):
     """
 
     streams = 2
+    keeps_memory = False  # for as long as copies of it are under way, for devices that are at fault themselves
 
     def __init__(
         self,
@@ -184,8 +186,7 @@ class SimDevice(Backend):
         if from_host:
             self._check_content(source)
         position = stream.given + 1
-        # A copy keeps no memory alive.
-        ends = [_Place(tensor) for tensor in (target, source)]
+        ends = [_Place(tensor, self.keeps_memory) for tensor in (target, source)]
         held = None if self._in_use_until(target) else target.clone()
 
         def work():

@@ -10,6 +10,8 @@ from fake_device.device import start
 from kit.nets import Blocks, Stack, budget, dynamic, plain, random_state, same
 from spillway.ops.device.backend import StreamBackend, backend_for
 from spillway.ops.files.source import StateDict
+from spillway.patcher.first_use.check import check
+from spillway.patcher.first_use.verdict import VBAR
 
 DEVICE = torch.device("cuda", 0)
 CASES = [
@@ -94,6 +96,12 @@ def test_the_bits_of_the_plain_module_on_comfy_aimdo(fake, file_dtype, dtype, pi
     assert (fake.get("mapped") > 0) == (fraction is None)
     model.close()
     assert fake.get("mapped") == 0
+
+
+def test_the_check_before_the_first_use_takes_less_than_a_second(fake):
+    verdicts = [check(backend_for("cuda")) for _ in range(3)]
+    assert all(verdict.failed == {} and VBAR in verdict.passed for verdict in verdicts)
+    assert min(verdict.seconds for verdict in verdicts) < 1
 
 
 def test_synchronising_waits_for_side_streams(fake):
