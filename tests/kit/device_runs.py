@@ -10,6 +10,7 @@ from typing import NamedTuple
 COMFYUI = "tests/comfyui"
 PARITY = f"{COMFYUI}/loading/test_parity.py"
 DEVICE = f"{COMFYUI}/device"
+STAYS = f"{DEVICE}/test_nothing_stays.py"
 # Folders whose tests all run on the device with --slow.
 FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
 
@@ -36,6 +37,6 @@ class DeviceRun(NamedTuple):
 # The longest first. A real T5 takes a minute and is no other code than CLIP.
 RUNS = {
     "device, fp32": DeviceRun("--force-fp32", False, (DEVICE, PARITY, "-k", "not t5"), (DEVICE, *FOLDERS)),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
 }

@@ -45,6 +45,12 @@ FAULTS = {
         "self.limit = None",
         (f"{HERE}::test_a_budget_is_kept_and_followed",),
     ),
+    "more is free than there is": Fault(
+        "patcher.comfyui.patcher:DynamicModelPatcher.get_free_memory",
+        "dynamic = self.state.dynamic",
+        "return 1 << 60",
+        ("comfyui/device/test_full_device.py::test_conditions_go_one_by_one_where_memory_is_short",),
+    ),
     "nothing is loaded again": Fault(
         "patcher.comfyui.patcher:DynamicModelPatcher.partially_load",
         "before = self.loaded_size()",
