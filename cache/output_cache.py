@@ -230,6 +230,32 @@ class OutputCache:
                     break
         return freed
 
+    def relieve_device(self, device: str, short: int, needed: Callable[[], Collection[Hashable]] = tuple) -> int:
+        """Evict outputs whose tensors lie on a device until `short` bytes of it are freed. Returns the bytes freed.
+
+        device: as torch writes it. What the running prompt will still read stays, as weights can give way to it.
+        """
+        with self.lock:
+            held = [(entry, self.holdings.bytes_on(device, entry)) for entry in self.entries.values()]
+            if short <= 0 or not any(nbytes for _, nbytes in held):
+                return 0
+            spared, stay = set(needed()), self._protected_entries()
+            candidates = Candidates()
+            for entry, nbytes in held:
+                if nbytes and entry.key not in spared and id(entry) not in stay:
+                    chance = 1.0 if entry.hits else self.kinds[entry.kind].chance
+                    candidates.add((entry,), nbytes, self._seconds(entry), self.prompt - entry.used, chance)
+            going = [candidates.entries[place][0] for place in choose(candidates, short)]
+            before = self.vram_bytes()
+            for entry in going:
+                self._evict(entry)
+            freed = before - self.vram_bytes()
+            self.evicted += len(going)
+            self.freed_bytes += freed
+        if going:
+            self.ledger.decide(self._in_words(going, freed, short, f"a model needs the room on {device}"))
+        return freed
+
     def evict(
         self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
     ) -> Eviction:
