@@ -10,7 +10,7 @@ import torch
 
 from kit.comfyui import checkpoints, sampling
 from kit.comfyui.loras import LINEAR, MLP, QKV, SHAPES, forms, numbers
-from kit.comfyui.pairs import assert_same, budget, counters, pair, run
+from kit.comfyui.pairs import assert_same, brought, budget, counters, pair, run
 from spillway.nodes.lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patches import lora as comfy_lora
@@ -241,6 +241,6 @@ def test_only_the_weights_of_a_changed_lora_are_computed_again(kind, flux, lora_
     run(stack(ours, (files[0], 1.0), (files[1], 0.5), (files[2], 1.0))[0])
     after = counters(ours)
     touched = list(SHAPES)[1]
-    size = next(b.nbytes for b in ours.dynamic.bundles if any(p.key == f"{touched}.weight" for p in b.params))
+    size = next(brought(ours, b) for b in ours.dynamic.bundles if any(p.key == f"{touched}.weight" for p in b.params))
     assert after.bytes_loaded - before.bytes_loaded == size
     assert after.patched - before.patched == (2 if kind == "diff" else 1)  # a weight, and in a diff its bias
