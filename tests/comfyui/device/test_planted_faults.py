@@ -17,9 +17,6 @@ FAULTS = {
     "memory is filled that kernels may still read": Fault(
         f"{CASTER}.start", "self.backend.wait(self.backend.record(None), stream)", "pass", (LORAS,)
     ),
-    "a pin is read while it is being filled": Fault(
-        f"{CASTER}.start", "self.backend.wait(pin.ready, stream)", "pass", (LORAS,)
-    ),
     "nobody waits for a transfer": Fault(f"{CASTER}.complete", "self.backend.wait(loan.event, None)", "pass", (LORAS,)),
     "what is not made yet is written back": Fault(
         f"{CASTER}._write_back", "self.backend.wait(self.backend.record(None), stream)", "pass", (LORAS,)
