@@ -54,12 +54,6 @@ FAULTS = {
         "before = self.loaded_size()\n        if before:\n            return 0",
         (f"{HERE}::test_each_clone_has_its_own_patches",),
     ),
-    "whatever has begun runs again": Fault(
-        "ops.lending.repeat:may_repeat",
-        "cls = type(module)",
-        "return True",
-        ("comfyui/patcher/test_repeat_wan.py",),
-    ),
 }
 
 passes = functools.cache(check_passes)
