@@ -12,9 +12,9 @@
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
 safetensors or GGUF file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
-device of tests/fake_device. `--slow` runs all of that, not a choice. `soak` disturbs real ComfyUI servers and compares
-what they make with what fresh ones make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where
-there is none.
+device of tests/fake_device, which runs a choice of the tests. `--slow` runs all of them there, for an hour or two, and
+everywhere the planted faults. `soak` disturbs real ComfyUI servers and compares what they make with what fresh ones
+make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -254,7 +254,8 @@ def follow(future: Future, printed: BinaryIO) -> None:
 
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
-    arguments = [f"--ignore={COMFYUI_TESTS}", f"--ignore={SOAK_TESTS}", *without_slow(arguments)]
+    ignored = [f"--ignore={folder}" for folder in (COMFYUI_TESTS, SOAK_TESTS)]
+    arguments = [*ignored, *chosen(arguments, "not planted")]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 
@@ -266,7 +267,7 @@ def comfyui_tests(arguments: list[str]) -> dict[str, Command]:
     comfyui, python, environment = found
     others = [f"--ignore={folder}" for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
     title = f"tests in ComfyUI: {comfyui}, {python}"
-    return {"comfyui": pytest(title, python, [*others, *without_slow(arguments)], environment)}
+    return {"comfyui": pytest(title, python, [*others, *chosen(arguments, "not planted")], environment)}
 
 
 def device_tests(arguments: list[str]) -> dict[str, Command]:
@@ -275,12 +276,13 @@ def device_tests(arguments: list[str]) -> dict[str, Command]:
     if found is None:
         return {}
     _, python, environment = found
-    quick = [] if "--slow" in arguments else ["-m", "not slow"]
-    arguments = without_slow(arguments)
-    chosen = any(part_of(argument) for argument in arguments)
+    named = any(part_of(argument) for argument in arguments)
+    slow = "--slow" in arguments
+    arguments = chosen(arguments, "not slow and not planted")
 
     def command(name: str, run: DeviceRun) -> Command:
-        given = [*quick, *([] if chosen else run.arguments), *arguments]
+        choice = () if named else run.slow if slow else run.quick
+        given = [*choice, *arguments]
         title = f"tests in ComfyUI on the fake device: {name}"
         return pytest(title, python, given, {**environment, **run.environment})
 
@@ -298,14 +300,17 @@ def soak_tests(run: SoakRun) -> Callable[[list[str]], dict[str, Command]]:
         if found is None:
             return {}
         _, python, environment = found
-        given = [*run.arguments, *without_slow(arguments)]
+        given = [*run.arguments, *(argument for argument in arguments if argument != "--slow")]
         return {"soak": pytest(f"soak: {run.title}", python, given, {**environment, **run.environment})}
 
     return commands
 
 
-def without_slow(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if argument != "--slow"]
+def chosen(arguments: list[str], quick: str) -> list[str]:
+    """Return pytest's arguments. quick: the expression of marks that chooses tests where `--slow` is not there."""
+    if "--slow" in arguments:
+        return [argument for argument in arguments if argument != "--slow"]
+    return ["-m", quick, *arguments]
 
 
 def comfyui_and_python() -> tuple[Path, Path, dict[str, str]] | None:

@@ -161,6 +161,17 @@ class Holdings:
         """Add up the RAM that only this entry holds, in bytes."""
         return sum(self.blocks[key].ram for key in entry.blocks if len(self.holders[key]) == 1)
 
+    def bytes_on(self, device: str, entry: Entry) -> float:
+        """Count the bytes of tensors on a device that would go with the entry. Of shared ones it has its part.
+
+        Models count none, as they give way by themselves.
+        """
+        return sum(
+            self.blocks[key].vram / len(self.holders[key])
+            for key in entry.blocks
+            if isinstance(key, tuple) and key[:2] == ("storage", device)
+        )
+
     def largest(self, count: int, prompt: int, protected: Set[Hashable]) -> list[dict[str, Any]]:
         """List the entries that hold the most RAM, ready for JSON. A shared block counts for each entry that holds it.
 

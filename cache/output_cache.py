@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.ledger import Ledger, in_words
+from ..ops.ledger import Ledger
 from ..ops.ram import allocator, shortage
 from ..ops.ram.available import Available, available_ram, refusing_limit
 from .choose import Candidates, choose
 from .disk_writer import DiskWriter
+from .eviction import Eviction, Taken
 from .give_up import Grip
 from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
@@ -38,27 +39,6 @@ class Kind:
     def chance(self) -> float:
         """Estimate how likely one of its outputs is to be used again."""
         return (self.reused + 1) / (self.made + 1) if self.made > self.reused else 1.0
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """The result of one call. short: bytes wanted. freed: bytes that no other entry held. words: a line for the log."""
-
-    short: int
-    freed: int
-    entries: int
-    words: str
-
-
-@dataclass
-class Taken:
-    """What `take` took out of the cache, until `let_go`. gone: (entry, value, bytes that no other entry holds)."""
-
-    short: int
-    freed: int
-    reason: str
-    gone: deque[tuple[Entry, Any, int]]
-    models: bool
 
 
 class OutputCache:
@@ -270,6 +250,25 @@ class OutputCache:
         if short > 0 and self.writer.drop(short):
             allocator.trim()
 
+    def relieve_device(self, device: str, short: int, needed: Callable[[], Collection[Hashable]] = tuple) -> int:
+        """Evict outputs whose tensors lie on a device until `short` bytes of it are freed. Returns the bytes freed.
+
+        device: as torch writes it. What the running prompt will still read stays, as weights can give way to it.
+        """
+        with self.lock:
+            held = [(entry, self.holdings.bytes_on(device, entry)) for entry in self.entries.values()]
+            if short <= 0 or not any(nbytes for _, nbytes in held):
+                return 0
+            spared, stay = set(needed()), self._protected_entries()
+            candidates = Candidates()
+            for entry, nbytes in held:
+                if nbytes and entry.key not in spared and id(entry) not in stay:
+                    chance = 1.0 if entry.hits else self.kinds[entry.kind].chance
+                    candidates.add((entry,), nbytes, self._seconds(entry), self.prompt - entry.used, chance)
+            going = [candidates.entries[place][0] for place in choose(candidates, short)]
+            taken = self._take(going, short, f"a model needs the room on {device}", self.vram_bytes)
+        return self.let_go(taken).freed
+
     def evict(
         self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
     ) -> Eviction:
@@ -284,28 +283,31 @@ class OutputCache:
             candidates = self.candidates(set(needed), current=current)
             chosen = choose(candidates, short)
             going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
-            models = any(self.holdings.blocks[key].is_model for entry in going for key in entry.blocks)
-            before = self.ram_bytes()
-            gone = deque(self._evict(entry) for entry in going)
-            freed = before - self.ram_bytes()
-            self.evicted += len(going)
-            self.freed_bytes += freed
+            return self._take(going, short, reason, self.ram_bytes)
+
+    def _take(self, going: Sequence[Entry], short: int, reason: str, held: Callable[[], int]) -> Taken:
+        """held: tells the bytes of the memory that is wanted. The caller holds the lock."""
+        models = any(self.holdings.blocks[key].is_model for entry in going for key in entry.blocks)
+        before = held()
+        gone = deque(self._evict(entry) for entry in going)
+        freed = before - held()
+        self.evicted += len(going)
+        self.freed_bytes += freed
         return Taken(short, freed, reason, gone, models)
 
     def let_go(self, taken: Taken) -> Eviction:
         """Give up what was taken, one by one: to `on_evict`, and to the system."""
-        going = [entry for entry, _, _ in taken.gone]
-        words = self._in_words(going, taken.freed, taken.short, taken.reason)
+        count, words = len(taken.gone), taken.words
         while taken.gone:
             entry, value, nbytes = taken.gone.popleft()
             self._tell(entry, value, nbytes)
             grip = Grip(value)
             del value
             grip.let_go()
-        if going:
+        if count:
             self._give_back(taken.models)
             self.ledger.decide(words)
-        return Eviction(taken.short, taken.freed, len(going), words)
+        return Eviction(taken.short, taken.freed, count, words)
 
     def _tell(self, entry: Entry, value: Any, nbytes: int) -> None:
         if self.on_evict is not None:
@@ -383,16 +385,6 @@ class OutputCache:
     def _remove(self, entry: Entry) -> None:
         self.values.pop(entry.key, None)
         self.protected.difference_update(self.holdings.remove(entry))
-
-    def _in_words(self, going: Sequence[Entry], freed: int, short: int, reason: str) -> str:
-        if not going:
-            return f"nothing to evict: {in_words(short)} short ({reason})"
-        names: dict[str, int] = {}
-        for entry in going:
-            names[entry.kind or entry.label] = names.get(entry.kind or entry.label, 0) + 1
-        listed = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in list(names.items())[:5])
-        more = f" and {len(names) - 5} more kinds" if len(names) > 5 else ""
-        return f"evicted {len(going)} outputs ({listed}{more}), {in_words(freed)}: {in_words(short)} short ({reason})"
 
     def _give_back(self, models: bool) -> None:
         if models:  # its modules refer to each other in cycles, which only the collector frees

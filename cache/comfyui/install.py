@@ -16,7 +16,7 @@ from ...ops.never_raises import never_raises
 from ...ops.ram.allocator import what_was_done
 from ...ops.ram.available import available_ram
 from ..output_cache import OutputCache
-from . import settings
+from . import device_memory, settings
 from .cache import SpillwayCache
 from .models import model_getter
 
@@ -119,6 +119,7 @@ def install() -> bool:
         if getattr(args, "cache_classic", False) or not use(caches):
             own_classic(caches)
 
+    device_memory.install(current_cache)
     execution.CacheSet.init_ram_cache = init_ram_cache
     execution.CacheSet.init_classic_cache = init_classic_cache
     return True

@@ -15,7 +15,7 @@ from .transfers import HostEmpty
 # Parts of a page (`unit`), so that slices share one, span two, and end inside one: two and a bit in all.
 SHARES = (1 / 32, 1, 1 / 4, 1 / 2, 1 / 4, 1 / 8)
 # Only so many bytes at the start, in the middle and at the end of a slice are written and read.
-WINDOW = 1 << 18
+WINDOW = 1 << 15
 ALIGNMENT = 512
 SPOILT = 8 << 20
 

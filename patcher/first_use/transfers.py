@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...ops.device.backend import Backend
-from .bytes import Load, Wrong, compare, pattern
+from .bytes import Load, Wrong, compare, fill, pattern
 
 SIZES = (1, 513, 65_536, (1 << 19) + 512)
 # Of the buffers that are under way at once. More of them than streams, of sizes that let one overtake another.
@@ -38,12 +38,12 @@ def _there_and_back(backend: Backend, host_empty: HostEmpty, what: str) -> None:
         host, device, ordinary = host_empty(nbytes), backend.empty(nbytes), pageable(nbytes)
         for seed in range(ROUNDS):  # the same memory again, with other bytes
             wanted = pattern(nbytes, seed)
-            host.copy_(wanted)
+            fill(host, wanted)
             backend.copy(device, host, None)
             backend.copy(ordinary, device, None)
             compare(f"{what}, to the device", ordinary, wanted)
             wanted = pattern(nbytes, seed + ROUNDS)
-            ordinary.copy_(wanted)
+            fill(ordinary, wanted)
             backend.copy(device, ordinary, None)
             backend.copy(host, device, None)
             backend.synchronize()
@@ -58,15 +58,20 @@ def check_streams(backend: Backend, host_empty: HostEmpty) -> None:
     streams = [backend.stream() for _ in range(backend.streams)]
     load = Load(backend)
     ring = [_Buffers(backend, host_empty, nbytes) for nbytes in IN_FLIGHT]
-    for turn in range(ROUNDS):
-        for index, buffers in enumerate(ring):
-            buffers.bring(streams[index % len(streams)], seed=turn * len(ring) + index)
-            load.run()
-        for buffers in ring:
-            buffers.use()
-            load.run()
-        for buffers in ring:
-            buffers.finish()
+    try:
+        for turn in range(ROUNDS):
+            for index, buffers in enumerate(ring):
+                buffers.bring(streams[index % len(streams)], seed=turn * len(ring) + index)
+                load.run()
+            for buffers in ring:
+                buffers.use()
+                load.run()
+            for buffers in ring:
+                buffers.finish()
+    finally:
+        # Where one came back wrong, others are still under way. Without this wait they would write into what their
+        # memory is used for next.
+        backend.synchronize()
 
 
 class _Buffers:
@@ -79,8 +84,8 @@ class _Buffers:
 
     def bring(self, stream: Any, seed: int) -> None:
         self.stream, self.wanted = stream, pattern(self.nbytes, seed)
-        self.staging.copy_(self.wanted)
-        self.back.zero_()
+        fill(self.staging, self.wanted)
+        self.back.numpy().fill(0)
         # Without this wait the copy would overwrite what the main stream still reads of the round before.
         self.backend.wait(self.backend.record(None), stream)
         self.backend.copy(self.target, self.staging, stream)
@@ -97,4 +102,4 @@ class _Buffers:
         if self.done is None:
             raise Wrong("side streams: no event was recorded")
         self.done.synchronize()
-        compare("side streams", self.back, self.wanted.bitwise_not())
+        compare("side streams", self.back, torch.from_numpy(~self.wanted.numpy()))

@@ -10,14 +10,20 @@ from typing import NamedTuple
 COMFYUI = "tests/comfyui"
 PARITY = f"{COMFYUI}/loading/test_parity.py"
 DEVICE = f"{COMFYUI}/device"
+STAYS = f"{DEVICE}/test_nothing_stays.py"
+# Folders whose tests all run on the device with --slow.
+FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
 
 
 class DeviceRun(NamedTuple):
-    """options: of ComfyUI's command line. aimdo: dynamic VRAM, by real comfy-aimdo. arguments: of pytest."""
+    """options: of ComfyUI's command line. aimdo: dynamic VRAM, by real comfy-aimdo. quick, slow: arguments of pytest,
+    without and with --slow.
+    """
 
     options: str
     aimdo: bool
-    arguments: tuple[str, ...]
+    quick: tuple[str, ...]
+    slow: tuple[str, ...]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -30,7 +36,7 @@ class DeviceRun(NamedTuple):
 
 # The longest first. A real T5 takes a minute and is no other code than CLIP.
 RUNS = {
-    "device, fp32": DeviceRun("--force-fp32", False, (DEVICE, PARITY, "-k", "not t5")),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (PARITY, "-k", "not t5")),
-    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5")),
+    "device, fp32": DeviceRun("--force-fp32", False, (DEVICE, PARITY, "-k", "not t5"), (DEVICE, *FOLDERS)),
+    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
 }

@@ -22,6 +22,8 @@ class DropsCopies(SimDevice):
 class ForgetsWaits(SimDevice):
     """The main stream does not wait for side streams."""
 
+    keeps_memory = True
+
     def wait(self, event, stream):
         if stream is not None:
             super().wait(event, stream)

@@ -3,8 +3,9 @@
 A missing wait leaves the poison in place, which floating-point tensors show as NaN. A copy that is still enqueued when
 its host buffer is overwritten, or that lands in a buffer after it was given to somebody else, shows as wrong values.
 What a simulation that computes at once cannot show so is watched for, and raises Hazard: a copy into memory that the
-main stream may still be using (the allocator hands it out while kernels that read it are queued), and a host buffer
-that is filled again before the host knows that the last copy out of it is done.
+main stream may still be using (the allocator hands it out while kernels that read it are queued), a host buffer that
+is filled again before the host knows that the last copy out of it is done, or before a copy into it has begun, and
+memory that goes before a copy of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,21 @@ class Hazard(BaseException):
     """A missing wait. No Exception, so that no handler of the code under test takes it for a failure of the device."""
 
 
+class _Place:
+    """Where a copy reads or writes. It keeps no memory alive, unless it is to."""
+
+    def __init__(self, tensor: torch.Tensor, keep: bool) -> None:
+        storage = tensor.untyped_storage()
+        self.storage = (lambda: storage) if keep else weakref.ref(storage)
+        self.start, self.nbytes = tensor.storage_offset(), tensor.numel()
+
+    def tensor(self) -> torch.Tensor:
+        storage = self.storage()
+        if storage is None:
+            raise Hazard("memory went before a copy of it")
+        return torch.empty(0, dtype=torch.uint8).set_(storage, self.start, (self.nbytes,))
+
+
 class SimEvent:
     """The end of what a stream had been given when it was recorded; of the main stream where stream is None."""
 
@@ -41,7 +57,7 @@ class SimEvent:
         self.stream.host_knows = max(self.stream.host_knows, self.position)
         self.arrived()
 
-    def arrived(self) -> list[torch.Tensor]:
+    def arrived(self) -> list[_Place]:
         """Where the copies up to here went, each told once."""
         targets, tensors = self.stream.targets, []
         while targets and targets[0][0] <= self.position:
@@ -86,6 +102,7 @@ class SimDevice(Backend):
     """
 
     streams = 2
+    keeps_memory = False  # for as long as copies of it are under way, for devices that are at fault themselves
 
     def __init__(
         self,
@@ -117,7 +134,7 @@ class SimDevice(Backend):
 
     def empty(self, nbytes):
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
-        self._use(memory)
+        self._use(memory.untyped_storage())
         self.peak = max(self.peak, self.held())
         return memory
 
@@ -125,9 +142,9 @@ class SimDevice(Backend):
         """Bytes of the memory that was given out and is still in somebody's hands."""
         return sum(storage.nbytes() for storage in self.busy)
 
-    def _use(self, memory) -> None:
+    def _use(self, storage) -> None:
         self.clock += 1
-        self.busy[memory.untyped_storage()] = self.clock
+        self.busy[storage] = self.clock
 
     def _in_use_until(self, memory) -> int:
         """When the main stream is done with this memory; 0 for host memory."""
@@ -169,15 +186,20 @@ class SimDevice(Backend):
         if from_host:
             self._check_content(source)
         position = stream.given + 1
+        ends = [_Place(tensor, self.keeps_memory) for tensor in (target, source)]
+        held = None if self._in_use_until(target) else target.clone()
 
         def work():
+            target, source = (end.tensor() for end in ends)
+            if held is not None and not torch.equal(target, held):
+                raise Hazard("the host filled a buffer that a copy was yet to fill")
             target.copy_(source)
             if from_host:
                 reads = self.read.setdefault(source.untyped_storage(), {})
                 reads[source.storage_offset()] = (source.clone(), stream, position)
 
         stream.give(work)
-        stream.targets.append((position, target))
+        stream.targets.append((position, ends[0]))
         self.most_outstanding = max(self.most_outstanding, sum(s.given - s.done for s in self.all_streams))
 
     def record(self, stream):
@@ -189,17 +211,17 @@ class SimDevice(Backend):
         if event.stream is None:
             stream.saw = max(stream.saw, event.position)
         elif stream is None:
-            for tensor in event.arrived():
-                if self._in_use_until(tensor):
-                    self._use(tensor)  # it is read from now on
+            for place in event.arrived():
+                storage = place.storage()
+                if storage is not None and storage in self.busy:
+                    self._use(storage)  # it is read from now on
             event.stream.run_to(event.position)
         else:
             stream.give(lambda: event.stream.run_to(event.position))
 
     def synchronize(self):
         for stream in self.all_streams:
-            stream.run_to(stream.given)
-            stream.host_knows = stream.given
+            SimEvent(self, stream).synchronize()
         self.host_saw = self.clock
 
     def memory(self):

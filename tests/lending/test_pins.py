@@ -135,6 +135,63 @@ def test_a_changed_patch_takes_the_place_of_the_old_form(path):
     assert [nbytes for nbytes in device.asked if nbytes > model.bundles[0].nbytes] == [model.total_bytes]
 
 
+def test_memory_that_is_written_back_goes_afterwards(path):
+    device = SimDevice()
+    model = made(path, device, pinned_bytes=ALL, prefetch=0)
+    model.set_patches({f"layers.{index}.weight": torch.neg for index in range(DEPTH)})
+    model(model.module.input())
+    assert model.caster.write_backs
+    assert model.free_buffers() > 0
+    device.synchronize()  # a copy whose memory has gone would raise
+    assert model.caster.write_backs == [] and device.held() == 0
+
+
+def test_a_pin_that_goes_is_filled_by_then(path):
+    device = SimDevice()
+    model = made(path, device, pinned_bytes=ALL, prefetch=0)
+    model.set_patches({f"layers.{index}.weight": torch.neg for index in range(DEPTH)})
+    model(model.module.input())
+    pins = model.caster.pins
+    assert any(stream.done < stream.given for stream in device.all_streams)
+    for bundle in model.bundles:
+        pin = pins.get(bundle)
+        pins.drop(bundle)
+        pin.buffer.zero_()  # as whoever has this memory next may do
+    device.synchronize()
+    assert not any(block.buffer.any() for block in pins._blocks.blocks)
+
+
+class Interrupted(SimDevice):
+    """Is interrupted right after it has begun to copy, the `at`-th time, into a pin or out of the host."""
+
+    at = 0
+    into_pins = True
+
+    def copy(self, target, source, stream):
+        super().copy(target, source, stream)
+        if stream is not None and self.into_pins != bool(self._in_use_until(target)):
+            self.at -= 1
+            if self.at == 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("into_pins", [True, False], ids=["a write-back", "a transfer"])
+@pytest.mark.parametrize("at", range(1, DEPTH + 1))
+def test_a_copy_that_is_interrupted_writes_nothing_later(path, at, into_pins):
+    device = Interrupted()
+    device.into_pins = into_pins
+    model = made(path, device, pinned_bytes=ALL)
+    keys = [f"layers.{index}.weight" for index in range(DEPTH)]
+    model.set_patches({key: torch.neg for key in keys})
+    device.at = at
+    with pytest.raises(KeyboardInterrupt):
+        model(model.module.input())
+    assert model.bundles[at - 1].pinned_version is None
+    # The sources are pinned now, where the copy that was begun was to go.
+    model.set_patches({})
+    assert right(model, path) and right(model, path)
+
+
 def test_a_blocks_gaps_are_joined_and_used_again():
     block = Block(torch.empty(4096, dtype=torch.uint8))
     a, b, c = (block.cut(1024) for _ in range(3))

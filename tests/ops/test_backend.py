@@ -1,4 +1,4 @@
-"""Memory figures of devices, and the wait before memory is freed."""
+"""Memory figures of devices, and the waits around memory that is freed and calls that fail."""
 
 import threading
 import types
@@ -7,8 +7,11 @@ import psutil
 import pytest
 import torch
 
+from kit.sim_device import SimDevice
 from spillway.ops.device import backend as backends
-from spillway.ops.device.backend import Backend, backend_for
+from spillway.ops.device.backend import Backend, DeviceError, backend_for
+from spillway.ops.device.careful_backend import CarefulBackend
+from spillway.ops.ledger import Ledger
 
 OTHER = torch.device("privateuseone", 0)
 
@@ -75,3 +78,73 @@ def test_settling_waits_on_the_device_in_the_thread_that_frees():
     thread = threading.Thread(target=device.settle)
     thread.start(), thread.join()
     assert device.waits == [True]
+
+
+class Failing(SimDevice):
+    """Raises at the next `failures` copies on side streams, each once it has begun, and `refusals` synchronisations.
+
+    until_idle: copies fail until the device has been synchronised.
+    """
+
+    failures = refusals = 0
+    until_idle = False
+
+    def copy(self, target, source, stream):
+        super().copy(target, source, stream)
+        if stream is not None and (self.failures or self.until_idle):
+            self.failures = max(0, self.failures - 1)
+            raise RuntimeError("simulated: a launch failed")
+
+    def synchronize(self):
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError("simulated: the device does not answer")
+        super().synchronize()
+        self.until_idle = False
+
+    def is_idle(self):
+        return all(stream.done == stream.given for stream in self.all_streams)
+
+
+@pytest.fixture
+def failing():
+    device = Failing()
+    return device, CarefulBackend(device, Ledger("m"))
+
+
+def made(device, backend):
+    """Memory of the device that nothing uses yet, and bytes to copy there."""
+    target = backend.empty(64)
+    device.synchronize()
+    return target, torch.arange(64, dtype=torch.uint8)
+
+
+def test_a_call_is_tried_again_once_the_device_is_idle(failing):
+    device, backend = failing
+    target, source = made(device, backend)
+    device.until_idle = True
+    backend.copy(target, source, backend.stream())
+    assert not backend.synchronous
+    device.synchronize()
+    assert torch.equal(target, source)
+
+
+def test_what_was_begun_is_done_before_transfers_are_synchronous(failing):
+    device, backend = failing
+    target, source = made(device, backend)
+    device.failures = 2
+    backend.copy(target, source, backend.stream())
+    assert backend.synchronous and device.is_idle() and torch.equal(target, source)
+
+
+def test_a_device_that_was_not_synchronised_is_before_the_next_copy(failing):
+    device, backend = failing
+    stream, second = backend.stream(), backend.empty(64)
+    first, source = made(device, backend)
+    backend.copy(first, source, stream)
+    device.refusals = 2
+    with pytest.raises(DeviceError):
+        backend.synchronize()
+    assert not device.is_idle()
+    backend.copy(second, source, None)
+    assert device.is_idle() and torch.equal(first, source) and torch.equal(second, source)

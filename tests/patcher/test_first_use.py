@@ -11,6 +11,7 @@ from kit.nets import AnyLinear, Stack, budget, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.int8 import linear
+from spillway.ops.vbar import software
 from spillway.patcher import choose_vbar
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.first_use import check as first_use_check
@@ -170,6 +171,14 @@ def test_wrong_transfers_are_found_and_done_without(tmp_path, fault, caplog):
     assert f"{fault} failed the check before its first use" in caplog.text and "bytes came back wrong" in caplog.text
 
 
+@pytest.mark.parametrize("kind", [DropsCopies, ForgetsWaits])
+def test_what_is_under_way_when_a_check_ends_has_its_memory(kind):
+    device = kind(name="at fault")
+    device.keeps_memory = False
+    assert STREAMS in first_use(device).failed
+    device.synchronize()  # a copy whose memory has gone would raise
+
+
 @pytest.mark.parametrize("kind", [AlwaysSame, LosesBytes])
 def test_a_vbar_that_does_not_keep_its_word_is_done_without(tmp_path, aimdo, kind):
     aimdo(kind)
@@ -250,6 +259,7 @@ def test_every_model_of_the_device_does_without(tmp_path):
 
 def test_a_device_that_is_full_is_checked_another_time(tmp_path, aimdo, monkeypatch):
     aimdo(Sound)
+    monkeypatch.setattr(software, "POLL_SECONDS", 0)
     path = tmp_path / "first_use.json"
     device = SimDevice(1 << 20, name="full")
     assert set(first_use(device, path).not_run) == {VBAR}

@@ -35,6 +35,26 @@ def asked(monkeypatch):
     return asked
 
 
+def batches(model, monkeypatch, **options):
+    """Latents, and how many conditions went into one call."""
+    seen, real = set(), model.model.apply_model
+
+    def apply_model(x, *args, **kwargs):
+        seen.add(len(x))
+        return real(x, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "apply_model", apply_model)
+        return run(model, **options), seen
+
+
+def held(card):
+    mm.unload_all_models()
+    gc.collect()
+    card.drop_cached()
+    return card.memory("used"), card.get("mapped")
+
+
 @software
 def test_a_model_is_asked_for_negative_memory_and_shrinks(card, flux, asked):
     """On a full card each later load has less memory than the model holds."""
@@ -117,40 +137,43 @@ def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
 
 def test_both_conditions_go_in_one_batch_where_there_is_room(card, checkpoint, monkeypatch):
     """ComfyUI asks at each step whether its estimate fits what is free."""
-    path = checkpoint("sd15")
+    path = checkpoint("sd15", mult=(1,))
     cond = sampling.conds("sd15")
-    seen = []
-
-    def of(model):
-        seen.clear()
-        real = model.model.apply_model
-
-        def apply_model(x, *args, **kwargs):
-            seen.append(len(x))
-            return real(x, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(model.model, "apply_model", apply_model)
-            return run(model, cond=cond), set(seen)
-
     results = []
     for load in (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint):
         mm.unload_all_models()
-        results.append(of(load(path)[0]))
+        results.append(batches(load(path)[0], monkeypatch, cond=cond))
     assert results[0][1] == results[1][1] == {2}
     assert_same(results[1][0], results[0][0])
 
 
-def test_nothing_of_a_model_stays_on_the_device(card, flux):
-    """To the byte, when the last patcher has gone."""
-
-    def held():
+@software
+def test_conditions_go_one_by_one_where_memory_is_short(card, checkpoint, monkeypatch):
+    """The estimate of one of them fits what is free, that of both does not."""
+    path = checkpoint("sd15", mult=(1,))
+    loads = (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint)
+    models = [load(path)[0] for load in loads]
+    cond = sampling.conds("sd15")
+    one, both = (1.5 * models[0].model.memory_required([number, 4, 16, 16]) for number in (1, 2))
+    results = []
+    for model in models:
         mm.unload_all_models()
-        gc.collect()
-        card.drop_cached()
-        return card.memory("used"), card.get("mapped")
+        with card.room(int(one + both) // 2):
+            results.append(batches(model, monkeypatch, steps=1, cond=cond, width=128, height=128))
+    assert results[0][1] == results[1][1] == {1}
+    assert_same(results[1][0], results[0][0])
 
-    before = held()
-    for change in (lambda model: model, lambda model: with_lora(model, forms("lora"))):
-        run(change(comfy_load.load_diffusion_model(flux, policy=EAGER)))
-        assert held() == before
+
+def test_a_prompt_without_any_memory_ends_with_a_clear_error(card, flux):
+    """The next one is right, and nothing is left of either."""
+    wanted = run(comfy.sd.load_diffusion_model(flux))
+    mm.unload_all_models()
+    ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
+    assert_same(run(ours), wanted)
+    idle = held(card)
+    for _ in range(2):
+        with card.room(0), pytest.raises(RuntimeError, match="out of memory"):
+            run(ours)
+        assert held(card) == idle
+        assert_same(run(ours), wanted)
+        assert held(card) == idle

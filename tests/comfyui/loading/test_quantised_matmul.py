@@ -189,7 +189,7 @@ def test_a_quantised_input_is_used_as_it_is(fraction, quantised):
     for model in (classic, ours):
         run(model, steps=1)
         layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
-        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0)).to(model.load_device)
         quantised_x = QuantizedTensor.from_float(x, layer.layout_type, scale="recalculate")
         results.append(layer(quantised_x))
         assert not torch.equal(results[-1], torch.nn.functional.linear(x, layer.weight.dequantize().float()))

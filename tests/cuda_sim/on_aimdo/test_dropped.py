@@ -8,10 +8,21 @@ import pytest
 
 from cuda_sim.aimdo import PAGE
 from kit.nets import Stack, dynamic, write
+from spillway.ops.ledger import Ledger
+from spillway.ops.vbar.aimdo import AimdoVBAR
 
 
 def build():
     return Stack(6, 2040)
+
+
+def vbar_alone(device):
+    """A VBAR without the caster that waits before it lets go of its own."""
+    vbar = AimdoVBAR(device, PAGE, Ledger("m"))
+    place = vbar.alloc(PAGE)
+    assert vbar.fault(place) is not None
+    vbar.unpin(place)
+    return vbar
 
 
 WAYS = {
@@ -24,7 +35,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "drop a VBAR"])
 def test_pages_go_in_a_thread_that_has_waited_for_the_device(machine, tmp_path, monkeypatch, way):
     device = machine.make_device()
     here, events = threading.local(), []
@@ -45,9 +56,12 @@ def test_pages_go_in_a_thread_that_has_waited_for_the_device(machine, tmp_path, 
     monkeypatch.setattr(device, "synchronize", synchronize)
     path = tmp_path / "m.safetensors"
     write(path, build())
-    models = [dynamic(build, path, device=device, headroom_bytes=0)]
-    models[0](models[0].module.input())
-    assert models[0].resident_bytes == 3 * PAGE
+    if way in WAYS:
+        models = [dynamic(build, path, device=device, headroom_bytes=0)]
+        models[0](models[0].module.input())
+        assert models[0].resident_bytes == 3 * PAGE
+    else:
+        models = [vbar_alone(device)]
 
     from comfy_aimdo.model_vbar import lib
 
@@ -63,7 +77,7 @@ def test_pages_go_in_a_thread_that_has_waited_for_the_device(machine, tmp_path, 
 
     for name in ("vbar_free", "vbar_free_memory"):
         monkeypatch.setattr(lib, name, watched(getattr(lib, name)))
-    thread = threading.Thread(target=WAYS[way], args=(models,))
+    thread = threading.Thread(target=WAYS.get(way, WAYS["drop"]), args=(models,))
     thread.start()
     thread.join()
     monkeypatch.undo()

@@ -10,6 +10,8 @@ from fake_device.device import start
 from kit.nets import Blocks, Stack, budget, dynamic, plain, random_state, same
 from spillway.ops.device.backend import StreamBackend, backend_for
 from spillway.ops.files.source import StateDict
+from spillway.patcher.first_use.check import check
+from spillway.patcher.first_use.verdict import VBAR
 
 DEVICE = torch.device("cuda", 0)
 CASES = [
@@ -96,6 +98,26 @@ def test_the_bits_of_the_plain_module_on_comfy_aimdo(fake, file_dtype, dtype, pi
     assert fake.get("mapped") == 0
 
 
+def test_the_check_before_the_first_use_takes_less_than_a_second(fake):
+    verdicts = [check(backend_for("cuda")) for _ in range(3)]
+    assert all(verdict.failed == {} and VBAR in verdict.passed for verdict in verdicts)
+    assert min(verdict.seconds for verdict in verdicts) < 1
+
+
+def test_synchronising_waits_for_side_streams(fake):
+    backend = backend_for("cuda")
+    source, back, target = backend.host_empty(64), backend.host_empty(64), backend.empty(64)
+    source.copy_(torch.arange(64)), back.zero_()
+    backend.synchronize()
+    streams = [backend.stream(), backend.stream()]
+    backend.copy(target, source, streams[0])
+    backend.wait(backend.record(streams[0]), streams[1])
+    backend.copy(back, target, streams[1])
+    assert not back.any()
+    backend.synchronize()
+    assert same(back, source)
+
+
 @pytest.mark.parametrize("vbar", ["software", "aimdo"])
 def test_patches_are_made_on_the_device(fake, vbar):
     model, _ = on_device(stack, vbar=vbar, fraction=0.5, pins=0.5)
@@ -125,6 +147,35 @@ def test_a_model_on_each_device(fake, vbar):
             assert out.device.index == number and model.vbar_kind == vbar and same(out.cpu(), expected)
     for model in models:
         model.close()
+
+
+class Reading(torch.nn.Module):
+    """Reads a buffer before its first layer and writes into another one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(64.0))
+        self.register_buffer("runs", torch.zeros(1))
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.layer(x + self.table)
+        self.runs += x.new_ones(1)
+        return x
+
+    def input(self):
+        return torch.ones(2, 64)
+
+
+def test_buffers_are_where_the_module_computes(fake):
+    model, expected = on_device(Reading, fraction=0.0, pins=0.5)
+    runs = model.module.runs.clone()
+    assert same(run(model).cpu(), expected)
+    assert {buffer.device for buffer in model.module.buffers()} == {DEVICE}
+    model.release()
+    assert {buffer.device.type for buffer in model.module.buffers()} == {"cpu"} and same(model.module.runs, runs + 1)
+    assert same(run(model).cpu(), expected)
+    model.close()
 
 
 def test_nothing_is_left_on_the_device(fake):

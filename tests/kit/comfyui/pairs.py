@@ -50,6 +50,11 @@ def assert_same(got, wanted):
         )
 
 
+def brought(patcher, bundle):
+    """Count the bytes that are brought of a bundle: a device gets the source and makes the final form of it there."""
+    return bundle.nbytes if patcher.dynamic.backend.in_place else bundle.source_bytes
+
+
 def counters(patcher):
     """Copy the counters of a patcher's engine."""
 

@@ -1,0 +1,158 @@
+"""Each wait of the engine is taken away, and other faults that a CPU forgives are planted: a test fails for each.
+
+They run with `dev.py test --slow`. Each takes a process of its own.
+"""
+
+import functools
+
+import pytest
+
+from kit.planting import Fault, check_is_seen, check_passes
+
+CASTER = "ops.lending.device_caster:DeviceCaster"
+CAREFUL = "ops.device.careful_backend:CarefulBackend"
+CUDA = "ops.device.backend:StreamBackend"
+
+CASES = "lending/test_caster.py"
+PINS = "lending/test_pins.py"
+READS = "lending/test_idle_weight.py"
+BUFFERS = "patcher/test_buffers.py"
+BUDGET = "patcher/test_budget.py"
+DROPPED = "patcher/test_dropped.py"
+PATCHES = "patcher/test_patches.py"
+BACKEND = "ops/test_backend.py"
+ON_DEVICE = "fake_device/on_device/test_engine.py"
+BITS = f"{ON_DEVICE}::test_the_bits_of_the_plain_module"
+AIMDO = "cuda_sim/on_aimdo/test_dropped.py"
+
+FAULTS = {
+    # Waits in their order along a loan's way.
+    "memory is filled that kernels may still read": Fault(
+        f"{CASTER}.start", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
+    ),
+    "a pin is read while it is being filled": Fault(
+        f"{CASTER}.start",
+        "self.backend.wait(pin.ready, stream)",
+        "pass",
+        (f"{PATCHES}::test_a_patched_weight_may_be_wanted_again_while_it_is_written_back",),
+    ),
+    "nobody knows that a pin is being read": Fault(
+        f"{CASTER}.start", "loan.event = pin.busy =", "loan.event =", (PINS, READS)
+    ),
+    "nothing is awaited where a transfer may have begun": Fault(
+        "ops.lending.caster:Caster.begin", "self.backend.synchronize()", "pass", (PINS,)
+    ),
+    "staging is filled again while it is being read": Fault(
+        f"{CASTER}._stage", "self.staging.give(staging, loan.event)", "self.staging.give(staging, None)", (CASES,)
+    ),
+    "nobody waits for a transfer": Fault(f"{CASTER}.complete", "self.backend.wait(loan.event, None)", "pass", (CASES,)),
+    "what is not made yet is written back": Fault(
+        f"{CASTER}._write_back", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
+    ),
+    "nothing is awaited where a write-back may have begun": Fault(
+        f"{CASTER}._write_back", "self.backend.synchronize()", "pass", (PINS,)
+    ),
+    "half a pin is kept": Fault(f"{CASTER}._write_back", "self.pins.drop(bundle)", "pass", (PINS,)),
+    "memory goes that is being written back": Fault(
+        f"{CASTER}._write_back", "self.write_backs.append((pin.ready, memory))", "pass", (CASES,)
+    ),
+    "memory goes that is still being written back": Fault(
+        f"{CASTER}._finish_write_backs", "event.synchronize()", "pass", (PINS,)
+    ),
+    "every write-back counts as done": Fault(
+        "ops.lending.device_caster:_done", "event is None or event.query()", "True", (CASES, PINS)
+    ),
+    "a slot is given back as done": Fault(f"{CASTER}._free_slot", "done = self.backend.record(None)", "pass", (CASES,)),
+    "a slot is used again before it is done": Fault(
+        "ops.lending.ring:Ring.take", "slot.done.synchronize()", "pass", (CASES, PINS)
+    ),
+    "a slot goes before it is done": Fault("ops.lending.ring:Ring.trim", "slot.done.synchronize()", "pass", (CASES,)),
+    "an unused transfer is not awaited": Fault(f"{CASTER}.finish", "loan.event.synchronize()", "pass", (CASES, PINS)),
+    "a pin goes while it is being filled": Fault(
+        "ops.lending.pins:Pins.drop", "(pin.ready, pin.busy)", "(pin.busy,)", (PINS,)
+    ),
+    "a pin goes while it is being read": Fault(
+        "ops.lending.pins:Pins.drop", "(pin.ready, pin.busy)", "(pin.ready,)", (PINS,)
+    ),
+    "memory goes with a model that is closed": Fault(
+        f"{CASTER}.close", "self.backend.synchronize()", "pass", (DROPPED,)
+    ),
+    "memory goes with a model that is dropped": Fault(f"{CASTER}.__init__", "backend.settle", "int", (DROPPED,)),
+    "settling does not wait": Fault("ops.device.backend:Backend.settle", "self.synchronize()", "pass", (DROPPED,)),
+    "pages are evicted from under kernels": Fault(
+        "ops.vbar.aimdo:AimdoVBAR.free_memory", "self.backend.settle()", "pass", (AIMDO,)
+    ),
+    "pages go from under kernels": Fault("ops.vbar.aimdo:_free", "backend.settle()", "pass", (AIMDO,)),
+    # Waits around calls that fail.
+    "a failed call is tried again at once": Fault(
+        "ops.device.backend:Backend.retry_once", "self.synchronize()", "pass", (BACKEND,)
+    ),
+    "transfers are synchronous while others are under way": Fault(
+        f"{CAREFUL}._step_down", "self.synchronize()", "pass", (BACKEND,)
+    ),
+    "a device that does not answer is used on": Fault(f"{CAREFUL}.copy", "self.synchronize()", "pass", (BACKEND,)),
+    # Torch's streams.
+    "streams do not wait": Fault(
+        f"{CUDA}.wait", "(stream or self._module.current_stream(self.device)).wait_event(event)", "pass", (BITS,)
+    ),
+    "events are not recorded": Fault(
+        f"{CUDA}.record", "event.record(stream or self._module.current_stream(self.device))", "pass", (BITS,)
+    ),
+    "the device is not waited for": Fault(
+        f"{CUDA}.synchronize",
+        "self._module.synchronize(self.device)",
+        "pass",
+        (f"{ON_DEVICE}::test_synchronising_waits_for_side_streams",),
+    ),
+    # What a CPU cannot show.
+    "buffers stay where they are": Fault(
+        "patcher.dynamic_model:DynamicModel.place_buffers",
+        "self._placed.place()",
+        "pass",
+        (f"{ON_DEVICE}::test_buffers_are_where_the_module_computes",),
+    ),
+    "an idle weight stays where it is": Fault(
+        "ops.lending.bundle:Bundle.stand_in",
+        "param.idle = idle_form(self, param, device)",
+        "param.idle = param.original",
+        (READS,),
+    ),
+    "an idle weight is not patched": Fault(
+        "ops.lending.idle_weight:IdleWeight.lent",
+        "yield self.view_of(tensors[self.bundle.params.index(self.param)])",
+        "yield self.view_of(self.param.source.to(self.device, self.dtype))",
+        (READS,),
+    ),
+    "a patch gets a weight on the CPU": Fault(
+        "ops.lending.caster:Caster.make_final",
+        "param.patch(weight)",
+        "param.patch(weight.cpu())",
+        (f"{ON_DEVICE}::test_patches_are_made_on_the_device",),
+    ),
+    # Limits and repeats.
+    "the limit is ignored": Fault(
+        "ops.vbar.software:SoftwareVBAR.set_limit", "self.limit = nbytes", "self.limit = None", (BUDGET,)
+    ),
+    "comfy-aimdo's limit is ignored": Fault(
+        "ops.vbar.aimdo:AimdoVBAR._is_above_limit",
+        "return self.limit is not None and",
+        "return False and",
+        (f"{AIMDO}", "cuda_sim/on_aimdo/test_headroom.py"),
+    ),
+    "bundles on their way ignore the budget": Fault(
+        f"{CASTER}.set_room", "self.room, self.casts, self.staging_room = nbytes, casts, staging", "pass", (BUFFERS,)
+    ),
+    "whatever has begun runs again": Fault(
+        "ops.lending.repeat:may_repeat", "cls = type(module)", "return True", ("lending/test_repeat.py",)
+    ),
+}
+
+passes = functools.cache(check_passes)
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_seen(fault):
+    """And its tests pass without it."""
+    print(check_is_seen(fault))
+    passes(fault.tests)
