@@ -14,7 +14,6 @@ from aiohttp import web
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
-from ..patcher.comfyui.running import drop_unloaded
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
 
@@ -69,7 +68,12 @@ def is_same_origin(request: web.Request) -> bool:
     if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = request.headers.get("Origin")
-    return origin is None or urllib.parse.urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower()
+    if origin is None:
+        return True
+    try:
+        return urllib.parse.urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower()
+    except ValueError:  # no address at all
+        return False
 
 
 def parse(content_type: str, body: bytes) -> dict[str, Any]:
@@ -117,7 +121,6 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 queue.set_flag("unload_models", True)
                 put_off.append("models")
             else:
-                drop_unloaded()
                 comfy.model_management.unload_all_models()
                 for model in list(dynamic.models):
                     model.free()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from typing import Any
+
 import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
@@ -9,6 +13,27 @@ from comfy_execution.utils import get_executing_context
 def in_a_node() -> bool:
     """Say whether this code runs in a node's execution, whose errors its author must see."""
     return get_executing_context() is not None
+
+
+# After a prompt, ComfyUI's worker unloads all models where `POST /free` has asked for it, and holds no lock meanwhile.
+# Two threads in there take entries off one list: the IndexError of the second would end the worker for good.
+_unloading = threading.RLock()
+
+
+def _one_at_a_time() -> None:
+    """Let one thread at a time unload all models. A second call does nothing."""
+    original = comfy.model_management.unload_all_models
+    if hasattr(original, "spillway_original"):
+        return
+
+    @functools.wraps(original)
+    def unload_all_models(*args: Any, **kwargs: Any) -> Any:
+        with _unloading:
+            drop_unloaded()
+            return original(*args, **kwargs)
+
+    unload_all_models.spillway_original = original  # type: ignore[attr-defined]
+    comfy.model_management.unload_all_models = unload_all_models
 
 
 def drop_unloaded() -> None:
@@ -20,3 +45,6 @@ def drop_unloaded() -> None:
     """
     loaded = comfy.model_management.current_loaded_models
     loaded[:] = [entry for entry in loaded if entry.real_model is not None and entry.real_model() is not None]
+
+
+_one_at_a_time()

@@ -222,3 +222,7 @@ def test_a_start_that_fails_in_part_has_the_rest(monkeypatch, broken):
     monkeypatch.setattr(*broken, fails)
     asyncio.run(extension.SpillwayExtension().on_load())
     assert len(done) == 2 and broken not in done
+
+
+def test_an_origin_that_is_no_address_is_another_site():
+    assert not routes.is_same_origin(make_mocked_request("POST", "/", headers={"Origin": "http://[::1", "Host": "a"}))

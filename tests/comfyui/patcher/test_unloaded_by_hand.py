@@ -1,6 +1,9 @@
 """Models that somebody unloads by hand: ComfyUI's list keeps an entry without what it calls on every entry."""
 
+import contextlib
 import gc
+import threading
+from types import SimpleNamespace
 
 import comfy.model_management as mm
 import comfy.sd
@@ -107,3 +110,35 @@ def test_an_unloaded_entry_unloaded_again(checkpoint, again):
     assert model.loaded_size() == 0
     model.set_in_use_by_current_prompt(True)
     assert_same(run(model), wanted)
+
+
+def test_two_threads_may_unload_all_models_at_once(models, monkeypatch):
+    """ComfyUI's worker does so after a prompt, outside of any lock, and what it raises there ends it."""
+    model, vae = models
+    mm.load_models_gpu([model, vae.patcher])
+    unload, inside, errors = mm.LoadedModel.model_unload, threading.Barrier(2), []
+
+    def slowly(entry, *args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait(0.5)  # as long as the other thread needs to come here, where nothing holds it off
+        return unload(entry, *args, **kwargs)
+
+    monkeypatch.setattr(mm.LoadedModel, "model_unload", slowly)
+
+    def run_noting(call, *args):
+        try:
+            call(*args)
+        except BaseException as error:
+            errors.append(error)
+
+    queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
+    threads = [
+        threading.Thread(target=run_noting, args=args)
+        for args in ((mm.unload_all_models,), (routes.free, queue, {"models": True}))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors and not mm.current_loaded_models and not any(thread.is_alive() for thread in threads)
+    assert run(model, steps=1).isfinite().all()
