@@ -66,7 +66,7 @@ from kit.environment import (  # noqa: E402
 from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python  # noqa: E402
 from kit.gpu import Command, Suites  # noqa: E402
 from kit.gpu import main as gpu_main  # noqa: E402
-from kit.soak_runs import ONLY_MIX, PLAIN_MIX, SoakRun, asked_for  # noqa: E402
+from kit.soak_runs import ONLY_MIX, SoakRun, asked_for  # noqa: E402
 
 # `python -m pytest` would put this folder on sys.path, and ComfyUI's `import nodes` would find the pack's.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
@@ -92,13 +92,13 @@ def main() -> int:
 def test(arguments: list[str]) -> int:
     """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
     # The longest first, so that no core is idle at the end.
-    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests, "soak": soak_tests(PLAIN_MIX)}
+    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
+    parts["soak"] = soak_tests(ONLY_MIX)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
             return fail("--only takes engine, comfyui, device or soak.", 2)
-        parts["soak"] = soak_tests(ONLY_MIX)
     commands: dict[str, Command] = {}
     for name, prepare in parts.items():
         if name in wanted:
@@ -255,7 +255,7 @@ def follow(future: Future, printed: BinaryIO) -> None:
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
     ignored = [f"--ignore={folder}" for folder in (COMFYUI_TESTS, SOAK_TESTS)]
-    arguments = [*ignored, *chosen(arguments, "not planted")]
+    arguments = [*ignored, *chosen(arguments, "not planted and not every_release")]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 

@@ -17,7 +17,7 @@ import pytest
 from cuda_sim import Unavailable, build
 from cuda_sim.aimdo import VARIABLE
 from cuda_sim.reporting import VARIABLE as REPORT
-from cuda_sim.wheels import VERSIONS, package
+from cuda_sim.wheels import ALWAYS, VERSIONS, package
 from kit.skips import skip_loudly
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -52,7 +52,10 @@ def runs(request, tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(each, marks=[] if each in ALWAYS else pytest.mark.every_release) for each in VERSIONS],
+)
 def test_the_engine_on_comfy_aimdo(runs, version):
     run, report = runs[version]
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from . import CACHE, Unavailable
 
 VERSIONS = ("0.3.0", "0.4.5", "0.4.13", "0.5.6", "0.6.0")
+ALWAYS = ("0.3.0", "0.4.13", "0.6.0")  # the oldest that works, that of ComfyUI 0.33, the newest
 
 
 def package(version: str) -> Path:
