@@ -136,7 +136,7 @@ class SpillwayLoadCheckpoint(CheckedNode):
 class SpillwayLoadCLIP(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = folder_paths.get_filename_list("text_encoders")
+        files = model_names("text_encoders")
         return io.Schema(
             node_id="SpillwayLoadCLIP",
             display_name="Load CLIP (Spillway)",
@@ -145,7 +145,7 @@ class SpillwayLoadCLIP(CheckedNode):
             "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                OpenChoice("clip_name1", options=files, tooltip="A safetensors file in models/text_encoders."),
+                OpenChoice("clip_name1", options=files, tooltip="A safetensors or GGUF file in models/text_encoders."),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],

@@ -12,11 +12,14 @@ import torch
 from ..files.disk_map import DiskMap, TensorSpec, check_overlap
 from ..files.safetensors_header import SourceError
 from .header import GgufEntry, is_gguf, parse_header
+from .names import BY_ARCHITECTURE, renaming
 from .weight import Form, GgufWeight
+
+UMT5_TOKENS = 256384
 
 
 class GgufMap(DiskMap):
-    """A GGUF file. What is quantised there comes as GgufWeight, the rest as ordinary tensors.
+    """A GGUF file. What is quantised there comes as GgufWeight, the rest as ordinary tensors. Names are the model's.
 
     dtype: that the quantised weights stand for. Where None, fp16 in a file that has tensors of it and none of bf16,
     else bf16.
@@ -31,11 +34,14 @@ class GgufMap(DiskMap):
         self.gguf_metadata = header.metadata
         self.left_out = []
         self.blocks: dict[str, GgufEntry] = {}
+        by_model = renaming(str(header.metadata.get("general.architecture", "")))
+        self._is_text_encoder = by_model is not None
         specs: dict[str, TensorSpec] = {}
         for key, entry in header.entries.items():
             if keep is not None and not keep(key):
                 continue
-            name = key if rename is None else rename(key)
+            name = key if by_model is None else by_model(key)
+            name = name if rename is None else rename(name)
             if name in specs:
                 raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
             if entry.kind.dtype is None:
@@ -53,8 +59,29 @@ class GgufMap(DiskMap):
         view = super().tensor(key)
         entry = self.blocks.get(key)
         if entry is None:
-            return view
+            # llama.cpp writes norms in fp32. ComfyUI would take that for the dtype of the whole encoder.
+            small = self._is_text_encoder and view.dim() < 2 and view.dtype == torch.float32
+            return view.to(self.stands_for) if small else view
         return GgufWeight(view, Form(entry.kind.name, entry.shape, self.dtype or self.stands_for))
+
+
+def check_text_encoder(path: str) -> None:
+    """Raise SourceError for a GGUF file whose text encoder cannot be made of what is in it."""
+    if not is_gguf(path):
+        return
+    source = GgufMap(path)
+    architecture = source.metadata.get("general.architecture", "")
+    if renaming(architecture) is None:
+        raise SourceError(
+            f"{path}: text encoders of architecture '{architecture}' are not read from GGUF files. Known: "
+            f"{', '.join(BY_ARCHITECTURE)}. Use the encoder's safetensors file."
+        )
+    table = "shared.weight"
+    if table in source and source.tensor(table).shape[0] == UMT5_TOKENS:
+        raise SourceError(
+            f"{path}: this is a UMT5, of which a GGUF file lacks the tokenizer that ComfyUI needs. Use the encoder's "
+            "safetensors file."
+        )
 
 
 def open_map(path: str | os.PathLike[str]) -> DiskMap:

@@ -14,7 +14,7 @@ import torch
 
 from ....ops.files.disk_map import DiskMap, SourceError
 from ....ops.files.safetensors_header import shard_words
-from ....ops.gguf.gguf_map import open_map
+from ....ops.gguf.gguf_map import check_text_encoder, open_map
 from ....ops.gguf.header import is_gguf
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
@@ -149,6 +149,7 @@ def load_clip(
         raise ValueError(f"text encoder type '{clip_type}' is unknown to this ComfyUI. Known: {known}.")
     for path in paths:
         refuse_pickle(path)
+        check_text_encoder(path)
 
     def load() -> Any:
         return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=known_type)
