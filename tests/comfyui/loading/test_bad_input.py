@@ -180,6 +180,8 @@ def test_an_unknown_type_of_text_encoder_is_an_error_that_lists_the_known_ones(c
     path = folder("text_encoders", "clip.safetensors")
     os.symlink(checkpoint("clip_l"), path)
     with pytest.raises(ValueError, match=r"type 'stable_diffusion_9' is unknown.*Known: stable_diffusion, "):
+        comfy_load.load_clip([path], "stable_diffusion_9")
+    with pytest.raises(ValueError, match=r"'type' is 'stable_diffusion_9'.*expected one of stable_diffusion, "):
         load_clip(path, "stable_diffusion_9")
 
 
