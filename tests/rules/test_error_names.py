@@ -10,7 +10,7 @@ from spillway.ops.files.watched_file import FileChanged
 BASE = "SpillwayError"
 ENDS = ("Error", "Exception", "Warning", "Interrupt")
 # Caught by the function that has them raised, always.
-INTERNAL = {"BadRequest", "NotStorable"}
+INTERNAL = {"BadRequest", "NotStorable", "Stopped"}
 
 
 def classes():
