@@ -93,15 +93,27 @@ def tensor_specs(
 
     Raises SourceError for a malformed header.
     """
-    specs: dict[str, TensorSpec] = {}
-    for key in header.entries:
-        if (keep is None or keep(key)) and not _is_left_out(header, key):
-            name = key if rename is None else rename(key)
-            if name in specs:
-                raise SourceError(f"{header.path}: two tensors are named '{name}' after renaming '{key}'.")
-            specs[name] = _spec(header, key)
+    keys = [key for key in header.entries if not _is_left_out(header, key)]
+    specs = {name: _spec(header, key) for key, name in kept_names(header.path, keys, keep, rename)}
     check_overlap(header.path, specs)
     return specs
+
+
+def kept_names(
+    path: Path,
+    keys: Iterable[str],
+    keep: Callable[[str], bool] | None = None,
+    rename: Callable[[str], str] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys that are kept with their new names. Raises SourceError where two become one."""
+    names: set[str] = set()
+    for key in keys:
+        if keep is None or keep(key):
+            name = key if rename is None else rename(key)
+            if name in names:
+                raise SourceError(f"{path}: two tensors are named '{name}' after renaming '{key}'.")
+            names.add(name)
+            yield key, name
 
 
 def check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:

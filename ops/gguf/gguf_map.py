@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from ..files.disk_map import DiskMap, TensorSpec, check_overlap
+from ..files.disk_map import DiskMap, TensorSpec, check_overlap, kept_names
 from ..files.safetensors_header import SourceError
 from .header import GgufEntry, is_gguf, parse_header
 from .names import BY_ARCHITECTURE, renaming
 from .weight import Form, GgufWeight
 
 UMT5_TOKENS = 256384
+Rename = Callable[[str], str]
 
 
 class GgufMap(DiskMap):
@@ -37,13 +37,8 @@ class GgufMap(DiskMap):
         by_model = renaming(str(header.metadata.get("general.architecture", "")))
         self._is_text_encoder = by_model is not None
         specs: dict[str, TensorSpec] = {}
-        for key, entry in header.entries.items():
-            if keep is not None and not keep(key):
-                continue
-            name = key if by_model is None else by_model(key)
-            name = name if rename is None else rename(name)
-            if name in specs:
-                raise SourceError(f"{self.path}: two tensors are named '{name}' after renaming '{key}'.")
+        for key, name in kept_names(self.path, header.entries, keep, _both(by_model, rename)):
+            entry = header.entries[key]
             if entry.kind.dtype is None:
                 self.blocks[name] = entry
                 shape: tuple[int, ...] = (entry.nbytes // entry.kind.nbytes, entry.kind.nbytes)
@@ -63,6 +58,13 @@ class GgufMap(DiskMap):
             small = self._is_text_encoder and view.dim() < 2 and view.dtype == torch.float32
             return view.to(self.stands_for) if small else view
         return GgufWeight(view, Form(entry.kind.name, entry.shape, self.dtype or self.stands_for))
+
+
+def _both(first: Rename | None, second: Rename | None) -> Rename | None:
+    """Return what renames by the one, then by the other."""
+    if first is None or second is None:
+        return first or second
+    return lambda key: second(first(key))
 
 
 def check_text_encoder(path: str) -> None:
@@ -86,4 +88,4 @@ def check_text_encoder(path: str) -> None:
 
 def open_map(path: str | os.PathLike[str]) -> DiskMap:
     """Open a file of weights as what its name says: GGUF or safetensors. Raises SourceError for what is neither."""
-    return GgufMap(path) if is_gguf(Path(path)) else DiskMap(path)
+    return GgufMap(path) if is_gguf(path) else DiskMap(path)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..gather import is_wrapper
+from ..subclasses import linear_arguments, writes_into
 from .dequantise import function_for
 from .types import IDS, TYPES
 
@@ -117,7 +118,7 @@ class GgufWeight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            x, weight, bias = _linear_arguments(*args, **kwargs)
+            x, weight, bias = linear_arguments(*args, **kwargs)
             if isinstance(weight, GgufWeight) and not isinstance(x, GgufWeight) and x.is_floating_point():
                 return weight.linear(x, bias)
         with torch._C.DisableTorchFunctionSubclass():  # else the result would be taken for such a weight
@@ -135,10 +136,7 @@ class GgufWeight(torch.Tensor):
                 return _copied(func, first, kwargs)
             if func is aten.embedding.default and not isinstance(args[1], GgufWeight):
                 return first.rows(args[1])
-            if func._schema.is_mutable and any(
-                isinstance(value, GgufWeight) and argument.alias_info is not None and argument.alias_info.is_write
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-            ):
+            if writes_into(GgufWeight, func, args):
                 raise RuntimeError(f"{func} would write into a GGUF weight. Use a copy of `weight.dequantize()`.")
         args, kwargs = torch.utils._pytree.tree_map_only(GgufWeight, GgufWeight.dequantize, (args, kwargs))
         return func(*args, **kwargs)
@@ -155,12 +153,6 @@ def stays_quantised(tensor: torch.Tensor) -> bool:
 def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a weight in blocks. Any other tensor is returned as it is."""
     return tensor.dequantize() if isinstance(tensor, GgufWeight) else tensor
-
-
-def _linear_arguments(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return x, weight, bias
 
 
 def _copied(func: Any, weight: GgufWeight, kwargs: dict[str, Any]) -> torch.Tensor:

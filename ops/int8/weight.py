@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..gather import inner_tensors, is_wrapper
+from ..subclasses import linear_arguments, writes_into
 from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 
 # Bytes of fp32 rows that are quantised at a time, which bounds temporary memory.
@@ -120,7 +121,7 @@ class Int8Weight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            x, weight, bias = _linear_arguments(*args, **kwargs)
+            x, weight, bias = linear_arguments(*args, **kwargs)
             if isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and x.is_floating_point():
                 return weight.linear(x, bias)
         with torch._C.DisableTorchFunctionSubclass():  # else the result would be taken for an INT8 weight
@@ -135,22 +136,13 @@ class Int8Weight(torch.Tensor):
                 return first
             if func is torch.ops.aten._to_copy.default or func is torch.ops.aten.clone.default:
                 return _copied(func, first, kwargs)
-            if func._schema.is_mutable and any(
-                isinstance(value, Int8Weight) and argument.alias_info is not None and argument.alias_info.is_write
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-            ):
+            if writes_into(Int8Weight, func, args):
                 raise RuntimeError(f"{func} would write into an INT8 weight. Use a copy of `weight.dequantize()`.")
         args, kwargs = torch.utils._pytree.tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, groups={self.scale.shape[1]})"
-
-
-def _linear_arguments(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return x, weight, bias
 
 
 def _copied(func: Any, weight: Int8Weight, kwargs: dict[str, Any]) -> Int8Weight:

@@ -127,7 +127,6 @@ def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
     """Take all models off all devices and free their pins. Call `evict` too where the VAE computes in RAM."""
-    drop_unloaded()
     comfy.model_management.unload_all_models()
     for model in list(dynamic.models):
         model.free()

@@ -1,0 +1,22 @@
+"""What the pack's classes of quantised weights share of torch's protocol for subclasses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def linear_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the arguments of `torch.nn.functional.linear`, however they were given."""
+    return x, weight, bias
+
+
+def writes_into(cls: type, func: Any, args: Any) -> bool:
+    """Say whether an operation would write into a tensor of the class."""
+    return func._schema.is_mutable and any(
+        isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+    )
