@@ -1,4 +1,4 @@
-"""How a busy server answers: the queue while gigabytes of outputs are freed, and sampling while clients ask for reports.
+"""How a busy server answers: the queue while gigabytes of outputs are freed, and sampling while clients poll.
 
     python dev.py bench server_load             # both; needs ComfyUI, 9 GB of RAM and 5 GB of disk
     python dev.py bench server_load --only polled --rounds 9
@@ -121,7 +121,14 @@ def polled(args: argparse.Namespace) -> dict[str, Any]:
     base = args.base / POLLED
     for folder in ("diffusion_models", "text_encoders"):
         (base / "models" / folder).mkdir(parents=True)
-    flux(base / "models" / "diffusion_models" / "flux.safetensors", hidden=1024, context=768, pooled=768, depth=2, depth_single=4)
+    flux(
+        base / "models" / "diffusion_models" / "flux.safetensors",
+        hidden=1024,
+        context=768,
+        pooled=768,
+        depth=2,
+        depth_single=4,
+    )
     clip_l(base / "models" / "text_encoders" / "clip.safetensors")
 
     def prompt(seed: int) -> dict[str, Any]:
