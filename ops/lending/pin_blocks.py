@@ -27,6 +27,11 @@ class Block:
     def nbytes(self) -> int:
         return self.buffer.numel()
 
+    @property
+    def is_free(self) -> bool:
+        """Say whether no pin lies in it."""
+        return sum(size for _, size in self.gaps) == self.nbytes
+
     def cut(self, nbytes: int) -> Extent | None:
         """Cut `nbytes` from the first gap that is large enough. Return None where no gap is."""
         wanted = aligned(nbytes)
@@ -64,25 +69,32 @@ class PinBlocks:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.blocks: list[Block] = []
+        self.reserved = 0  # bytes of blocks that are being allocated
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all blocks, used or not."""
         return sum(block.nbytes for block in self.blocks)
 
-    def take(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> Extent | None:
-        """Return an extent of `nbytes`, of a block that is there, else of a new block of `wanted` bytes.
-
-        A new block is smaller where `budget` (bytes of all blocks) or `room` (bytes of RAM) allow no more. Returns None
-        where there is no room.
-        """
+    def cut(self, nbytes: int) -> Extent | None:
+        """Return an extent of `nbytes` of a block that is there; None where no gap is large enough."""
         for block in self.blocks:
             extent = block.cut(nbytes)
             if extent is not None:
                 return extent
-        size = min(max(nbytes, wanted), budget - self.nbytes)
+        return None
+
+    def reserve(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> int:
+        """Return the bytes that a new block for `nbytes` may have, `wanted` at most; 0 where there is no room.
+
+        budget: bytes of all blocks. room: bytes of RAM. The caller counts them off `reserved` once the block is there.
+        """
+        size = min(max(nbytes, wanted), budget - self.nbytes - self.reserved)
         size = min(size, room()) if size >= nbytes else size
-        return self.add(self.backend.host_empty(size), nbytes) if size >= nbytes else None
+        if size < nbytes:
+            return 0
+        self.reserved += size
+        return size
 
     def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:
         """Use a buffer as a block. Return the extent of its first `nbytes`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,20 @@ from ..device.backend import Backend, Event
 from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
 
+_uses = itertools.count(1)
+
 
 @dataclass(eq=False)
 class Pin:
-    """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source."""
+    """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source.
+
+    filling: a reader copies the source into it at this moment.
+    """
 
     extent: Extent
     version: int | None
+    filling: bool = False
+    used: int = 0  # grows with every use
     ready: Event | None = None  # a write-back that may still be under way
     busy: Event | None = None  # the last transfer out of it
 
@@ -30,7 +38,8 @@ class Pin:
 class Pins:
     """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one.
 
-    room: tells how many bytes of RAM pins may still take, whatever the budget.
+    room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Memory is locked
+    in the thread that asks for a pin, with no lock held.
     """
 
     def __init__(
@@ -48,7 +57,8 @@ class Pins:
         self._blocks = PinBlocks(backend)
         self._bundles = list(bundles)
         self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
-        self._pins: OrderedDict[Bundle, Pin] = OrderedDict()  # the least recently used first
+        self._pins: dict[Bundle, Pin] = {}
+        self._changed = threading.Condition()
 
     @property
     def held(self) -> int:
@@ -64,40 +74,74 @@ class Pins:
         """Return the pin of a bundle, in whatever form it is; None where it has none."""
         pin = self._pins.get(bundle)
         if pin is not None:
-            self._pins.move_to_end(bundle)
+            pin.used = next(_uses)
         return pin
 
     def take(self, bundle: Bundle, nbytes: int, version: int | None) -> Pin | None:
         """Replace a bundle's pin by a new one of `nbytes`. Return None where the budget has no room for it.
 
         Access is cyclic, so evicting another bundle's pin would only move the miss. Other pins stay, but a final form
-        (`version` is set) displaces bytes of the source.
+        (`version` is set) displaces bytes of the source. A pin without a version is being filled until `filled`.
         """
-        self.drop(bundle)
+        with self._changed:
+            self.drop(bundle)
+            extent = self._find(bundle, nbytes)
+            if extent is None and version is not None:
+                extent = self._displace(nbytes)
+            if extent is None:
+                return None
+            pin = self._pins[bundle] = Pin(extent, version, filling=version is None, used=next(_uses))
+            self.used += nbytes
+            self.changes += bundle.pin_changed(version)
+            return pin
+
+    def make_room(self, bundle: Bundle, nbytes: int) -> None:
+        """Lock memory for a pin that is taken later, by a thread that has no time to."""
+        with self._changed:
+            extent = self._find(bundle, nbytes) if bundle not in self._pins else None
+            if extent is not None:
+                extent.block.join(extent)
+
+    def filled(self, pin: Pin) -> None:
+        """Note that a reader has copied all bytes into a pin."""
+        with self._changed:
+            pin.filling = False
+            self._changed.notify_all()
+
+    def _find(self, bundle: Bundle, nbytes: int) -> Extent | None:
+        """Return an extent for the bundle, of new memory where the budget allows some."""
         if bundle.offload_to == "disk":
             return None
+        extent = self._blocks.cut(nbytes)
+        if extent is not None:
+            return extent
         if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
-            room = min(self.budget - self.held, self.room()) >= nbytes
-            extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
+            size, empty = nbytes, _pageable
         else:
-            extent = self._blocks.take(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
-        if extent is None and version is not None:
-            extent = self._displace(nbytes)
-        if extent is None:
+            size, empty = self._block_bytes(bundle, nbytes), self.backend.host_empty
+        size = self._blocks.reserve(nbytes, size, self.budget, self.room)
+        if not size:
             return None
-        pin = self._pins[bundle] = Pin(extent, version)
-        self.used += nbytes
-        self.changes += bundle.pin_changed(version)
-        return pin
+        self._changed.release()  # locking memory takes time, in which others need their pins
+        try:
+            buffer = None
+            try:
+                buffer = empty(size)
+            finally:
+                self._changed.acquire()
+        finally:
+            self._blocks.reserved -= size
+        return self._blocks.add(buffer, nbytes)
 
     def _displace(self, nbytes: int) -> Extent | None:
         """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
-        for bundle in [bundle for bundle, pin in self._pins.items() if pin.version is None]:
-            block = self._pins[bundle].extent.block
-            self.drop(bundle)
-            extent = block.cut(nbytes)
-            if extent is not None:
-                return extent
+        for bundle, pin in list(self._pins.items()):
+            if pin.version is None and not pin.filling:
+                block = pin.extent.block
+                self.drop(bundle)
+                extent = block.cut(nbytes)
+                if extent is not None:
+                    return extent
         return None
 
     def _block_bytes(self, bundle: Bundle, nbytes: int) -> int:
@@ -114,18 +158,23 @@ class Pins:
 
     def drop(self, bundle: Bundle) -> int:
         """Free a bundle's pin for other pins to use. Return its bytes."""
-        pin = self._pins.pop(bundle, None)
-        if pin is None:
-            return 0
-        nbytes = pin.buffer.numel()
-        self.used -= nbytes
-        self.changes += bundle.pin_changed(None)
-        pin.extent.block.join(pin.extent)
-        for event in (pin.ready, pin.busy):
-            if event is not None:
-                # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
-                event.synchronize()
-        return nbytes
+        with self._changed:
+            pin = self._pins.get(bundle)
+            if pin is None:
+                return 0
+            while pin.filling:  # a reader writes into it, and would write into what the next pin gets
+                self._changed.wait()
+            if self._pins.pop(bundle, None) is not pin:
+                return 0
+            nbytes = pin.buffer.numel()
+            self.used -= nbytes
+            self.changes += bundle.pin_changed(None)
+            for event in (pin.ready, pin.busy):
+                if event is not None:
+                    # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
+                    event.synchronize()
+            pin.extent.block.join(pin.extent)
+            return nbytes
 
     def free(self, nbytes: float) -> int:
         """Give whole blocks back to the system, the least recently used first, until that many bytes are free.
@@ -134,14 +183,20 @@ class Pins:
         """
         if nbytes <= 0:
             return 0
-        last_use = dict.fromkeys(self._blocks.blocks, -1)
-        for age, pin in enumerate(self._pins.values()):
-            last_use[pin.extent.block] = age
-        freed = 0
-        for block in sorted(last_use, key=lambda block: last_use[block]):
-            if freed >= nbytes:
-                break
-            for bundle in [bundle for bundle, pin in self._pins.items() if pin.extent.block is block]:
-                self.drop(bundle)
-            freed += self._blocks.drop(block)
-        return freed
+        with self._changed:
+            last_use = dict.fromkeys(self._blocks.blocks, -1)
+            for pin in self._pins.values():
+                last_use[pin.extent.block] = max(last_use[pin.extent.block], pin.used)
+            freed = 0
+            for block in sorted(last_use, key=lambda block: last_use[block]):
+                if freed >= nbytes:
+                    break
+                for bundle in [bundle for bundle, pin in self._pins.items() if pin.extent.block is block]:
+                    self.drop(bundle)
+                if block.is_free:  # a reader may have cut it while a drop waited
+                    freed += self._blocks.drop(block)
+            return freed
+
+
+def _pageable(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)

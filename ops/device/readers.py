@@ -1,0 +1,109 @@
+"""Readers: threads that copy weights out of their files into host memory, and start their transfers.
+
+The thread that launches kernels copies nothing. Python's lock is free while bytes are copied or read.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Protocol
+
+import torch
+
+# Two cores' copies fill most buses. More wait for memory, and one stays free for the thread that launches.
+MOST = 4
+
+
+class Work(Protocol):
+    """What a reader does, in this order. Each part may raise."""
+
+    nbytes: int
+
+    def take(self) -> None:
+        """Take host memory, and wait until it is free."""
+
+    def fill(self) -> None:
+        """Copy `nbytes` into it."""
+
+    def send(self) -> None:
+        """Start the transfer."""
+
+    def undo(self) -> None:
+        """Give back what was taken, after an error."""
+
+
+class Job(Protocol):
+    """Work that a reader has been given."""
+
+    def wait(self) -> None:
+        """Block this thread until the transfer has been started. Raises what the work raised."""
+
+    def cancel(self) -> None:
+        """See to it that the work never begins, or has ended. Raises nothing of what the work raised."""
+
+
+class Readers(Protocol):
+    """Whoever does such work."""
+
+    def submit(self, work: Work) -> Job:
+        """Have it done, after what was submitted before has begun."""
+
+
+def do(work: Work) -> None:
+    """Do the work in this thread. After an error nothing is taken."""
+    with torch.no_grad():
+        try:
+            work.take()
+            work.fill()
+            work.send()
+        except BaseException:
+            work.undo()
+            raise
+
+
+class _Done:
+    """Work that was done at once."""
+
+    def wait(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+
+class Inline:
+    """Does the work at once, in the thread that asks. For devices on which nothing runs beside that thread."""
+
+    def submit(self, work: Work) -> Job:
+        do(work)
+        return _Done()
+
+
+class _Promise:
+    """Work of a thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def cancel(self) -> None:
+        if not self._future.cancel():
+            self._future.exception()
+
+
+class Threads:
+    """Threads for all models of this process, as they share its memory and its disks."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, "spillway-reader")
+
+    def submit(self, work: Work) -> Job:
+        return _Promise(self._pool.submit(do, work))
+
+
+@cache
+def threads() -> Threads:
+    """Return the readers of this process."""
+    return Threads(max(1, min(MOST, (os.cpu_count() or 2) // 2)))
