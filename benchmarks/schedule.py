@@ -1,7 +1,8 @@
 """The schedule on a virtual clock: the engine's steps beside what the hardware allows and what peers would take.
 
-    python dev.py bench schedule                          # all rows, in about ten minutes
-    python dev.py bench schedule --short                  # about a hundred of them, in a minute
+    python dev.py bench schedule                          # a quarter of all rows, in about ten minutes
+    python dev.py bench schedule --short                  # a hundred, in about a minute
+    python dev.py bench schedule --all                    # every row, in about forty minutes
     python dev.py bench schedule --only Flux --gpu 4090
     python dev.py bench schedule --json rows.json --plot worst.png
 
@@ -30,9 +31,12 @@ from virtual.rows import FIRST, LATER, SECOND, Case, Runner, cases, misses
 from harness import report
 
 LEFT_OUT = (
-    "The clock leaves out the depth of kernel queues, the allocator, what the computation, the readers and the bus take of "
-    "host memory from one another, what a page fault costs, and whatever else runs on the machine."
+    "The clock leaves out the depth of kernel queues, the allocator, what the computation, readers and bus take of host "
+    "memory from one another, what a page fault costs, and whatever else runs on the machine."
 )
+
+
+QUARTER, SHORT = 4, 41  # one row in that many
 
 
 def main() -> int:
@@ -45,6 +49,7 @@ def main() -> int:
     parser.add_argument("--dtype", help="this dtype alone")
     parser.add_argument("--share", type=float, help="this share alone")
     parser.add_argument("--short", action="store_true", help="about a hundred rows")
+    parser.add_argument("--all", action="store_true", help="every row; without it, any two values of two columns once")
     parser.add_argument(
         "--worst", type=int, default=25, help="how many of the worst rows to list (default %(default)s)"
     )
@@ -52,11 +57,8 @@ def main() -> int:
     logging.getLogger("spillway").setLevel(logging.ERROR)
 
     runner, rows, begun = Runner(), [], time.monotonic()
-    for case in cases(args.only, args.gpu, args.short):
-        wanted = (args.ram, args.dtype, args.share)
-        if any(w is not None and w != v for w, v in zip(wanted, (case.ram_gb, case.dtype, case.share), strict=True)):
-            continue
-        if runner.fits(case):
+    for case in cases(1 if args.all else SHORT if args.short else QUARTER):
+        if wanted(args, case) and runner.fits(case):
             rows.append(runner.row(case))
             if rows[-1]["model"] != (rows[-2]["model"] if len(rows) > 1 else None):
                 print(f"{time.monotonic() - begun:6.1f} s  {case.model}", flush=True)
@@ -74,6 +76,15 @@ def main() -> int:
     if args.plot is not None:
         timeline.draw(args.plot, runner, case_of(max(rows, key=lambda row: row["step_over_ideal"])))
     return int(bool(missed))
+
+
+def wanted(args: argparse.Namespace, case: Case) -> bool:
+    """Say whether the arguments ask for that case."""
+    named = ((args.only, case.model), (args.gpu, case.gpu))
+    equal = ((args.ram, case.ram_gb), (args.dtype, case.dtype), (args.share, case.share))
+    return all(part is None or part.lower() in name.lower() for part, name in named) and all(
+        asked is None or asked == value for asked, value in equal
+    )
 
 
 def case_of(row: dict[str, Any]) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from spillway.patcher.policy import Policy
 
 from .limits import ram_for_weights
 
-STEPS = 6
+FEWEST, MOST = 4, 7  # steps; it is done when two take the same time
 
 
 @dataclass
@@ -64,11 +63,10 @@ def run_engine(
     dtype: str,
     lora: bool,
     budget: int | None,
-    steps: int = STEPS,
     spans: bool = False,
     **policy: object,
 ) -> Steps:
-    """Run some steps. budget: bytes that weights may hold; None for all that they are."""
+    """Run some steps. budget: bytes that weights may hold; None for all that they are. spans: keep the last step's."""
     clock = Clock(machine)
     backend = VirtualBackend(clock)
     ram = ram_for_weights(ram_gb)
@@ -83,11 +81,10 @@ def run_engine(
         source = sum(bundle.source_bytes for bundle in dynamic.bundles)
         x = torch.zeros(1, dtype=torch.int64)
         seconds, was_read = [], source
-        for step in range(steps):
+        while len(seconds) < MOST and not (len(seconds) >= FEWEST and abs(seconds[-1] / seconds[-2] - 1) < 1e-3):
             # A file that is read from end to end again and again finds nothing in a page cache that is smaller.
             clock.cold = was_read > ram - backend.locked_bytes
-            if spans and step == steps - 1:
-                clock.spans = []
+            clock.spans = [] if spans else None
             mark = Mark.now(clock)
             dynamic(x)
             clock.wait_until(clock.main.at)  # the sampler looks at the result; transfers may go on
@@ -110,4 +107,3 @@ def _prepare(dynamic: DynamicModel, model: Model, lora: bool) -> None:
         wide = {f"{name}.weight" for name, module in model.holders() if narrow(module)}
         keys = [key for key in dynamic.by_key if key in wide and any(key.startswith(f"{block}.") for block in blocks)]
         dynamic.set_patches({key: LowRankPatch() for key in keys})
-    assert "spillway.ops.lending.device_caster" in sys.modules

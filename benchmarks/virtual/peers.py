@@ -1,8 +1,8 @@
 """Schedules of other projects on the same clock, each as its code has it.
 
 All get the same budget for weights and their buffers, and the same RAM. A peer that reads a part of the model from the
-disk at each step does so because the RAM cannot hold it. LoRAs cost a peer something only where its code computes them
-at use.
+disk at each step does so because the RAM cannot hold it, and reads it as the file has it. LoRAs cost a peer something
+only where its code computes them at use.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Peer:
             self.clock.compute(op.math, op.name, math=True)
         self.clock.compute(op.seconds, op.name)
 
-    def pageable(self, nbytes: int, tensors: int = 1, stream: Stream | None = None) -> None:
+    def pageable(self, what: Op | Group, stream: Stream | None = None) -> None:
         """Copy from memory that is not page-locked, or from the map of a file that RAM cannot hold."""
         self.clock.cold = not self.in_ram
-        self.clock.thread.at += (tensors - 1) * self.clock.costs.copy
-        self.clock.transfer(nbytes, stream, pageable=True)
+        self.clock.thread.at += (what.tensors - 1) * self.clock.costs.copy
+        self.clock.transfer(what.nbytes if self.in_ram else what.source, stream, pageable=True)
 
     def pinned(self, group: Group, stream: Stream | None) -> None:
         """Copy page-locked tensors, one call each."""
@@ -67,14 +67,19 @@ class Peer:
         self.clock.wait_until(max(self.clock.main.at, *(stream.at for stream in streams)))
 
 
+def bits_reversed(index: int) -> int:
+    """Return what spreads the first of many indices evenly."""
+    return int(f"{index:016b}"[::-1], 2)
+
+
 class ComfyUI(Peer):
     """ComfyUI 0.33, dynamic VRAM: comfy/model_patcher.py (ModelPatcherDynamic.load, _load_list), comfy/ops.py
     (cast_modules_with_vbar), comfy/model_management.py (get_offload_stream), comfy/model_prefetch.py.
 
     Small weights stay, then the largest first, in one stretch of addresses. Others come layer by layer on two streams,
     each of which waits for what was launched before the layer before. LTX brings the next block while one computes.
-    Unpinned weights are read by native threads while the launching thread waits. Patches are made at each use of what
-    does not stay.
+    Pins are spread evenly. Unpinned weights are read by native threads while the launching thread waits. Patches are
+    made at each use of what does not stay.
     """
 
     name = "ComfyUI"
@@ -96,7 +101,8 @@ class ComfyUI(Peer):
             room -= op.nbytes
         self.room_for_pins = self.ram - 2 * GIB
         self.pins: set[Op] = set()
-        for op in (op for op in self.work.ops if op not in self.resident):
+        offloaded = [op for op in self.work.ops if op not in self.resident]
+        for _, op in sorted(enumerate(offloaded), key=lambda place: bits_reversed(place[0])):
             if op.nbytes <= self.room_for_pins:
                 self.pins.add(op)
                 self.room_for_pins -= op.nbytes
@@ -116,7 +122,7 @@ class ComfyUI(Peer):
             return
         start = clock.thread.at
         clock.transfer(op.nbytes, stream)  # in parts, behind the reading
-        clock.thread.at = start + op.nbytes / clock.machine.disk  # pins have taken the RAM
+        clock.thread.at = start + op.source / clock.machine.disk  # pins have taken the RAM
         clock.note("reads: launching thread", start, clock.thread.at, op.name)
         stream.at = max(stream.at, clock.thread.at)
 
@@ -160,7 +166,7 @@ class Diffusers(Peer):
         self.stream.at = max(self.stream.at, clock.thread.at)
         if not self.in_ram:
             clock.cold = True
-            clock.read(group.nbytes)
+            clock.read(group.source)
             clock.lock(group.nbytes)
             clock.cold = False
             clock.read(group.nbytes)
@@ -221,7 +227,7 @@ class Mmgp(Peer):
         if self.in_ram:
             self.pinned(group, stream)
         else:
-            self.pageable(group.nbytes, group.tensors, stream)
+            self.pageable(group, stream)
 
     def step(self) -> None:
         clock = self.clock
@@ -261,7 +267,7 @@ class Accelerate(Peer):
     def step(self) -> None:
         for op in self.work.ops:
             if op not in self.resident:
-                self.pageable(op.nbytes, op.tensors)
+                self.pageable(op)
             self.run(op)
 
 
@@ -298,7 +304,7 @@ class RamTorch(Peer):
         with clock.as_thread(self.loader):
             if self.on_disk:
                 clock.cold = True
-                clock.read(int(group.nbytes * self.on_disk))
+                clock.read(int(group.source * self.on_disk))
             self.stream.at = max(self.stream.at, clock.thread.at)
             self.pinned(group, self.stream)
         return self.stream.at

@@ -10,8 +10,6 @@ from kit.virtual.devices import Machine
 from kit.virtual.layers import Block, Model, narrow, seconds_on
 from kit.virtual.math import math_seconds
 
-CALLS_A_TENSOR = 1  # copies that a peer makes for each parameter
-
 
 @dataclass(eq=False)
 class Op:
@@ -44,6 +42,10 @@ class Group:
         return sum(op.nbytes for op in self.ops)
 
     @property
+    def source(self) -> int:
+        return sum(op.source for op in self.ops)
+
+    @property
     def tensors(self) -> int:
         return sum(op.tensors for op in self.ops)
 
@@ -54,11 +56,9 @@ class Group:
 
 @dataclass(eq=False)
 class Work:
-    """A whole model on a machine."""
+    """A whole model on a machine. prefetches_blocks: ComfyUI brings its blocks ahead."""
 
     groups: list[Group]
-    llama: bool = False
-    lora: bool = False
     prefetches_blocks: bool = False
     ops: list[Op] = field(default_factory=list)
 
@@ -83,7 +83,7 @@ def work_of(model: Model, machine: Machine, dtype: str, lora: bool) -> Work:
             groups.append(Group(name, ops, block))
         else:
             groups[-1].ops += ops
-    return Work(groups, llama=model.kind.startswith("Gemma"), lora=lora, prefetches_blocks=model.kind == "LTXAVModel")
+    return Work(groups, prefetches_blocks=model.kind == "LTXAVModel")
 
 
 def _op(module: torch.nn.Module, name: str, machine: Machine, dtype: str, lora: bool) -> Op:
