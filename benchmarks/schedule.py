@@ -25,13 +25,12 @@ from harness.pack import ROOT, load_pack
 load_pack()
 sys.path.append(str(ROOT / "tests"))
 
+from harness import report
 from virtual import timeline
 from virtual.rows import FIRST, LATER, SECOND, Case, Runner, cases, misses
 
-from harness import report
-
 LEFT_OUT = (
-    "The clock leaves out the depth of kernel queues, the allocator, what the computation, readers and bus take of host "
+    "The clock leaves out the depth of kernel queues, the allocator, what computation, readers and bus take of host "
     "memory from one another, what a page fault costs, and whatever else runs on the machine."
 )
 

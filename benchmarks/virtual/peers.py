@@ -26,11 +26,15 @@ class Peer:
     def __init__(self, work: Work, machine: Machine, ram_gb: int, budget: int) -> None:
         self.work, self.budget, self.ram = work, budget, ram_for_weights(ram_gb)
         self.clock = Clock(machine)
-        self.in_ram = work.nbytes <= self.ram
         self.plan()
+        self.in_ram = self.ram_bytes() <= self.ram
 
     def plan(self) -> None:
         """Choose what stays on the device."""
+
+    def ram_bytes(self) -> int:
+        """Return the bytes that the peer keeps in RAM where there is room."""
+        return self.work.nbytes
 
     def step(self) -> None:
         """Run a step."""
@@ -223,6 +227,9 @@ class Mmgp(Peer):
         self.stream = Stream("transfer")
         self.coming: Group | None = None
 
+    def ram_bytes(self) -> int:
+        return sum(group.nbytes for group in self.work.groups if group not in self.resident)
+
     def copy(self, group: Group, stream: Stream | None) -> None:
         if self.in_ram:
             self.pinned(group, stream)
@@ -264,6 +271,9 @@ class Accelerate(Peer):
             self.resident.add(op)
             room -= op.nbytes
 
+    def ram_bytes(self) -> int:
+        return sum(op.nbytes for op in self.work.ops if op not in self.resident)
+
     def step(self) -> None:
         for op in self.work.ops:
             if op not in self.resident:
@@ -286,27 +296,33 @@ class RamTorch(Peer):
     def plan(self) -> None:
         blocks = [group for group in self.work.groups if group.block]
         base = sum(group.nbytes for group in self.work.groups if not group.block)
-        largest = max(group.nbytes for group in blocks)
-        count = max(0, min(len(blocks), int((self.budget - base) / largest) - 2))
-        if self.budget >= self.work.nbytes:
-            count = len(blocks)
-        spaced = {int((index + 0.5) * len(blocks) / count) for index in range(count)}
-        self.resident = {group for group in self.work.groups if not group.block} | {blocks[i] for i in spaced}
+        window = 2 * max(group.nbytes for group in blocks)
+        room = self.budget - base - (window if self.budget < self.work.nbytes else 0)
+        for count in range(len(blocks), -1, -1):
+            spaced = {blocks[index * len(blocks) // count] for index in range(count)}
+            if sum(group.nbytes for group in spaced) <= room:
+                break
+        self.resident = {group for group in self.work.groups if not group.block} | spaced
         self.passing = [group for group in self.work.groups if group not in self.resident]
-        in_ram = self.ram - sum(group.nbytes for group in self.resident)
-        total = sum(group.nbytes for group in self.passing) or 1
-        self.on_disk = max(0.0, 1 - max(0, in_ram) / total)
-        self.loader, self.stream = Thread("loader"), Stream("1")
+        self.on_disk: set[Group] = set()
+        for number in range(1, len(blocks) + 1):
+            if sum(group.nbytes for group in self.passing if group not in self.on_disk) <= self.ram:
+                break
+            self.on_disk = {blocks[(index + 1) * len(blocks) // number - 1] for index in range(number)} - spaced
+        self.loader, self.stream, self.staged = Thread("loader"), Stream("1"), 0.0
 
     def load(self, group: Group, free_at: float) -> float:
         clock = self.clock
         self.loader.at = max(self.loader.at, free_at)
         with clock.as_thread(self.loader):
-            if self.on_disk:
+            if group in self.on_disk:
+                clock.wait_until(self.staged)
                 clock.cold = True
-                clock.read(int(group.source * self.on_disk))
+                clock.read(group.source)
             self.stream.at = max(self.stream.at, clock.thread.at)
             self.pinned(group, self.stream)
+        if group in self.on_disk:
+            self.staged = self.stream.at
         return self.stream.at
 
     def step(self) -> None:
