@@ -1,0 +1,109 @@
+"""The engine itself on the virtual clock: DynamicModel with its caster, VBAR and pins, at its default settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+
+from kit.virtual.backend import VirtualBackend
+from kit.virtual.clock import TO_DEVICE, Clock, Mark, Span
+from kit.virtual.devices import Machine
+from kit.virtual.layers import BF16, FP8, Model, narrow
+from kit.virtual.math import LowRankPatch, virtual_math
+from spillway.ops.ram import available
+from spillway.patcher import ram_pressure
+from spillway.patcher.dynamic_model import DynamicModel
+from spillway.patcher.int8_layers import Int8Layers
+from spillway.patcher.policy import Policy
+
+from .limits import ram_for_weights
+
+FEWEST, MOST = 4, 7  # steps; it is done when two take the same time
+
+
+@dataclass
+class Steps:
+    """What each step took, in seconds. The other figures are of the last one."""
+
+    seconds: list[float]
+    compute_s: float
+    bus_s: float
+    reader_s: float
+    spans: list[Span]
+
+
+@contextmanager
+def virtual_ram(total: int, free: int, pinned: partial[int]) -> Iterator[None]:
+    """Let the engine see a machine of `total` bytes of RAM, of which pins have taken some, and the page cache none."""
+
+    def seen() -> available.Available:
+        return available.Available(max(0, free - pinned()), total, "the virtual machine's RAM", of_machine=True)
+
+    with (
+        patch.object(available, "available_ram", seen),
+        patch.object(available, "recent_ram", seen),
+        patch.object(available, "total_ram", lambda: total),
+    ):
+        ram_pressure.ram_reserve.cache_clear()
+        try:
+            yield
+        finally:
+            ram_pressure.ram_reserve.cache_clear()
+
+
+def run_engine(
+    model: Model,
+    machine: Machine,
+    ram_gb: int,
+    dtype: str,
+    lora: bool,
+    budget: int | None,
+    spans: bool = False,
+    **policy: object,
+) -> Steps:
+    """Run some steps. budget: bytes that weights may hold; None for all that they are. spans: keep the last step's."""
+    clock = Clock(machine)
+    backend = VirtualBackend(clock)
+    ram = ram_for_weights(ram_gb)
+    with ExitStack() as stack:
+        stack.enter_context(virtual_math(clock))
+        stack.enter_context(virtual_ram(ram_gb << 30, ram, partial(getattr, backend, "locked_bytes")))
+        int8 = Int8Layers(model.kind, "cuda") if dtype == "int8" else None
+        dynamic = DynamicModel(model, policy=Policy(vram_bytes=budget, **policy), backend=backend, int8=int8)
+        stack.callback(dynamic.close)
+        model.run_on(clock, dtype)
+        _prepare(dynamic, model, lora)
+        source = sum(bundle.source_bytes for bundle in dynamic.bundles)
+        x = torch.zeros(1, dtype=torch.int64)
+        seconds, was_read = [], source
+        while len(seconds) < MOST and not (len(seconds) >= FEWEST and abs(seconds[-1] / seconds[-2] - 1) < 1e-3):
+            # A file that is read from end to end again and again finds nothing in a page cache that is smaller.
+            clock.cold = was_read > ram - backend.locked_bytes
+            clock.spans = [] if spans else None
+            mark = Mark.now(clock)
+            dynamic(x)
+            clock.wait_until(clock.main.at)  # the sampler looks at the result; transfers may go on
+            seconds.append(clock.main.at - mark.at)
+            was_read = clock.sums.bytes_read - mark.sums.bytes_read
+        compute = clock.sums.compute_s - mark.sums.compute_s
+        bus = clock.buses[TO_DEVICE].seconds - mark.buses[TO_DEVICE]
+        reading = machine.disk if clock.cold else machine.memcpy_all
+        return Steps(seconds, compute, bus, was_read / reading, clock.spans or [])
+
+
+def _prepare(dynamic: DynamicModel, model: Model, lora: bool) -> None:
+    """Do what the loader does: say what the ops cast to, and attach the LoRA."""
+    for bundle in dynamic.bundles:
+        for param in bundle.params:
+            if param.source.dtype == FP8:
+                param.op_dtype = BF16
+    if lora:
+        blocks = {name for name, part in model.parts if hasattr(part, "order")}
+        wide = {f"{name}.weight" for name, module in model.holders() if narrow(module)}
+        keys = [key for key in dynamic.by_key if key in wide and any(key.startswith(f"{block}.") for block in blocks)]
+        dynamic.set_patches({key: LowRankPatch() for key in keys})

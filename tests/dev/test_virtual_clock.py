@@ -1,0 +1,191 @@
+"""The virtual clock of `bench schedule`: its times are those of the hardware that it stands for."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+
+from kit.environment import ROOT
+from kit.virtual.backend import VirtualBackend
+from kit.virtual.clock import COMPUTE, TO_DEVICE, Clock, Costs, Server
+from kit.virtual.devices import MACHINES
+from kit.virtual.hazards import Hazard
+from kit.virtual.layers import Block, Linear, Model
+from kit.virtual.math import virtual_math
+from kit.virtual.models import MODELS
+from spillway.ops.lending.ring import Ring
+from spillway.patcher.dynamic_model import DynamicModel
+from spillway.patcher.policy import Policy
+
+MACHINE = MACHINES["4090 24GB gen4x16"]
+FREE = Costs(0.0, 0.0, 0.0)
+# Parameters in billions, by the models' own descriptions.
+BILLIONS = {"Flux 1024": 11.9, "Qwen-Image": 20.4, "Z-Image": 6.15, "Wan 14B": 14.3, "LTX-2": 18.9}
+BILLIONS |= {"UMT5-XXL": 5.68, "Gemma 12B": 11.77}
+
+
+@contextmanager
+def chain(tokens, count=24, hazards=False, **policy):
+    """A chain of equal layers on a free clock, all of it pinned where it does not stay."""
+    clock = Clock(MACHINE, FREE, hazards)
+    model = Model("Chain", {f"{index}": Linear(4096, 4096, tokens, bias=False) for index in range(count)})
+    policy = {"pinned_bytes": 1 << 40, "prefetch": 16, **policy}
+    backend = VirtualBackend(clock)
+    with virtual_math(clock), patch("spillway.patcher.dynamic_model.room_for_pins", lambda: 1 << 40):
+        dynamic = DynamicModel(model, policy=Policy(**policy), backend=backend)
+        model.run_on(clock, "bf16")
+        try:
+            yield dynamic, clock, sum(module.seconds for _, module in model.holders())
+        finally:
+            dynamic.close()
+
+
+def steps(dynamic, clock, count):
+    times = []
+    for _ in range(count):
+        before = clock.main.at
+        dynamic(None)
+        clock.wait_until(clock.main.at)
+        times.append(clock.main.at - before)
+    return times
+
+
+def test_a_chain_that_is_resident_takes_the_sum_of_its_computations():
+    with chain(4096) as (dynamic, clock, compute):
+        assert steps(dynamic, clock, 3)[-1] == pytest.approx(compute, rel=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [64, 16384])
+def test_a_chain_that_is_streamed_takes_the_longer_of_computing_and_the_bus(tokens):
+    with chain(tokens, vram_bytes=0) as (dynamic, clock, compute):
+        bus = dynamic.total_bytes / MACHINE.bus
+        assert (bus > compute) == (tokens == 64)
+        assert steps(dynamic, clock, 4)[-1] == pytest.approx(max(bus, compute), rel=0.01)
+
+
+def test_the_bus_carries_one_copy_at_a_time():
+    with chain(4096, vram_bytes=0) as (dynamic, clock, _):
+        clock.spans = []
+        steps(dynamic, clock, 2)
+        for lane in (TO_DEVICE, COMPUTE):
+            spans = sorted((span.start, span.end) for span in clock.spans if span.lane == lane)
+            assert len(spans) >= 48
+            assert all(start >= before - 1e-12 for (_, before), (start, _) in itertools.pairwise(spans))
+
+
+def test_a_server_serves_what_came_late_in_the_gaps_and_nothing_twice():
+    rng, server, spans, sums = random.Random(1), Server(), [], 0.0
+    for _ in range(300):
+        ready, seconds = rng.uniform(0, 100), rng.uniform(0.01, 0.5)
+        taken = server.take(ready, seconds)
+        assert taken[0][0] >= ready
+        assert sum(end - start for start, end in taken) == pytest.approx(seconds)
+        spans += taken
+        sums += seconds
+    spans.sort()
+    assert all(start >= before - 1e-9 for (_, before), (start, _) in itertools.pairwise(spans))
+    assert server.seconds == pytest.approx(sums)
+    assert Server().take(5.0, 1.0) == [(5.0, 6.0)]
+
+
+def test_a_wait_that_is_removed_is_noticed():
+    with chain(256, hazards=True, vram_bytes=0, prefetch=2) as (dynamic, clock, _):
+        steps(dynamic, clock, 3)
+
+    def no_wait(self, event, stream):
+        if stream is not None:
+            wait(self, event, stream)
+
+    wait = VirtualBackend.wait
+    streamed = {"hazards": True, "vram_bytes": 0, "prefetch": 2}
+    with (
+        chain(256, **streamed) as (dynamic, clock, _),
+        patch.object(VirtualBackend, "wait", no_wait),
+        pytest.raises(Hazard, match="reads what arrives"),
+    ):
+        steps(dynamic, clock, 3)
+
+    def no_event(self, slot, done):
+        slot.taken, slot.done = False, None
+
+    # Long computations, so that the slot is still read when the next copy into it begins.
+    with (
+        chain(16384, **streamed) as (dynamic, clock, _),
+        patch.object(Ring, "give", no_event),
+        pytest.raises(Hazard, match="overwrites"),
+    ):
+        steps(dynamic, clock, 3)
+
+
+def test_readers_share_memory_and_leave_the_launching_thread_alone():
+    clock = Clock(MACHINE, FREE)
+    readers = VirtualBackend(clock, readers=2).readers()
+    order, nbytes = [], int(MACHINE.memcpy)
+    jobs = [readers.submit(nbytes, lambda: None, lambda: order.append(clock.thread.at)) for _ in range(4)]
+    assert clock.host.at == 0.0 and len(order) == 4
+    assert [job.at for job in jobs] == pytest.approx([1, 1, 2, 2])  # two threads at 10 GB/s, memory at 30 GB/s
+    jobs[-1].wait()
+    assert clock.host.at == pytest.approx(2)
+
+    clock = Clock(MACHINE, FREE)
+    readers = VirtualBackend(clock, readers=8).readers()
+    jobs = [readers.submit(nbytes, lambda: None, lambda: None) for _ in range(6)]
+    assert max(job.at for job in jobs) == pytest.approx(6 * nbytes / MACHINE.memcpy_all)
+
+
+def test_a_job_waits_on_its_readers_time_and_keeps_its_error():
+    clock = Clock(MACHINE, FREE)
+    backend = VirtualBackend(clock, readers=1)
+    stream = backend.stream()
+    pages = [backend.host_empty(1 << 20), backend.empty(1 << 20)]
+    clock.host.at = 0.0
+    backend.copy(pages[1], pages[0], stream)
+    busy = backend.record(stream)
+    job = backend.readers().submit(0, busy.synchronize, lambda: backend.copy(pages[1], pages[0], stream))
+    assert clock.host.at == 0.0 and job.at == busy.at > 0
+    assert stream.at == pytest.approx(2 * busy.at)
+
+    def fails():
+        raise ValueError("no such page")
+
+    job = backend.readers().submit(1, fails, lambda: pytest.fail("begun although nothing was read"))
+    with pytest.raises(ValueError, match="no such page"):
+        job.wait()
+
+
+def test_events_tell_the_time_of_what_lies_between_them():
+    clock = Clock(MACHINE, FREE)
+    backend = VirtualBackend(clock)
+    before = backend.timer()
+    clock.compute(0.25)
+    assert before.elapsed(backend.timer()) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_models_have_their_real_sizes(name):
+    model = next(make for label, make in MODELS.items() if label.startswith(name))()
+    numel = sum(p.numel() for p in model.parameters())
+    assert numel / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
+    ran = [layer for _, part in model.parts for layer in getattr(part, "order", [part])]
+    assert len(ran) == len(set(ran))
+    assert set(ran) == {module for _, module in model.holders() if not isinstance(module, Block)}
+
+
+def test_the_command_writes_rows_and_fails_where_one_misses_its_bound(tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["--all", "--only", "UMT5", "--gpu", "5090", "--ram", "64", "--dtype", "bf16", "--json", str(path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "schedule.py"), *arguments, "--share", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = json.loads(path.read_text())
+    keys = "model gpu ram_gb dtype lora share pinned step_s compute_s bus_s reader_s step_over_ideal second_over_ideal"
+    assert [*rows[0]] == [*keys.split(), "first_over_limit", "peers"] and len(rows) == 2
+    bounds = {"step_over_ideal": 1.05, "second_over_ideal": 1.1, "first_over_limit": 1.1}
+    missed = any(row[name] > bound for row in rows for name, bound in bounds.items())
+    behind = any(row["step_over_ideal"] > ratio + 0.005 for row in rows for ratio in row["peers"].values())
+    assert done.returncode == int(missed or behind), done.stderr
+    assert "leaves out" in done.stdout

@@ -1,0 +1,55 @@
+"""A pool of threads that fill host memory and begin its transfer, on the virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .clock import Clock, Thread
+
+
+class Job:
+    """A filling that was given to a reader. at: when it is done."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.at = 0.0
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Let the current thread wait for the end. Raises the error of the filling."""
+        self._clock.wait_until(self.at)
+        if self.error is not None:
+            raise self.error
+
+    def done(self) -> bool:
+        return self.at <= self._clock.thread.at
+
+
+class VirtualReaders:
+    """Readers take jobs in the order in which they were submitted, each the first that is free."""
+
+    def __init__(self, clock: Clock, count: int) -> None:
+        self.clock = clock
+        self.threads = [Thread(f"reader {number + 1}") for number in range(count)]
+
+    def submit(self, nbytes: int, fill: Callable[[], object], then: Callable[[], object]) -> Job:
+        """Run `fill`, which reads `nbytes`, and `then` on a reader, at the reader's time.
+
+        What `fill` waits for moves the reader. Copies that it makes cost what the clock is told of them, and the bytes
+        that it is not told of cost as much.
+        """
+        clock, job = self.clock, Job(self.clock)
+        reader = min(self.threads, key=lambda thread: thread.at)
+        reader.at = max(reader.at, clock.thread.at)
+        with clock.as_thread(reader):
+            try:
+                before = clock.sums.bytes_read
+                fill()
+                untold = nbytes - (clock.sums.bytes_read - before)
+                if untold > 0:
+                    clock.read(untold)
+                then()
+            except BaseException as error:
+                job.error = error
+        job.at = reader.at
+        return job
