@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from spillway.ops.device.readers import Work, do
 
 from .clock import Clock, Thread
 
@@ -21,8 +21,8 @@ class Job:
         if self.error is not None:
             raise self.error
 
-    def done(self) -> bool:
-        return self.at <= self._clock.thread.at
+    def cancel(self) -> None:
+        """The reader has done it already, in its own time."""
 
 
 class VirtualReaders:
@@ -32,23 +32,14 @@ class VirtualReaders:
         self.clock = clock
         self.threads = [Thread(f"reader {number + 1}") for number in range(count)]
 
-    def submit(self, nbytes: int, fill: Callable[[], object], then: Callable[[], object]) -> Job:
-        """Run `fill`, which reads `nbytes`, and `then` on a reader, at the reader's time.
-
-        What `fill` waits for moves the reader. Copies that it makes cost what the clock is told of them, and the bytes
-        that it is not told of cost as much.
-        """
+    def submit(self, work: Work) -> Job:
+        """Do the work on a reader, at the reader's time. What it waits for moves the reader, as do copies."""
         clock, job = self.clock, Job(self.clock)
         reader = min(self.threads, key=lambda thread: thread.at)
         reader.at = max(reader.at, clock.thread.at)
         with clock.as_thread(reader):
             try:
-                before = clock.sums.bytes_read
-                fill()
-                untold = nbytes - (clock.sums.bytes_read - before)
-                if untold > 0:
-                    clock.read(untold)
-                then()
+                do(work)
             except BaseException as error:
                 job.error = error
         job.at = reader.at
