@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .devices import Machine
 from .hazards import Hazards
 
-COMPUTE, TO_DEVICE, TO_HOST, WAITS = "compute", "bus to device", "bus to host", "host waits"
+COMPUTE, TO_DEVICE, TO_HOST, WAITS = "compute", "bus to device", "bus to host", "waits"
 
 
 @dataclass
@@ -209,7 +209,9 @@ class Clock:
         if at > thread.at:
             if thread is self.host:
                 self.sums.waited_s += at - thread.at
-                self.note(WAITS, thread.at, at, "")
+                self.note(WAITS, thread.at, at, WAITS)
+            else:
+                self.note(f"reads: {thread.name}", thread.at, at, WAITS)
             thread.at = at
 
     # -- the host
