@@ -67,7 +67,8 @@ def main() -> int:
     print("\n" + worst(rows, args.worst))
     missed = [row for row in rows if misses(row)]
     counts = collections.Counter(name for row in missed for name in misses(row))
-    print(f"\n{len(rows)} rows in {time.monotonic() - begun:.0f} s; {len(missed)} miss a bound: {dict(counts)}")
+    took = f"{time.monotonic() - begun:.0f} s, {time.process_time():.0f} s of CPU"
+    print(f"\n{len(rows)} rows in {took}; {len(missed)} miss a bound: {dict(counts)}")
     print(f"Bounds: later steps {LATER}, the second {SECOND}, the first {FIRST}, and no slower than any peer.")
     print(LEFT_OUT)
     if args.json is not None:

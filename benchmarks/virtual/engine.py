@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
 
-import torch
-
 from kit.virtual.backend import VirtualBackend
 from kit.virtual.clock import TO_DEVICE, Clock, Mark, Span
 from kit.virtual.devices import Machine
@@ -79,14 +77,13 @@ def run_engine(
         model.run_on(clock, dtype)
         _prepare(dynamic, model, lora)
         source = sum(bundle.source_bytes for bundle in dynamic.bundles)
-        x = torch.zeros(1, dtype=torch.int64)
         seconds, was_read = [], source
         while len(seconds) < MOST and not (len(seconds) >= FEWEST and abs(seconds[-1] / seconds[-2] - 1) < 1e-3):
             # A file that is read from end to end again and again finds nothing in a page cache that is smaller.
             clock.cold = was_read > ram - backend.locked_bytes
             clock.spans = [] if spans else None
             mark = Mark.now(clock)
-            dynamic(x)
+            dynamic(None)
             clock.wait_until(clock.main.at)  # the sampler looks at the result; transfers may go on
             seconds.append(clock.main.at - mark.at)
             was_read = clock.sums.bytes_read - mark.sums.bytes_read

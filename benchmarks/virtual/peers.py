@@ -62,10 +62,10 @@ class Peer:
         self.clock.thread.at += (what.tensors - 1) * self.clock.costs.copy
         self.clock.transfer(what.nbytes if self.in_ram else what.source, stream, pageable=True)
 
-    def pinned(self, group: Group, stream: Stream | None) -> None:
-        """Copy page-locked tensors, one call each."""
+    def pinned(self, group: Group, stream: Stream | None) -> float:
+        """Copy page-locked tensors, one call each. Return when they are there."""
         self.clock.thread.at += (group.tensors - 1) * self.clock.costs.copy
-        self.clock.transfer(group.nbytes, stream)
+        return self.clock.transfer(group.nbytes, stream)[1]
 
     def synchronize(self, *streams: Stream) -> None:
         self.clock.wait_until(max(self.clock.main.at, *(stream.at for stream in streams)))
@@ -319,11 +319,10 @@ class RamTorch(Peer):
                 clock.wait_until(self.staged)
                 clock.cold = True
                 clock.read(group.source)
-            self.stream.at = max(self.stream.at, clock.thread.at)
-            self.pinned(group, self.stream)
+            there = self.pinned(group, self.stream)
         if group in self.on_disk:
-            self.staged = self.stream.at
-        return self.stream.at
+            self.staged = there
+        return there
 
     def step(self) -> None:
         clock, begun = self.clock, self.clock.thread.at

@@ -16,7 +16,7 @@ from .peers import ComfyUI
 from .rows import Case, Runner
 
 COLOURS = {COMPUTE: "#4c78a8", TO_DEVICE: "#f58518", TO_HOST: "#e45756", WAITS: "#bab0ac"}
-OTHERS = "#54a24b"  # readers, and the launching thread while it reads or locks
+OTHERS = "#54a24b"  # whoever reads or locks memory, grey where it waits
 
 
 def draw(path: Path, runner: Runner, case: Case) -> None:
@@ -56,17 +56,22 @@ def _joined(spans: list[Span]) -> list[list[float]]:
 
 def _draw(axis: plt.Axes, spans: list[Span], title: str, ideal: float, took: float) -> None:
     first = [COMPUTE, TO_DEVICE, TO_HOST]
-    lanes = first + sorted({span.lane for span in spans} - {*first, WAITS}) + [WAITS]
+    lanes = [*first, *sorted({span.lane for span in spans} - {*first, WAITS}), WAITS]
     begun = min((span.start for span in spans), default=0.0)
     end = max((span.end for span in spans if span.lane == COMPUTE), default=0.0)
     begun = max(begun, end - took)
     labels = []
     for row, lane in enumerate(lanes):
         own = [span for span in spans if span.lane == lane]
-        stretches = [(start - begun, end - start) for start, end in _joined(own)]
-        axis.broken_barh(stretches, (row - 0.4, 0.8), facecolors=COLOURS.get(lane, OTHERS), linewidth=0)
-        busy = sum(min(span.end, end) - max(span.start, begun) for span in own if span.end > begun and span.start < end)
-        labels.append(f"{lane} ({busy / took:.0%})" if took else lane)
+        works, waits = ([span for span in own if (span.what == WAITS) == waiting] for waiting in (False, True))
+        for which, colour in ((works, COLOURS.get(lane, OTHERS)), (waits, COLOURS[WAITS])):
+            stretches = [(start - begun, end - start) for start, end in _joined(which)]
+            axis.broken_barh(stretches, (row - 0.4, 0.8), facecolors=colour, linewidth=0)
+        counted = waits if lane == WAITS else works
+        inside = [span for span in counted if span.end > begun and span.start < end]
+        busy = sum(min(span.end, end) - max(span.start, begun) for span in inside)
+        shown = "launching thread waits" if lane == WAITS else lane
+        labels.append(f"{shown} ({busy / took:.0%})" if took else shown)
     axis.axvline(ideal, color="black", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(lanes)), labels)
     axis.invert_yaxis()

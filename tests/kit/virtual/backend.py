@@ -82,7 +82,8 @@ class VirtualBackend(Backend):
 
     def record(self, stream: Stream | None) -> VirtualEvent:
         self.clock.call()
-        return VirtualEvent(self.clock, stream.at if stream else max(self.clock.main.at, self.clock.thread.at))
+        now = self.clock.thread.at
+        return VirtualEvent(self.clock, stream.ready(now) if stream else max(self.clock.main.at, now))
 
     def timer(self) -> VirtualEvent:
         """Return an event on the main stream that `elapsed` takes."""
@@ -92,10 +93,10 @@ class VirtualBackend(Backend):
         if event is not None:
             self.clock.call()
             waits = stream or self.clock.main
-            waits.at = max(waits.at, event.at)
+            waits.give(self.clock.thread.at, event.at, self.clock.host.at)
 
     def synchronize(self) -> None:
-        self.clock.wait_until(max(self.clock.main.at, *(stream.at for stream in self.all_streams), 0.0))
+        self.clock.wait_until(max(self.clock.main.at, *(stream.end() for stream in self.all_streams), 0.0))
 
     def readers(self) -> VirtualReaders:
         return self._readers

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .devices import Machine
 from .hazards import Hazards
 
-COMPUTE, TO_DEVICE, TO_HOST, WAITS = "compute", "bus to device", "bus to host", "host waits"
+COMPUTE, TO_DEVICE, TO_HOST, WAITS = "compute", "bus to device", "bus to host", "waits"
 
 
 @dataclass
@@ -37,10 +37,29 @@ class Thread:
 
 @dataclass(eq=False)
 class Stream:
-    """A stream of the device, and when all that it was given is done."""
+    """A stream of the device. at: when all is done that it was given until now.
+
+    What a thread gives it later than now is ahead of what another thread gives it later still, and behind what comes
+    before.
+    """
 
     name: str
     at: float = 0.0
+    _later: list[tuple[float, float]] = field(default_factory=list)  # (when it is given, until when it takes)
+
+    def ready(self, given: float) -> float:
+        """Return when work begins, at the earliest, that is given then."""
+        return max(self.at, *(until for when, until in self._later if when <= given), 0.0)
+
+    def give(self, given: float, until: float, now: float) -> None:
+        """Give it work that takes until then. now: before which nobody gives it anything any more."""
+        self._later.append((given, until))
+        self.at = self.ready(now)
+        self._later = [(when, until) for when, until in self._later if when > now]
+
+    def end(self) -> float:
+        """Return when all is done that it has been given."""
+        return max(self.at, *(until for _, until in self._later), 0.0)
 
 
 class Server:
@@ -170,11 +189,11 @@ class Clock:
         rate = self.machine.bus if way == TO_DEVICE else self.machine.back
         if pageable:
             rate = min(rate, self.machine.pageable, self.machine.disk if self.cold else float("inf"))
-        on = stream or self.main
-        taken = self.buses[way].take(max(on.at, self.thread.at), nbytes / rate)
-        on.at = taken[-1][1]
+        on, given = stream or self.main, self.thread.at
+        taken = self.buses[way].take(max(on.ready(given), given), nbytes / rate)
+        on.give(given, taken[-1][1], self.host.at)
         if stream is None or pageable:
-            self.wait_until(on.at)
+            self.wait_until(taken[-1][1])
         if way == TO_DEVICE:
             self.sums.bytes_in += nbytes
         else:
@@ -190,7 +209,9 @@ class Clock:
         if at > thread.at:
             if thread is self.host:
                 self.sums.waited_s += at - thread.at
-                self.note(WAITS, thread.at, at, "")
+                self.note(WAITS, thread.at, at, WAITS)
+            else:
+                self.note(f"reads: {thread.name}", thread.at, at, WAITS)
             thread.at = at
 
     # -- the host

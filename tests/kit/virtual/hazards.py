@@ -24,10 +24,10 @@ class Hazards:
         start = target.data_ptr()
         end = start + target.numel() * target.element_size()
         for first, (last, until) in list(self._read.items()):
-            if until <= starts - 1e-12:
+            if until <= starts + 1e-12:
                 del self._read[first]
             elif first < end and start < last:
-                raise Hazard(f"a copy that begins at {starts:.6f} overwrites what is read until {until:.6f}")
+                raise Hazard(f"a copy that begins at {starts:.9f} overwrites what is read until {until:.9f}")
         if start not in self._arrived:
             insort(self._starts, start)
         self._arrived[start] = (end, ends)
@@ -39,5 +39,5 @@ class Hazards:
         if index >= 0:
             end, arrived = self._arrived[self._starts[index]]
             if start < end and arrived > starts + 1e-12:
-                raise Hazard(f"a computation at {starts:.6f} reads what arrives at {arrived:.6f}")
+                raise Hazard(f"a computation at {starts:.9f} reads what arrives at {arrived:.9f}")
         self._read[start] = (start + weight.numel() * weight.element_size(), ends)

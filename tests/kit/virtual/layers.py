@@ -61,6 +61,11 @@ class Table(Layer, torch.nn.Embedding):
         self.num_embeddings, self.embedding_dim = rows, width
         self.asked = min(asked, rows)
 
+    def forward(self, x: object) -> object:
+        # Looked up for real, so that an engine that brings rows sees which.
+        torch.nn.functional.embedding(torch.arange(self.asked), self.weight)
+        return run(self, x)
+
 
 class Block(torch.nn.Module):
     """Layers by name in the order in which ComfyUI registers them. order: names in the order in which they run.
@@ -109,7 +114,7 @@ def run(module: Layer | Block, x: object) -> object:
     clock = module.clock
     assert clock is not None
     start, end = clock.compute(module.seconds, module.label)
-    if clock.hazards is not None:
+    if clock.hazards is not None and getattr(module, "asked", None) is None:
         weight = next(iter(module._parameters.values()))
         clock.hazards.is_read(getattr(weight, "qdata", weight), start, end)
     return x
