@@ -11,14 +11,13 @@ from unittest.mock import patch
 import pytest
 
 from kit.environment import ROOT
-from kit.virtual.backend import VirtualBackend
+from kit.virtual.backend import VirtualBackend, VirtualEvent
 from kit.virtual.clock import COMPUTE, TO_DEVICE, Clock, Costs, Server
 from kit.virtual.devices import MACHINES
 from kit.virtual.hazards import Hazard
 from kit.virtual.layers import Block, Linear, Model
 from kit.virtual.math import LowRankPatch, virtual_math
 from kit.virtual.models import MODELS
-from spillway.ops.lending.ring import Ring
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
@@ -104,6 +103,10 @@ def test_a_wait_that_is_removed_is_noticed():
         if stream is not None:
             wait(self, event, stream)
 
+    def main_alone(self, event, stream):
+        if stream is None:
+            wait(self, event, stream)
+
     wait = VirtualBackend.wait
     streamed = {"hazards": True, "vram_bytes": 0, "prefetch": 2}
     with (
@@ -113,13 +116,11 @@ def test_a_wait_that_is_removed_is_noticed():
     ):
         steps(dynamic, clock, 3)
 
-    def no_event(self, slot, done):
-        slot.taken, slot.done = False, None
-
-    # Long computations, so that the slot is still read when the next copy into it begins.
+    # Long computations, so that memory is still read when the next copy into it begins.
     with (
         chain(16384, **streamed) as (dynamic, clock, _),
-        patch.object(Ring, "give", no_event),
+        patch.object(VirtualBackend, "wait", main_alone),
+        patch.object(VirtualEvent, "synchronize", lambda self: None),
         pytest.raises(Hazard, match="overwrites"),
     ):
         steps(dynamic, clock, 3)
