@@ -73,17 +73,9 @@ def bundles_ahead(count: int) -> Window:
     return lambda sizes: sum(nlargest(1 + count, sizes))
 
 
-# Bytes on their way that hide the difference between a stretch that waits for the bus and one that computes.
-WINDOW_BYTES = 256 << 20
-# Bytes on their way stay nowhere. So they are at most this share of what has to be brought in each step.
-WINDOW_SHARE = 1 / 32
-
-
-def by_bytes(sizes: Sequence[int]) -> int:
-    """Make room for two bundles at their largest, and for more where that is a small share of all."""
-    total = sum(map(aligned, sizes))
-    wanted = max(sum(map(aligned, nlargest(2, sizes))), min(WINDOW_BYTES, int(total * WINDOW_SHARE)))
-    return min(total, wanted)
+def by_bytes(most: int) -> Window:
+    """Make room for `most` bundles at their largest."""
+    return lambda sizes: min(sum(map(aligned, sizes)), most * aligned(max(sizes, default=0)))
 
 
 def _buffer(offloaded: Sequence[Bundle], window: Window, cost: Cost, casting: Cost = _free) -> int:

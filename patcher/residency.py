@@ -87,7 +87,7 @@ class Residency:
         """Give the rule for how much may be on its way at once: as the policy says, and one bundle that drains."""
         if not min(self.policy.streams, self.device.streams):
             return bundles_ahead(0)
-        return by_bytes if self.policy.prefetch is None else bundles_ahead(self.policy.prefetch + 1)
+        return by_bytes(self.remembered.window) if self.policy.prefetch is None else bundles_ahead(self.policy.prefetch + 1)
 
     @property
     def vbar(self) -> VBAR:
@@ -246,7 +246,7 @@ class Residency:
             arena = max(largest, min(plan.reserve, room) - casts)
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
-        self.caster.set_room(room, casts, min(arena, room), staging)
+        self.caster.set_room(room, min(arena, room), staging, max(sizes, default=0))
 
     def _load_casts(self, bundle: Bundle) -> int:
         """Count the bytes that it takes to make a bundle resident, beside the buffer that its source arrives in."""

@@ -55,7 +55,7 @@ class Extent:
 
 
 class Arena:
-    """Memory of at most `capacity` bytes, which comes in blocks of at least `block_bytes` when it is asked for.
+    """Memory of at most `capacity` bytes, which comes in blocks when it is asked for.
 
     born: gives the event after which memory that was just allocated may be written to. Any thread may call.
     """
@@ -63,11 +63,11 @@ class Arena:
     def __init__(
         self,
         empty: Callable[[int], torch.Tensor],
-        block_bytes: int | None = None,
         born: Callable[[], Event | None] = lambda: None,
     ) -> None:
         self.capacity = 0
-        self._empty, self._block_bytes, self._born = empty, block_bytes, born
+        self._block_bytes: int | None = None  # None: one block of all the capacity
+        self._empty, self._born = empty, born
         self._blocks: list[Block] = []
         self._given = 0
         self._changed = threading.Condition()
@@ -83,10 +83,10 @@ class Arena:
         with self._changed:
             return sum(one.nbytes for block in self._blocks for one in block.segments if one.taken)
 
-    def resize(self, capacity: int) -> None:
-        """Change the capacity. Blocks above it go as soon as nothing lies in them."""
+    def resize(self, capacity: int, block_bytes: int | None = None) -> None:
+        """Change the capacity, and the least size of blocks. Blocks above it go as soon as nothing lies in them."""
         with self._changed:
-            self.capacity = capacity
+            self.capacity, self._block_bytes = capacity, block_bytes
             self._shrink()
 
     def take(self, nbytes: int) -> Extent | None:
@@ -98,11 +98,10 @@ class Arena:
             self._shrink()
             size = aligned(max(1, nbytes))
             found = self._find(size)
-            if found is None and not self._grow(size):
-                return None
-            found = found or self._find(size)
-            assert found is not None
-            return self._cut(*found, size, nbytes)
+            # New memory is there sooner than the end of a use. Without a block size there is but one block.
+            if (found is None or not self._is_idle(*found)) and self._grow(size, at_all=found is None):
+                found = self._find(size)
+            return None if found is None else self._cut(*found, size, nbytes)
 
     def wait_for(self, nbytes: int) -> Extent | None:
         """Return an extent whose last uses are done, and wait for it. None where the arena can never be so large.
@@ -158,6 +157,10 @@ class Arena:
         return chosen
 
     @staticmethod
+    def _is_idle(block: Block, first: int, last: int) -> bool:
+        return all(segment.is_idle for segment in block.segments[first : last + 1])
+
+    @staticmethod
     def _cut(block: Block, first: int, last: int, size: int, nbytes: int) -> Extent:
         run = block.segments[first : last + 1]
         start, end = run[0].start, run[-1].start + run[-1].nbytes
@@ -182,18 +185,21 @@ class Arena:
                 joined.append(segment)
         block.segments = joined
 
-    def _grow(self, size: int) -> bool:
-        """Add a block in which `size` bytes fit, where the capacity allows that."""
-        room = self.capacity - self.nbytes
-        if size > room:
+    def _grow(self, size: int, at_all: bool) -> bool:
+        """Add a block in which `size` bytes fit. at_all: in the place of smaller ones, where it must be."""
+        idle = at_all * [block for block in self._blocks if not any(one.taken for one in block.segments)]
+        if size > self.capacity - self.nbytes + sum(block.buffer.numel() for block in idle):
             return False
+        while size > self.capacity - self.nbytes:
+            self._drop(idle.pop(0))
+        room = self.capacity - self.nbytes
         nbytes = room if self._block_bytes is None else min(room, max(size, self._block_bytes))
         buffer = self._empty(nbytes)
         self._blocks.append(Block(buffer, [Segment(0, nbytes, self._born())]))
         return True
 
     def _shrink(self) -> None:
-        """Free idle blocks while the arena is larger than it may be, or than one block when it was to be one."""
+        """Free idle blocks while the arena is larger than it may be."""
         while self.nbytes > self.capacity:
             idle = next((block for block in self._blocks if not any(one.taken for one in block.segments)), None)
             if idle is None:

@@ -328,10 +328,11 @@ class Caster:
     def cancel_prefetch(self) -> None:
         """End the loans that were started ahead, since memory or another form of the weights is wanted."""
 
-    def set_room(self, nbytes: int, casts: int, arena: int, staging: int) -> None:
-        """Set the most device memory that bundles on their way may take. casts: how much of it is to cast and patch.
+    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
+        """Set the most device memory that bundles on their way may take, casts and patches included.
 
-        arena: how much of it transfers may go to. staging: the most host memory that bundles are gathered in.
+        arena: how much of it transfers may go to. staging: the most host memory that bundles are gathered in, in blocks
+        of `staged`.
         """
 
     def free_buffers(self) -> int:

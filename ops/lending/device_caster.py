@@ -25,12 +25,10 @@ from .caster import Caster, Loan
 from .gathering import Gathering
 from .pins import Pins
 
-# Host memory for gathering comes in blocks of this size, as locking one takes time.
-STAGING_BLOCK = 64 << 20
 # Bundles that may be on their way, however small. Each holds a page or two, and events.
-MOST_AHEAD = 64
+MOST_AHEAD = 128
 # Bytes that may be on their way to slices of the VBAR, which need no buffers.
-LOADING_AHEAD = 256 << 20
+LOADING_AHEAD = 3 << 29
 
 
 class DeviceCaster(Caster):
@@ -55,7 +53,7 @@ class DeviceCaster(Caster):
         self.turn = 0
         self.arena = Arena(backend.empty, born=partial(backend.record, None))
         # Host buffers that unpinned bundles are gathered in.
-        self.staging = Arena(backend.host_empty, STAGING_BLOCK)
+        self.staging = Arena(backend.host_empty)
         # A model may be dropped, by any thread, while transfers into its memory are under way. Without the wait they
         # would write into what the memory is used for next.
         self._settle = weakref.finalize(self, backend.settle)
@@ -64,16 +62,16 @@ class DeviceCaster(Caster):
         self._looked_at: Bundle | None = None  # the last bundle that is resident or on its way
         self._loading = 0  # bytes on their way to slices of the VBAR, ahead of their use
         self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
-        self.room, self.casts = 1 << 62, 0  # see set_room
+        self.room = 1 << 62  # see set_room
         self._held = 0  # bytes of device memory that loans hold outside of VBAR and arena
         self.peak_buffer_bytes = 0
 
     # -- memory beside the VBAR
 
-    def set_room(self, nbytes: int, casts: int, arena: int, staging: int) -> None:
-        self.room, self.casts = nbytes, casts
+    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
+        self.room = nbytes
         self.arena.resize(arena)
-        self.staging.resize(staging)
+        self.staging.resize(staging, staged)
         self.make_way(0)
 
     @property
@@ -220,7 +218,8 @@ class DeviceCaster(Caster):
             self.backend.copy(target, pin.buffer[: target.numel()], stream)
             loan.event = pin.busy = self.backend.record(stream)
         else:
-            pins_source = not loan.host_casts and not bundle.worth_writing_back
+            # What stays on the device needs no pin, which those that are brought at each step would lack.
+            pins_source = loan.signature is None and not bundle.worth_writing_back
             loan.job = self.readers.submit(Gathering(self, loan, stream, loan.host_casts, pins_source))
         if loan.signature is None:
             self.counters.bytes_streamed += target.numel()

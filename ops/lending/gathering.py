@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from ..device.backend import Backend
 from ..gather import copy_into, interpret_gathered_like
-from .arena import Extent
+from .arena import Arena, Extent
+from .caster import Loan
+from .pins import Pin, Pins
 
-if TYPE_CHECKING:
-    from .caster import Loan
-    from .device_caster import DeviceCaster
-    from .pins import Pin
+
+class Sender(Protocol):
+    """Whose memory bundles are gathered in, and whose device they go to."""
+
+    backend: Backend
+    pins: Pins
+    staging: Arena
 
 
 class Gathering:
@@ -21,7 +27,7 @@ class Gathering:
     as_final: the host casts, so that what travels is the final form. pins_source: what travels may stay pinned.
     """
 
-    def __init__(self, caster: DeviceCaster, loan: Loan, stream: Any, as_final: bool, pins_source: bool) -> None:
+    def __init__(self, caster: Sender, loan: Loan, stream: Any, as_final: bool, pins_source: bool) -> None:
         assert loan.target is not None
         self.caster, self.loan, self.stream = caster, loan, stream
         self.as_final, self.pins_source = as_final, pins_source

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..device.backend import Backend
 from ..gather import aligned
 
 BLOCK_BYTES = 256 << 20
@@ -66,10 +65,8 @@ class Extent:
 class PinBlocks:
     """The blocks of one model's pins."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.reserved = 0  # bytes of blocks that are being allocated
 
     @property
     def nbytes(self) -> int:
@@ -84,25 +81,19 @@ class PinBlocks:
                 return extent
         return None
 
-    def reserve(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> int:
+    def room_for(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> int:
         """Return the bytes that a new block for `nbytes` may have, `wanted` at most; 0 where there is no room.
 
-        budget: bytes of all blocks. room: bytes of RAM. The caller counts them off `reserved` once the block is there.
+        budget: bytes of all blocks. room: bytes of RAM.
         """
-        size = min(max(nbytes, wanted), budget - self.nbytes - self.reserved)
+        size = min(max(nbytes, wanted), budget - self.nbytes)
         size = min(size, room()) if size >= nbytes else size
-        if size < nbytes:
-            return 0
-        self.reserved += size
-        return size
+        return size if size >= nbytes else 0
 
-    def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:
-        """Use a buffer as a block. Return the extent of its first `nbytes`."""
-        block = Block(buffer)
-        extent = block.cut(nbytes)
-        assert extent is not None
-        self.blocks.append(block)
-        return extent
+    def add(self, buffer: torch.Tensor) -> Block:
+        """Use a buffer as a block."""
+        self.blocks.append(Block(buffer))
+        return self.blocks[-1]
 
     def drop(self, block: Block) -> int:
         """Forget a block that no pin lies in. Return its bytes, which the system has back once no view is left."""

@@ -6,10 +6,12 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..device.backend import Backend, Event
+from ..device.readers import Later
 from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
 
@@ -38,8 +40,8 @@ class Pin:
 class Pins:
     """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one.
 
-    room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Memory is locked
-    in the thread that asks for a pin, with no lock held.
+    room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Locking memory
+    takes time, so a thread of its own does that, block by block, and until one is there a bundle goes without.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Pins:
         self.room = room
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
         self.changes = 0  # how often a final form came or went: costs are not what they were
-        self._blocks = PinBlocks(backend)
+        self._blocks = PinBlocks()
+        self._coming: Later[torch.Tensor] | None = None  # the next block
+        self._reserved = 0  # its bytes
         self._bundles = list(bundles)
         self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
         self._pins: dict[Bundle, Pin] = {}
@@ -63,7 +67,7 @@ class Pins:
     @property
     def held(self) -> int:
         """Return the bytes of host memory that the pins cost."""
-        return self._blocks.nbytes
+        return self._blocks.nbytes + self._reserved
 
     def set_budget(self, nbytes: int) -> None:
         """Change the bytes that the pins may hold. Pins above the budget are freed at once."""
@@ -96,7 +100,7 @@ class Pins:
             return pin
 
     def make_room(self, bundle: Bundle, nbytes: int) -> None:
-        """Lock memory for a pin that is taken later, by a thread that has no time to."""
+        """See to it that memory comes for a pin that is taken later."""
         with self._changed:
             extent = self._find(bundle, nbytes) if bundle not in self._pins else None
             if extent is not None:
@@ -109,29 +113,28 @@ class Pins:
             self._changed.notify_all()
 
     def _find(self, bundle: Bundle, nbytes: int) -> Extent | None:
-        """Return an extent for the bundle, of new memory where the budget allows some."""
+        """Return an extent for the bundle. Where the budget allows, new memory is on its way for who asks later."""
         if bundle.offload_to == "disk":
             return None
-        extent = self._blocks.cut(nbytes)
-        if extent is not None:
-            return extent
         if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
-            size, empty = nbytes, _pageable
-        else:
-            size, empty = self._block_bytes(bundle, nbytes), self.backend.host_empty
-        size = self._blocks.reserve(nbytes, size, self.budget, self.room)
-        if not size:
-            return None
-        self._changed.release()  # locking memory takes time, in which others need their pins
-        try:
-            buffer = None
-            try:
-                buffer = empty(size)
-            finally:
-                self._changed.acquire()
-        finally:
-            self._blocks.reserved -= size
-        return self._blocks.add(buffer, nbytes)
+            size = self._blocks.room_for(nbytes, nbytes, self.budget - self._reserved, self.room)
+            return self._blocks.add(torch.empty(size, dtype=torch.uint8)).cut(nbytes) if size else None
+        if self._coming is not None and self._coming.ready():
+            self._add(self._coming)
+        extent = self._blocks.cut(nbytes)
+        if extent is None and self._coming is None:
+            size = self._blocks.room_for(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
+            if size:
+                self._reserved, self._coming = size, self.backend.readers().aside(partial(self.backend.host_empty, size))
+                if self._coming.ready():
+                    self._add(self._coming)
+                    extent = self._blocks.cut(nbytes)
+        return extent
+
+    def _add(self, coming: Later[torch.Tensor]) -> None:
+        """Use memory that has come."""
+        self._coming, self._reserved = None, 0
+        self._blocks.add(coming.result())
 
     def _displace(self, nbytes: int) -> Extent | None:
         """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
@@ -184,6 +187,8 @@ class Pins:
         if nbytes <= 0:
             return 0
         with self._changed:
+            if self._coming is not None:
+                self._add(self._coming)  # which may have to be waited for
             last_use = dict.fromkeys(self._blocks.blocks, -1)
             for pin in self._pins.values():
                 last_use[pin.extent.block] = max(last_use[pin.extent.block], pin.used)
@@ -197,6 +202,3 @@ class Pins:
                     freed += self._blocks.drop(block)
             return freed
 
-
-def _pageable(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from collections import deque
 import torch
 
 from spillway.ops.device.backend import Backend
-from spillway.ops.device.readers import do
+from spillway.ops.device.readers import Returned, do
 from spillway.ops.vbar import software as software_vbar
 
 POISON = 0xFF  # NaN in fp8, fp16, bf16 and fp32
@@ -116,6 +116,9 @@ class SimReaders:
         if self.eager is True or (self.eager == "some" and self.given % 2 == 0):
             job.run()
         return job
+
+    def aside(self, call):
+        return Returned(call())
 
 
 class SimJob:

@@ -31,9 +31,9 @@ class Use(Event):
         return self.ended
 
 
-def arena_of(units, **options):
+def arena_of(units, block_bytes=None, **options):
     arena = Arena(memory, **options)
-    arena.resize(units * UNIT)
+    arena.resize(units * UNIT, block_bytes)
     return arena
 
 
@@ -101,7 +101,7 @@ def test_a_smaller_arena_frees_what_nothing_uses_once_it_is_done():
     extents = [arena.take(2 * UNIT) for _ in range(4)]
     for number, extent in enumerate(extents[:3]):
         arena.give(extent, Use(number, log))
-    arena.resize(2 * UNIT)
+    arena.resize(2 * UNIT, 2 * UNIT)
     assert arena.nbytes == 2 * UNIT == extents[3].view.numel()
     assert sorted(log) == [0, 1, 2]
     assert arena.take(1) is None
@@ -143,3 +143,16 @@ def test_a_thread_waits_for_another_to_give_back_and_for_its_use():
     arena.give(first, Use("used", log))
     waiting.join(10)
     assert got and log == ["used"]
+
+
+def test_small_blocks_that_are_idle_give_way_to_a_large_one():
+    log = []
+    arena = arena_of(4, block_bytes=UNIT)
+    small = [arena.take(UNIT) for _ in range(4)]
+    for number, extent in enumerate(small[:3]):
+        arena.give(extent, Use(number, log))
+    assert arena.take(4 * UNIT) is None
+    assert log == []
+    assert arena.take(3 * UNIT).view.numel() == 3 * UNIT
+    assert log == [0, 1, 2]
+    assert arena.nbytes == 4 * UNIT

@@ -30,6 +30,7 @@ class VirtualReaders:
 
     def __init__(self, clock: Clock, count: int) -> None:
         self.clock = clock
+        self._aside = Thread("locking")
         self.threads = [Thread(f"reader {number + 1}") for number in range(count)]
 
     def submit(self, work: Work) -> Job:
@@ -44,3 +45,25 @@ class VirtualReaders:
                 job.error = error
         job.at = reader.at
         return job
+
+    def aside(self, call):
+        """Make the call at once, and let its result be there when the thread for such calls would have it."""
+        clock, thread = self.clock, self._aside
+        thread.at = max(thread.at, clock.thread.at)
+        with clock.as_thread(thread):
+            value = call()
+        return Late(clock, thread.at, value)
+
+
+class Late:
+    """What a call returns, from a time on."""
+
+    def __init__(self, clock: Clock, at: float, value) -> None:
+        self._clock, self._at, self._value = clock, at, value
+
+    def ready(self) -> bool:
+        return self._at <= self._clock.thread.at
+
+    def result(self):
+        self._clock.wait_until(self._at)
+        return self._value
