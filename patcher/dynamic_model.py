@@ -28,11 +28,11 @@ from .first_forward import FirstForward
 from .first_use.check import first_use
 from .first_use.verdict import COPIES, VBAR, Verdict
 from .headroom import headroom_bytes
-from .load_plan import use_cost
 from .policy import Policy
 from .ram_pressure import available_ram, give_pins, relieve, room_for_pins
 from .remembered import Remembered
 from .residency import Residency
+from .use_costs import UseCosts
 from .writes import follow_writes, note_kept
 
 # Every dynamic model that is alive, for the memory report and for freeing.
@@ -210,7 +210,7 @@ class DynamicModel(Figures):
 
     def cost(self, bundle: Bundle) -> int:
         """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
-        return use_cost(bundle, self._device)
+        return UseCosts(self._device).use(bundle)
 
     def _pin_budget(self) -> int:
         if self.policy.pinned_bytes is not None:
@@ -262,6 +262,7 @@ class DynamicModel(Figures):
         if residency is not None:
             with residency.caster.lock, self._device.current():
                 residency.caster.expect_step()
+                self._remembered.timed = 0  # the steps to come may be of another size
                 self._prioritize(residency)
                 residency.begin_use(changed)
 

@@ -8,6 +8,7 @@ from ..ops.lending.bundle import Bundle
 from ..ops.lending.caster import Caster
 from ..ops.lending.pins import Pins
 from .buffers import PlacedBuffers
+from .layout import execution_order
 from .load_plan import LoadPlan
 from .remembered import Remembered
 from .residency import Residency
@@ -104,7 +105,8 @@ class Figures:
 
     def execution_order(self) -> list[Bundle]:
         """List the bundles in the order of the last step, or as registered before the first step."""
-        return self.residency.execution_order() if self.residency is not None else list(self.bundles)
+        first = self.residency.caster.first if self.residency is not None else None
+        return execution_order(first, self.bundles)
 
     def bundle_report(self) -> list[tuple[str, int, bool]]:
         """List (bundle name, bytes, resident) in execution order."""

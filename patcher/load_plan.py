@@ -9,7 +9,6 @@ from enum import Enum
 from heapq import heappop, heappush, nlargest
 from itertools import accumulate
 
-from ..ops.device.backend import Backend
 from ..ops.gather import aligned
 from ..ops.ledger import in_words
 from ..ops.lending.bundle import Bundle
@@ -18,13 +17,6 @@ from ..ops.lending.bundle import Bundle
 SMALL_BYTES = 16 << 10
 
 Cost = Callable[[Bundle], int]
-
-
-def use_cost(bundle: Bundle, device: Backend) -> int:
-    """Count the bytes of temporary device memory that one use of an offloaded bundle costs on that device."""
-    if not device.in_place:
-        return bundle.offload_cost()
-    return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
 
 
 class LoadState(Enum):
@@ -58,6 +50,18 @@ class LoadPlan:
             f"offloaded {self.offloaded} of {count} bundles ({in_words(self.offloaded_bytes)}): {reason}, "
             f"{in_words(self.reserve)} reserved for transfers"
         )
+
+
+def budget_in_words(budget: int | None, largest: int, reserve: int) -> str | None:
+    """Say what a very small budget means; None for any other. largest: bytes that one use of a bundle takes."""
+    if budget == 0:
+        return f"the budget is 0: nothing stays resident, and bundles on their way take {in_words(reserve)}."
+    if budget is None or largest <= budget:
+        return None
+    return (
+        f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle needs while "
+        "it is used: nothing stays resident, and the peak is that bundle."
+    )
 
 
 def _free(_: Bundle) -> int:

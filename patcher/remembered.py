@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..ops.device.backend import Backend
 from ..ops.lending.bundle import Bundle
+from ..ops.lending.stopwatch import Stopwatch
 from .load_plan import LoadPlan
+from .step_time import Pace
+
+# Steps that are timed when a model begins to run. The first one may be the first of its kernels, too.
+TIMED_STEPS = 2
 
 
 @dataclass
@@ -16,7 +22,8 @@ class Remembered:
     order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
     to need. learnt: bytes that it was seen to need beyond that. window: bundles on their way, at their largest, that
-    the device keeps room for.
+    the device keeps room for. pace: of the last step that was timed. timed: steps that were timed since the model was
+    told to be used.
     """
 
     order: Sequence[Bundle]
@@ -26,6 +33,8 @@ class Remembered:
     expected: int = 0
     learnt: int = 0
     window: int = 4
+    pace: Pace | None = None
+    timed: int = 0
 
     def expect(self, nbytes: int) -> bool:
         """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
@@ -33,3 +42,23 @@ class Remembered:
         if changed:
             self.expected, self.learnt = nbytes, 0
         return changed
+
+    def note_pace(self, watch: Stopwatch | None) -> bool:
+        """Note what a step has shown, if it was timed. Say whether it has shown anything.
+
+        The bus is as fast as it ever was.
+        """
+        if watch is None:
+            return False
+        seconds, known = watch.seconds(), self.pace.bus if self.pace is not None else 0.0
+        bus = max(watch.bus() or 0.0, known)
+        if seconds and bus:
+            self.pace = Pace(seconds, bus)
+        return bool(seconds and bus)
+
+    def next_watch(self, device: Backend) -> Stopwatch | None:
+        """Return a watch where the next step is to be timed on a device that tells times."""
+        if self.timed >= TIMED_STEPS or not device.streams or device.timer(None) is None:
+            return None
+        self.timed += 1
+        return Stopwatch(device)

@@ -8,33 +8,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 from ..ops.device.backend import Backend
 from ..ops.gather import aligned
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
-from ..ops.lending.caster import Caster
-from ..ops.lending.device_caster import DeviceCaster
-from ..ops.lending.host_caster import HostCaster
 from ..ops.lending.pins import Pins
 from ..ops.vbar.protocol import VBAR
+from .choose_caster import choose_caster, fixed_window
 from .choose_vbar import choose_vbar
 from .headroom import GIB, headroom_bytes
+from .layout import GAIN, Held, Layouts, execution_order
 from .load_plan import (
     LoadPlan,
     LoadState,
     Window,
-    bundles_ahead,
+    budget_in_words,
     by_bytes,
-    interleave,
     plan_load,
     plan_unload,
-    use_cost,
 )
 from .policy import Policy
 from .ram_pressure import room_for_staging
 from .remembered import Remembered
+from .use_costs import UseCosts
 
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
 FLOOR = GIB // 4
@@ -62,18 +59,11 @@ class Residency:
     ) -> None:
         self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
         self.ledger, self.remembered, self.may_init, self.placed_bytes = ledger, remembered, may_init, placed_bytes
+        self.costs = UseCosts(device)
         self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
-        vbar = self._choose_vbar()
-        if device.in_place:
-            self.caster: Caster = HostCaster(device, vbar, pins, ledger)
-        else:
-            self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
-        self.caster.per_step = len(bundles)
-        self.caster.traced = remembered.traced
-        for bundle, following in pairwise(remembered.order):  # a guess, until a step has shown the order
-            bundle.successor = bundle.successor or following
+        self.caster = choose_caster(device, self._choose_vbar(), pins, ledger, policy, remembered)
         self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
@@ -84,10 +74,8 @@ class Residency:
 
     @property
     def window(self) -> Window:
-        """Give the rule for how much may be on its way at once: as the policy says, and one bundle that drains."""
-        if not min(self.policy.streams, self.device.streams):
-            return bundles_ahead(0)
-        return by_bytes(self.remembered.window) if self.policy.prefetch is None else bundles_ahead(self.policy.prefetch + 1)
+        """Give the rule for how much may be on its way at once."""
+        return fixed_window(self.policy, self.device) or by_bytes(self.remembered.window)
 
     @property
     def vbar(self) -> VBAR:
@@ -113,10 +101,6 @@ class Residency:
         """Give the bytes that weights leave to the computation and to other programs."""
         return max(self.headroom, self.expected) + self.remembered.learnt
 
-    def cost(self, bundle: Bundle) -> int:
-        """Count the bytes of temporary device memory that one use of an offloaded bundle costs on this device."""
-        return use_cost(bundle, self.device)
-
     # -- layout
 
     def _choose_vbar(self) -> VBAR:
@@ -127,27 +111,39 @@ class Residency:
     def _keep_floor(self) -> None:
         self.vbar.headroom = min(self.headroom, FLOOR) if self.expected else self.headroom
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, addresses: Sequence[Bundle] | None = None) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
-        vbar = self.vbar
-        self.addresses = interleave([b for b in self.remembered.order if self.policy.may_reside(b.name)], self.cost)
+        self.addresses = list(addresses) if addresses is not None else self._layouts().plain()
         for bundle in self.bundles:
             bundle.move_to(None)
         for bundle in self.addresses:
-            bundle.move_to(vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
+            bundle.move_to(self.vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
 
-    def _rebuild(self) -> None:
-        """Give the VBAR back and lay out a new one. No bundle may be lent."""
+    def _rebuild(self, addresses: Sequence[Bundle] | None = None) -> None:
+        """Lay out a new VBAR, and move what stays resident. No bundle may be lent. addresses: None for the usual."""
         caster = self.caster
         with caster.lock:
             caster.cancel_prefetch()
             self.note_peak()
-            vbar = self._choose_vbar()  # before the old VBAR goes, as a new one may be refused
-            self._give_vbar_back()
-            caster.vbar = vbar
-            self._lay_out()
+            before, caster.vbar = caster.vbar, self._choose_vbar()  # which may raise: a new one may be refused
+            kept = [Held.now(bundle) for bundle in self.addresses if bundle.views is not None]
+            self._lay_out(addresses)
             self._apply(self._new_plan())
+            stays = set(self.addresses[: self.plan.resident])
+            for held in reversed(kept):
+                if held.bundle in stays:
+                    held.move(before, self.vbar)
+            before.close()
+
+    def _layouts(self) -> Layouts:
+        return Layouts(
+            self.remembered.order,
+            lambda bundle: self.policy.may_reside(bundle.name),
+            self._plan,
+            self.costs.use,
+            fixed_window(self.policy, self.device),
+        )
 
     def rebuild_if_resized(self) -> None:
         """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
@@ -169,25 +165,14 @@ class Residency:
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
-        streamed = [bundle for bundle in self.bundles if bundle.vbar_slice is None]
-        return plan_load(
-            self.addresses,
-            self._available(),
-            self.window,
-            self._buffer_bytes,
-            self._cast_bytes,
-            self._load_cost,
-            streamed,
-            self.vbar.unit,
-        )
+        return self._plan([bundle for bundle in self.addresses if bundle.vbar_slice is not None], self.window)
 
-    def _buffer_bytes(self, bundle: Bundle) -> int:
-        """Count the bytes of the buffer that an offloaded bundle arrives in."""
-        return self.cost(bundle) if self.device.in_place else bundle.transfer_bytes
-
-    def _cast_bytes(self, bundle: Bundle) -> int:
-        """Count the bytes that casting and patching an offloaded bundle takes beside its buffer."""
-        return self.cost(bundle) - self._buffer_bytes(bundle)
+    def _plan(self, addresses: Sequence[Bundle], window: Window) -> LoadPlan:
+        """Plan what fits now in another address order, and with another window."""
+        may = set(addresses)
+        streamed = [bundle for bundle in self.bundles if bundle not in may]
+        costs = self.costs.buffer, self.costs.casts, self.costs.load
+        return plan_load(addresses, self._available(), window, *costs, streamed, self.vbar.unit)
 
     def _available(self) -> int:
         """Count the bytes that weights and their buffers may hold together."""
@@ -196,10 +181,6 @@ class Residency:
             return budget
         reach = self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free
         return max(0, reach if budget is None else min(reach, budget))
-
-    def _load_cost(self, bundle: Bundle) -> int:
-        """Count the bytes of temporary device memory that it takes to make a bundle resident."""
-        return 0 if self.device.in_place else bundle.load_cost()
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
@@ -213,18 +194,10 @@ class Residency:
             self.ledger.decide(plan.in_words(self.total_bytes, reason))
         self.remembered.plan = plan
         self._give_room(plan)
-        largest = max((self.cost(bundle) for bundle in self.bundles), default=0)
-        if budget == 0:
-            self.ledger.decide_once(
-                f"the budget is 0: nothing stays resident, and bundles on their way take {in_words(plan.reserve)}.",
-                level=logging.INFO,
-            )
-        elif budget is not None and largest > budget:
-            self.ledger.decide_once(
-                f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle "
-                "needs while it is used: nothing stays resident, and the peak is that bundle.",
-                level=logging.INFO,
-            )
+        largest = max((self.costs.use(bundle) for bundle in self.bundles), default=0)
+        said = budget_in_words(budget, largest, plan.reserve)
+        if said is not None:
+            self.ledger.decide_once(said, level=logging.INFO)
 
     def _free_in_words(self) -> str:
         kept = "headroom" if self.kept_free == self.headroom else "for the computation"
@@ -233,24 +206,12 @@ class Residency:
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
         resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
-        is_full = plan.state is LoadState.FULL
-        casts = max(map(self._load_casts if is_full else self._cast_bytes, self.bundles), default=0)
         # A budget of 0 asks for streaming, which is as fast as ever.
         room = plan.reserve if self.budget() == 0 else self._available() - min(plan.limit, resides)
-        if is_full:
-            arena = max(
-                (aligned(bundle.source_bytes) for bundle in self.bundles if not bundle.source_is_final), default=0
-            )
-        else:
-            largest = max((aligned(self._buffer_bytes(bundle)) for bundle in self.bundles), default=0)
-            arena = max(largest, min(plan.reserve, room) - casts)
+        arena = self.costs.arena(self.bundles, plan, self.window, room)
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
-        self.caster.set_room(room, min(arena, room), staging, max(sizes, default=0))
-
-    def _load_casts(self, bundle: Bundle) -> int:
-        """Count the bytes that it takes to make a bundle resident, beside the buffer that its source arrives in."""
-        return max(0, self._load_cost(bundle) - bundle.source_bytes)
+        self.caster.set_room(room, arena, staging, max(sizes, default=0))
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.
@@ -336,6 +297,8 @@ class Residency:
         lent = any(bundle.loan for bundle in self.bundles)  # a step may begin half way down the modules
         if not lent and not self.remembered.traced and self.ledger.counters.steps > 1:
             self._follow_trace()
+        if not lent:
+            self._follow_pace()
 
     def follow_budget(self) -> None:
         """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""
@@ -346,24 +309,31 @@ class Residency:
         self._claim()
 
     def _follow_trace(self) -> None:
-        """Lay the bundles out again where the first step ran them in another order than they are registered in."""
-        guessed, self.remembered.order = list(self.remembered.order), self.execution_order()
+        """Use the order in which the first step ran."""
+        guessed, self.remembered.order = list(self.remembered.order), execution_order(self.caster.first, self.bundles)
         self.remembered.traced = True
         self.caster.follow_trace(self.bundles)
-        if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL:
+        if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL and self.remembered.pace is None:
             self.ledger.decide(
                 "the first step ran the bundles in another order than they are registered: laid out anew"
             )
             self._rebuild()
 
-    def execution_order(self) -> list[Bundle]:
-        """List the bundles in the order of the last step. Bundles that did not run come last."""
-        order: dict[Bundle, None] = {}
-        bundle = self.caster.first
-        while bundle is not None and bundle not in order:
-            order[bundle] = None
-            bundle = bundle.successor
-        return list(order) + [bundle for bundle in self.bundles if bundle not in order]
+    def _follow_pace(self) -> None:
+        """Choose the layout anew where the last step took another time than it was chosen for."""
+        caster, remembered = self.caster, self.remembered
+        timed = remembered.note_pace(caster.watch)
+        caster.watch = remembered.next_watch(self.device)
+        if not timed or self.plan.state is not LoadState.PARTIAL:
+            return
+        layouts, pace = self._layouts(), remembered.pace
+        assert pace is not None
+        now, best = layouts.expected(self.addresses, remembered.window, pace), layouts.best(pace)
+        if best.seconds * GAIN < now.seconds:
+            remembered.window = best.window
+            self._rebuild(best.addresses)
+            now = best
+        self.ledger.decide(layouts.in_words(now, pace))
 
     # -- memory
 
@@ -407,7 +377,7 @@ class Residency:
                 return freed
             resident = [bundle for bundle in self.addresses if self.is_resident(bundle)]
             wanted = plan_unload(
-                resident, nbytes - freed, self.plan.reserve, self.window, self._buffer_bytes, self._cast_bytes
+                resident, nbytes - freed, self.plan.reserve, self.window, self.costs.buffer, self.costs.casts
             )
             return freed + self.vbar.free_memory(wanted)
 

@@ -86,6 +86,14 @@ class Backend:
         """Return an event after the work that the stream has been given so far; None is the main stream."""
         return None
 
+    def timer(self, stream: Any) -> Event | None:
+        """Return such an event for `seconds_between`; None on a device that tells no times."""
+        return None
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """Return the seconds between two such events, which the device has come to."""
+        raise NotImplementedError
+
     def wait(self, event: Event | None, stream: Any) -> None:
         """Let later work of `stream` (None is the main stream) wait for the event. This thread goes on."""
 
@@ -225,6 +233,14 @@ class StreamBackend(Backend):
         event = self._module.Event()
         event.record(stream or self._module.current_stream(self.device))
         return event
+
+    def timer(self, stream: Any) -> Any:
+        event = self._module.Event(enable_timing=True)
+        event.record(stream or self._module.current_stream(self.device))
+        return event
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1e3
 
     def wait(self, event: Any, stream: Any) -> None:
         if event is not None:

@@ -122,6 +122,12 @@ class CarefulBackend(Backend):
         event = self.order(self.unwrapped.record, stream)
         return None if event is None else Moment(self, event)
 
+    def timer(self, stream: Any) -> Any:
+        return self.order(self.unwrapped.timer, stream)
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        return self.unwrapped.seconds_between(start, end)
+
     def wait(self, event: Any, stream: Any) -> None:
         if event is not None:
             self.order(self.unwrapped.wait, event.event, stream)

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 # Two cores' copies fill most buses. More wait for memory, and one stays free for the thread that launches.
 MOST = 4
@@ -47,13 +48,13 @@ class Job(Protocol):
         """See to it that the work never begins, or has ended. Raises nothing of what the work raised."""
 
 
-class Later(Protocol[T]):
+class Later(Protocol[T_co]):
     """What a slow call will return."""
 
     def ready(self) -> bool:
         """Say whether the call has ended."""
 
-    def result(self) -> T:
+    def result(self) -> T_co:
         """Return what it returned, and wait for that. Raises what it raised."""
 
 

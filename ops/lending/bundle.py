@@ -132,6 +132,11 @@ class Bundle:
         self.casts_at_use = any(param.compute_dtype is not None for param in self.params)
         # The host can make the final form, with the same bits.
         self.only_cast = not self.patched and not any(p.int8 or is_wrapper(p.source) for p in self.params)
+        # Patches change numbers and nothing else, so they may be applied where the source has arrived.
+        self.only_patched = not any(
+            p.int8 or p.is_cast or p.compute_dtype or is_wrapper(p.source) or p.final.shape != p.source.shape
+            for p in self.params
+        )
         # Making the final form costs more than bringing it.
         self.worth_keeping = self.patched or any(param.int8 for param in self.params)
 
@@ -218,6 +223,8 @@ class Bundle:
         """Return the least temporary memory in which the bundle can become resident and be used, in bytes."""
         if self.source_is_final or self.pin_is_current or self.only_cast:
             return self.cast_bytes()
+        if self.only_patched:
+            return self.offload_cost() - self.nbytes - self.source_bytes
         return max(self.offload_cost() - self.nbytes, self.source_bytes, self.cast_bytes())
 
     # -- the module

@@ -29,6 +29,7 @@ from .arena import Extent
 from .bundle import Bundle
 from .final_form import make_final
 from .pins import Pins
+from .stopwatch import Stopwatch
 
 
 class Loan:
@@ -65,6 +66,7 @@ class Caster:
         self.first: Bundle | None = None  # the bundle with which the last step began
         self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
         self.lent = 1 << 62  # loans since the step began
+        self.watch: Stopwatch | None = None  # set: times this step
         self.traced = False  # a step has shown the order; until then it is the order of registration
         # Called when a step begins: whenever the first bundle is asked for, another way into the model is taken
         # (`expect_step`), or a step has lent so often that it must have begun anew somewhere else.
@@ -89,12 +91,16 @@ class Caster:
             if bundle is self.first or self.lent > self.per_step:
                 self.on_step()
                 self.first, self.lent = bundle, 1
+            if self.watch is not None:
+                self.watch.end()
             try:
                 loan = self._bring(bundle)
             except Exception as error:
                 if not self.make_room(bundle, error):
                     raise
                 loan = self._bring(bundle)
+            if self.watch is not None:
+                self.watch.begin(bundle)
             bundle.loan = loan
             bundle.depth = 1
             previous = self.previous

@@ -164,7 +164,7 @@ class DeviceCaster(Caster):
         loan.host_casts = not current and self._must_cast_on_host(loan)
         loan.brings_final = current or bundle.source_is_final or loan.host_casts
         nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
-        if loan.brings_final and loan.signature is not None:
+        if loan.signature is not None and (loan.brings_final or bundle.only_patched):
             loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
             loan.after = [self.backend.record(None)]
         else:
@@ -215,8 +215,7 @@ class DeviceCaster(Caster):
             if pin.ready is not None:
                 # Without this wait the copy would read a pin that a write-back is still filling.
                 self.backend.wait(pin.ready, stream)
-            self.backend.copy(target, pin.buffer[: target.numel()], stream)
-            loan.event = pin.busy = self.backend.record(stream)
+            loan.event = pin.busy = self.copy(target, pin.buffer[: target.numel()], stream)
         else:
             # What stays on the device needs no pin, which those that are brought at each step would lack.
             pins_source = loan.signature is None and not bundle.worth_writing_back
@@ -225,6 +224,16 @@ class DeviceCaster(Caster):
             self.counters.bytes_streamed += target.numel()
         else:
             self.counters.bytes_loaded += target.numel()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> Event | None:
+        """Start a transfer, and time it where the step is timed. Return the event after it."""
+        watch = self.watch
+        started = self.backend.timer(stream) if watch is not None else None
+        self.backend.copy(target, source, stream)
+        event = self.backend.record(stream)
+        if watch is not None and started is not None:
+            watch.sent(target.numel(), started, self.backend.timer(stream))
+        return event
 
     def _must_cast_on_host(self, loan: Loan) -> bool:
         bundle = loan.bundle
@@ -254,6 +263,7 @@ class DeviceCaster(Caster):
             resident = loan.signature is not None
             casts = bundle.offload_cost() - bundle.source_bytes
             self.make_way(casts - bundle.nbytes if resident else casts)
+            # A patch may be applied where the source lies: in the slice itself.
             memory = self.vbar.tensor(bundle.vbar_slice) if resident else self._hold(loan, bundle.nbytes)
             memory = memory[: bundle.nbytes]
             views = self.make_final(bundle, source, memory)

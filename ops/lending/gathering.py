@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..device.backend import Backend
+from ..device.backend import Backend, Event
 from ..gather import copy_into, interpret_gathered_like
 from .arena import Arena, Extent
 from .caster import Loan
@@ -19,6 +19,9 @@ class Sender(Protocol):
     backend: Backend
     pins: Pins
     staging: Arena
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> Event | None:
+        """Start a transfer. Return the event after it."""
 
 
 class Gathering:
@@ -69,8 +72,7 @@ class Gathering:
         caster, loan = self.caster, self.loan
         assert self.buffer is not None
         with caster.backend.current():
-            caster.backend.copy(self.target, self.buffer[: self.nbytes], self.stream)
-            loan.event = caster.backend.record(self.stream)
+            loan.event = caster.copy(self.target, self.buffer[: self.nbytes], self.stream)
         if self.pin is not None:
             self.pin.busy = loan.event
             caster.pins.filled(self.pin)

@@ -125,7 +125,10 @@ class Pins:
         if extent is None and self._coming is None:
             size = self._blocks.room_for(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
             if size:
-                self._reserved, self._coming = size, self.backend.readers().aside(partial(self.backend.host_empty, size))
+                self._reserved, self._coming = (
+                    size,
+                    self.backend.readers().aside(partial(self.backend.host_empty, size)),
+                )
                 if self._coming.ready():
                     self._add(self._coming)
                     extent = self._blocks.cut(nbytes)
@@ -201,4 +204,3 @@ class Pins:
                 if block.is_free:  # a reader may have cut it while a drop waited
                     freed += self._blocks.drop(block)
             return freed
-

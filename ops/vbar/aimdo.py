@@ -140,6 +140,24 @@ class AimdoVBAR:
     def tensor(self, vbar_slice: AimdoSlice) -> torch.Tensor:
         return self._to_tensor(vbar_slice.handle, self.device)
 
+    def adopt(self, vbar_slice: AimdoSlice, other: Any, other_slice: AimdoSlice, signature: Any) -> Any | None:
+        # A newer VBAR's pages take those of an older one from its top. So the caller begins with the highest slice.
+        if not isinstance(other, AimdoVBAR) or other_slice.nbytes != vbar_slice.nbytes:
+            return None
+        there = other.fault(other_slice)
+        if there is None:
+            return None
+        try:
+            new = self.fault(vbar_slice) if other.same(there, signature) else None
+            if new is not None:
+                try:
+                    self.backend.copy(self.tensor(vbar_slice), other.tensor(other_slice), None)
+                finally:
+                    self.unpin(vbar_slice)
+            return new
+        finally:
+            other.unpin(other_slice)
+
     def drop_tensor(self, vbar_slice: AimdoSlice) -> None:
         pass  # its pages stay with the slice
 

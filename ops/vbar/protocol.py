@@ -56,6 +56,13 @@ class VBAR(Protocol):
     def drop_tensor(self, vbar_slice: Any) -> None:
         """Free the memory behind a faulted slice whose bytes nobody needs. The slice still counts as resident."""
 
+    def adopt(self, vbar_slice: Any, other: VBAR, other_slice: Any, signature: Signature) -> Signature | None:
+        """Let a slice that is not resident have what lies in another VBAR's slice under that signature.
+
+        Return the new signature, with no pin; None, with nothing changed, where there is no room or nothing lies there
+        any more. The other slice is given up.
+        """
+
     def prioritize(self) -> None:
         """Rank above all other VBARs of the device. Faults may use the whole range again (up to the limit)."""
 

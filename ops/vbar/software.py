@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -187,6 +188,19 @@ class SoftwareVBAR:
         if vbar_slice.memory is None:
             vbar_slice.memory = self.backend.empty(vbar_slice.nbytes)
         return vbar_slice.memory
+
+    def adopt(self, vbar_slice: SoftwareSlice, other: Any, other_slice: SoftwareSlice, signature: int) -> int | None:
+        with lock:
+            fits = vbar_slice.offset + vbar_slice.nbytes <= self._ceiling()
+            same = isinstance(other, SoftwareVBAR) and other_slice.serial == signature
+            if not fits or not same or other_slice.pins or other_slice.nbytes != vbar_slice.nbytes:
+                return None
+            vbar_slice.memory, other_slice.memory = other_slice.memory, None
+            vbar_slice.serial, other_slice.serial = next(_serials), 0
+            self.used += vbar_slice.nbytes
+            self.peak = max(self.peak, self.used)
+            other.used -= vbar_slice.nbytes
+            return vbar_slice.serial
 
     def drop_tensor(self, vbar_slice: SoftwareSlice) -> None:
         vbar_slice.memory = None

@@ -85,9 +85,11 @@ class VirtualBackend(Backend):
         now = self.clock.thread.at
         return VirtualEvent(self.clock, stream.ready(now) if stream else max(self.clock.main.at, now))
 
-    def timer(self) -> VirtualEvent:
-        """Return an event on the main stream that `elapsed` takes."""
-        return self.record(None)
+    def timer(self, stream: Stream | None) -> VirtualEvent:
+        return self.record(stream)
+
+    def seconds_between(self, start: VirtualEvent, end: VirtualEvent) -> float:
+        return start.elapsed(end)
 
     def wait(self, event: VirtualEvent | None, stream: Stream | None) -> None:
         if event is not None:

@@ -1,0 +1,57 @@
+"""Measures how long the device computes with each bundle, and how fast the bus is, by events of the first steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..device.backend import Backend
+from .bundle import Bundle
+
+# A smaller transfer is mostly latency.
+LEAST_BYTES = 1 << 20
+# Transfers on two streams share the bus, so the faster ones were alone.
+QUANTILE = 0.9
+
+
+class Stopwatch:
+    """Marks of one step. The events end when the device comes to them, so nothing waits until `seconds` is asked."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._open: tuple[Bundle, Any] | None = None
+        self._computed: list[tuple[Bundle, Any, Any]] = []
+        self._sent: list[tuple[int, Any, Any]] = []
+
+    def begin(self, bundle: Bundle) -> None:
+        """The main stream has the bundle, and computes with it from now on."""
+        self._open = bundle, self.backend.timer(None)
+
+    def end(self) -> None:
+        """The main stream computes with another bundle from now on, once it has come."""
+        if self._open is not None:
+            bundle, start = self._open
+            self._computed.append((bundle, start, self.backend.timer(None)))
+            self._open = None
+
+    def sent(self, nbytes: int, start: Any, end: Any) -> None:
+        """Note the events around a transfer."""
+        if nbytes >= LEAST_BYTES:
+            self._sent.append((nbytes, start, end))
+
+    def seconds(self) -> dict[Bundle, float]:
+        """Return the seconds of computing with each bundle. Waits for the last of them."""
+        self.end()
+        found: dict[Bundle, float] = {}
+        for bundle, start, end in self._computed:
+            end.synchronize()
+            found[bundle] = found.get(bundle, 0.0) + self.backend.seconds_between(start, end)
+        return found
+
+    def bus(self) -> float | None:
+        """Return the bytes a second of a transfer that has the bus to itself; None where none was long enough."""
+        rates = []
+        for nbytes, start, end in self._sent:
+            end.synchronize()
+            rates.append(nbytes / max(1e-9, self.backend.seconds_between(start, end)))
+        rates.sort()
+        return rates[int(QUANTILE * (len(rates) - 1))] if rates else None

@@ -1,0 +1,116 @@
+"""Chooses where bundles lie and how much may be on its way, so that a step is shortest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.gather import interpret_gathered_like
+from ..ops.lending.bundle import Bundle
+from ..ops.vbar.protocol import VBAR
+from .load_plan import SMALL_BYTES, Cost, LoadPlan, Window, by_bytes, interleave
+from .step_time import Pace, spread_over_time, step_seconds
+
+# Parts of a step in which transfers and computing are balanced.
+PARTS = (8, 32, 128)
+# Bundles, at their largest, that room is kept for while they are on their way.
+WINDOWS = (2, 3, 4, 6, 8)
+# A layout must be better by this to be worth moving what is there.
+GAIN = 1.02
+
+
+@dataclass(frozen=True)
+class Layout:
+    """addresses: the bundles that may reside, the lowest address first. window: see WINDOWS, where the policy sets none.
+
+    seconds: of a step, as it is expected to be.
+    """
+
+    addresses: Sequence[Bundle]
+    window: int
+    seconds: float
+
+
+# Plans a budget for bundles in an address order.
+Planner = Callable[[Sequence[Bundle], Window], LoadPlan]
+
+
+class Layouts:
+    """order: of execution. resides: says of a bundle whether it may. fixed: the policy's own window, if it has one."""
+
+    def __init__(
+        self,
+        order: Sequence[Bundle],
+        resides: Callable[[Bundle], bool],
+        plan: Planner,
+        cost: Cost,
+        fixed: Window | None,
+    ) -> None:
+        self.order, self.plan, self.cost, self.fixed = order, plan, cost, fixed
+        self.may_reside = [bundle for bundle in order if resides(bundle)]
+
+    def plain(self) -> list[Bundle]:
+        """Return the address order that is even in bytes, for a step that nobody has timed."""
+        return interleave(self.may_reside, self.cost)
+
+    def expected(self, addresses: Sequence[Bundle], window: int, pace: Pace) -> Layout:
+        """Return a layout with the seconds that a step is expected to take."""
+        rule = self.fixed or by_bytes(window)
+        plan = self.plan(addresses, rule)
+        stays = set(addresses[: plan.resident])
+        on_its_way = rule([bundle.transfer_bytes for bundle in self.order if bundle not in stays])
+        return Layout(addresses, window, step_seconds(self.order, stays, on_its_way, pace))
+
+    def best(self, pace: Pace) -> Layout:
+        """Return the layout with the shortest step. Among equals the one with the smallest window comes first."""
+        return min(self._candidates(pace), key=lambda layout: layout.seconds)
+
+    def in_words(self, layout: Layout, pace: Pace) -> str:
+        """Say how long a step waits for the bus, as a line of the ledger."""
+        computing = sum(map(pace.compute, self.order))
+        waits = max(0.0, layout.seconds - computing)
+        said = f"a step is expected to take {layout.seconds:.2f} s, of which it computes {computing:.2f} s"
+        if waits < 0.01 * computing:
+            return f"{said}: what is offloaded comes behind it"
+        return f"{said} and waits {waits:.2f} s for the bus, at {pace.bus / 1e9:.1f} GB/s"
+
+    def _candidates(self, pace: Pace) -> Iterator[Layout]:
+        orders = [self.plain()]
+        orders += [spread_over_time(self.may_reside, self.cost, pace, parts, SMALL_BYTES) for parts in PARTS]
+        for window in WINDOWS[: 1 if self.fixed is not None else None]:
+            for addresses in orders:
+                yield self.expected(addresses, window, pace)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a bundle holds in a VBAR that is about to be given back."""
+
+    bundle: Bundle
+    vbar_slice: Any
+    signature: Any
+
+    @staticmethod
+    def now(bundle: Bundle) -> Held:
+        return Held(bundle, bundle.vbar_slice, bundle.signature)
+
+    def move(self, before: VBAR, after: VBAR) -> None:
+        """Move it to where the bundle lies now. Where that has no room, the bundle is brought again when it is used."""
+        bundle = self.bundle
+        if bundle.vbar_slice is None:
+            return
+        signature = after.adopt(bundle.vbar_slice, before, self.vbar_slice, self.signature)
+        if signature is not None:
+            memory = after.tensor(bundle.vbar_slice)[: bundle.nbytes]
+            bundle.became_resident(signature, interpret_gathered_like(bundle.final, memory))  # type: ignore[arg-type]
+
+
+def execution_order(first: Bundle | None, bundles: Sequence[Bundle]) -> list[Bundle]:
+    """List the bundles in the order of the last step, which began with `first`. Those that did not run come last."""
+    order: dict[Bundle, None] = {}
+    bundle = first
+    while bundle is not None and bundle not in order:
+        order[bundle] = None
+        bundle = bundle.successor
+    return list(order) + [bundle for bundle in bundles if bundle not in order]

@@ -1,0 +1,50 @@
+"""Counts what a bundle that is brought, or that comes to stay, takes beside its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..ops.device.backend import Backend
+from ..ops.gather import aligned
+from ..ops.lending.bundle import Bundle
+from .load_plan import LoadPlan, LoadState, Window
+
+
+@dataclass(frozen=True)
+class UseCosts:
+    """Bytes of temporary memory on one device."""
+
+    device: Backend
+
+    def use(self, bundle: Bundle) -> int:
+        """Count what one use of an offloaded bundle takes."""
+        if not self.device.in_place:
+            return bundle.offload_cost()
+        return 0 if bundle.in_place or bundle.pin_is_current else bundle.offload_cost() - bundle.source_bytes
+
+    def buffer(self, bundle: Bundle) -> int:
+        """Count the buffer that an offloaded bundle arrives in."""
+        return self.use(bundle) if self.device.in_place else bundle.transfer_bytes
+
+    def casts(self, bundle: Bundle) -> int:
+        """Count what casting and patching an offloaded bundle takes beside its buffer."""
+        return self.use(bundle) - self.buffer(bundle)
+
+    def load(self, bundle: Bundle) -> int:
+        """Count what making a bundle resident takes."""
+        return 0 if self.device.in_place else bundle.load_cost()
+
+    def load_casts(self, bundle: Bundle) -> int:
+        """Count the same beside the buffer that its source arrives in."""
+        return max(0, self.load(bundle) - bundle.source_bytes)
+
+    def arena(self, bundles: Sequence[Bundle], plan: LoadPlan, window: Window, room: int) -> int:
+        """Count the bytes that transfers may go to, of the `room` that all on its way has."""
+        if plan.state is LoadState.FULL:  # what is cast on its way to where it stays
+            through = [b.source_bytes for b in bundles if not (b.source_is_final or b.only_patched)]
+            casts = max(map(self.load_casts, bundles), default=0)
+            return min(room, max(aligned(max(through, default=0)), min(window(through), room - casts)))
+        largest = max((aligned(self.buffer(bundle)) for bundle in bundles), default=0)
+        casts = max(map(self.casts, bundles), default=0)
+        return min(room, max(largest, min(plan.reserve, room) - casts))
