@@ -9,6 +9,7 @@ from typing import Any
 from ..ops.ledger import in_words
 from .holdings import Entry
 
+ALL = 1 << 60  # bytes that are asked for where all is meant
 NAMED = 5  # kinds of nodes in a line for the log
 
 
@@ -35,12 +36,10 @@ class Taken:
     @property
     def words(self) -> str:
         """Say what is evicted, for the log."""
+        why = self.reason if self.short >= ALL else f"{in_words(self.short)} short ({self.reason})"
         if not self.gone:
-            return f"nothing to evict: {in_words(self.short)} short ({self.reason})"
+            return f"nothing to evict: {why}"
         names = Counter(entry.kind or entry.label for entry, _, _ in self.gone)
         listed = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in list(names.items())[:NAMED])
         more = f" and {len(names) - NAMED} more kinds" if len(names) > NAMED else ""
-        return (
-            f"evicted {len(self.gone)} outputs ({listed}{more}), {in_words(self.freed)}: {in_words(self.short)} short "
-            f"({self.reason})"
-        )
+        return f"evicted {len(self.gone)} outputs ({listed}{more}), {in_words(self.freed)}: {why}"

@@ -64,18 +64,29 @@ def _free(_: Bundle) -> int:
     return 0
 
 
-def _buffer(offloaded: Sequence[Bundle], ahead: int, cost: Cost, casting: Cost = _free) -> int:
-    """Sum the temporary bytes that offloading needs: the bundle in use and `ahead` others, at their costliest.
+# Given the bytes of each transfer, says how many of them may be on their way together.
+Window = Callable[[Sequence[int]], int]
 
-    Only the one in use is cast.
-    """
-    return sum(nlargest(1 + ahead, map(cost, offloaded))) + max(map(casting, offloaded), default=0)
+
+def bundles_ahead(count: int) -> Window:
+    """Make room for the bundle in use and `count` others, at their largest."""
+    return lambda sizes: sum(nlargest(1 + count, sizes))
+
+
+def by_bytes(most: int) -> Window:
+    """Make room for `most` bundles at their largest."""
+    return lambda sizes: min(sum(map(aligned, sizes)), most * aligned(max(sizes, default=0)))
+
+
+def _buffer(offloaded: Sequence[Bundle], window: Window, cost: Cost, casting: Cost = _free) -> int:
+    """Sum the temporary bytes that offloading needs: those on their way, and what casting the one in use takes."""
+    return window([cost(bundle) for bundle in offloaded]) + max(map(casting, offloaded), default=0)
 
 
 def plan_load(
     order: Sequence[Bundle],
     budget: int,
-    ahead: int,
+    window: Window,
     cost: Cost,
     casting: Cost = _free,
     loading: Cost = _free,
@@ -84,13 +95,11 @@ def plan_load(
 ) -> LoadPlan:
     """Plan which bundles, in address order, stay resident within `budget` bytes beside the buffers of the others.
 
-    The buffers are the sum of the costliest offloaded bundles, not a multiple of the largest. ahead: bundles in buffers
-    beside the one in use. casting: bytes that casting and patching one costs beside its buffer. loading: temporary
-    bytes that making a bundle resident costs. streamed: bundles that never reside. unit: bytes that come and go
-    together.
+    window: see `Window`. casting: bytes that casting and patching one costs beside its buffer. loading: temporary bytes
+    that making a bundle resident costs. streamed: bundles that never reside. unit: bytes that come and go together.
     """
     most = max(map(loading, order), default=0)
-    reserve = max(most, _buffer(streamed, ahead, cost, casting))
+    reserve = max(most, _buffer(streamed, window, cost, casting))
     while True:
         limit = max(0, budget - reserve) // unit * unit
         used = count = 0
@@ -100,7 +109,7 @@ def plan_load(
                 break
             count += 1
         offloaded = [*order[count:], *streamed]
-        needed = max(most if count else 0, _buffer(offloaded, ahead, cost, casting))
+        needed = max(most if count else 0, _buffer(offloaded, window, cost, casting))
         if needed <= reserve:
             break
         reserve = needed
@@ -109,7 +118,7 @@ def plan_load(
 
 
 def plan_unload(
-    resident: Sequence[Bundle], nbytes: int, reserve: int, ahead: int, cost: Cost, casting: Cost = _free
+    resident: Sequence[Bundle], nbytes: int, reserve: int, window: Window, cost: Cost, casting: Cost = _free
 ) -> int:
     """Count the bytes to evict so that `nbytes` more are free. Sums from the high end of the address order.
 
@@ -117,7 +126,7 @@ def plan_unload(
     """
     freed = 0
     for index in range(len(resident) - 1, -1, -1):
-        grown = max(0, _buffer(resident[index + 1 :], ahead, cost, casting) - reserve)
+        grown = max(0, _buffer(resident[index + 1 :], window, cost, casting) - reserve)
         if freed - grown >= nbytes:
             break
         freed += resident[index].nbytes

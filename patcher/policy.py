@@ -45,7 +45,7 @@ class Policy:
 
     vram_bytes: the most that the weights may hold on the device (on a CPU, in host memory). 0 streams everything.
     headroom_bytes: kept free on the device for the computation.
-    pinned_bytes: host memory for pins. prefetch: bundles begun ahead. streams: offload streams.
+    pinned_bytes: host memory for pins. prefetch: bundles begun ahead at most. streams: offload streams.
     keep: 'always' never gives way to other models, 'free after use' gives everything back after each run.
     priority: models of higher priority are evicted later. int8_lora: LoRAs on INT8 weights are merged and quantised
     once more, or stay beside them in floating point. 'auto' merges while that rounds no worse.
@@ -57,7 +57,7 @@ class Policy:
     pinned_bytes: int | None = None
     keep: Keep = "auto"
     priority: int = 0
-    prefetch: int = 2
+    prefetch: int | None = None
     streams: int = 2
     vbar: Kind = "auto"
     int8_lora: Int8LoRA = "auto"
@@ -66,7 +66,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("vram_bytes", "headroom_bytes", "pinned_bytes", "prefetch", "streams"):
             value = getattr(self, name)
-            optional = name.endswith("_bytes")
+            optional = name.endswith("_bytes") or name == "prefetch"
             if not (value is None and optional) and (not isinstance(value, int) or value < 0):
                 expected = "a whole number of at least 0" + ", or None" * optional
                 raise ValueError(f"policy: {name} is {value!r}; expected {expected}.")

@@ -15,7 +15,8 @@ class Remembered:
 
     order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
-    to need. learnt: bytes that it was seen to need beyond that.
+    to need. learnt: bytes that it was seen to need beyond that. window: bundles on their way, at their largest, that
+    the device keeps room for.
     """
 
     order: Sequence[Bundle]
@@ -24,6 +25,7 @@ class Remembered:
     plan: LoadPlan | None = None
     expected: int = 0
     learnt: int = 0
+    window: int = 4
 
     def expect(self, nbytes: int) -> bool:
         """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""

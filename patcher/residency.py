@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from ..ops.device.backend import Backend
 from ..ops.gather import aligned
@@ -20,13 +21,25 @@ from ..ops.lending.pins import Pins
 from ..ops.vbar.protocol import VBAR
 from .choose_vbar import choose_vbar
 from .headroom import GIB, headroom_bytes
-from .load_plan import LoadPlan, LoadState, interleave, plan_load, plan_unload, use_cost
+from .load_plan import (
+    LoadPlan,
+    LoadState,
+    Window,
+    bundles_ahead,
+    by_bytes,
+    interleave,
+    plan_load,
+    plan_unload,
+    use_cost,
+)
 from .policy import Policy
 from .ram_pressure import room_for_staging
 from .remembered import Remembered
 
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
 FLOOR = GIB // 4
+# Bundles that are gathered at once, at their largest.
+STAGED = 4
 
 
 class Residency:
@@ -58,6 +71,9 @@ class Residency:
         else:
             self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
         self.caster.per_step = len(bundles)
+        self.caster.traced = remembered.traced
+        for bundle, following in pairwise(remembered.order):  # a guess, until a step has shown the order
+            bundle.successor = bundle.successor or following
         self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
@@ -67,9 +83,11 @@ class Residency:
             raise
 
     @property
-    def ahead(self) -> int:
-        """Count the bundles that are in buffers beside the one in use: those begun ahead, and one that drains."""
-        return self.policy.prefetch + 1 if min(self.policy.streams, self.device.streams) else 0
+    def window(self) -> Window:
+        """Give the rule for how much may be on its way at once: as the policy says, and one bundle that drains."""
+        if not min(self.policy.streams, self.device.streams):
+            return bundles_ahead(0)
+        return by_bytes(self.remembered.window) if self.policy.prefetch is None else bundles_ahead(self.policy.prefetch + 1)
 
     @property
     def vbar(self) -> VBAR:
@@ -155,7 +173,7 @@ class Residency:
         return plan_load(
             self.addresses,
             self._available(),
-            self.ahead,
+            self.window,
             self._buffer_bytes,
             self._cast_bytes,
             self._load_cost,
@@ -215,13 +233,24 @@ class Residency:
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
         resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
-        casting = self._load_cost if plan.state is LoadState.FULL else self._cast_bytes
-        casts = max(map(casting, self.bundles), default=0)
-        room = self._available() - min(plan.limit, resides)
+        is_full = plan.state is LoadState.FULL
+        casts = max(map(self._load_casts if is_full else self._cast_bytes, self.bundles), default=0)
         # A budget of 0 asks for streaming, which is as fast as ever.
+        room = plan.reserve if self.budget() == 0 else self._available() - min(plan.limit, resides)
+        if is_full:
+            arena = max(
+                (aligned(bundle.source_bytes) for bundle in self.bundles if not bundle.source_is_final), default=0
+            )
+        else:
+            largest = max((aligned(self._buffer_bytes(bundle)) for bundle in self.bundles), default=0)
+            arena = max(largest, min(plan.reserve, room) - casts)
         sizes = [bundle.source_bytes for bundle in self.bundles]
-        staging = room_for_staging(sizes, 1 + self.ahead, self.caster.staging_bytes)
-        self.caster.set_room(plan.reserve if self.budget() == 0 else room, casts, staging)
+        staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
+        self.caster.set_room(room, min(arena, room), staging, max(sizes, default=0))
+
+    def _load_casts(self, bundle: Bundle) -> int:
+        """Count the bytes that it takes to make a bundle resident, beside the buffer that its source arrives in."""
+        return max(0, self._load_cost(bundle) - bundle.source_bytes)
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.
@@ -378,7 +407,7 @@ class Residency:
                 return freed
             resident = [bundle for bundle in self.addresses if self.is_resident(bundle)]
             wanted = plan_unload(
-                resident, nbytes - freed, self.plan.reserve, self.ahead, self._buffer_bytes, self._cast_bytes
+                resident, nbytes - freed, self.plan.reserve, self.window, self._buffer_bytes, self._cast_bytes
             )
             return freed + self.vbar.free_memory(wanted)
 

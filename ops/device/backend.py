@@ -18,6 +18,7 @@ from ..ram.available import recent_ram
 from ..ram.shortage import obtain
 from .identity import identity
 from .locked_memory import locked
+from .readers import Inline, Readers, threads
 
 T = TypeVar("T")
 # Gives (free, total) bytes of a device.
@@ -72,6 +73,10 @@ class Backend:
     def stream(self) -> Any:
         """Return a new offload stream; None on a device without streams."""
         return None
+
+    def readers(self) -> Readers:
+        """Return whoever gathers weights and starts their transfers."""
+        return Inline()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Enqueue target <- source on the stream; None is the main stream."""
@@ -207,6 +212,9 @@ class StreamBackend(Backend):
 
     def stream(self) -> Any:
         return self._module.Stream(device=self.device)
+
+    def readers(self) -> Readers:
+        return threads()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with self._module.stream(stream):

@@ -15,6 +15,7 @@ import torch
 
 from ..ledger import Ledger, first_line
 from .backend import Backend, DeviceError, T
+from .readers import Readers
 
 
 class Moment:
@@ -94,6 +95,9 @@ class CarefulBackend(Backend):
 
     def stream(self) -> Any:
         return self.order(self.unwrapped.stream)
+
+    def readers(self) -> Readers:
+        return self.unwrapped.readers()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         if self._unsettled:

@@ -168,6 +168,14 @@ class Bundle:
         return self.nbytes != before
 
     @property
+    def worth_writing_back(self) -> bool:
+        """Say whether a pin of the final form saves arithmetic (of patches, of quantisation) or bytes.
+
+        A mere upcast is cheaper to repeat than to transfer.
+        """
+        return self.worth_keeping or self.nbytes < self.source_bytes
+
+    @property
     def pin_is_current(self) -> bool:
         """Say whether a pin holds the final form. The next use then costs one transfer and no computation."""
         return self.pinned_version == self.version

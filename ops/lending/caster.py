@@ -21,13 +21,14 @@ import torch
 
 from ..device.backend import Backend, Event
 from ..device.out_of_memory import is_out_of_memory
+from ..device.readers import Job
 from ..ledger import Ledger, in_words
 from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_bytes
 from ..vbar.protocol import VBAR
+from .arena import Extent
 from .bundle import Bundle
 from .final_form import make_final
 from .pins import Pins
-from .ring import Slot
 
 
 class Loan:
@@ -36,11 +37,14 @@ class Loan:
     # Defaults of the class: every layer call creates a loan, and most loans are of resident bundles and set none.
     views: Sequence[torch.Tensor] | None = None  # set: ready to use
     target: torch.Tensor | None = None  # where the transfer goes
-    slot: Slot | None = None
-    event: Event | None = None  # after the transfer
+    extent: Extent | None = None  # of the arena, where the target lies there
+    after: Sequence[Event | None] = ()  # what the transfer into the target must wait for
+    job: Job | None = None  # of the reader that starts the transfer
+    event: Event | None = None  # after the transfer, once a reader has started it
     brings_final = False  # the transfer brings the final form
+    host_casts = False  # the host makes the final form
     keep: object | None = None  # memory that must outlive a transfer
-    held = 0  # bytes of device memory that the loan holds outside of VBAR and ring
+    held = 0  # bytes of device memory that the loan holds outside of VBAR and arena
     started = False  # bytes had to be brought
 
     def __init__(self, bundle: Bundle, signature: Any) -> None:
@@ -61,6 +65,7 @@ class Caster:
         self.first: Bundle | None = None  # the bundle with which the last step began
         self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
         self.lent = 1 << 62  # loans since the step began
+        self.traced = False  # a step has shown the order; until then it is the order of registration
         # Called when a step begins: whenever the first bundle is asked for, another way into the model is taken
         # (`expect_step`), or a step has lent so often that it must have begun anew somewhere else.
         self.on_step: Callable[[], None] = lambda: None
@@ -321,12 +326,13 @@ class Caster:
         """Start the loans that will be asked for after `bundle`."""
 
     def cancel_prefetch(self) -> None:
-        """End the loans that were started ahead, since the order changed or memory is wanted."""
+        """End the loans that were started ahead, since memory or another form of the weights is wanted."""
 
-    def set_room(self, nbytes: int, casts: int, staging: int) -> None:
-        """Set the most device memory that bundles on their way may take. casts: how much of it is to cast and patch.
+    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
+        """Set the most device memory that bundles on their way may take, casts and patches included.
 
-        staging: the most host memory that bundles are gathered in.
+        arena: how much of it transfers may go to. staging: the most host memory that bundles are gathered in, in blocks
+        of `staged`.
         """
 
     def free_buffers(self) -> int:
@@ -351,7 +357,8 @@ class Caster:
         return self.buffer_bytes > 0 or self.staging_bytes > 0
 
     def follow_trace(self, bundles: Sequence[Bundle]) -> None:
-        """Use what the first step has shown. A device with memory of its own needs nothing more."""
+        """Use what the first step has shown."""
+        self.traced = True
 
     def close(self) -> None:
         """Give all memory of the device back."""

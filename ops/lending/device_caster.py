@@ -1,77 +1,97 @@
-"""The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use."""
+"""The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use.
+
+The thread that launches kernels gathers nothing. It chooses where a bundle goes and puts its transfer in order, which a
+pin needs no more for. Whatever has no pin is gathered and sent by a reader.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..device.backend import Backend, Event
+from ..device.readers import Inline, Readers
 from ..files.disk_map import SourceError
-from ..gather import copy_into, interpret_gathered_like
+from ..gather import interpret_gathered_like
 from ..ledger import Ledger
 from ..vbar.protocol import VBAR
+from .arena import Arena
 from .bundle import Bundle
 from .caster import Caster, Loan
+from .gathering import Gathering
 from .pins import Pins
-from .ring import Ring
+
+# Bundles that may be on their way, however small. Each holds a page or two, and events.
+MOST_AHEAD = 128
+# Bytes that may be on their way to slices of the VBAR, which need no buffers.
+LOADING_AHEAD = 3 << 29
 
 
 class DeviceCaster(Caster):
-    """prefetch: bundles to start ahead of their use. streams: offload streams to use, at most the device's."""
+    """prefetch: bundles to start ahead of their use; None for as many as the arena holds. streams: offload streams to
+    use, at most the device's.
+    """
 
     def __init__(
-        self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger, prefetch: int = 2, streams: int = 2
+        self,
+        backend: Backend,
+        vbar: VBAR,
+        pins: Pins,
+        ledger: Ledger,
+        prefetch: int | None = None,
+        streams: int = 2,
     ) -> None:
         super().__init__(backend, vbar, pins, ledger)
         count = min(streams, backend.streams)
         self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
-        self.prefetch = prefetch if count else 0
+        self.readers: Readers = backend.readers() if count else Inline()
+        self.most_ahead = (MOST_AHEAD if prefetch is None else prefetch) if count else 0
         self.turn = 0
-        # A slot in use, the slots ahead, and a slot that drains.
-        slots = self.prefetch + 2
-        self.ring = Ring(backend.empty, slots, self.counters)
+        self.arena = Arena(backend.empty, born=partial(backend.record, None))
         # Host buffers that unpinned bundles are gathered in.
-        self.staging = Ring(backend.host_empty, slots, self.counters)
+        self.staging = Arena(backend.host_empty)
         # A model may be dropped, by any thread, while transfers into its memory are under way. Without the wait they
         # would write into what the memory is used for next.
         self._settle = weakref.finalize(self, backend.settle)
         self._settle.atexit = False
         self.prefetched: dict[Bundle, Loan] = {}
-        self.last_prefetched: Bundle | None = None
+        self._looked_at: Bundle | None = None  # the last bundle that is resident or on its way
+        self._loading = 0  # bytes on their way to slices of the VBAR, ahead of their use
         self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
-        self.room, self.casts, self.staging_room = 1 << 62, 0, 1 << 62  # see set_room
-        self._held = 0  # bytes of device memory that loans hold outside of VBAR and ring
+        self.room = 1 << 62  # see set_room
+        self._held = 0  # bytes of device memory that loans hold outside of VBAR and arena
         self.peak_buffer_bytes = 0
 
     # -- memory beside the VBAR
 
-    def set_room(self, nbytes: int, casts: int, staging: int) -> None:
-        self.room, self.casts, self.staging_room = nbytes, casts, staging
+    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
+        self.room = nbytes
+        self.arena.resize(arena)
+        self.staging.resize(staging, staged)
         self.make_way(0)
 
     @property
     def buffer_bytes(self) -> int:
-        return self.ring.nbytes + self._outside()
+        return self.arena.nbytes + self._outside()
 
     @property
     def staging_bytes(self) -> int:
         return self.staging.nbytes
 
     def _outside(self) -> int:
-        """Return the bytes that are held outside of VBAR and ring."""
+        """Return the bytes that are held outside of VBAR and arena."""
         return self._held + sum(kept.numel() for _, kept in self.write_backs)
 
     def make_way(self, nbytes: int) -> None:
         if self.buffer_bytes + nbytes > self.room:
-            self.ring.trim(self.room - nbytes - self._outside())
-        if self.buffer_bytes + nbytes > self.room:
             self._finish_write_backs()
         if self.buffer_bytes + nbytes > self.room:
             self.cancel_prefetch()
-            self.ring.trim(self.room - nbytes - self._outside())
+            self.arena.clear()
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes + nbytes)
 
     def _finish_write_backs(self) -> None:
@@ -81,21 +101,12 @@ class DeviceCaster(Caster):
                 event.synchronize()
             del self.write_backs[0]
 
-    def _has_room_ahead(self, loan: Loan) -> bool:
-        """Say whether a bundle may come ahead of its use, beside those that are on their way."""
-        bundle = loan.bundle
-        if loan.signature is not None and (bundle.pin_is_current or bundle.source_is_final):
-            return True
-        # What the bundle in use was cast to is gone before the next one is cast.
-        others = self.ring.taken_bytes + max(self._outside(), self.casts)
-        return others + bundle.transfer_bytes <= self.room
-
     def free_buffers(self) -> int:
         with self.lock:
             before = self.buffer_bytes
             self.cancel_prefetch()
             self._finish_write_backs()
-            self.ring.clear()
+            self.arena.clear()
             self.staging.clear()
             return before - self.buffer_bytes
 
@@ -104,74 +115,122 @@ class DeviceCaster(Caster):
     def request(self, bundle: Bundle) -> Loan:
         if self.write_backs:
             self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
-        if self.prefetched:
-            loan = self.prefetched.pop(bundle, None)
-            if loan is not None:
-                return loan
-            self.cancel_prefetch()  # the order is not what it was
-        self.last_prefetched = None
-        return super().request(bundle)
+        loan = self._started_ahead(bundle)
+        if loan is None:
+            loan = self.ask(bundle)
+            if loan.views is None:
+                self._looked_at = None
+                if self.traced:
+                    self.cancel_prefetch()  # the order is not what it was
+                self.begin(loan)
+        return loan
 
     def request_aside(self, bundle: Bundle) -> Loan:
-        started = self.prefetched.pop(bundle, None)
-        return started if started is not None else super().request(bundle)
+        return self._no_longer_ahead(bundle) if bundle in self.prefetched else super().request(bundle)
+
+    def _started_ahead(self, bundle: Bundle) -> Loan | None:
+        """Take the loan out of those that were begun ahead. What was to be asked for before it is not wanted now."""
+        loan = self.prefetched.get(bundle)
+        if loan is None:
+            return None
+        while self.traced and next(iter(self.prefetched)) is not bundle:
+            self.end(self._no_longer_ahead(next(iter(self.prefetched))))
+        return self._no_longer_ahead(bundle)
+
+    def _no_longer_ahead(self, bundle: Bundle) -> Loan:
+        loan = self.prefetched.pop(bundle)
+        if _goes_to_its_slice(loan):
+            self._loading -= bundle.nbytes
+        return loan
 
     def start(self, loan: Loan) -> None:
+        if not self._try_to_start(loan):
+            self.cancel_prefetch()  # which holds what this bundle needs, and is asked for later
+            if not self._try_to_start(loan):
+                # Nested modules hold the arena, or the bundle is larger than all of it.
+                self._hold_target(loan)
+                self._send(loan)
+
+    def _try_to_start(self, loan: Loan, ahead: bool = False) -> bool:
+        """Find memory for the bundle and start its transfer. Return False, with nothing taken, where there is none.
+
+        ahead: before its use, so nothing else gives way.
+        """
         bundle = loan.bundle
         bundle.check_present()
+        loan.started = True
+        current = bundle.pin_is_current
+        # Where the budget has no room for the source beside the final form, the host casts.
+        loan.host_casts = not current and self._must_cast_on_host(loan)
+        loan.brings_final = current or bundle.source_is_final or loan.host_casts
+        nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
+        if loan.brings_final and loan.signature is not None:
+            loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
+            loan.after = [self.backend.record(None)]
+        else:
+            extent = self.arena.take(nbytes) if self._arena_has_room(loan, ahead) else None
+            if extent is None:
+                return False
+            loan.extent, loan.target, loan.after = extent, extent.view, extent.after
+            self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
+        self._send(loan)
+        return True
+
+    def _arena_has_room(self, loan: Loan, ahead: bool) -> bool:
+        """Say whether the arena, whole, leaves what casting and patching this bundle takes."""
+        casts = 0 if loan.brings_final else loan.bundle.offload_cost() - loan.bundle.source_bytes
+        if loan.signature is not None:
+            casts -= loan.bundle.nbytes
+        arena = self.arena
+        if arena.capacity + max(0, casts) > self.room:
+            return False
+        if not arena.nbytes and self.buffer_bytes + arena.capacity > self.room:
+            if ahead:
+                return False
+            self.make_way(arena.capacity)
+        return True
+
+    def _hold_target(self, loan: Loan) -> None:
+        """Allocate device memory for the transfer, which the loan gives back when it ends."""
+        nbytes = loan.bundle.nbytes if loan.brings_final else loan.bundle.source_bytes
+        self.make_way(nbytes)
+        loan.target = self._hold(loan, nbytes)
+        loan.after = [self.backend.record(None)]
+
+    def _send(self, loan: Loan) -> None:
+        """Start the transfer, or have a reader start it."""
+        bundle, target = loan.bundle, loan.target
+        assert target is not None
         stream = self.streams[self.turn]
         self.turn = (self.turn + 1) % len(self.streams)
-        pin = self.pins.get(bundle)
-        current = pin is not None and pin.version == bundle.version
-        # Where the budget has no room for the source beside the final form, the host casts.
-        host_casts = not current and self._must_cast_on_host(loan)
-        loan.brings_final = current or bundle.source_is_final or host_casts
-        nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
-        to_vbar = loan.brings_final and loan.signature is not None
-        if to_vbar:
-            loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
-        else:
-            casts = max(0, bundle.offload_cost() - nbytes)
-            loan.slot = self.ring.take(nbytes, self.room - self._outside() - casts)
-            if loan.slot is None:  # nested modules hold every slot
-                loan.target = self._hold(loan, nbytes)
-            else:
-                loan.target = loan.slot.buffer[:nbytes]
-            self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
-        if loan.slot is None or loan.slot.fresh:
-            # Fresh memory may still be read by kernels queued on the main stream. Without this wait the copy would
-            # overwrite their input and the image would be wrong.
-            self.backend.wait(self.backend.record(None), stream)
-        if loan.slot is not None:
-            loan.slot.fresh = False
-        if host_casts:
+        for event in loan.after:
+            # Kernels on the main stream may still read what lies there. Without this wait the copy would overwrite
+            # their input and the image would be wrong.
+            self.backend.wait(event, stream)
+        loan.after = ()
+        pin = None if loan.host_casts else self.pins.get(bundle)
+        if pin is not None and pin.version is not None and pin.version != bundle.version:
             pin = None
-        elif not current and (pin is None or pin.version is not None):
-            pin = self.pins.take(bundle, bundle.source_bytes, None) if not self._worth_writing_back(bundle) else None
-            if pin is not None:
-                try:
-                    self._gather(bundle, pin.buffer)
-                except BaseException:
-                    self.pins.drop(bundle)
-                    raise
         if pin is not None:
             if pin.ready is not None:
                 # Without this wait the copy would read a pin that a write-back is still filling.
                 self.backend.wait(pin.ready, stream)
-            self.backend.copy(loan.target, pin.buffer[:nbytes], stream)
+            self.backend.copy(target, pin.buffer[: target.numel()], stream)
             loan.event = pin.busy = self.backend.record(stream)
         else:
-            self._stage(bundle, loan, stream)
+            # What stays on the device needs no pin, which those that are brought at each step would lack.
+            pins_source = loan.signature is None and not bundle.worth_writing_back
+            loan.job = self.readers.submit(Gathering(self, loan, stream, loan.host_casts, pins_source))
         if loan.signature is None:
-            self.counters.bytes_streamed += nbytes
+            self.counters.bytes_streamed += target.numel()
         else:
-            self.counters.bytes_loaded += nbytes
+            self.counters.bytes_loaded += target.numel()
 
     def _must_cast_on_host(self, loan: Loan) -> bool:
         bundle = loan.bundle
         if loan.signature is None or bundle.source_is_final or not bundle.only_cast:
             return False
-        return self.ring.taken_bytes + self._outside() + bundle.source_bytes > self.room
+        return self.arena.capacity < bundle.source_bytes and self.buffer_bytes + bundle.source_bytes > self.room
 
     def _hold(self, loan: Loan, nbytes: int) -> torch.Tensor:
         """Allocate device memory that the loan gives back when it ends."""
@@ -180,34 +239,12 @@ class DeviceCaster(Caster):
         self._held += nbytes
         return memory
 
-    def _gather(self, bundle: Bundle, buffer: torch.Tensor, final: bool = False) -> None:
-        """Copy the source into a host buffer. final: in the final form, which is a cast of the source."""
-        bundle.check_files()
-        form = bundle.final if final else bundle.source
-        for view, tensor in zip(interpret_gathered_like(form, buffer), bundle.source, strict=True):
-            assert view is not None
-            copy_into(view, tensor)
-        bundle.check_files()  # what was written meanwhile must not be kept
-        bundle.drop_pages()
-
-    def _stage(self, bundle: Bundle, loan: Loan, stream: Any) -> None:
-        assert loan.target is not None
-        nbytes = loan.target.numel()
-        staging = self.staging.take(nbytes, self.staging_room)
-        buffer = torch.empty(nbytes, dtype=torch.uint8) if staging is None else staging.buffer
-        try:
-            self._gather(bundle, buffer, final=loan.brings_final and not bundle.source_is_final)
-            self.backend.copy(loan.target, buffer[:nbytes], stream)
-            loan.event = self.backend.record(stream)
-        finally:
-            if staging is None:
-                loan.keep = buffer
-            else:
-                self.staging.give(staging, loan.event)
-
     def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
         assert loan.target is not None
+        if loan.job is not None:
+            loan.job.wait()
+            loan.job = None
         # Without this wait the main stream would compute with what lay in the target before the transfer.
         self.backend.wait(loan.event, None)
         if loan.brings_final:
@@ -225,21 +262,13 @@ class DeviceCaster(Caster):
                 self._write_back(bundle, memory)
             del source
             loan.target = None  # or the loan would hold the buffer for as long as its op runs
-            self._free_slot(loan)
+            self._free_extent(loan)
         if loan.signature is not None:
             self.keep_resident(loan, views)
         return views
 
-    @staticmethod
-    def _worth_writing_back(bundle: Bundle) -> bool:
-        """Say whether a pin of the final form saves arithmetic (of patches, of quantisation) or bytes.
-
-        A mere upcast is cheaper to repeat than to transfer.
-        """
-        return bundle.worth_keeping or bundle.nbytes < bundle.source_bytes
-
     def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
-        if not self._worth_writing_back(bundle):
+        if not bundle.worth_writing_back:
             return
         pin = self.pins.take(bundle, bundle.nbytes, bundle.version)
         if pin is None:
@@ -260,17 +289,20 @@ class DeviceCaster(Caster):
         self.counters.write_backs += 1
         self.counters.bytes_written_back += bundle.nbytes
 
-    def _free_slot(self, loan: Loan) -> None:
-        slot, loan.slot = loan.slot, None
-        if slot is not None:
+    def _free_extent(self, loan: Loan) -> None:
+        extent, loan.extent = loan.extent, None
+        if extent is not None:
             done = None
             try:
                 done = self.backend.record(None)
             finally:
-                self.ring.give(slot, done)
+                self.arena.give(extent, done)
 
     def finish(self, loan: Loan) -> None:
         try:
+            if loan.job is not None:
+                loan.job.cancel()
+                loan.job = None
             if loan.views is None and loan.event is not None:
                 # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
                 loan.event.synchronize()
@@ -278,45 +310,69 @@ class DeviceCaster(Caster):
             if loan.held:
                 self._held -= loan.held
                 loan.held = 0
-            self._free_slot(loan)
+            self._free_extent(loan)
 
     # -- ahead of the use
 
     def prefetch_after(self, bundle: Bundle) -> None:
-        if not self.prefetch:
-            return
-        last = self.last_prefetched if self.last_prefetched is not None else bundle
-        while len(self.prefetched) < self.prefetch:
+        """Start what is asked for next, as far as the arena reaches. What is resident is passed over."""
+        last = self._looked_at or bundle
+        while len(self.prefetched) < self.most_ahead:
             following = last.successor
-            if following is None or following is bundle or following in self.prefetched or following.loan is not None:
+            if following is None or following is bundle or following.loan is not None:
                 break
-            loan = self.ask(following)
-            if loan.views is None and not self._has_room_ahead(loan):
-                self.counters.misses -= loan.signature is None  # it will be asked for again
-                self.counters.faults -= loan.signature is not None
-                self.end(loan)
+            if following.views is None and following not in self.prefetched and not self._start_ahead(following):
                 break
-            try:
-                if loan.views is None:
-                    self.begin(loan)
-            except (RuntimeError, MemoryError, SourceError):
-                break  # the request for this bundle itself will raise it
-            self.prefetched[following] = loan
-            if loan.views is None:
-                self.counters.prefetched += 1
             last = following
-        self.last_prefetched = last if self.prefetched else None
+        self._looked_at = last
+
+    def _start_ahead(self, bundle: Bundle) -> bool:
+        """Start a bundle ahead of its use. Return False where that has to wait."""
+        loan = self.ask(bundle)
+        if loan.views is not None:
+            self.end(loan)
+            return True
+        try:
+            started = self._may_load_ahead(loan) and self._try_to_start(loan, ahead=True)
+        except BaseException as error:
+            try:
+                self.backend.synchronize()  # a transfer may have begun
+            finally:
+                self._not_started(loan)
+            if not isinstance(error, (RuntimeError, MemoryError, SourceError)):
+                raise
+            return False  # the request for this bundle itself will raise it
+        if not started:
+            self._not_started(loan)
+            return False
+        self.prefetched[bundle] = loan
+        self._loading += bundle.nbytes if _goes_to_its_slice(loan) else 0
+        self.counters.prefetched += 1
+        return True
+
+    def _may_load_ahead(self, loan: Loan) -> bool:
+        return loan.signature is None or not self._loading or self._loading + loan.bundle.nbytes <= LOADING_AHEAD
+
+    def _not_started(self, loan: Loan) -> None:
+        """End a loan that is asked for again later."""
+        self.counters.misses -= loan.signature is None
+        self.counters.faults -= loan.signature is not None
+        self.end(loan)
 
     def cancel_prefetch(self) -> None:
         with self.lock:
             while self.prefetched:
-                self.end(self.prefetched.popitem()[1])
-            self.last_prefetched = None
+                self.end(self._no_longer_ahead(next(iter(self.prefetched))))
+            self._looked_at = None
 
     def close(self) -> None:
         self._settle.detach()
         self.backend.synchronize()
         self.free_buffers()
+
+
+def _goes_to_its_slice(loan: Loan) -> bool:
+    return loan.signature is not None and loan.extent is None
 
 
 def _done(event: Event | None) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..device.backend import Backend
 from ..gather import aligned
 
 BLOCK_BYTES = 256 << 20
@@ -26,6 +25,11 @@ class Block:
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()
+
+    @property
+    def is_free(self) -> bool:
+        """Say whether no pin lies in it."""
+        return sum(size for _, size in self.gaps) == self.nbytes
 
     def cut(self, nbytes: int) -> Extent | None:
         """Cut `nbytes` from the first gap that is large enough. Return None where no gap is."""
@@ -61,8 +65,7 @@ class Extent:
 class PinBlocks:
     """The blocks of one model's pins."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self) -> None:
         self.blocks: list[Block] = []
 
     @property
@@ -70,27 +73,27 @@ class PinBlocks:
         """Return the bytes of all blocks, used or not."""
         return sum(block.nbytes for block in self.blocks)
 
-    def take(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> Extent | None:
-        """Return an extent of `nbytes`, of a block that is there, else of a new block of `wanted` bytes.
-
-        A new block is smaller where `budget` (bytes of all blocks) or `room` (bytes of RAM) allow no more. Returns None
-        where there is no room.
-        """
+    def cut(self, nbytes: int) -> Extent | None:
+        """Return an extent of `nbytes` of a block that is there; None where no gap is large enough."""
         for block in self.blocks:
             extent = block.cut(nbytes)
             if extent is not None:
                 return extent
+        return None
+
+    def room_for(self, nbytes: int, wanted: int, budget: int, room: Callable[[], int]) -> int:
+        """Return the bytes that a new block for `nbytes` may have, `wanted` at most; 0 where there is no room.
+
+        budget: bytes of all blocks. room: bytes of RAM.
+        """
         size = min(max(nbytes, wanted), budget - self.nbytes)
         size = min(size, room()) if size >= nbytes else size
-        return self.add(self.backend.host_empty(size), nbytes) if size >= nbytes else None
+        return size if size >= nbytes else 0
 
-    def add(self, buffer: torch.Tensor, nbytes: int) -> Extent:
-        """Use a buffer as a block. Return the extent of its first `nbytes`."""
-        block = Block(buffer)
-        extent = block.cut(nbytes)
-        assert extent is not None
-        self.blocks.append(block)
-        return extent
+    def add(self, buffer: torch.Tensor) -> Block:
+        """Use a buffer as a block."""
+        self.blocks.append(Block(buffer))
+        return self.blocks[-1]
 
     def drop(self, block: Block) -> int:
         """Forget a block that no pin lies in. Return its bytes, which the system has back once no view is left."""

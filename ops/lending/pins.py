@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..device.backend import Backend, Event
+from ..device.readers import Later
 from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
+
+_uses = itertools.count(1)
 
 
 @dataclass(eq=False)
 class Pin:
-    """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source."""
+    """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source.
+
+    filling: a reader copies the source into it at this moment.
+    """
 
     extent: Extent
     version: int | None
+    filling: bool = False
+    used: int = 0  # grows with every use
     ready: Event | None = None  # a write-back that may still be under way
     busy: Event | None = None  # the last transfer out of it
 
@@ -30,7 +40,8 @@ class Pin:
 class Pins:
     """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one.
 
-    room: tells how many bytes of RAM pins may still take, whatever the budget.
+    room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Locking memory
+    takes time, so a thread of its own does that, block by block, and until one is there a bundle goes without.
     """
 
     def __init__(
@@ -45,15 +56,18 @@ class Pins:
         self.room = room
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
         self.changes = 0  # how often a final form came or went: costs are not what they were
-        self._blocks = PinBlocks(backend)
+        self._blocks = PinBlocks()
+        self._coming: Later[torch.Tensor] | None = None  # the next block
+        self._reserved = 0  # its bytes
         self._bundles = list(bundles)
         self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
-        self._pins: OrderedDict[Bundle, Pin] = OrderedDict()  # the least recently used first
+        self._pins: dict[Bundle, Pin] = {}
+        self._changed = threading.Condition()
 
     @property
     def held(self) -> int:
         """Return the bytes of host memory that the pins cost."""
-        return self._blocks.nbytes
+        return self._blocks.nbytes + self._reserved
 
     def set_budget(self, nbytes: int) -> None:
         """Change the bytes that the pins may hold. Pins above the budget are freed at once."""
@@ -64,40 +78,73 @@ class Pins:
         """Return the pin of a bundle, in whatever form it is; None where it has none."""
         pin = self._pins.get(bundle)
         if pin is not None:
-            self._pins.move_to_end(bundle)
+            pin.used = next(_uses)
         return pin
 
     def take(self, bundle: Bundle, nbytes: int, version: int | None) -> Pin | None:
         """Replace a bundle's pin by a new one of `nbytes`. Return None where the budget has no room for it.
 
         Access is cyclic, so evicting another bundle's pin would only move the miss. Other pins stay, but a final form
-        (`version` is set) displaces bytes of the source.
+        (`version` is set) displaces bytes of the source. A pin without a version is being filled until `filled`.
         """
-        self.drop(bundle)
+        with self._changed:
+            self.drop(bundle)
+            extent = self._find(bundle, nbytes)
+            if extent is None and version is not None:
+                extent = self._displace(nbytes)
+            if extent is None:
+                return None
+            pin = self._pins[bundle] = Pin(extent, version, filling=version is None, used=next(_uses))
+            self.used += nbytes
+            self.changes += bundle.pin_changed(version)
+            return pin
+
+    def make_room(self, bundle: Bundle, nbytes: int) -> None:
+        """See to it that memory comes for a pin that is taken later."""
+        with self._changed:
+            extent = self._find(bundle, nbytes) if bundle not in self._pins else None
+            if extent is not None:
+                extent.block.join(extent)
+
+    def filled(self, pin: Pin) -> None:
+        """Note that a reader has copied all bytes into a pin."""
+        with self._changed:
+            pin.filling = False
+            self._changed.notify_all()
+
+    def _find(self, bundle: Bundle, nbytes: int) -> Extent | None:
+        """Return an extent for the bundle. Where the budget allows, new memory is on its way for who asks later."""
         if bundle.offload_to == "disk":
             return None
         if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
-            room = min(self.budget - self.held, self.room()) >= nbytes
-            extent = self._blocks.add(torch.empty(nbytes, dtype=torch.uint8), nbytes) if room else None
-        else:
-            extent = self._blocks.take(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
-        if extent is None and version is not None:
-            extent = self._displace(nbytes)
-        if extent is None:
-            return None
-        pin = self._pins[bundle] = Pin(extent, version)
-        self.used += nbytes
-        self.changes += bundle.pin_changed(version)
-        return pin
+            size = self._blocks.room_for(nbytes, nbytes, self.budget - self._reserved, self.room)
+            return self._blocks.add(torch.empty(size, dtype=torch.uint8)).cut(nbytes) if size else None
+        if self._coming is not None and self._coming.ready():
+            self._add(self._coming)
+        extent = self._blocks.cut(nbytes)
+        if extent is None and self._coming is None:
+            size = self._blocks.room_for(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
+            if size:
+                self._reserved, self._coming = size, self.backend.readers().aside(partial(self.backend.host_empty, size))
+                if self._coming.ready():
+                    self._add(self._coming)
+                    extent = self._blocks.cut(nbytes)
+        return extent
+
+    def _add(self, coming: Later[torch.Tensor]) -> None:
+        """Use memory that has come."""
+        self._coming, self._reserved = None, 0
+        self._blocks.add(coming.result())
 
     def _displace(self, nbytes: int) -> Extent | None:
         """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
-        for bundle in [bundle for bundle, pin in self._pins.items() if pin.version is None]:
-            block = self._pins[bundle].extent.block
-            self.drop(bundle)
-            extent = block.cut(nbytes)
-            if extent is not None:
-                return extent
+        for bundle, pin in list(self._pins.items()):
+            if pin.version is None and not pin.filling:
+                block = pin.extent.block
+                self.drop(bundle)
+                extent = block.cut(nbytes)
+                if extent is not None:
+                    return extent
         return None
 
     def _block_bytes(self, bundle: Bundle, nbytes: int) -> int:
@@ -114,18 +161,23 @@ class Pins:
 
     def drop(self, bundle: Bundle) -> int:
         """Free a bundle's pin for other pins to use. Return its bytes."""
-        pin = self._pins.pop(bundle, None)
-        if pin is None:
-            return 0
-        nbytes = pin.buffer.numel()
-        self.used -= nbytes
-        self.changes += bundle.pin_changed(None)
-        pin.extent.block.join(pin.extent)
-        for event in (pin.ready, pin.busy):
-            if event is not None:
-                # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
-                event.synchronize()
-        return nbytes
+        with self._changed:
+            pin = self._pins.get(bundle)
+            if pin is None:
+                return 0
+            while pin.filling:  # a reader writes into it, and would write into what the next pin gets
+                self._changed.wait()
+            if self._pins.pop(bundle, None) is not pin:
+                return 0
+            nbytes = pin.buffer.numel()
+            self.used -= nbytes
+            self.changes += bundle.pin_changed(None)
+            for event in (pin.ready, pin.busy):
+                if event is not None:
+                    # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
+                    event.synchronize()
+            pin.extent.block.join(pin.extent)
+            return nbytes
 
     def free(self, nbytes: float) -> int:
         """Give whole blocks back to the system, the least recently used first, until that many bytes are free.
@@ -134,14 +186,19 @@ class Pins:
         """
         if nbytes <= 0:
             return 0
-        last_use = dict.fromkeys(self._blocks.blocks, -1)
-        for age, pin in enumerate(self._pins.values()):
-            last_use[pin.extent.block] = age
-        freed = 0
-        for block in sorted(last_use, key=lambda block: last_use[block]):
-            if freed >= nbytes:
-                break
-            for bundle in [bundle for bundle, pin in self._pins.items() if pin.extent.block is block]:
-                self.drop(bundle)
-            freed += self._blocks.drop(block)
-        return freed
+        with self._changed:
+            if self._coming is not None:
+                self._add(self._coming)  # which may have to be waited for
+            last_use = dict.fromkeys(self._blocks.blocks, -1)
+            for pin in self._pins.values():
+                last_use[pin.extent.block] = max(last_use[pin.extent.block], pin.used)
+            freed = 0
+            for block in sorted(last_use, key=lambda block: last_use[block]):
+                if freed >= nbytes:
+                    break
+                for bundle in [bundle for bundle, pin in self._pins.items() if pin.extent.block is block]:
+                    self.drop(bundle)
+                if block.is_free:  # a reader may have cut it while a drop waited
+                    freed += self._blocks.drop(block)
+            return freed
+

@@ -113,6 +113,6 @@ class LosesBytes(Sound):
     def fault(self, vbar_slice):
         known = vbar_slice is not None and vbar_slice.serial
         signature = super().fault(vbar_slice)
-        if known and signature is not None:
+        if known and signature is not None and vbar_slice.memory is not None:
             vbar_slice.memory.fill_(POISON)
         return signature

@@ -17,6 +17,7 @@ from collections import deque
 import torch
 
 from spillway.ops.device.backend import Backend
+from spillway.ops.device.readers import Returned, do
 from spillway.ops.vbar import software as software_vbar
 
 POISON = 0xFF  # NaN in fp8, fp16, bf16 and fp32
@@ -65,7 +66,12 @@ class SimEvent:
         return tensors
 
     def query(self) -> bool:
-        return self.stream is None or self.stream.done >= self.position
+        if self.stream is None:
+            return self.device.host_saw >= self.position
+        if self.stream.done < self.position:
+            return False
+        self.stream.host_knows = max(self.stream.host_knows, self.position)
+        return True
 
 
 class SimStream:
@@ -92,6 +98,55 @@ class SimStream:
             while self.done < position:
                 self.done += 1
                 self.work.popleft()()
+
+
+class SimReaders:
+    """Readers that begin when somebody waits for them; those of an eager device at once, of "some" every other."""
+
+    def __init__(self, device, eager) -> None:
+        self.device, self.eager = device, eager
+        self.waiting: deque = deque()
+        self.given = 0
+
+    def submit(self, work):
+        self.given += 1
+        job = SimJob(self, work)
+        self.waiting.append(job)
+        self.device.note_outstanding()
+        if self.eager is True or (self.eager == "some" and self.given % 2 == 0):
+            job.run()
+        return job
+
+    def aside(self, call):
+        return Returned(call())
+
+
+class SimJob:
+    """Work that is done when somebody waits for it."""
+
+    def __init__(self, readers, work) -> None:
+        self.readers, self.work, self.error = readers, work, None
+
+    def run(self) -> None:
+        """Do it, and all that was submitted before."""
+        waiting = self.readers.waiting
+        while self in waiting:
+            job = waiting.popleft()
+            try:
+                do(job.work)
+            except BaseException as error:  # raised where the job is waited for, as a thread's is
+                job.error = error
+            job.work = None
+
+    def wait(self) -> None:
+        self.run()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        if self in self.readers.waiting:
+            self.readers.waiting.remove(self)
+        self.work = None
 
 
 class SimDevice(Backend):
@@ -121,6 +176,7 @@ class SimDevice(Backend):
         self.copies = 0
         self.most_outstanding = self.peak = 0
         self.all_streams: list[SimStream] = []
+        self._readers = SimReaders(self, eager)
         # Of the main stream: how much it has been given, and how much of that the host knows to be done.
         self.clock = self.host_saw = 0
         # By storage. Of device memory: up to where the main stream uses it. Of host memory: by offset, what it held
@@ -142,13 +198,19 @@ class SimDevice(Backend):
         """Bytes of the memory that was given out and is still in somebody's hands."""
         return sum(storage.nbytes() for storage in self.busy)
 
-    def _use(self, storage) -> None:
+    def _use(self, storage, start=0, end=None) -> None:
+        """The main stream uses a range of bytes from now on."""
         self.clock += 1
-        self.busy[storage] = self.clock
+        end = storage.nbytes() if end is None else end
+        uses = self.busy.setdefault(storage, [])
+        uses[:] = [use for use in uses if not (start <= use[0] and use[1] <= end)]
+        uses.append((start, end, self.clock))
 
     def _in_use_until(self, memory) -> int:
         """When the main stream is done with this memory; 0 for host memory."""
-        return self.busy.get(memory.untyped_storage(), 0)
+        start, end = memory.storage_offset(), memory.storage_offset() + memory.numel()
+        uses = self.busy.get(memory.untyped_storage(), ())
+        return max((clock for low, high, clock in uses if low < end and start < high), default=0)
 
     def _check_use(self, memory, stream) -> None:
         if max(stream.saw, self.host_saw) < self._in_use_until(memory):
@@ -173,6 +235,9 @@ class SimDevice(Backend):
         stream = SimStream(self.eager is True or (self.eager == "some" and len(self.all_streams) % 2 == 0))
         self.all_streams.append(stream)
         return stream
+
+    def readers(self):
+        return self._readers
 
     def copy(self, target, source, stream):
         assert target.numel() == source.numel()
@@ -200,7 +265,12 @@ class SimDevice(Backend):
 
         stream.give(work)
         stream.targets.append((position, ends[0]))
-        self.most_outstanding = max(self.most_outstanding, sum(s.given - s.done for s in self.all_streams))
+        self.note_outstanding()
+
+    def note_outstanding(self) -> None:
+        """Count the transfers that are under way, or yet to be begun by a reader."""
+        copies = sum(stream.given - stream.done for stream in self.all_streams)
+        self.most_outstanding = max(self.most_outstanding, copies + len(self._readers.waiting))
 
     def record(self, stream):
         return SimEvent(self, stream)
@@ -214,7 +284,7 @@ class SimDevice(Backend):
             for place in event.arrived():
                 storage = place.storage()
                 if storage is not None and storage in self.busy:
-                    self._use(storage)  # it is read from now on
+                    self._use(storage, place.start, place.start + place.nbytes)  # it is read from now on
             event.stream.run_to(event.position)
         else:
             stream.give(lambda: event.stream.run_to(event.position))

@@ -8,6 +8,7 @@ import pytest
 
 from kit.nets import Stack, dynamic, same, write
 from kit.sim_device import SimDevice
+from spillway.ops.device.readers import Inline
 
 DEPTH = 6
 
@@ -26,6 +27,9 @@ class Watched(SimDevice):
             yield
         finally:
             self.here.current = before
+
+    def readers(self):
+        return Inline()  # so that transfers are under way, and not yet to be begun
 
     def synchronize(self):
         self.waits.append((threading.get_ident(), getattr(self.here, "current", False)))

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from kit.nets import quantise, steady
 from spillway.ops.lending.bundle import Bundle
 from spillway.ops.lending.param import Param
-from spillway.patcher.load_plan import SMALL_BYTES, LoadPlan, LoadState, interleave, plan_load, plan_unload
+from spillway.patcher.load_plan import (
+    SMALL_BYTES,
+    LoadPlan,
+    LoadState,
+    bundles_ahead,
+    interleave,
+    plan_load,
+    plan_unload,
+)
 
 UNIT = 1 << 20
 
@@ -35,35 +43,37 @@ def cost_of(bundle):
 
 
 def test_a_model_that_fits_is_full_and_needs_no_reserve():
-    assert plan_load(bundles(5, 5), 10 * UNIT, 2, cost_of) == LoadPlan(LoadState.FULL, 10 * UNIT, 0, 2, 0, 0)
+    assert plan_load(bundles(5, 5), 10 * UNIT, bundles_ahead(2), cost_of) == LoadPlan(
+        LoadState.FULL, 10 * UNIT, 0, 2, 0, 0
+    )
     assert LoadState.FULL.value == "full"
 
 
 def test_a_model_without_room_is_none():
-    plan = plan_load(bundles(5, 5), 0, 2, cost_of)
+    plan = plan_load(bundles(5, 5), 0, bundles_ahead(2), cost_of)
     assert plan.state is LoadState.NONE
     assert (plan.limit, plan.resident, plan.offloaded, plan.offloaded_bytes) == (0, 0, 2, 10 * UNIT)
 
 
 def test_an_empty_model_is_full():
-    assert plan_load([], 0, 2, cost_of).state is LoadState.FULL
+    assert plan_load([], 0, bundles_ahead(2), cost_of).state is LoadState.FULL
 
 
 @pytest.mark.parametrize(("streams", "reserve"), [(0, 8), (1, 8 + 3), (2, 8 + 3 + 2), (9, 8 + 3 + 2 + 1)])
 def test_the_reserve_sums_the_upcoming_bundles_and_does_not_multiply_the_largest(streams, reserve):
-    plan = plan_load(bundles(3, 2, 8, 1), 0, streams, cost_of)
+    plan = plan_load(bundles(3, 2, 8, 1), 0, bundles_ahead(streams), cost_of)
     assert plan.reserve == reserve * UNIT
     assert plan.reserve < 8 * UNIT * (1 + streams) or streams == 0
 
 
 def test_the_reserve_counts_only_what_is_offloaded():
     """The large bundles stay, so the buffers are those of the small ones."""
-    plan = plan_load(bundles(8, 8, 1, 1, 1, 1), 19 * UNIT, 1, cost_of)
+    plan = plan_load(bundles(8, 8, 1, 1, 1, 1), 19 * UNIT, bundles_ahead(1), cost_of)
     assert plan == LoadPlan(LoadState.PARTIAL, 17 * UNIT, 2 * UNIT, 3, 3, 3 * UNIT)
 
 
 def test_the_reserve_counts_what_an_offloaded_bundle_costs_and_not_its_size():
-    plain, patched = (plan_load(bundles(*[1] * 20, cost=cost), 12 * UNIT, 2, cost_of) for cost in (1, 3))
+    plain, patched = (plan_load(bundles(*[1] * 20, cost=cost), 12 * UNIT, bundles_ahead(2), cost_of) for cost in (1, 3))
     assert plain.reserve == 3 * UNIT and plain.resident == 9
     assert patched.reserve == 9 * UNIT and patched.resident == 3
 
@@ -77,7 +87,7 @@ def test_the_reserve_counts_what_an_offloaded_bundle_costs_and_not_its_size():
 )
 def test_what_stays_and_the_buffers_of_the_rest_fit_the_budget(sizes, cost, streams, units):
     order = bundles(*sizes, cost=cost)
-    plan = plan_load(order, units * UNIT, streams, cost_of)
+    plan = plan_load(order, units * UNIT, bundles_ahead(streams), cost_of)
     kept, rest = order[: plan.resident], order[plan.resident :]
     held = sum(bundle.nbytes for bundle in kept)
     buffers = sum(sorted((bundle.cost for bundle in rest), reverse=True)[: 1 + streams])
@@ -93,7 +103,7 @@ def test_what_stays_and_the_buffers_of_the_rest_fit_the_budget(sizes, cost, stre
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), units=st.integers(0, 500), more=st.integers(1, 50))
 def test_a_larger_budget_never_keeps_less(sizes, units, more):
     order = bundles(*sizes)
-    smaller, larger = (plan_load(order, amount * UNIT, 2, cost_of) for amount in (units, units + more))
+    smaller, larger = (plan_load(order, amount * UNIT, bundles_ahead(2), cost_of) for amount in (units, units + more))
     assert larger.resident >= smaller.resident
 
 
@@ -103,24 +113,24 @@ def test_a_larger_budget_never_keeps_less(sizes, units, more):
 def test_unloading_evicts_from_the_other_end_until_the_buffers_are_paid_too():
     order = bundles(4, 3, 2, 1)
     # 1 frees 1 and costs 1; with 2: frees 3, costs 3; with 3: 6 and 5 (two buffers); with 4: 10 and 7.
-    assert plan_unload(order, 1 * UNIT, 0, 1, cost_of) == 6 * UNIT
-    assert plan_unload(order, 3 * UNIT, 0, 1, cost_of) == 10 * UNIT
+    assert plan_unload(order, 1 * UNIT, 0, bundles_ahead(1), cost_of) == 6 * UNIT
+    assert plan_unload(order, 3 * UNIT, 0, bundles_ahead(1), cost_of) == 10 * UNIT
 
 
 def test_buffers_that_are_reserved_already_cost_nothing_more():
-    assert plan_unload(bundles(4, 3, 2, 1), 3 * UNIT, 7 * UNIT, 1, cost_of) == 3 * UNIT
+    assert plan_unload(bundles(4, 3, 2, 1), 3 * UNIT, 7 * UNIT, bundles_ahead(1), cost_of) == 3 * UNIT
 
 
 def test_unloading_nothing_evicts_nothing():
-    assert plan_unload(bundles(4, 3), 0, 0, 2, cost_of) == 0
-    assert plan_unload([], 5 * UNIT, 0, 2, cost_of) == 0
+    assert plan_unload(bundles(4, 3), 0, 0, bundles_ahead(2), cost_of) == 0
+    assert plan_unload([], 5 * UNIT, 0, bundles_ahead(2), cost_of) == 0
 
 
 @steady
 @given(sizes=st.lists(st.integers(1, 40), max_size=20), units=st.integers(0, 300), streams=st.integers(0, 3))
 def test_unloading_frees_what_is_asked_or_everything(sizes, units, streams):
     order = bundles(*sizes)
-    freed = plan_unload(order, units * UNIT, 0, streams, cost_of)
+    freed = plan_unload(order, units * UNIT, 0, bundles_ahead(streams), cost_of)
     suffixes = [sum(bundle.nbytes for bundle in order[index:]) for index in range(len(order) + 1)]
     assert freed in suffixes
     assert freed >= units * UNIT or freed == suffixes[0]

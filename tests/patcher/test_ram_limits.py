@@ -89,7 +89,7 @@ def test_staging_shrinks_to_one_bundle_where_ram_is_short(path, ram):
         ram["free"] = free
         model = dynamic(lambda: Stack(DEPTH), path, device=SimDevice(), vram_bytes=0, pinned_bytes=0)
         model(model.module.input())
-        held.append(model.caster.staging_room)
+        held.append(model.caster.staging.capacity)
         model.close()
     assert held[1] == max(bundle.source_bytes for bundle in model.bundles) < held[0]
 

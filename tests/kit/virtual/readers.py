@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from spillway.ops.device.readers import Work, do
 
 from .clock import Clock, Thread
 
@@ -21,8 +21,8 @@ class Job:
         if self.error is not None:
             raise self.error
 
-    def done(self) -> bool:
-        return self.at <= self._clock.thread.at
+    def cancel(self) -> None:
+        """The reader has done it already, in its own time."""
 
 
 class VirtualReaders:
@@ -30,26 +30,40 @@ class VirtualReaders:
 
     def __init__(self, clock: Clock, count: int) -> None:
         self.clock = clock
+        self._aside = Thread("locking")
         self.threads = [Thread(f"reader {number + 1}") for number in range(count)]
 
-    def submit(self, nbytes: int, fill: Callable[[], object], then: Callable[[], object]) -> Job:
-        """Run `fill`, which reads `nbytes`, and `then` on a reader, at the reader's time.
-
-        What `fill` waits for moves the reader. Copies that it makes cost what the clock is told of them, and the bytes
-        that it is not told of cost as much.
-        """
+    def submit(self, work: Work) -> Job:
+        """Do the work on a reader, at the reader's time. What it waits for moves the reader, as do copies."""
         clock, job = self.clock, Job(self.clock)
         reader = min(self.threads, key=lambda thread: thread.at)
         reader.at = max(reader.at, clock.thread.at)
         with clock.as_thread(reader):
             try:
-                before = clock.sums.bytes_read
-                fill()
-                untold = nbytes - (clock.sums.bytes_read - before)
-                if untold > 0:
-                    clock.read(untold)
-                then()
+                do(work)
             except BaseException as error:
                 job.error = error
         job.at = reader.at
         return job
+
+    def aside(self, call):
+        """Make the call at once, and let its result be there when the thread for such calls would have it."""
+        clock, thread = self.clock, self._aside
+        thread.at = max(thread.at, clock.thread.at)
+        with clock.as_thread(thread):
+            value = call()
+        return Late(clock, thread.at, value)
+
+
+class Late:
+    """What a call returns, from a time on."""
+
+    def __init__(self, clock: Clock, at: float, value) -> None:
+        self._clock, self._at, self._value = clock, at, value
+
+    def ready(self) -> bool:
+        return self._at <= self._clock.thread.at
+
+    def result(self):
+        self._clock.wait_until(self._at)
+        return self._value

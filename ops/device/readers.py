@@ -1,0 +1,158 @@
+"""Readers: threads that copy weights out of their files into host memory, and start their transfers.
+
+The thread that launches kernels copies nothing. Python's lock is free while bytes are copied or read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# Two cores' copies fill most buses. More wait for memory, and one stays free for the thread that launches.
+MOST = 4
+
+
+class Work(Protocol):
+    """What a reader does, in this order. Each part may raise."""
+
+    nbytes: int
+
+    def take(self) -> None:
+        """Take host memory, and wait until it is free."""
+
+    def fill(self) -> None:
+        """Copy `nbytes` into it."""
+
+    def send(self) -> None:
+        """Start the transfer."""
+
+    def undo(self) -> None:
+        """Give back what was taken, after an error."""
+
+
+class Job(Protocol):
+    """Work that a reader has been given."""
+
+    def wait(self) -> None:
+        """Block this thread until the transfer has been started. Raises what the work raised."""
+
+    def cancel(self) -> None:
+        """See to it that the work never begins, or has ended. Raises nothing of what the work raised."""
+
+
+class Later(Protocol[T]):
+    """What a slow call will return."""
+
+    def ready(self) -> bool:
+        """Say whether the call has ended."""
+
+    def result(self) -> T:
+        """Return what it returned, and wait for that. Raises what it raised."""
+
+
+class Readers(Protocol):
+    """Whoever does such work."""
+
+    def submit(self, work: Work) -> Job:
+        """Have it done, after what was submitted before has begun."""
+
+    def aside(self, call: Callable[[], T]) -> Later[T]:
+        """Make a slow call that nobody waits for, one at a time."""
+
+
+def do(work: Work) -> None:
+    """Do the work in this thread. After an error nothing is taken."""
+    with torch.no_grad():
+        try:
+            work.take()
+            work.fill()
+            work.send()
+        except BaseException:
+            work.undo()
+            raise
+
+
+class _Done:
+    """Work that was done at once."""
+
+    def wait(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+
+class Returned(Generic[T]):
+    """A call that has been made."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> T:
+        return self._value
+
+
+class Inline:
+    """Does the work at once, in the thread that asks. For devices on which nothing runs beside that thread."""
+
+    def submit(self, work: Work) -> Job:
+        do(work)
+        return _Done()
+
+    def aside(self, call: Callable[[], T]) -> Later[T]:
+        return Returned(call())
+
+
+class _Promise:
+    """Work of a thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def cancel(self) -> None:
+        if not self._future.cancel():
+            self._future.exception()
+
+
+class _Future(Generic[T]):
+    """A call that a thread makes."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    def ready(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> T:
+        return self._future.result()
+
+
+class Threads:
+    """Threads for all models of this process, as they share its memory and its disks."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, "spillway-reader")
+        self._aside = ThreadPoolExecutor(1, "spillway-aside")
+
+    def submit(self, work: Work) -> Job:
+        return _Promise(self._pool.submit(do, work))
+
+    def aside(self, call: Callable[[], T]) -> Later[T]:
+        return _Future(self._aside.submit(call))
+
+
+@cache
+def threads() -> Threads:
+    """Return the readers of this process."""
+    return Threads(max(1, min(MOST, (os.cpu_count() or 2) // 2)))

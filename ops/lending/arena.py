@@ -1,0 +1,213 @@
+"""An arena: a budget of bytes that bundles on their way lie in, each in as many bytes as it needs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..device.backend import Event
+from ..gather import aligned
+
+
+@dataclass(eq=False)
+class Segment:
+    """A range of a block, in bytes. done: event after the last use of what lies there.
+
+    given: counts when it was given back, so that the range that has been free for longest is used first.
+    """
+
+    start: int
+    nbytes: int
+    done: Event | None = None
+    given: int = 0
+    taken: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Say whether nothing uses it any more."""
+        if self.done is not None and self.done.query():
+            self.done = None
+        return self.done is None and not self.taken
+
+
+@dataclass(eq=False)
+class Block:
+    """Memory of an arena, uint8. segments: all of it, by address."""
+
+    buffer: torch.Tensor
+    segments: list[Segment]
+
+
+@dataclass(eq=False)
+class Extent:
+    """A range that is taken. view: just the bytes asked for.
+
+    after: the last uses of what lies there. Whoever writes waits for them, or would overwrite what is still read.
+    """
+
+    block: Block
+    segment: Segment
+    view: torch.Tensor
+    after: list[Event] = field(default_factory=list)
+
+
+class Arena:
+    """Memory of at most `capacity` bytes, which comes in blocks when it is asked for.
+
+    born: gives the event after which memory that was just allocated may be written to. Any thread may call.
+    """
+
+    def __init__(
+        self,
+        empty: Callable[[int], torch.Tensor],
+        born: Callable[[], Event | None] = lambda: None,
+    ) -> None:
+        self.capacity = 0
+        self._block_bytes: int | None = None  # None: one block of all the capacity
+        self._empty, self._born = empty, born
+        self._blocks: list[Block] = []
+        self._given = 0
+        self._changed = threading.Condition()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all blocks."""
+        return sum(block.buffer.numel() for block in self._blocks)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Return the bytes of the extents that are taken."""
+        with self._changed:
+            return sum(one.nbytes for block in self._blocks for one in block.segments if one.taken)
+
+    def resize(self, capacity: int, block_bytes: int | None = None) -> None:
+        """Change the capacity, and the least size of blocks. Blocks above it go as soon as nothing lies in them."""
+        with self._changed:
+            self.capacity, self._block_bytes = capacity, block_bytes
+            self._shrink()
+
+    def take(self, nbytes: int) -> Extent | None:
+        """Return an extent of `nbytes`, the one whose bytes were given back longest ago. None where none is free.
+
+        Raises what an allocation raises.
+        """
+        with self._changed:
+            self._shrink()
+            size = aligned(max(1, nbytes))
+            found = self._find(size)
+            # New memory is there sooner than the end of a use. Without a block size there is but one block.
+            if (found is None or not self._is_idle(*found)) and self._grow(size, at_all=found is None):
+                found = self._find(size)
+            return None if found is None else self._cut(*found, size, nbytes)
+
+    def wait_for(self, nbytes: int) -> Extent | None:
+        """Return an extent whose last uses are done, and wait for it. None where the arena can never be so large.
+
+        The thread that holds what is waited for must not wait itself.
+        """
+        with self._changed:
+            while True:
+                extent = self.take(nbytes)
+                if extent is not None:
+                    break
+                if not any(one.taken for block in self._blocks for one in block.segments):
+                    return None
+                self._changed.wait()
+        for event in extent.after:
+            event.synchronize()
+        return extent
+
+    def give(self, extent: Extent, done: Event | None) -> None:
+        """Give an extent back, to be taken again after `done`."""
+        with self._changed:
+            self._given += 1
+            segment = extent.segment
+            segment.taken, segment.done, segment.given = False, done, self._given
+            self._join(extent.block)
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Free the blocks that nothing lies in, once their last uses are done."""
+        with self._changed:
+            for block in [block for block in self._blocks if not any(one.taken for one in block.segments)]:
+                self._drop(block)
+
+    # -- with the lock held
+
+    def _find(self, size: int) -> tuple[Block, int, int] | None:
+        """Return (block, first, last) of the run of free segments that has been free for longest."""
+        best, chosen = None, None
+        for block in self._blocks:
+            segments = block.segments
+            for first in range(len(segments)):
+                total, latest = 0, 0
+                for last in range(first, len(segments)):
+                    segment = segments[last]
+                    if segment.taken:
+                        break
+                    total += segment.nbytes
+                    latest = max(latest, segment.given)
+                    if total >= size:
+                        if best is None or latest < best:
+                            best, chosen = latest, (block, first, last)
+                        break
+        return chosen
+
+    @staticmethod
+    def _is_idle(block: Block, first: int, last: int) -> bool:
+        return all(segment.is_idle for segment in block.segments[first : last + 1])
+
+    @staticmethod
+    def _cut(block: Block, first: int, last: int, size: int, nbytes: int) -> Extent:
+        run = block.segments[first : last + 1]
+        start, end = run[0].start, run[-1].start + run[-1].nbytes
+        taken = Segment(start, size, taken=True)
+        rest = []
+        if end - start > size:  # the last segment was larger than what was left to find
+            rest = [Segment(start + size, end - start - size, run[-1].done, run[-1].given)]
+        block.segments[first : last + 1] = [taken, *rest]
+        after = [segment.done for segment in run if segment.done is not None and not segment.is_idle]
+        return Extent(block, taken, block.buffer[start : start + nbytes], [done for done in after if done is not None])
+
+    @staticmethod
+    def _join(block: Block) -> None:
+        """Join neighbours that nothing uses, so that their number stays small."""
+        joined: list[Segment] = []
+        for segment in block.segments:
+            before = joined[-1] if joined else None
+            if before is not None and not before.taken and not segment.taken and before.is_idle and segment.is_idle:
+                before.nbytes += segment.nbytes
+                before.given = max(before.given, segment.given)
+            else:
+                joined.append(segment)
+        block.segments = joined
+
+    def _grow(self, size: int, at_all: bool) -> bool:
+        """Add a block in which `size` bytes fit. at_all: in the place of smaller ones, where it must be."""
+        idle = at_all * [block for block in self._blocks if not any(one.taken for one in block.segments)]
+        if size > self.capacity - self.nbytes + sum(block.buffer.numel() for block in idle):
+            return False
+        while size > self.capacity - self.nbytes:
+            self._drop(idle.pop(0))
+        room = self.capacity - self.nbytes
+        nbytes = room if self._block_bytes is None else min(room, max(size, self._block_bytes))
+        buffer = self._empty(nbytes)
+        self._blocks.append(Block(buffer, [Segment(0, nbytes, self._born())]))
+        return True
+
+    def _shrink(self) -> None:
+        """Free idle blocks while the arena is larger than it may be."""
+        while self.nbytes > self.capacity:
+            idle = next((block for block in self._blocks if not any(one.taken for one in block.segments)), None)
+            if idle is None:
+                return
+            self._drop(idle)
+
+    def _drop(self, block: Block) -> None:
+        for segment in block.segments:
+            if segment.done is not None:
+                segment.done.synchronize()  # else a transfer or kernel would still use what others get
+        self._blocks.remove(block)
