@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from kit.environment import ROOT
 from kit.virtual.backend import VirtualBackend, VirtualEvent
@@ -191,7 +192,8 @@ def test_events_tell_the_time_of_what_lies_between_them():
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_models_have_their_real_sizes(name):
-    model = next(make for label, make in MODELS.items() if label.startswith(name))()
+    with torch.device("meta"):
+        model = next(make for label, make in MODELS.items() if label.startswith(name))()
     numel = sum(p.numel() for p in model.parameters())
     assert numel / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
     ran = [layer for _, part in model.parts for layer in getattr(part, "order", [part])]
@@ -199,6 +201,7 @@ def test_models_have_their_real_sizes(name):
     assert set(ran) == {module for _, module in model.holders() if not isinstance(module, Block)}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows commits the 30 GB that are only reserved elsewhere")
 def test_the_command_writes_rows_and_fails_where_one_misses_its_bound(tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--all", "--only", "UMT5", "--gpu", "5090", "--ram", "64", "--dtype", "bf16", "--json", str(path)]
