@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from kit.environment import ROOT
 from kit.virtual.backend import VirtualBackend, VirtualEvent
@@ -126,19 +127,33 @@ def test_a_wait_that_is_removed_is_noticed():
         steps(dynamic, clock, 3)
 
 
+class Reading:
+    """Work of a reader: waits, reads bytes of a file and sends them."""
+
+    def __init__(self, clock, nbytes, take=lambda: None, send=lambda: None):
+        self.clock, self.nbytes, self.take, self.send = clock, nbytes, take, send
+        self.undone = False
+
+    def fill(self):
+        self.clock.read(self.nbytes)
+
+    def undo(self):
+        self.undone = True
+
+
 def test_readers_share_memory_and_leave_the_launching_thread_alone():
     clock = Clock(MACHINE, FREE)
     readers = VirtualBackend(clock, readers=2).readers()
-    order, nbytes = [], int(MACHINE.memcpy)
-    jobs = [readers.submit(nbytes, lambda: None, lambda: order.append(clock.thread.at)) for _ in range(4)]
-    assert clock.host.at == 0.0 and len(order) == 4
-    assert [job.at for job in jobs] == pytest.approx([1, 1, 2, 2])  # two threads at 10 GB/s, memory at 30 GB/s
+    sent, nbytes = [], int(MACHINE.memcpy)
+    jobs = [readers.submit(Reading(clock, nbytes, send=lambda: sent.append(clock.thread.at))) for _ in range(4)]
+    assert clock.host.at == 0.0
+    assert sent == [job.at for job in jobs] == pytest.approx([1, 1, 2, 2])  # two threads at 10 GB/s, memory at 30 GB/s
     jobs[-1].wait()
     assert clock.host.at == pytest.approx(2)
 
     clock = Clock(MACHINE, FREE)
     readers = VirtualBackend(clock, readers=8).readers()
-    jobs = [readers.submit(nbytes, lambda: None, lambda: None) for _ in range(6)]
+    jobs = [readers.submit(Reading(clock, nbytes)) for _ in range(6)]
     assert max(job.at for job in jobs) == pytest.approx(6 * nbytes / MACHINE.memcpy_all)
 
 
@@ -150,7 +165,8 @@ def test_a_job_waits_on_its_readers_time_and_keeps_its_error():
     clock.host.at = 0.0
     backend.copy(pages[1], pages[0], stream)
     busy = backend.record(stream)
-    job = backend.readers().submit(0, busy.synchronize, lambda: backend.copy(pages[1], pages[0], stream))
+    work = Reading(clock, 0, busy.synchronize, lambda: backend.copy(pages[1], pages[0], stream))
+    job = backend.readers().submit(work)
     assert clock.host.at == 0.0 and job.at == busy.at > 0
     assert stream.end() == pytest.approx(2 * busy.at)
     other = backend.record(stream)  # by the launching thread, which is not that far
@@ -159,9 +175,11 @@ def test_a_job_waits_on_its_readers_time_and_keeps_its_error():
     def fails():
         raise ValueError("no such page")
 
-    job = backend.readers().submit(1, fails, lambda: pytest.fail("begun although nothing was read"))
+    work = Reading(clock, 1, fails, lambda: pytest.fail("sent although nothing was read"))
+    job = backend.readers().submit(work)
     with pytest.raises(ValueError, match="no such page"):
         job.wait()
+    assert work.undone
 
 
 def test_events_tell_the_time_of_what_lies_between_them():
@@ -174,7 +192,8 @@ def test_events_tell_the_time_of_what_lies_between_them():
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_models_have_their_real_sizes(name):
-    model = next(make for label, make in MODELS.items() if label.startswith(name))()
+    with torch.device("meta"):
+        model = next(make for label, make in MODELS.items() if label.startswith(name))()
     numel = sum(p.numel() for p in model.parameters())
     assert numel / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
     ran = [layer for _, part in model.parts for layer in getattr(part, "order", [part])]
@@ -182,6 +201,7 @@ def test_models_have_their_real_sizes(name):
     assert set(ran) == {module for _, module in model.holders() if not isinstance(module, Block)}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows commits the 30 GB that are only reserved elsewhere")
 def test_the_command_writes_rows_and_fails_where_one_misses_its_bound(tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--all", "--only", "UMT5", "--gpu", "5090", "--ram", "64", "--dtype", "bf16", "--json", str(path)]
