@@ -19,6 +19,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
+from ..ops.lending.table import leave_order
 from ..ops.ram import shortage
 from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
@@ -101,6 +102,11 @@ class DynamicModel(Figures):
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
+        for table in [bundle for bundle in self.bundles if bundle.by_rows]:
+            size = in_words(table.source_bytes)
+            self.ledger.decide(
+                f"'{table.name}' ({size}) stays in its file: each lookup brings the rows that it asks for"
+            )
         models.add(self)
 
     # -- running
@@ -292,9 +298,11 @@ class DynamicModel(Figures):
                     bundle.move_to(None)  # its slice has the old size
                     residency.resized = True
             bundle.stand_in(self._idle_device)
+            if bundle.by_rows:
+                leave_order(bundle, self.bundles)
         if self.pins is not None and resized:
             # Blocks that were cut for smaller weights leave up to one bundle unused.
-            self._unused_pins = max(bundle.nbytes for bundle in self.bundles)
+            self._unused_pins = max((bundle.nbytes for bundle in self.bundles if not bundle.by_rows), default=0)
             self.pins.set_budget(self._pin_budget())  # else what patches have made larger is made anew at every use
         return len(touched)
 

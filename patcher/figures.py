@@ -32,8 +32,8 @@ class Figures:
 
     @property
     def total_bytes(self) -> int:
-        """Count the bytes of all bundles in their final form."""
-        return sum(bundle.nbytes for bundle in self.bundles)
+        """Count the bytes of all bundles in their final form, but for tables, which stay in their file."""
+        return sum(bundle.nbytes for bundle in self.bundles if not bundle.by_rows)
 
     @property
     def resident_bytes(self) -> int:
@@ -104,7 +104,9 @@ class Figures:
 
     def execution_order(self) -> list[Bundle]:
         """List the bundles in the order of the last step, or as registered before the first step."""
-        return self.residency.execution_order() if self.residency is not None else list(self.bundles)
+        if self.residency is not None:
+            return self.residency.execution_order()
+        return [bundle for bundle in self.bundles if not bundle.by_rows]
 
     def bundle_report(self) -> list[tuple[str, int, bool]]:
         """List (bundle name, bytes, resident) in execution order."""

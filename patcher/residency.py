@@ -47,7 +47,8 @@ class Residency:
         may_init: bool,
         placed_bytes: int = 0,
     ) -> None:
-        self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
+        self.device, self.policy, self.pins = device, policy, pins
+        self._all = bundles
         self.ledger, self.remembered, self.may_init, self.placed_bytes = ledger, remembered, may_init, placed_bytes
         self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
@@ -57,7 +58,7 @@ class Residency:
             self.caster: Caster = HostCaster(device, vbar, pins, ledger)
         else:
             self.caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
-        self.caster.per_step = len(bundles)
+        self.caster.per_step = len(self.bundles)
         self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
@@ -70,6 +71,11 @@ class Residency:
     def ahead(self) -> int:
         """Count the bundles that are in buffers beside the one in use: those begun ahead, and one that drains."""
         return self.policy.prefetch + 1 if min(self.policy.streams, self.device.streams) else 0
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """List the bundles that may stay or be brought as a whole. A table by rows has no part in any plan."""
+        return [bundle for bundle in self._all if not bundle.by_rows]
 
     @property
     def vbar(self) -> VBAR:
@@ -102,7 +108,7 @@ class Residency:
     # -- layout
 
     def _choose_vbar(self) -> VBAR:
-        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)  # 512: the alignment of each
+        nbytes = 512 + sum(bundle.nbytes + 512 for bundle in self.bundles)  # 512: the alignment of each
         failure = self.remembered.aimdo_failure
         return choose_vbar(self.device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, failure)
 
@@ -112,9 +118,12 @@ class Residency:
     def _lay_out(self) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
+        self._placed = self.bundles
         vbar = self.vbar
-        self.addresses = interleave([b for b in self.remembered.order if self.policy.may_reside(b.name)], self.cost)
-        for bundle in self.bundles:
+        order = dict.fromkeys([*self.remembered.order, *self._placed])  # a table may have become a bundle as any other
+        stay = [bundle for bundle in order if not bundle.by_rows and self.policy.may_reside(bundle.name)]
+        self.addresses = interleave(stay, self.cost)
+        for bundle in self._all:
             bundle.move_to(None)
         for bundle in self.addresses:
             bundle.move_to(vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
@@ -133,12 +142,12 @@ class Residency:
 
     def rebuild_if_resized(self) -> None:
         """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
-        if self.resized and not any(bundle.loan for bundle in self.bundles):
+        if (self.resized or self._placed != self.bundles) and not any(bundle.loan for bundle in self._all):
             self._rebuild()
 
     def _give_vbar_back(self) -> None:
         self.vbar.close()
-        for bundle in self.bundles:
+        for bundle in self._all:
             bundle.move_to(None)
 
     # -- budget
@@ -318,7 +327,8 @@ class Residency:
 
     def _follow_trace(self) -> None:
         """Lay the bundles out again where the first step ran them in another order than they are registered in."""
-        guessed, self.remembered.order = list(self.remembered.order), self.execution_order()
+        guessed = [bundle for bundle in self.remembered.order if not bundle.by_rows]
+        self.remembered.order = self.execution_order()
         self.remembered.traced = True
         self.caster.follow_trace(self.bundles)
         if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL:
@@ -390,7 +400,7 @@ class Residency:
                 self.caster.close()
             finally:
                 self._give_vbar_back()
-                for bundle in self.bundles:
+                for bundle in self._all:
                     bundle.drop_pages()
 
 

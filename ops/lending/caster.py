@@ -26,8 +26,12 @@ from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_by
 from ..vbar.protocol import VBAR
 from .bundle import Bundle
 from .final_form import make_final
+from .idle_weight import IdleWeight
+from .lend_rows import Rows, lend_rows
+from .lookup import Asked
 from .pins import Pins
 from .ring import Slot
+from .table import Table
 
 
 class Loan:
@@ -57,6 +61,7 @@ class Caster:
         self.pins = pins
         self.ledger = ledger
         self.counters = ledger.counters
+        self.rows_bytes = 0  # of device memory that rows of tables hold
         self.previous: Bundle | None = None
         self.first: Bundle | None = None  # the bundle with which the last step began
         self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
@@ -198,6 +203,14 @@ class Caster:
             with self.lock:
                 self.end(loan)
 
+    def at_hand(self, bundle: Bundle) -> Caster:
+        """Lend nothing yet. Return the caster itself, which will lend rows and makes room for them."""
+        return self
+
+    def rows(self, table: Table, idle: Sequence[IdleWeight], asked: Asked) -> Rows:
+        """Lend rows of a table to an operation that looks them up. The traced order stays as it is."""
+        return lend_rows(self, table, idle, asked)
+
     def follow_write(self, bundle: Bundle) -> None:
         """Forget the final form of a bundle whose source was written into."""
         bundle.writes = bundle.count_writes()
@@ -238,6 +251,7 @@ class Caster:
         counters = self.counters
         if signature is None:
             counters.misses += 1
+            bundle.missed()
         else:
             counters.faults += 1
             if self.vbar.same(signature, bundle.signature):
