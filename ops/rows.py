@@ -23,8 +23,9 @@ def register_by_rows(has: Callable[[torch.Tensor], bool]) -> None:
 
 
 def has_rows(tensor: torch.Tensor) -> bool:
-    """Say whether rows can be copied out of a table without the others."""
-    if tensor.dim() != 2 or tensor.is_meta or not all(part.is_contiguous() for part in inner_tensors(tensor)):
+    """Say whether rows can be copied out of a table in host memory without the others."""
+    parts = inner_tensors(tensor)
+    if tensor.dim() != 2 or not all(part.device.type == "cpu" and part.is_contiguous() for part in parts):
         return False
     if isinstance(tensor, GgufWeight):
         return tensor.down is None and tensor.blocks.shape[0] % tensor.shape[0] == 0

@@ -267,6 +267,7 @@ class Residency:
 
     def begin_use(self, changed: bool) -> None:
         """Make room at once for the weights and the computation. changed: another one is expected than before."""
+        self.rebuild_if_resized()
         if changed or self.expected:
             self._apply(self._new_plan())
         self._claim()

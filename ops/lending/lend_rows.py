@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from ..device.backend import Backend
 from ..files.disk_map import locate
 from ..gather import gathered_bytes, inner_tensors, interpret_gathered_like
 from ..gguf.weight import GgufWeight, numbers_of
+from ..ledger import Counters
 from ..rows import copy_rows, distinct_rows, row_bytes, rows_template
+from .bundle import Bundle
 from .idle_weight import IdleWeight
 from .lookup import Asked
 from .table import Table
 
-if TYPE_CHECKING:
-    from .caster import Caster
+
+class RowLender(Protocol):
+    """What lending rows needs of the caster. rows_bytes: of device memory that rows hold."""
+
+    backend: Backend
+    counters: Counters
+    rows_bytes: int
+
+    @property
+    def lock(self) -> AbstractContextManager[object]: ...
+
+    def make_way(self, nbytes: int) -> None: ...
+
+    def make_room(self, bundle: Bundle, error: BaseException, again: bool = True) -> bool: ...
 
 
 # The rows for each idle weight, and for each id its place among them.
@@ -26,7 +41,7 @@ Rows = AbstractContextManager[tuple[list[torch.Tensor], torch.Tensor]]
 
 @contextmanager
 def lend_rows(
-    caster: Caster, table: Table, idle: Sequence[IdleWeight], asked: Asked
+    caster: RowLender, table: Table, idle: Sequence[IdleWeight], asked: Asked
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
     """Lend the rows that an operation looks up, for each of the idle weights that it has as a table.
 
@@ -53,7 +68,7 @@ def lend_rows(
 
 
 def _bring(
-    caster: Caster, table: Table, idle: Sequence[IdleWeight], rows: torch.Tensor
+    caster: RowLender, table: Table, idle: Sequence[IdleWeight], rows: torch.Tensor
 ) -> tuple[list[torch.Tensor], int]:
     """Return the rows for each idle weight, and the bytes of device memory that they hold."""
     backend = caster.backend
@@ -96,7 +111,7 @@ def _read_ahead(tensor: torch.Tensor, rows: torch.Tensor) -> None:
             disk_map.will_need(offset + row * width, width)
 
 
-def _final(caster: Caster, weight: IdleWeight, rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+def _final(caster: RowLender, weight: IdleWeight, rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """Return rows in the final form of their weight. which: their places in it."""
     param, patch = weight.param, weight.param.patch
     if weight.inner is not None:  # of a quantised weight, which its op casts

@@ -59,7 +59,14 @@ class Table(Bundle):
 
     def invalidate(self) -> bool:
         before = self.by_rows
-        return super().invalidate() or before != self.by_rows
+        resized = super().invalidate()
+        if before and not self.by_rows:
+            self.lender.ledger.decide_once(
+                f"'{self.name}' ({in_words(self.nbytes)}) has a patch that needs all of its rows: it takes a place "
+                "like any other layer.",
+                level=logging.INFO,
+            )
+        return resized or before != self.by_rows
 
     def missed(self) -> None:
         if self.by_rows:
@@ -74,8 +81,9 @@ class Table(Bundle):
         super().stand_in(device)
         (param,) = self.params
         self._parts = []
-        if device is None or not stays_quantised(param.source):
+        if not stays_quantised(param.source) or (device is None and param.usable_in_place()):
             return
+        device = device or param.source.device
         for inner, part in enumerate(inner_tensors(param.source)):
             if part.numel() > 1:
                 shown = torch.empty(part.shape, dtype=part.dtype, device="meta")
@@ -92,7 +100,7 @@ class Table(Bundle):
         if self.depth or not self.by_rows:
             return super().run(module, forward, args, kwargs)
         lending = self.lender.at_hand(self)
-        if self.in_place and lending.backend.in_place:
+        if self.in_place and lending.backend.in_place:  # it stands there itself
             self.check_files()
             try:
                 return forward(*args, **kwargs)

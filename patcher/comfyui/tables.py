@@ -1,4 +1,4 @@
-"""Tells the engine which of ComfyUI's quantised embeddings are made of rows, and which operation looks rows up in them."""
+"""Tells the engine which of ComfyUI's quantised embeddings are made of rows, and what looks rows up in them."""
 
 from __future__ import annotations
 
