@@ -100,12 +100,6 @@ class Table(Bundle):
         if self.depth or not self.by_rows:
             return super().run(module, forward, args, kwargs)
         lending = self.lender.at_hand(self)
-        if self.in_place and lending.backend.in_place:  # it stands there itself
-            self.check_files()
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.drop_pages()
         try:
             return self._run_idle(lending.backend, forward, args, kwargs)
         except Exception as error:
@@ -117,17 +111,22 @@ class Table(Bundle):
     def _run_idle(
         self, backend: Backend, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call the forward with the idle weight standing, which for a quantised one is made of idle parts."""
+        """Call the forward with the idle weight standing, which for a quantised one is made of idle parts.
+
+        Where a CPU uses the source in place, that stands there itself.
+        """
         (param,) = self.params
         self.depth = 1  # whatever the forward does with the weight is no loan of the whole
+        self.check_files()
         try:
             if self._parts:
-                self.check_files()
                 param.owner._parameters[param.attr] = self._of_parts(param, backend)  # type: ignore[assignment]
             return forward(*args, **kwargs)
         finally:
             self.depth = 0
             self.restore()
+            if backend.in_place and self.in_place:
+                self.drop_pages()
 
     def _of_parts(self, param: Param, backend: Backend) -> torch.Tensor:
         """Build the quantised weight around its idle parts, with its single numbers on the device."""
