@@ -74,7 +74,8 @@ class IdleWeight(torch.Tensor):
     @contextmanager
     def lent(self) -> Iterator[torch.Tensor]:
         """Lend the weight for one operation. Once its model is closed, give the source."""
-        if self.param.idle is self.param.original:  # somebody kept the idle weight of a model that is closed
+        kept = self.param.idle is self.param.original if self.inner is None else not self.bundle.depth
+        if kept:  # by somebody, from a model that is closed or a call that has ended
             yield self.view_of(self.stored().to(self.device, self.dtype))
             return
         with self.bundle.lender.read(self.bundle) as tensors:
@@ -130,7 +131,7 @@ class IdleWeight(torch.Tensor):
                 return _write(written, func, args, kwargs)
         asked = asked_for(func, args)
         if asked is not None:
-            tables = {at: args[at] for at in asked.tables if isinstance(args[at], IdleWeight)}
+            tables = {at: args[at] for at in asked.tables if args[at].numel() > 1}
             if _have_rows(tables.values()):
                 return _look_up(tables, asked, func, args, kwargs)
         if func.overloadpacket in _CASTS:
@@ -156,12 +157,16 @@ _CAST = torch.ops.aten._to_copy.default
 _THE_SAME = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
 
 
-def _have_rows(tables: Collection[IdleWeight]) -> bool:
-    """Say whether all of the weights are one table's, of which lookups bring rows, as they are or cast."""
-    owners = {table.bundle for table in tables}
-    if len(owners) != 1 or not owners.pop().by_rows:
+def _have_rows(tables: Collection[torch.Tensor]) -> bool:
+    """Say whether all of them are idle weights of one table, of which lookups bring rows, as they are or cast.
+
+    A tensor of numbers among them would be asked for rows of the others.
+    """
+    idle = [table for table in tables if isinstance(table, IdleWeight)]
+    owners = {table.bundle for table in idle}
+    if len(idle) != len(tables) or len(owners) != 1 or not owners.pop().by_rows:
         return False
-    return all(func is _CAST for table in tables for func, *_ in table.steps)
+    return all(func is _CAST for table in idle for func, *_ in table.steps)
 
 
 def _look_up(tables: dict[int, IdleWeight], asked: Asked, func: Any, args: Any, kwargs: Any) -> Any:

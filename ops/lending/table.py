@@ -116,8 +116,8 @@ class Table(Bundle):
         Where a CPU uses the source in place, that stands there itself.
         """
         (param,) = self.params
-        self.depth = 1  # whatever the forward does with the weight is no loan of the whole
         self.check_files()
+        self.depth = 1  # whatever the forward does with the weight is no loan of the whole
         try:
             if self._parts:
                 param.owner._parameters[param.attr] = self._of_parts(param, backend)  # type: ignore[assignment]
@@ -135,8 +135,8 @@ class Table(Bundle):
             name: part if isinstance(part, IdleWeight) else part.to(backend.device)
             for name, part in zip(names, self._parts, strict=True)
         }
-        made = type(param.source).__tensor_unflatten__(parts, context, param.source.shape, None)  # type: ignore[attr-defined]
-        return torch.nn.Parameter(made, requires_grad=False)
+        # Not as an `nn.Parameter`, which would make copies of the parts.
+        return type(param.source).__tensor_unflatten__(parts, context, param.source.shape, None)  # type: ignore
 
     def note_read(self, rows: int) -> None:
         """Count rows that were read from the map. Give its pages back when they have become many."""

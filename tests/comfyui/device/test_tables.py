@@ -127,7 +127,10 @@ def test_conditioning_is_comfyuis(card, loaded, kind, device):
     assert_it_brings_rows(clip, kind)
 
 
-@pytest.mark.parametrize(("kind", "quantisation"), [("clip", "int8_tensorwise"), ("t5", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    ("kind", "quantisation"),
+    [("clip", "int8_tensorwise"), pytest.param("t5", "float8_e4m3fn", marks=pytest.mark.slow)],
+)
 def test_a_quantised_table_brings_its_rows_and_their_scales(card, loaded, kind, quantisation):
     outputs = []
     for clip in loaded(kind, ALL, CARD, quantisation):
