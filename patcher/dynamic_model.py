@@ -19,7 +19,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
-from ..ops.lending.table import leave_order
+from ..ops.lending.table import leave_order, note_tables
 from ..ops.ram import shortage
 from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
@@ -102,11 +102,7 @@ class DynamicModel(Figures):
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
-        for table in [bundle for bundle in self.bundles if bundle.by_rows]:
-            size = in_words(table.source_bytes)
-            self.ledger.decide(
-                f"'{table.name}' ({size}) stays in its file: each lookup brings the rows that it asks for"
-            )
+        note_tables(self.bundles, self.ledger)
         models.add(self)
 
     # -- running
@@ -298,8 +294,7 @@ class DynamicModel(Figures):
                     bundle.move_to(None)  # its slice has the old size
                     residency.resized = True
             bundle.stand_in(self._idle_device)
-            if bundle.by_rows:
-                leave_order(bundle, self.bundles)
+        leave_order(self.bundles)
         if self.pins is not None and resized:
             # Blocks that were cut for smaller weights leave up to one bundle unused.
             self._unused_pins = max((bundle.nbytes for bundle in self.bundles if not bundle.by_rows), default=0)

@@ -11,7 +11,7 @@ import torch
 from ..device.backend import Backend
 from ..gather import inner_tensors, tensor_bytes
 from ..gguf.weight import GgufWeight, stays_quantised
-from ..ledger import in_words
+from ..ledger import Ledger, in_words
 from ..rows import has_rows
 from .bundle import Bundle
 from .idle_weight import IdleWeight
@@ -156,8 +156,21 @@ def _patches_rows(param: Param) -> bool:
     return of_rows is not None and of_rows(_NO_ROWS) is not None
 
 
-def leave_order(table: Bundle, bundles: Sequence[Bundle]) -> None:
-    """Take a table that is by rows out of the order in which bundles are brought ahead."""
+def note_tables(bundles: Sequence[Bundle], ledger: Ledger) -> None:
+    """Log which weights stay in their file."""
+    for table in [bundle for bundle in bundles if bundle.by_rows]:
+        size = in_words(table.source_bytes)
+        ledger.decide(f"'{table.name}' ({size}) stays in its file: each lookup brings the rows that it asks for")
+
+
+def leave_order(bundles: Sequence[Bundle]) -> None:
+    """Take tables that are by rows out of the order in which bundles are brought ahead."""
     for bundle in bundles:
-        if bundle.successor is table:
-            bundle.successor = table.successor
+        following = bundle.successor
+        for _ in bundles:
+            if following is None or not following.by_rows:
+                break
+            following = following.successor
+        else:  # tables that follow one another in a circle
+            following = None
+        bundle.successor = following

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kit.gguf_files import random_blocks, write_gguf
-from kit.nets import dynamic, same
+from kit.nets import Scaled, dynamic, quantise, same
 from kit.sim_device import SimDevice
+from spillway.ops import rows
 from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.files.source import StateDict
 from spillway.ops.files.watched_file import FileChanged
@@ -17,6 +18,7 @@ from spillway.ops.gather import aligned
 from spillway.ops.gguf.gguf_map import GgufMap
 from spillway.ops.lending import lend_rows, table
 from spillway.ops.lending.idle_weight import IdleWeight
+from spillway.ops.lending.lookup import register_lookup
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy, Rule
 from spillway.patcher.preload import load_now
@@ -237,6 +239,73 @@ def test_any_other_patch_makes_it_a_bundle_as_any_other(path, device, budget):
     before = model.ledger.counters.bytes_streamed
     model(ids)
     assert model.ledger.counters.bytes_streamed - before < model.total_bytes + 52 * WIDTH * 4
+
+
+class Quantised(Scaled):
+    """Looked up by one operation with two tables, as ComfyUI's INT8 embeddings are."""
+
+    @staticmethod
+    def __tensor_unflatten__(parts, dtype, outer_size, outer_stride):
+        return Quantised(parts["codes"], parts["scale"], dtype)
+
+
+@torch.library.custom_op("spillway_tests::rows", mutates_args=())
+def look_up(codes: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.embedding(ids, codes).float() * scale[ids][..., None]
+
+
+class Dequantising(torch.nn.Embedding):
+    def forward(self, ids):
+        scale = self.weight.scale.clone() if self.clones else self.weight.scale
+        return look_up(self.weight.codes, scale, ids)
+
+
+@pytest.mark.parametrize("clones", [False, True])
+def test_parts_of_a_quantised_table_are_looked_up_together(monkeypatch, clones):
+    """A part that the forward has copied is whole, and then so are the others."""
+    monkeypatch.setattr(rows, "_by_rows", [lambda tensor: isinstance(tensor, Quantised)])
+    register_lookup(torch.ops.spillway_tests.rows.default, (0, 1), 2)
+    monkeypatch.setattr(table, "LARGE_BYTES", ROWS * WIDTH)
+    plain = quantise(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
+    with torch.device("meta"):
+        module = Dequantising(ROWS, WIDTH)
+    module.clones = clones
+    source = StateDict({"weight": Quantised(plain.codes, plain.scale)})
+    model = DynamicModel(module, source, "cpu", backend=SimDevice())
+    assert tables(model)
+    for ids in (IDS["texts"], torch.tensor([ROWS - 1])):
+        assert same(model(ids), look_up(plain.codes, plain.scale, ids))
+    assert bool(tables(model)) != clones
+    if not clones:
+        assert model.ledger.counters.bytes_streamed == (IDS["texts"].unique().numel() + 1) * (WIDTH + 4)
+
+
+class TwoTables(Encoder):
+    """Tables that follow one another, as Gemma 3n's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = torch.nn.Embedding(ROWS, WIDTH)
+
+    def forward(self, ids):
+        return super().forward(ids) + self.second(self.embedding(ids)[..., 0].abs().mul(9).long())
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_tables_that_were_patched_are_not_brought_ahead_afterwards(path, budget):
+    written(path, TwoTables)
+    plain, ids = reference(path, TwoTables), IDS["texts"]
+    model = dynamic(TwoTables, path, device=SimDevice(), vram_bytes=budget)
+    assert len(tables(model)) == 2
+    for patches in ({}, dict.fromkeys(("embedding.weight", "second.weight"), lambda weight: weight.clone()), {}):
+        model.set_patches(patches)
+        for _ in range(3):
+            before = model.ledger.counters.bytes_streamed
+            assert same(model(ids), plain(ids))
+    assert len(tables(model)) == 2 and len(model.execution_order()) == 3
+    moved = model.ledger.counters.bytes_streamed - before
+    assert moved <= (model.total_bytes if budget == 0 else 0) + 3 * 51 * WIDTH * 4
+    assert not any(bundle.successor is not None and bundle.successor.by_rows for bundle in model.bundles)
 
 
 class Tied(Encoder):
