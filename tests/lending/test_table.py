@@ -256,27 +256,26 @@ def look_up(codes: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor) -> torc
 
 class Dequantising(torch.nn.Embedding):
     def forward(self, ids):
-        scale = self.weight.scale.clone() if self.clones else self.weight.scale
-        return look_up(self.weight.codes, scale, ids)
+        return look_up(self.weight.codes, self.weight.scale if self.own is None else self.own, ids)
 
 
-@pytest.mark.parametrize("clones", [False, True])
-def test_parts_of_a_quantised_table_are_looked_up_together(monkeypatch, clones):
-    """A part that the forward has copied is whole, and then so are the others."""
+@pytest.mark.parametrize("own", [False, True])
+def test_parts_of_a_quantised_table_are_looked_up_together(monkeypatch, own):
+    """Where the forward has scales of its own, which are whole, so is the rest."""
     monkeypatch.setattr(rows, "_by_rows", [lambda tensor: isinstance(tensor, Quantised)])
     register_lookup(torch.ops.spillway_tests.rows.default, (0, 1), 2)
     monkeypatch.setattr(table, "LARGE_BYTES", ROWS * WIDTH)
     plain = quantise(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
     with torch.device("meta"):
         module = Dequantising(ROWS, WIDTH)
-    module.clones = clones
+    module.own = plain.scale if own else None
     source = StateDict({"weight": Quantised(plain.codes, plain.scale)})
     model = DynamicModel(module, source, "cpu", backend=SimDevice())
     assert tables(model)
     for ids in (IDS["texts"], torch.tensor([ROWS - 1])):
         assert same(model(ids), look_up(plain.codes, plain.scale, ids))
-    assert bool(tables(model)) != clones
-    if not clones:
+    assert bool(tables(model)) != own
+    if not own:
         assert model.ledger.counters.bytes_streamed == (IDS["texts"].unique().numel() + 1) * (WIDTH + 4)
 
 
