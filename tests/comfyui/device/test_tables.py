@@ -1,5 +1,6 @@
 """Text encoders whose token embeddings stay in their file: ComfyUI's conditioning, for the bytes of the rows."""
 
+import inspect
 from pathlib import Path
 
 import comfy.lora
@@ -28,6 +29,7 @@ KINDS = {
 }
 OPTIONS = {"clip": {"clip_layers": 2}, "t5": {"t5_layers": 2}}
 LAYER = {"clip": "text_model.encoder.layers.0.mlp.fc1", "t5": "encoder.block.0.layer.1.DenseReluDense.wi"}
+CLASSIC = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(comfy.sd.load_clip).parameters else {}
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 SCALES = {"int8_tensorwise": {"per_channel": True}, "float8_e4m3fn": {}}
 ALL, SOME = Policy(headroom_bytes=0), Policy(vram_bytes=6 << 20, headroom_bytes=0)
@@ -57,7 +59,8 @@ def loaded(checkpoint, monkeypatch):
         monkeypatch.setattr(comfy.sd, "load_clip", small)
         directory = folder_paths.get_folder_paths("embeddings")
         kind_of = comfy.sd.CLIPType[clip_type.upper()]
-        yield small(ckpt_paths=[path], clip_type=kind_of, embedding_directory=directory)
+        # With dynamic VRAM ComfyUI patches embeddings at their use: one in INT8 fails there, and others are not rounded.
+        yield small(ckpt_paths=[path], clip_type=kind_of, embedding_directory=directory, **CLASSIC)
         yield comfy_load.load_clip([path], clip_type, policy, directory)
 
     return load
