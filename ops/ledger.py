@@ -25,6 +25,7 @@ class Counters:
     patch_changes: int = 0  # times that other patches were attached: a LoRA, or hooks between two conditions
     write_backs: int = 0
     reads: int = 0  # loans to operations outside of a layer's forward
+    rows: int = 0  # of tables, brought for lookups
     prefetched: int = 0  # bundles begun before they were asked for
     stalls: int = 0  # times the launching thread waited for the device
     retries: int = 0  # layers run again after an out-of-memory error

@@ -14,6 +14,7 @@ from ..ops.lending.block import Block
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.layer import dynamic_class, has_forward
 from ..ops.lending.param import Param
+from ..ops.lending.table import Table, is_table
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
@@ -60,9 +61,9 @@ def collect_bundles(
 ) -> list[Bundle]:
     """Make the bundles of a module tree, in registration order.
 
-    A module that can be called gets a bundle of its own parameters. Parameters of a container that cannot be called (a
-    ParameterList) go to the nearest module above that can. `source` has parameters by name. Without it, each parameter
-    is its own source.
+    A module that can be called gets a bundle of its own parameters, a large embedding a table. Parameters of a
+    container that cannot be called (a ParameterList) go to the nearest module above that can. `source` has parameters
+    by name. Without it, each parameter is its own source.
     model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's. int8: which weights
     are quantised. blocks: names of modules that get one bundle for all that is in them. Residency rules go by the
     block's name alone.
@@ -126,15 +127,19 @@ def collect_bundles(
     bundles = []
     for name, entries in params.items():
         module = modules[name]
+        rule = policy.rule_for(name)
+        place = rule.offload if rule is not None else "auto"
         if name in blocks:
             bundle: Bundle = Block(name, module, entries, _members(module, entries))
+        elif place not in ("ram", "pin") and is_table(module, entries):
+            bundle = Table(name, module, entries)
         else:
             bundle = Bundle(name, module, entries)
-        rule = policy.rule_for(name)
-        bundle.offload_to = rule.offload if rule is not None else "auto"
+        bundle.offload_to = place
         bundles.append(bundle)
     # Registration order is the best guess at the execution order until the first step has run.
-    for bundle, following in zip(bundles, bundles[1:] + bundles[:1], strict=True):
+    ordered = [bundle for bundle in bundles if not bundle.by_rows]
+    for bundle, following in zip(ordered, ordered[1:] + ordered[:1], strict=True):
         bundle.successor = following
     return bundles
 

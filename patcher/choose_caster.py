@@ -26,8 +26,9 @@ def choose_caster(
         caster = HostCaster(device, vbar, pins, ledger)
     else:
         caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
-    caster.per_step, caster.traced = len(remembered.order), remembered.traced
-    for bundle, following in pairwise(remembered.order):
+    order = [bundle for bundle in remembered.order if not bundle.by_rows]
+    caster.per_step, caster.traced = len(order), remembered.traced
+    for bundle, following in pairwise(order):
         bundle.successor = bundle.successor or following
     return caster
 

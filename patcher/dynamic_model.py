@@ -19,6 +19,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
 from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
+from ..ops.lending.table import leave_order, note_tables
 from ..ops.ram import shortage
 from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
@@ -101,6 +102,7 @@ class DynamicModel(Figures):
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
+        note_tables(self.bundles, self.ledger)
         models.add(self)
 
     # -- running
@@ -293,9 +295,10 @@ class DynamicModel(Figures):
                     bundle.move_to(None)  # its slice has the old size
                     residency.resized = True
             bundle.stand_in(self._idle_device)
+        leave_order(self.bundles)
         if self.pins is not None and resized:
             # Blocks that were cut for smaller weights leave up to one bundle unused.
-            self._unused_pins = max(bundle.nbytes for bundle in self.bundles)
+            self._unused_pins = max((bundle.nbytes for bundle in self.bundles if not bundle.by_rows), default=0)
             self.pins.set_budget(self._pin_budget())  # else what patches have made larger is made anew at every use
         return len(touched)
 

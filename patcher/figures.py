@@ -33,8 +33,8 @@ class Figures:
 
     @property
     def total_bytes(self) -> int:
-        """Count the bytes of all bundles in their final form."""
-        return sum(bundle.nbytes for bundle in self.bundles)
+        """Count the bytes of all bundles in their final form, but for tables, which stay in their file."""
+        return sum(bundle.nbytes for bundle in self.bundles if not bundle.by_rows)
 
     @property
     def resident_bytes(self) -> int:
@@ -106,7 +106,7 @@ class Figures:
     def execution_order(self) -> list[Bundle]:
         """List the bundles in the order of the last step, or as registered before the first step."""
         first = self.residency.caster.first if self.residency is not None else None
-        return execution_order(first, self.bundles)
+        return execution_order(first, [bundle for bundle in self.bundles if not bundle.by_rows])
 
     def bundle_report(self) -> list[tuple[str, int, bool]]:
         """List (bundle name, bytes, resident) in execution order."""

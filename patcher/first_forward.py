@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -34,6 +35,16 @@ class FirstForward:
         """Do the same for an operation outside of the module's forward."""
         self._prepare_for(bundle)
         return bundle.lender.read(bundle)
+
+    def at_hand(self, bundle: Bundle) -> Lending:
+        """Prepare the model, so that its caster is at hand."""
+        self._prepare_for(bundle)
+        return bundle.lender.at_hand(bundle)
+
+    def rows(self, table: Bundle, idle: Any, asked: Any) -> AbstractContextManager[Any]:
+        """Do the same for an operation that looks rows up."""
+        self._prepare_for(table)
+        return table.lender.rows(table, idle, asked)
 
     def _prepare_for(self, bundle: Bundle) -> None:
         prepare = self._prepare()

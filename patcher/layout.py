@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops.gather import interpret_gathered_like
+from ..ops.ledger import Ledger
 from ..ops.lending.bundle import Bundle
 from ..ops.vbar.protocol import VBAR
 from .load_plan import SMALL_BYTES, Cost, LoadPlan, Window, by_bytes, interleave
@@ -22,7 +23,7 @@ GAIN = 1.02
 
 @dataclass(frozen=True)
 class Layout:
-    """addresses: the bundles that may reside, the lowest address first. window: see WINDOWS, where the policy sets none.
+    """addresses: the bundles that may reside, the lowest address first. window: see WINDOWS, if the policy sets none.
 
     seconds: of a step, as it is expected to be.
     """
@@ -37,18 +38,17 @@ Planner = Callable[[Sequence[Bundle], Window], LoadPlan]
 
 
 class Layouts:
-    """order: of execution. resides: says of a bundle whether it may. fixed: the policy's own window, if it has one."""
+    """order: of execution. may_reside: those of them that may. fixed: the policy's own window, if it has one."""
 
     def __init__(
         self,
         order: Sequence[Bundle],
-        resides: Callable[[Bundle], bool],
+        may_reside: Sequence[Bundle],
         plan: Planner,
         cost: Cost,
         fixed: Window | None,
     ) -> None:
-        self.order, self.plan, self.cost, self.fixed = order, plan, cost, fixed
-        self.may_reside = [bundle for bundle in order if resides(bundle)]
+        self.order, self.may_reside, self.plan, self.cost, self.fixed = order, may_reside, plan, cost, fixed
 
     def plain(self) -> list[Bundle]:
         """Return the address order that is even in bytes, for a step that nobody has timed."""
@@ -114,3 +114,9 @@ def execution_order(first: Bundle | None, bundles: Sequence[Bundle]) -> list[Bun
         order[bundle] = None
         bundle = bundle.successor
     return list(order) + [bundle for bundle in bundles if bundle not in order]
+
+
+def evicted(bundle: Bundle, ledger: Ledger) -> None:
+    """Take note that the VBAR has taken the memory of a bundle back."""
+    ledger.counters.evictions += 1
+    bundle.evicted()

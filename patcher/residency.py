@@ -18,7 +18,7 @@ from ..ops.vbar.protocol import VBAR
 from .choose_caster import choose_caster, fixed_window
 from .choose_vbar import choose_vbar
 from .headroom import GIB, headroom_bytes
-from .layout import GAIN, Held, Layouts, execution_order
+from .layout import GAIN, Held, Layouts, evicted, execution_order
 from .load_plan import (
     LoadPlan,
     LoadState,
@@ -57,13 +57,15 @@ class Residency:
         may_init: bool,
         placed_bytes: int = 0,
     ) -> None:
-        self.device, self.bundles, self.policy, self.pins = device, bundles, policy, pins
+        self.device, self.policy, self.pins = device, policy, pins
+        self._all = bundles
         self.ledger, self.remembered, self.may_init, self.placed_bytes = ledger, remembered, may_init, placed_bytes
         self.costs = UseCosts(device)
         self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
         self.caster = choose_caster(device, self._choose_vbar(), pins, ledger, policy, remembered)
+        self.caster.per_step = len(self.bundles)
         self.caster.on_out_of_memory = self.learn_from_failure
         try:
             self._lay_out()
@@ -76,6 +78,11 @@ class Residency:
     def window(self) -> Window:
         """Give the rule for how much may be on its way at once."""
         return fixed_window(self.policy, self.device) or by_bytes(self.remembered.window)
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """List the bundles that may stay or be brought as a whole. A table by rows has no part in any plan."""
+        return [bundle for bundle in self._all if not bundle.by_rows]
 
     @property
     def vbar(self) -> VBAR:
@@ -104,7 +111,7 @@ class Residency:
     # -- layout
 
     def _choose_vbar(self) -> VBAR:
-        nbytes = sum(bundle.nbytes + 512 for bundle in self.bundles)  # 512: the alignment of each
+        nbytes = 512 + sum(bundle.nbytes + 512 for bundle in self.bundles)  # 512: the alignment of each
         failure = self.remembered.aimdo_failure
         return choose_vbar(self.device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, failure)
 
@@ -114,11 +121,12 @@ class Residency:
     def _lay_out(self, addresses: Sequence[Bundle] | None = None) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
+        self._placed = self.bundles
         self.addresses = list(addresses) if addresses is not None else self._layouts().plain()
-        for bundle in self.bundles:
+        for bundle in self._all:
             bundle.move_to(None)
         for bundle in self.addresses:
-            bundle.move_to(self.vbar.alloc(bundle.nbytes, partial(_evicted, bundle, self.ledger)))
+            bundle.move_to(self.vbar.alloc(bundle.nbytes, partial(evicted, bundle, self.ledger)))
 
     def _rebuild(self, addresses: Sequence[Bundle] | None = None) -> None:
         """Lay out a new VBAR, and move what stays resident. No bundle may be lent. addresses: None for the usual."""
@@ -137,22 +145,19 @@ class Residency:
             before.close()
 
     def _layouts(self) -> Layouts:
-        return Layouts(
-            self.remembered.order,
-            lambda bundle: self.policy.may_reside(bundle.name),
-            self._plan,
-            self.costs.use,
-            fixed_window(self.policy, self.device),
-        )
+        # A table may have become a bundle as any other since the order was noted.
+        order = [b for b in dict.fromkeys([*self.remembered.order, *self.bundles]) if not b.by_rows]
+        may_reside = [bundle for bundle in order if self.policy.may_reside(bundle.name)]
+        return Layouts(order, may_reside, self._plan, self.costs.use, fixed_window(self.policy, self.device))
 
     def rebuild_if_resized(self) -> None:
         """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
-        if self.resized and not any(bundle.loan for bundle in self.bundles):
+        if (self.resized or self._placed != self.bundles) and not any(bundle.loan for bundle in self._all):
             self._rebuild()
 
     def _give_vbar_back(self) -> None:
         self.vbar.close()
-        for bundle in self.bundles:
+        for bundle in self._all:
             bundle.move_to(None)
 
     # -- budget
@@ -248,6 +253,7 @@ class Residency:
 
     def begin_use(self, changed: bool) -> None:
         """Make room at once for the weights and the computation. changed: another one is expected than before."""
+        self.rebuild_if_resized()
         if changed or self.expected:
             self._apply(self._new_plan())
         self._claim()
@@ -310,7 +316,8 @@ class Residency:
 
     def _follow_trace(self) -> None:
         """Use the order in which the first step ran."""
-        guessed, self.remembered.order = list(self.remembered.order), execution_order(self.caster.first, self.bundles)
+        guessed = [bundle for bundle in self.remembered.order if not bundle.by_rows]
+        self.remembered.order = execution_order(self.caster.first, self.bundles)
         self.remembered.traced = True
         self.caster.follow_trace(self.bundles)
         if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL and self.remembered.pace is None:
@@ -389,11 +396,5 @@ class Residency:
                 self.caster.close()
             finally:
                 self._give_vbar_back()
-                for bundle in self.bundles:
+                for bundle in self._all:
                     bundle.drop_pages()
-
-
-def _evicted(bundle: Bundle, ledger: Ledger) -> None:
-    """Take note that the VBAR has taken the memory of a bundle back."""
-    ledger.counters.evictions += 1
-    bundle.evicted()

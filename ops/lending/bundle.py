@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..device.backend import Backend
 from ..files.disk_map import DiskMap, SourceError
 from ..gather import gathered_bytes, inner_tensors, is_wrapper
 from ..int8.weight import PART_BYTES
@@ -36,6 +37,8 @@ from .repeat import may_repeat
 
 class Lending(Protocol):
     """A loan that has begun, and who ends it."""
+
+    backend: Backend
 
     def exit(self, bundle: Bundle) -> None:
         """Put the idle parameters back and end the loan."""
@@ -61,6 +64,12 @@ class Lender(Protocol):
     def read(self, bundle: Bundle) -> AbstractContextManager[Sequence[torch.Tensor]]:
         """Lend the tensors, in the order of the parameters, to an operation outside of the module's forward."""
 
+    def at_hand(self, bundle: Bundle) -> Lending:
+        """Lend nothing yet. Return who will lend to the operations of a forward, and makes room for them."""
+
+    def rows(self, table: Any, idle: Any, asked: Any) -> AbstractContextManager[Any]:
+        """Lend rows of a table to an operation that looks them up, see lend_rows.py."""
+
 
 class Bundle:
     """The parameters of one module, laid out in one buffer.
@@ -70,6 +79,7 @@ class Bundle:
     """
 
     lender: Lender
+    by_rows = False  # whether lookups bring rows, and nothing brings the whole; see table.py
 
     def __init__(self, name: str, module: torch.nn.Module, params: Sequence[Param]) -> None:
         self.name = name
@@ -152,6 +162,9 @@ class Bundle:
         self.signature = signature
         self.views = views
 
+    def missed(self) -> None:
+        """Note that the whole was asked for and has no slice to stay in."""
+
     def evicted(self) -> None:
         """Note that the slice lost its memory. A bundle that is used in place gives its file's pages back."""
         self.views = None
@@ -164,7 +177,7 @@ class Bundle:
         return before != version
 
     def invalidate(self) -> bool:
-        """Let no holder of the old final form count as current. Say whether the final form's size has changed."""
+        """Let no holder of the old final form count as current. Say whether the bundle needs other addresses."""
         self.version += 1
         self.signature = self.views = None
         self.final = [param.final for param in self.params]

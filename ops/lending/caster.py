@@ -28,8 +28,12 @@ from ..vbar.protocol import VBAR
 from .arena import Extent
 from .bundle import Bundle
 from .final_form import make_final
+from .idle_weight import IdleWeight
+from .lend_rows import Rows, lend_rows
+from .lookup import Asked
 from .pins import Pins
 from .stopwatch import Stopwatch
+from .table import Table
 
 
 class Loan:
@@ -62,6 +66,7 @@ class Caster:
         self.pins = pins
         self.ledger = ledger
         self.counters = ledger.counters
+        self.rows_bytes = 0  # of device memory that rows of tables hold
         self.previous: Bundle | None = None
         self.first: Bundle | None = None  # the bundle with which the last step began
         self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
@@ -209,6 +214,14 @@ class Caster:
             with self.lock:
                 self.end(loan)
 
+    def at_hand(self, bundle: Bundle) -> Caster:
+        """Lend nothing yet. Return the caster itself, which will lend rows and makes room for them."""
+        return self
+
+    def rows(self, table: Table, idle: Sequence[IdleWeight], asked: Asked) -> Rows:
+        """Lend rows of a table to an operation that looks them up. The traced order stays as it is."""
+        return lend_rows(self, table, idle, asked)
+
     def follow_write(self, bundle: Bundle) -> None:
         """Forget the final form of a bundle whose source was written into."""
         bundle.writes = bundle.count_writes()
@@ -249,6 +262,7 @@ class Caster:
         counters = self.counters
         if signature is None:
             counters.misses += 1
+            bundle.missed()
         else:
             counters.faults += 1
             if self.vbar.same(signature, bundle.signature):

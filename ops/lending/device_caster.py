@@ -84,7 +84,7 @@ class DeviceCaster(Caster):
 
     def _outside(self) -> int:
         """Return the bytes that are held outside of VBAR and arena."""
-        return self._held + sum(kept.numel() for _, kept in self.write_backs)
+        return self._held + self.rows_bytes + sum(kept.numel() for _, kept in self.write_backs)
 
     def make_way(self, nbytes: int) -> None:
         if self.buffer_bytes + nbytes > self.room:

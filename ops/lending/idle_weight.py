@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -11,15 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..gather import inner_tensors
 from ..gguf.weight import stays_quantised
+from .lookup import Asked, asked_for, with_rows
 from .param import Param
 
 
 class Owner(Protocol):
-    """The bundle of a parameter, as far as a read knows it. lender: see bundle.py."""
+    """The bundle of a parameter, as far as a read knows it. lender, by_rows, depth: see bundle.py."""
 
     lender: Any
     params: list[Param]
+    by_rows: bool
+    depth: int
 
 
 # Operations that make a view, in their order: each with its arguments after the tensor, and which result was taken.
@@ -46,8 +50,12 @@ class IdleWeight(torch.Tensor):
         device: torch.device,
         shown: torch.Tensor | None = None,
         steps: Steps = (),
+        inner: int | None = None,
     ) -> IdleWeight:
-        """shown: a tensor without memory of the same shape, strides and dtype. steps: how the view is made."""
+        """shown: a tensor without memory of the same shape, strides and dtype. steps: how the view is made.
+
+        inner: which of a quantised weight's tensors it is; None for the weight.
+        """
         with torch.inference_mode(False):
             if shown is None:
                 shown = torch.empty(param.final.shape, dtype=param.compute_dtype or param.final.dtype, device="meta")
@@ -60,17 +68,29 @@ class IdleWeight(torch.Tensor):
                 device=device,
                 requires_grad=False,
             )
-        self.bundle, self.param, self.shown, self.steps = bundle, param, shown, steps
+        self.bundle, self.param, self.shown, self.steps, self.inner = bundle, param, shown, steps, inner
         return self
 
     @contextmanager
     def lent(self) -> Iterator[torch.Tensor]:
         """Lend the weight for one operation. Once its model is closed, give the source."""
-        if self.param.idle is self.param.original:  # somebody kept the idle weight of a model that is closed
-            yield self.view_of(self.param.source.to(self.device, self.dtype))
+        kept = self.param.idle is self.param.original if self.inner is None else not self.bundle.depth
+        if kept:  # by somebody, from a model that is closed or a call that has ended
+            yield self.view_of(self.stored().to(self.device, self.dtype))
             return
         with self.bundle.lender.read(self.bundle) as tensors:
-            yield self.view_of(tensors[self.bundle.params.index(self.param)])
+            yield self.view_of(self._of(tensors[self.bundle.params.index(self.param)]))
+
+    def stored(self) -> torch.Tensor:
+        """Return the tensor of the source that the weight is a view of."""
+        return self._of(self.param.source)
+
+    def _of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.inner is None else inner_tensors(tensor)[self.inner]
+
+    def like(self, shown: torch.Tensor, *steps: Any) -> IdleWeight:
+        """Return a view, or a cast, of this weight that is idle too."""
+        return IdleWeight(self.bundle, self.param, self.device, shown, (*self.steps, *steps), self.inner)
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Make the same view of a tensor that this one is of its parameter."""
@@ -88,12 +108,12 @@ class IdleWeight(torch.Tensor):
         return self.clone().tolist()
 
     def __deepcopy__(self, memo: dict) -> torch.nn.Parameter:
-        copied = torch.nn.Parameter(copy.deepcopy(self.view_of(self.param.source), memo), requires_grad=False)
+        copied = torch.nn.Parameter(copy.deepcopy(self.view_of(self.stored()), memo), requires_grad=False)
         memo[id(self)] = copied
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return torch.nn.Parameter(self.view_of(self.param.source), requires_grad=False).__reduce_ex__(protocol)
+        return torch.nn.Parameter(self.view_of(self.stored()), requires_grad=False).__reduce_ex__(protocol)
 
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"IdleWeight('{self.param.key}', {tuple(self.shape)}, {self.dtype}, {self.device})"
@@ -109,6 +129,15 @@ class IdleWeight(torch.Tensor):
             written = _written(func, args, kwargs)
             if written is not None:
                 return _write(written, func, args, kwargs)
+        asked = asked_for(func, args)
+        if asked is not None:
+            tables = {at: args[at] for at in asked.tables if args[at].numel() > 1}
+            if _have_rows(tables.values()):
+                return _look_up(tables, asked, func, args, kwargs)
+        if func.overloadpacket in _CASTS:
+            cast = _cast(func, args, kwargs)
+            if cast is not None:
+                return cast
         may_alias = any(value.alias_info is not None for value in func._schema.returns)
         if may_alias and args and isinstance(args[0], IdleWeight) and func.overloadpacket not in _CONVERSIONS:
             view = _view(args[0], func, args[1:], kwargs)
@@ -123,26 +152,57 @@ class IdleWeight(torch.Tensor):
 
 # They return the tensor itself only where there is nothing to convert.
 _CONVERSIONS = frozenset((torch.ops.aten.to,))
+_CASTS = frozenset((torch.ops.aten.to, torch.ops.aten._to_copy))
+_CAST = torch.ops.aten._to_copy.default
 _THE_SAME = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
+
+
+def _have_rows(tables: Collection[torch.Tensor]) -> bool:
+    """Say whether all of them are idle weights of one table, of which lookups bring rows, as they are or cast.
+
+    A tensor of numbers among them would be asked for rows of the others.
+    """
+    idle = [table for table in tables if isinstance(table, IdleWeight)]
+    owners = {table.bundle for table in idle}
+    if len(idle) != len(tables) or len(owners) != 1 or not owners.pop().by_rows:
+        return False
+    return all(func is _CAST for table in idle for func, *_ in table.steps)
+
+
+def _look_up(tables: dict[int, IdleWeight], asked: Asked, func: Any, args: Any, kwargs: Any) -> Any:
+    """Do an operation that looks rows up, with those rows alone."""
+    bundle = next(iter(tables.values())).bundle
+    with bundle.lender.rows(bundle, list(tables.values()), asked) as (rows, places):
+        return func(*with_rows(func, args, dict(zip(tables, rows, strict=True)), places), **kwargs)
+
+
+def _cast(func: Any, args: Any, kwargs: Any) -> IdleWeight | None:
+    """Return a cast of a table that is idle too, while its module is called: the rows are cast once they are here.
+
+    None for whatever is no such cast. Elsewhere a cast is a copy, which a later write must not change.
+    """
+    idle = args[0]
+    if not isinstance(idle, IdleWeight) or not (idle.bundle.by_rows and idle.bundle.depth):
+        return None
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    dtype, device = given.get("dtype"), given.get("device")
+    if dtype is None or "other" in given or (device is not None and torch.device(device) != idle.device):
+        return None
+    return idle.like(idle.shown.to(dtype), (_CAST, (), {"dtype": dtype}, None))
 
 
 def _view(idle: IdleWeight, func: Any, args: Any, kwargs: Any) -> Any:
     """Return the view that the operation makes of an idle weight, itself idle. None where it makes no view."""
     if func in _THE_SAME:
-        return IdleWeight(idle.bundle, idle.param, idle.device, idle.shown, idle.steps)
+        return idle.like(idle.shown)
     shown = func(idle.shown, *args, **kwargs)
     results = shown if isinstance(shown, (list, tuple)) else [shown]
     memory = idle.shown.untyped_storage()._cdata
     if not all(isinstance(result, torch.Tensor) and result.untyped_storage()._cdata == memory for result in results):
         return None
     views = [
-        IdleWeight(
-            idle.bundle,
-            idle.param,
-            idle.device,
-            result,
-            (*idle.steps, (func, args, kwargs, None if result is shown else index)),
-        )
+        idle.like(result, (func, args, kwargs, None if result is shown else index))
         for index, result in enumerate(results)
     ]
     return views[0] if results[0] is shown else views
@@ -163,7 +223,7 @@ def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight
     place = written.param.source.device
 
     def beside(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view_of(tensor.param.source) if isinstance(tensor, IdleWeight) else tensor.to(place)
+        return tensor.view_of(tensor.stored()) if isinstance(tensor, IdleWeight) else tensor.to(place)
 
     args, kwargs = tree_map_only(torch.Tensor, beside, (args, kwargs))
     func(*args, **kwargs)
@@ -175,7 +235,7 @@ def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor that holds the numbers: the source of an idle weight, else the tensor itself."""
-    return tensor.view_of(tensor.param.source) if isinstance(tensor, IdleWeight) else tensor
+    return tensor.view_of(tensor.stored()) if isinstance(tensor, IdleWeight) else tensor
 
 
 # Set while code reads state dicts in order to compute with them.

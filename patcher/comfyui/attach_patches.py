@@ -9,10 +9,12 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ops.gguf.weight import GgufWeight, stays_quantised
 from ...ops.lending.param import Param
+from ...ops.lending.table import Table
 from ..dynamic_model import DynamicModel
 from .first_use import as_it_is, multiplies_wrongly
 from .model_state import ModelState
 from .patches.int8_lora import branch_of, place_loras
+from .patches.rows import TablePatch
 from .patches.weight_patch import WeightPatch, idle_function
 
 HookPatches = dict[str, list[tuple]]
@@ -49,6 +51,8 @@ def attach_patches(
                 hooked.get(key, []),
                 rounded=not param.int8,
             )
+            if isinstance(bundle, Table):
+                patch = TablePatch(patch, param.final)
             beside = branch_of(patch) if isinstance(param.source, GgufWeight) and not param.int8 else None
             patches[key] = patch if beside is None else beside
     if quantised and not hooked:

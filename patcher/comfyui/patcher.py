@@ -21,7 +21,7 @@ from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
 from ..ram_pressure import free_ram
-from . import seams  # noqa: F401 - stands in ComfyUI's functions from here on
+from . import seams, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
 from .loading.loader_overrides import check_complete

@@ -10,11 +10,13 @@ import pytest
 from kit.planting import Fault, check_is_seen, check_passes
 
 CASTER = "ops.lending.device_caster:DeviceCaster"
+ROWS = "ops.lending.lend_rows"
 CAREFUL = "ops.device.careful_backend:CarefulBackend"
 CUDA = "ops.device.backend:StreamBackend"
 
 CASES = "lending/test_caster.py"
 PINS = "lending/test_pins.py"
+TABLES = "lending/test_table.py"
 READS = "lending/test_idle_weight.py"
 BUFFERS = "patcher/test_buffers.py"
 BUDGET = "patcher/test_budget.py"
@@ -128,6 +130,19 @@ FAULTS = {
         "param.patch(weight)",
         "param.patch(weight.cpu())",
         (f"{ON_DEVICE}::test_patches_are_made_on_the_device",),
+    ),
+    # Rows of tables, whose one transfer nothing has to wait for.
+    "rows are not brought": Fault(f"{ROWS}:_bring", "backend.copy(memory, host, None)", "pass", (TABLES,)),
+    "rows come from a file that has changed": Fault(
+        f"{ROWS}:_bring", "table.check_files()  # rows that were written meanwhile must not be used", "pass", (TABLES,)
+    ),
+    "rows ignore the budget": Fault(f"{ROWS}:_bring", "caster.make_way(held)", "pass", (TABLES,)),
+    "rows are not counted": Fault(f"{ROWS}:lend_rows", "caster.rows_bytes += held", "pass", (TABLES,)),
+    "a table is brought ahead as a whole": Fault(
+        "ops.lending.table:leave_order", "bundle.successor = following", "pass", (TABLES,)
+    ),
+    "a whole table among rows": Fault(
+        "ops.lending.idle_weight:_have_rows", "len(idle) != len(tables) or ", "", (TABLES,)
     ),
     # Limits and repeats.
     "the limit is ignored": Fault(

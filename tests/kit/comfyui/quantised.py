@@ -11,10 +11,10 @@ from kit.comfyui import checkpoints
 MATCH = ("attn.qkv", "mlp.0", "mlp.2", "linear1", "linear2")
 
 
-def quantised(path, base, kind, match=MATCH):
+def quantised(path, base, kind, match=MATCH, **options):
     """Write the file `base` with its large matrices quantised as `comfy_quant` files have them.
 
-    match: parts of their names.
+    match: parts of their names. options: of the layout.
     """
     layout = comfy.quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     out = {}
@@ -22,7 +22,7 @@ def quantised(path, base, kind, match=MATCH):
         if not name.endswith(".weight") or not any(part in name for part in match):
             out[name] = tensor
             continue
-        weight = comfy.quant_ops.QuantizedTensor.from_float(tensor.float(), layout, scale="recalculate")
+        weight = comfy.quant_ops.QuantizedTensor.from_float(tensor.float(), layout, scale="recalculate", **options)
         out.update(weight.state_dict(name))
         stem = name.removesuffix("weight")
         out[f"{stem}comfy_quant"] = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
