@@ -30,7 +30,7 @@ from .first_use.check import first_use
 from .first_use.verdict import COPIES, VBAR, Verdict
 from .headroom import headroom_bytes
 from .policy import Policy
-from .ram_pressure import available_ram, give_pins, relieve, room_for_pins
+from .ram_pressure import give_pins, pin_budget, relieve, room_for_pins
 from .remembered import Remembered
 from .residency import Residency
 from .use_costs import UseCosts
@@ -215,12 +215,8 @@ class DynamicModel(Figures):
         return UseCosts(self._device).use(bundle)
 
     def _pin_budget(self) -> int:
-        if self.policy.pinned_bytes is not None:
-            return self.policy.pinned_bytes
-        # Take at most half of the available RAM. Pins are a cache of the file, and more of them could make the machine
-        # swap. On a CPU, pins hold only patched weights for which the budget has no room. Without a pin these would be
-        # computed at every use.
-        return min(self.total_bytes + self._unused_pins, available_ram() // 2)
+        held = self.pins.held if self.pins is not None else 0
+        return pin_budget(self.policy, self.total_bytes + self._unused_pins, held, self.backend.in_place)
 
     @property
     def rank(self) -> float:
@@ -265,6 +261,7 @@ class DynamicModel(Figures):
             with residency.caster.lock, self._device.current():
                 residency.caster.expect_step()
                 self._remembered.timed = 0  # the steps to come may be of another size
+                residency.pins.budget = self._pin_budget()  # RAM may have come free since
                 self._prioritize(residency)
                 residency.begin_use(changed)
 

@@ -65,8 +65,7 @@ def relieve(models: Iterable[PinHolder]) -> int:
 def free_ram(models: Iterable[PinHolder], nbytes: int) -> int:
     """Free the models' pins until `nbytes` of RAM are available. Returns the bytes freed.
 
-    Makes room for a model that is about to be loaded. Callers ask for twice its size, for its pages in the cache and
-    for its pins.
+    Makes room for a model that is about to be loaded: for its pins, which take the place of its pages in the cache.
     """
     short = nbytes - available_ram()
     return _free_pins(models, short, f"another model needs RAM{_limit()}") if short > 0 else 0
@@ -80,6 +79,19 @@ def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
 def room_for_pins() -> int:
     """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
     return max(0, available.recent_ram().available - ram_reserve())
+
+
+def pin_budget(policy: Policy, wanted: int, held: int, in_place: bool) -> int:
+    """Count the bytes that a model's pins may take. wanted: bytes of all that may be pinned. held: taken by now.
+
+    in_place: pins hold only patched weights for which the budget has no room, and which would be computed at each use.
+    """
+    if policy.pinned_bytes is not None:
+        return policy.pinned_bytes
+    if in_place:
+        return min(wanted, available_ram() // 2)
+    # A pin takes the place of the file's pages, so it may have all that is left to pins. Blocks have gaps.
+    return min(wanted + wanted // 16, held + room_for_pins())
 
 
 def room_for_staging(sizes: Iterable[int], count: int, held: int) -> int:

@@ -219,7 +219,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
                 self.state.lend_blocks()
             own = self.dynamic
             others = [model for model in list(models) if model is not own]
-            free_ram(others, 2 * self.model_size())
+            free_ram(others, self.model_size() - own.pinned_bytes)
             self.state.follow(self.policy)
             dynamic = self.dynamic
             dynamic.check_files()  # some weights are read right here

@@ -14,7 +14,12 @@ ROWS = "ops.lending.lend_rows"
 CAREFUL = "ops.device.careful_backend:CarefulBackend"
 CUDA = "ops.device.backend:StreamBackend"
 
+GATHERING = "ops.lending.gathering:Gathering"
+
 CASES = "lending/test_caster.py"
+ARENA = "lending/test_arena.py"
+READERS = "lending/test_readers.py"
+CONTRACT = "patcher/test_parity.py"
 PINS = "lending/test_pins.py"
 TABLES = "lending/test_table.py"
 READS = "lending/test_idle_weight.py"
@@ -30,23 +35,46 @@ AIMDO = "cuda_sim/on_aimdo/test_dropped.py"
 FAULTS = {
     # Waits in their order along a loan's way.
     "memory is filled that kernels may still read": Fault(
-        f"{CASTER}.start", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
+        f"{CASTER}._send", "self.backend.wait(event, stream)", "pass", (CASES, CONTRACT)
+    ),
+    "a slice is filled that kernels may still read": Fault(
+        f"{CASTER}._try_to_start", "loan.after = [self.backend.record(None)]", "loan.after = []", (CASES, CONTRACT)
+    ),
+    "memory outside of the arena is filled that kernels may still read": Fault(
+        f"{CASTER}._hold_target", "loan.after = [self.backend.record(None)]", "loan.after = []", (BUFFERS,)
     ),
     "a pin is read while it is being filled": Fault(
-        f"{CASTER}.start",
+        f"{CASTER}._send",
         "self.backend.wait(pin.ready, stream)",
         "pass",
         (f"{PATCHES}::test_a_patched_weight_may_be_wanted_again_while_it_is_written_back",),
     ),
     "nobody knows that a pin is being read": Fault(
-        f"{CASTER}.start", "loan.event = pin.busy =", "loan.event =", (PINS, READS)
+        f"{CASTER}._send", "loan.event = pin.busy =", "loan.event =", (PINS, READS)
+    ),
+    "nobody knows that a pin that was just filled is being read": Fault(
+        f"{GATHERING}.send", "self.pin.busy = loan.event", "pass", (PINS,)
+    ),
+    "a pin goes while a reader fills it": Fault(
+        "ops.lending.pins:Pins.drop", "self._changed.wait()", "break", (READERS,)
+    ),
+    "nobody waits for a reader": Fault(f"{CASTER}.complete", "loan.job.wait()", "pass", (CASES,)),
+    "a reader goes on when its loan has ended": Fault(
+        f"{CASTER}.finish", "loan.job.cancel()", "pass", (CASES, READERS)
+    ),
+    "a reader that failed may have begun a transfer": Fault(
+        f"{GATHERING}.undo", "self.caster.backend.synchronize()", "pass", (PINS, READERS)
+    ),
+    "what could not be begun ahead may have begun": Fault(
+        f"{CASTER}._start_ahead", "self.backend.synchronize()", "pass", (PINS, READERS)
     ),
     "nothing is awaited where a transfer may have begun": Fault(
         "ops.lending.caster:Caster.begin", "self.backend.synchronize()", "pass", (PINS,)
     ),
     "staging is filled again while it is being read": Fault(
-        f"{CASTER}._stage", "self.staging.give(staging, loan.event)", "self.staging.give(staging, None)", (CASES,)
+        f"{GATHERING}._give_back", "give(extent, self.loan.event)", "give(extent, None)", (CASES,)
     ),
+    "staging is not waited for": Fault("ops.lending.arena:Arena.wait_for", "event.synchronize()", "pass", (CASES,)),
     "nobody waits for a transfer": Fault(f"{CASTER}.complete", "self.backend.wait(loan.event, None)", "pass", (CASES,)),
     "what is not made yet is written back": Fault(
         f"{CASTER}._write_back", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
@@ -64,11 +92,24 @@ FAULTS = {
     "every write-back counts as done": Fault(
         "ops.lending.device_caster:_done", "event is None or event.query()", "True", (CASES, PINS)
     ),
-    "a slot is given back as done": Fault(f"{CASTER}._free_slot", "done = self.backend.record(None)", "pass", (CASES,)),
-    "a slot is used again before it is done": Fault(
-        "ops.lending.ring:Ring.take", "slot.done.synchronize()", "pass", (CASES, PINS)
+    "an extent is given back as done": Fault(
+        f"{CASTER}._free_extent", "done = self.backend.record(None)", "pass", (CASES,)
     ),
-    "a slot goes before it is done": Fault("ops.lending.ring:Ring.trim", "slot.done.synchronize()", "pass", (CASES,)),
+    "an extent forgets its last use": Fault(
+        "ops.lending.arena:Arena._cut",
+        "if segment.done is not None and not segment.is_idle",
+        "if False",
+        (ARENA, CASES),
+    ),
+    "the rest of an extent forgets its last use": Fault(
+        "ops.lending.arena:Arena._cut", "run[-1].done, run[-1].given", "None, 0", (ARENA,)
+    ),
+    "new memory of an arena is filled at once": Fault(
+        "ops.lending.arena:Arena._grow", "self._born()", "None", (ARENA, CASES)
+    ),
+    "a block goes before it is done": Fault(
+        "ops.lending.arena:Arena._drop", "segment.done.synchronize()", "pass", (ARENA, CASES)
+    ),
     "an unused transfer is not awaited": Fault(f"{CASTER}.finish", "loan.event.synchronize()", "pass", (CASES, PINS)),
     "a pin goes while it is being filled": Fault(
         "ops.lending.pins:Pins.drop", "(pin.ready, pin.busy)", "(pin.busy,)", (PINS,)
@@ -154,9 +195,7 @@ FAULTS = {
         "return False and",
         (f"{AIMDO}", "cuda_sim/on_aimdo/test_headroom.py"),
     ),
-    "bundles on their way ignore the budget": Fault(
-        f"{CASTER}.set_room", "self.room, self.casts, self.staging_room = nbytes, casts, staging", "pass", (BUFFERS,)
-    ),
+    "bundles on their way ignore the budget": Fault(f"{CASTER}.set_room", "self.room = nbytes", "pass", (BUFFERS,)),
     "whatever has begun runs again": Fault(
         "ops.lending.repeat:may_repeat", "cls = type(module)", "return True", ("lending/test_repeat.py",)
     ),
