@@ -78,8 +78,8 @@ def bundles_ahead(count: int) -> Window:
 
 
 def by_bytes(most: int) -> Window:
-    """Make room for `most` bundles at their largest."""
-    return lambda sizes: min(sum(map(aligned, sizes)), most * aligned(max(sizes, default=0)))
+    """Make room for as many bytes as the `most` largest bundles have, whichever they are that lie there."""
+    return lambda sizes: sum(nlargest(most, map(aligned, sizes)))
 
 
 def _buffer(offloaded: Sequence[Bundle], window: Window, cost: Cost, casting: Cost = _free) -> int:

@@ -78,7 +78,7 @@ def test_no_block_is_larger_than_what_is_left_of_the_budget(path):
 
 
 def test_the_block_that_was_used_longest_ago_goes_first_and_as_a_whole(path, monkeypatch):
-    model = made(path, Counting(), pinned_bytes=ALL)
+    model = made(path, Counting(), pinned_bytes=ALL, prefetch=0)
     size = model.bundles[0].nbytes
     monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * size)
     assert right(model, path)

@@ -111,7 +111,7 @@ def test_a_wait_is_said():
 def test_small_windows_come_first_among_equals():
     bundles, pace = model(*[(9, 900.0)] * 20)
     assert layouts(bundles, 90 * UNIT).best(pace).window == 2
-    assert by_bytes(3)([5 * UNIT, UNIT, UNIT]) == 7 * UNIT
+    assert by_bytes(2)([5 * UNIT, UNIT, 3 * UNIT]) == 8 * UNIT
 
 
 # Moving
