@@ -92,9 +92,8 @@ def main() -> int:
 def test(arguments: list[str]) -> int:
     """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
     # The longest first, so that no core is idle at the end.
-    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
+    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests, "soak": soak_tests(ONLY_MIX)}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
-    parts["soak"] = soak_tests(ONLY_MIX)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):

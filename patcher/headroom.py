@@ -9,9 +9,12 @@ GIB = 1 << 30
 
 
 def default_headroom(device: Backend) -> int:
-    """Give the bytes to keep free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB."""
+    """Give the bytes to keep free where the policy says nothing: a twentieth of the device, between 0.5 and 2 GiB.
+
+    More where the user reserves more for others.
+    """
     _, total = device.memory()
-    return min(max(total // 20, GIB // 2), 2 * GIB)
+    return max(min(max(total // 20, GIB // 2), 2 * GIB), device.reserved)
 
 
 def headroom_bytes(policy: Policy, device: Backend) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import nlargest
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from .policy import Policy
 GIB = 1 << 30
 # Reading the available RAM takes up to a millisecond where there are cgroups.
 POLL_SECONDS = 0.05
+# Others who say how many bytes pins may still take.
+pin_limits: list[Callable[[], int]] = []
 _looked = -POLL_SECONDS  # time.monotonic() of the last look
 
 
@@ -78,7 +80,7 @@ def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
 
 def room_for_pins() -> int:
     """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
-    return max(0, available.recent_ram().available - ram_reserve())
+    return max(0, min([available.recent_ram().available - ram_reserve(), *(limit() for limit in pin_limits)]))
 
 
 def pin_budget(policy: Policy, wanted: int, held: int, in_place: bool) -> int:

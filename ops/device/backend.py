@@ -42,12 +42,15 @@ class Backend:
 
     in_place: the device computes on host memory, so a weight of the right form needs no copy at all.
     aimdo_device: the number under which comfy-aimdo may know the device; None where it cannot.
+    locks_memory: False: the user wants no page-locked memory. reserved: bytes that the user leaves to others.
     unwrapped: the backend itself, without the CarefulBackend around it.
     """
 
     in_place = False
     streams = 0
     aimdo_device: int | None = None
+    locks_memory = True
+    reserved = 0
 
     def __init__(self, device: torch.device, memory: MemoryFigures | None = None) -> None:
         self.device = device
@@ -197,6 +200,8 @@ class StreamBackend(Backend):
             self.aimdo_device = device.index
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
+        if not self.locks_memory:
+            return torch.empty(nbytes, dtype=torch.uint8)
         if self.device.type != "cuda":
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return locked(nbytes, self._lock, self._unlock)

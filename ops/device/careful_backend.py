@@ -43,6 +43,7 @@ class CarefulBackend(Backend):
         super().__init__(unwrapped.device)
         self.unwrapped, self.ledger = unwrapped, ledger
         self.in_place, self.streams, self.aimdo_device = unwrapped.in_place, unwrapped.streams, unwrapped.aimdo_device
+        self.reserved = unwrapped.reserved
         self.synchronous = self.pageable = False
         self._unsettled = False  # a synchronisation failed, so no transfer is known to be done
 

@@ -20,6 +20,7 @@ from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
 from .first_use import record_file
+from .flags import heed_flags
 from .kitchen import register_kitchen
 from .patches.weight_patch import WeightPatch
 
@@ -79,7 +80,7 @@ class ModelState:
                 name=type(model).__name__,
                 model_dtype=model_dtype,
                 int8=self.int8,
-                backend=backend_for(device, memory_figures),
+                backend=heed_flags(backend_for(device, memory_figures)),
                 may_init=False,
                 blocks=block_names(model) if blocks else (),
                 first_use_file=record_file(),

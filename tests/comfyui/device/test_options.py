@@ -11,7 +11,14 @@ from fake_device.comfyui import OPTIONS, wants_aimdo
 
 PARITY = Path(__file__).parents[1] / "loading" / "test_parity.py"
 CHOICE = "(latents_within and flux and 0.25) or (latents_within and flux and 1.0) or (pictures and flux_vae and 0.25)"
-SETS = ("--highvram", "--novram", "--gpu-only", "--disable-dynamic-vram --lowvram")
+SETS = (
+    "--highvram",
+    "--novram",
+    "--gpu-only",
+    "--disable-dynamic-vram --lowvram",
+    "--disable-pinned-memory --disable-async-offload",
+    "--async-offload 1 --reserve-vram 1",
+)
 # This folder on sys.path would hide ComfyUI's `nodes`.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
 ONCE = "--force-fp32" in os.environ.get(OPTIONS, "") and not wants_aimdo()
