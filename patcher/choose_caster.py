@@ -9,6 +9,7 @@ from ..ops.device.backend import Backend
 from ..ops.ledger import Ledger
 from ..ops.lending.caster import Caster
 from ..ops.lending.device_caster import DeviceCaster
+from ..ops.lending.guess import OrderGuess
 from ..ops.lending.host_caster import HostCaster
 from ..ops.lending.pins import Pins
 from ..ops.vbar.protocol import VBAR
@@ -28,6 +29,7 @@ def choose_caster(
         caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
     order = [bundle for bundle in remembered.order if not bundle.by_rows]
     caster.per_step, caster.traced = len(order), remembered.traced
+    caster.guess = None if remembered.traced else OrderGuess(order)
     for bundle, following in pairwise(order):
         bundle.successor = bundle.successor or following
     return caster

@@ -19,15 +19,7 @@ from .choose_caster import choose_caster, fixed_window
 from .choose_vbar import choose_vbar
 from .headroom import GIB, headroom_bytes
 from .layout import GAIN, Held, Layouts, evicted, execution_order
-from .load_plan import (
-    LoadPlan,
-    LoadState,
-    Window,
-    budget_in_words,
-    by_bytes,
-    plan_load,
-    plan_unload,
-)
+from .load_plan import LoadPlan, LoadState, Window, budget_in_words, by_bytes, plan_load, plan_unload
 from .policy import Policy
 from .ram_pressure import room_for_staging
 from .remembered import Remembered
@@ -67,6 +59,7 @@ class Residency:
         self.caster = choose_caster(device, self._choose_vbar(), pins, ledger, policy, remembered)
         self.caster.per_step = len(self.bundles)
         self.caster.on_out_of_memory = self.learn_from_failure
+        self.caster.watch = remembered.next_watch(device)
         try:
             self._lay_out()
             self._apply(self._new_plan())
@@ -132,7 +125,7 @@ class Residency:
         """Lay out a new VBAR, and move what stays resident. No bundle may be lent. addresses: None for the usual."""
         caster = self.caster
         with caster.lock:
-            caster.cancel_prefetch()
+            caster.settle_prefetch()
             self.note_peak()
             before, caster.vbar = caster.vbar, self._choose_vbar()  # which may raise: a new one may be refused
             kept = [Held.now(bundle) for bundle in self.addresses if bundle.views is not None]

@@ -28,6 +28,7 @@ from ..vbar.protocol import VBAR
 from .arena import Extent
 from .bundle import Bundle
 from .final_form import make_final
+from .guess import OrderGuess
 from .idle_weight import IdleWeight
 from .lend_rows import Rows, lend_rows
 from .lookup import Asked
@@ -72,9 +73,10 @@ class Caster:
         self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
         self.lent = 1 << 62  # loans since the step began
         self.watch: Stopwatch | None = None  # set: times this step
+        self.guess: OrderGuess | None = None  # set: in a first step, whose order nobody knows
         self.traced = False  # a step has shown the order; until then it is the order of registration
-        # Called when a step begins: whenever the first bundle is asked for, another way into the model is taken
-        # (`expect_step`), or a step has lent so often that it must have begun anew somewhere else.
+        # Called when a step begins: the first bundle is asked for, another way into the model is taken (`expect_step`),
+        # or a step has lent so often that it must have begun anew somewhere else.
         self.on_step: Callable[[], None] = lambda: None
         # Told when weights had to give way to an error of the device's memory.
         self.on_out_of_memory: Callable[[], None] = lambda: None
@@ -109,8 +111,10 @@ class Caster:
             bundle.loan = loan
             bundle.depth = 1
             previous = self.previous
-            if previous is not None:
+            if previous is not None and previous.successor is not bundle:
                 previous.successor = bundle
+                if self.guess is not None:
+                    self.guess.learn(previous, bundle)
             self.previous = bundle
             try:
                 self.prefetch_after(bundle)
@@ -348,6 +352,9 @@ class Caster:
     def cancel_prefetch(self) -> None:
         """End the loans that were started ahead, since memory or another form of the weights is wanted."""
 
+    def settle_prefetch(self) -> None:
+        """End the loans that were started ahead. Bundles on their way to where they stay become resident."""
+
     def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
         """Set the most device memory that bundles on their way may take, casts and patches included.
 
@@ -378,7 +385,7 @@ class Caster:
 
     def follow_trace(self, bundles: Sequence[Bundle]) -> None:
         """Use what the first step has shown."""
-        self.traced = True
+        self.traced, self.guess = True, None
 
     def close(self) -> None:
         """Give all memory of the device back."""

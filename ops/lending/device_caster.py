@@ -144,12 +144,14 @@ class DeviceCaster(Caster):
         return loan
 
     def start(self, loan: Loan) -> None:
-        if not self._try_to_start(loan):
-            self.cancel_prefetch()  # which holds what this bundle needs, and is asked for later
-            if not self._try_to_start(loan):
-                # Nested modules hold the arena, or the bundle is larger than all of it.
+        while not self._try_to_start(loan):
+            if not self.prefetched:  # nested modules hold the arena, or the bundle is larger than all of it
                 self._hold_target(loan)
                 self._send(loan)
+                return
+            # What is asked for last holds what this bundle needs.
+            self.end(self._no_longer_ahead(next(reversed(self.prefetched))))
+            self._looked_at = None
 
     def _try_to_start(self, loan: Loan, ahead: bool = False) -> bool:
         """Find memory for the bundle and start its transfer. Return False, with nothing taken, where there is none.
@@ -327,7 +329,9 @@ class DeviceCaster(Caster):
     def prefetch_after(self, bundle: Bundle) -> None:
         """Start what is asked for next, as far as the arena reaches. What is resident is passed over."""
         last = self._looked_at or bundle
-        while len(self.prefetched) < self.most_ahead:
+        for _ in range(MOST_AHEAD):  # a guessed order may go round in a circle that `bundle` has no part in
+            if len(self.prefetched) >= self.most_ahead:
+                break
             following = last.successor
             if following is None or following is bundle or following.loan is not None:
                 break
@@ -343,7 +347,8 @@ class DeviceCaster(Caster):
             self.end(loan)
             return True
         try:
-            started = self._may_load_ahead(loan) and self._try_to_start(loan, ahead=True)
+            enough = loan.signature is not None and 0 < self._loading > LOADING_AHEAD - bundle.nbytes
+            started = not enough and self._try_to_start(loan, ahead=True)
         except BaseException as error:
             try:
                 self.backend.synchronize()  # a transfer may have begun
@@ -360,9 +365,6 @@ class DeviceCaster(Caster):
         self.counters.prefetched += 1
         return True
 
-    def _may_load_ahead(self, loan: Loan) -> bool:
-        return loan.signature is None or not self._loading or self._loading + loan.bundle.nbytes <= LOADING_AHEAD
-
     def _not_started(self, loan: Loan) -> None:
         """End a loan that is asked for again later."""
         self.counters.misses -= loan.signature is None
@@ -374,6 +376,18 @@ class DeviceCaster(Caster):
             while self.prefetched:
                 self.end(self._no_longer_ahead(next(iter(self.prefetched))))
             self._looked_at = None
+
+    def settle_prefetch(self) -> None:
+        for bundle, loan in list(self.prefetched.items()):
+            if _goes_to_its_slice(loan):
+                self._no_longer_ahead(bundle)
+                try:
+                    loan.views = self.complete(loan)
+                except (RuntimeError, MemoryError, SourceError):
+                    pass  # the request for this bundle will raise it
+                finally:
+                    self.end(loan)
+        self.cancel_prefetch()
 
     def close(self) -> None:
         self._settle.detach()

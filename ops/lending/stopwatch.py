@@ -50,7 +50,7 @@ class Stopwatch:
     def bus(self) -> float | None:
         """Return the bytes a second of a transfer that has the bus to itself; None where none was long enough."""
         rates = []
-        for nbytes, start, end in self._sent:
+        for nbytes, start, end in list(self._sent):
             end.synchronize()
             rates.append(nbytes / max(1e-9, self.backend.seconds_between(start, end)))
         rates.sort()
