@@ -59,7 +59,7 @@ def loaded(checkpoint, monkeypatch):
         monkeypatch.setattr(comfy.sd, "load_clip", small)
         directory = folder_paths.get_folder_paths("embeddings")
         kind_of = comfy.sd.CLIPType[clip_type.upper()]
-        # With dynamic VRAM ComfyUI patches embeddings at their use: one in INT8 fails there, others are not rounded.
+        # With dynamic VRAM ComfyUI patches embeddings at their use: one in INT8 fails there.
         yield small(ckpt_paths=[path], clip_type=kind_of, embedding_directory=directory, **CLASSIC)
         yield comfy_load.load_clip([path], clip_type, policy, directory)
 
