@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..ops.gather import interpret_gathered_like
 from ..ops.ledger import Ledger
 from ..ops.lending.bundle import Bundle
@@ -90,10 +92,11 @@ class Held:
     bundle: Bundle
     vbar_slice: Any
     signature: Any
+    views: Sequence[torch.Tensor] | None
 
     @staticmethod
     def now(bundle: Bundle) -> Held:
-        return Held(bundle, bundle.vbar_slice, bundle.signature)
+        return Held(bundle, bundle.vbar_slice, bundle.signature, bundle.views)
 
     def move(self, before: VBAR, after: VBAR) -> None:
         """Move it to where the bundle lies now. Where that has no room, the bundle is brought again when it is used."""
@@ -101,7 +104,9 @@ class Held:
         if bundle.vbar_slice is None:
             return
         signature = after.adopt(bundle.vbar_slice, before, self.vbar_slice, self.signature)
-        if signature is not None:
+        if signature is not None and self.views is bundle.source:
+            bundle.became_resident(signature, bundle.source)  # where it lies in its file
+        elif signature is not None:
             memory = after.tensor(bundle.vbar_slice)[: bundle.nbytes]
             bundle.became_resident(signature, interpret_gathered_like(bundle.final, memory))  # type: ignore[arg-type]
 

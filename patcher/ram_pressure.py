@@ -80,7 +80,11 @@ def give_pins(models: Iterable[PinHolder], nbytes: int) -> int:
 
 def room_for_pins() -> int:
     """Count the bytes that pins may take now. A budget was a share of what was free when it was set."""
-    return max(0, min([available.recent_ram().available - ram_reserve(), *(limit() for limit in pin_limits)]))
+    return _left_to_pins(available.recent_ram().available)
+
+
+def _left_to_pins(free: int) -> int:
+    return max(0, min([free - ram_reserve(), *(limit() for limit in pin_limits)]))
 
 
 def pin_budget(policy: Policy, wanted: int, held: int, in_place: bool) -> int:
@@ -93,7 +97,7 @@ def pin_budget(policy: Policy, wanted: int, held: int, in_place: bool) -> int:
     if in_place:
         return min(wanted, available_ram() // 2)
     # A pin takes the place of the file's pages, so it may have all that is left to pins. Blocks have gaps.
-    return min(wanted + wanted // 16, held + room_for_pins())
+    return min(wanted + wanted // 16, held + _left_to_pins(available_ram()))
 
 
 def room_for_staging(sizes: Iterable[int], count: int, held: int) -> int:

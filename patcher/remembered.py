@@ -13,6 +13,7 @@ from .step_time import Pace
 
 # Steps that are timed when a model begins to run. The first one may be the first of its kernels, too.
 TIMED_STEPS = 2
+SAME = 0.05  # of a step's computing: choosing a layout takes tens of milliseconds
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Remembered:
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
     to need. learnt: bytes that it was seen to need beyond that. window: bundles on their way, at their largest, that
     the device keeps room for. pace: of the last step that was timed. timed: steps that were timed since the model was
-    told to be used.
+    told to be used. chosen_for: the plan's limit and the seconds of computing that the layout was chosen for.
     """
 
     order: Sequence[Bundle]
@@ -35,6 +36,7 @@ class Remembered:
     window: int = 4
     pace: Pace | None = None
     timed: int = 0
+    chosen_for: tuple[int, float] | None = None
 
     def expect(self, nbytes: int) -> bool:
         """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
@@ -50,11 +52,24 @@ class Remembered:
         """
         if watch is None:
             return False
-        seconds, known = watch.seconds(), self.pace.bus if self.pace is not None else 0.0
-        bus = max(watch.bus() or 0.0, known)
+        known = self.pace.bus if self.pace is not None else 0.0
+        try:
+            seconds, bus = watch.seconds(), max(watch.bus() or 0.0, known)
+        except RuntimeError:  # a device that tells no times after all
+            return False
         if seconds and bus:
             self.pace = Pace(seconds, bus)
         return bool(seconds and bus)
+
+    def is_other_step(self, limit: int) -> bool:
+        """Say whether the last layout was chosen for another budget, or for steps of clearly other length."""
+        assert self.pace is not None
+        seconds = sum(self.pace.seconds.values())
+        same = self.chosen_for is not None and self.chosen_for[0] == limit
+        if same and abs(seconds - self.chosen_for[1]) <= SAME * seconds:  # type: ignore[index]
+            return False
+        self.chosen_for = limit, seconds
+        return True
 
     def next_watch(self, device: Backend) -> Stopwatch | None:
         """Return a watch where the next step is to be timed on a device that tells times."""

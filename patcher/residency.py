@@ -205,8 +205,10 @@ class Residency:
         """Let bundles on their way take what the weights leave."""
         resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
         # A budget of 0 asks for streaming, which is as fast as ever.
-        room = plan.reserve if self.budget() == 0 else self._available() - min(plan.limit, resides)
+        is_streamed = self.budget() == 0
+        room = plan.reserve if is_streamed else self._available() - min(plan.limit, resides)
         arena = self.costs.arena(self.bundles, plan, self.window, room)
+        room += self.costs.rows(self._all) if is_streamed else 0
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
         self.caster.set_room(room, arena, staging, max(sizes, default=0))
@@ -325,6 +327,8 @@ class Residency:
         timed = remembered.note_pace(caster.watch)
         caster.watch = remembered.next_watch(self.device)
         if not timed or self.plan.state is not LoadState.PARTIAL:
+            return
+        if not remembered.is_other_step(self.plan.limit):
             return
         layouts, pace = self._layouts(), remembered.pace
         assert pace is not None

@@ -10,6 +10,8 @@ from ..ops.gather import aligned
 from ..ops.lending.bundle import Bundle
 from .load_plan import LoadPlan, LoadState, Window
 
+ROWS_BYTES = 16 << 20
+
 
 @dataclass(frozen=True)
 class UseCosts:
@@ -38,6 +40,11 @@ class UseCosts:
     def load_casts(self, bundle: Bundle) -> int:
         """Count the same beside the buffer that its source arrives in."""
         return max(0, self.load(bundle) - bundle.source_bytes)
+
+    def rows(self, bundles: Sequence[Bundle]) -> int:
+        """Count what is kept for the rows of tables, a few megabytes of which are looked up at once."""
+        largest = max((bundle.nbytes for bundle in bundles if bundle.by_rows), default=0)
+        return 0 if self.device.in_place else min(ROWS_BYTES, largest // 8)
 
     def arena(self, bundles: Sequence[Bundle], plan: LoadPlan, window: Window, room: int) -> int:
         """Count the bytes that transfers may go to, of the `room` that all on its way has."""

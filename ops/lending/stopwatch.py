@@ -30,12 +30,13 @@ class Stopwatch:
         """The main stream computes with another bundle from now on, once it has come."""
         if self._open is not None:
             bundle, start = self._open
-            self._computed.append((bundle, start, self.backend.timer(None)))
-            self._open = None
+            self._open, end = None, self.backend.timer(None)
+            if start is not None and end is not None:  # else the device has just been stepped down
+                self._computed.append((bundle, start, end))
 
     def sent(self, nbytes: int, start: Any, end: Any) -> None:
         """Note the events around a transfer."""
-        if nbytes >= LEAST_BYTES:
+        if nbytes >= LEAST_BYTES and end is not None:
             self._sent.append((nbytes, start, end))
 
     def seconds(self) -> dict[Bundle, float]:

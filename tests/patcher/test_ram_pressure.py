@@ -133,10 +133,15 @@ def test_pins_respect_the_limit_of_a_container(path, container):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
 def test_the_default_budget_of_pins_is_of_the_container(path, container):
-    container(4 * GIB - 1000)
+    container(3 * GIB + GIB // 2 - 1000)  # and what is left to others
     model = made(path, pinned_bytes=None)
     assert same(run(model), expected(path))
-    assert model.pins.budget == 500
+    assert model.pins.budget == 1000
+    container(0)
+    time.sleep(2 * available.RECENT_SECONDS)  # pins look no more often
+    model.expect_use()
+    assert same(run(model), expected(path))
+    assert model.pins.budget >= model.total_bytes
 
 
 def test_pins_respect_the_variable(path, monkeypatch):
