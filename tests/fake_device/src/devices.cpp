@@ -12,6 +12,7 @@ thread_local int device_of_thread = 0;
 struct Event {
   Handle handle = nullptr;
   int64_t position = 0;
+  bool of_main = false;
 };
 
 thread_local Handle streams_of_thread[kMaxDevices] = {};
@@ -90,6 +91,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto* event = static_cast<Event*>(*made);
     check(driver.cuEventRecord(event->handle, handle_of(stream)), "cuEventRecord");
     event->position = position_of(handle_of(stream));
+    event->of_main = !handle_of(stream);
   }
   void block(void* event, const c10::Stream& stream) const override {
     if (event) {
@@ -97,8 +99,21 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       stream_has_seen(handle_of(stream), static_cast<Event*>(event)->position);
     }
   }
+  // The main stream's kernels are done at once here. Whoever takes that for known would never be seen to overtake them,
+  // so an event of the main stream is done once the host has waited for it, or for a later one.
   bool queryEvent(void* event) const override {
-    return !event || is_done(driver.cuEventQuery(handle(event)), "cuEventQuery");
+    if (!event) {
+      return true;
+    }
+    const auto* recorded = static_cast<Event*>(event);
+    if (recorded->of_main) {
+      return host_knows(recorded->position);
+    }
+    const bool done = is_done(driver.cuEventQuery(recorded->handle), "cuEventQuery");
+    if (done) {
+      host_has_seen(recorded->position);
+    }
+    return done;
   }
   void synchronizeEvent(void* event) const override {
     if (event) {

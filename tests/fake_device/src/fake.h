@@ -91,6 +91,7 @@ bool overtakes_main(const void* address, size_t nbytes, Access access, Handle st
 int64_t position_of(Handle stream);
 void stream_has_seen(Handle stream, int64_t position);
 void host_has_seen(int64_t position);
+bool host_knows(int64_t position);
 
 // -- memory.cpp: device memory
 

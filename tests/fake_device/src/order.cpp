@@ -99,4 +99,9 @@ void host_has_seen(int64_t position) {
   seen_by_host = std::max(seen_by_host, position);
 }
 
+bool host_knows(int64_t position) {
+  std::lock_guard<std::mutex> hold(lock);
+  return seen_by_host >= position;
+}
+
 } // namespace fake
