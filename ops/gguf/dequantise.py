@@ -23,6 +23,11 @@ NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 Dequantise = Callable[[torch.Tensor], torch.Tensor]
 
 
+def _plain(dtype: torch.dtype) -> Dequantise:
+    """Make a function for blocks of one number each."""
+    return lambda blocks: blocks.contiguous().view(dtype).float()
+
+
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     """Return the fp16 number at byte `start` of each block, as fp32 (count, 1)."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
@@ -154,6 +159,8 @@ IN_TORCH: dict[str, Dequantise] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
 }
+# Of weights whose rows are put into another order.
+PLAIN = {"F32": _plain(torch.float32), "F16": _plain(torch.float16), "BF16": _plain(torch.bfloat16)}
 
 
 def _by_reference(kind: str) -> Dequantise:
@@ -178,4 +185,4 @@ def _by_reference(kind: str) -> Dequantise:
 @functools.cache
 def function_for(kind: str) -> Dequantise:
     """Return what makes numbers of blocks of a type. Raises SourceError for one that needs a package."""
-    return IN_TORCH.get(kind) or _by_reference(kind)
+    return IN_TORCH.get(kind) or PLAIN.get(kind) or _by_reference(kind)

@@ -16,11 +16,15 @@ PART_BYTES = 16 << 20
 
 
 class Form(NamedTuple):
-    """What blocks stand for: their type, and the shape and dtype of the weight."""
+    """What blocks stand for: their type, and the shape and dtype of the weight.
+
+    heads: that have their rows in pairs, one of each half of a head, where the model has half after half. 0 for none.
+    """
 
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    heads: int = 0
 
 
 class GgufWeight(torch.Tensor):
@@ -69,11 +73,19 @@ class GgufWeight(torch.Tensor):
 
     def dequantize(self) -> torch.Tensor:
         """Return the numbers that the weight stands for, its branch included, in `dtype`."""
-        numbers = self._numbers(self.blocks).view(self.form.shape)
+        numbers = self._own()
         if self.down is None:
             return numbers
         assert self.up is not None
         return numbers.float().addmm_(self.up.float(), self.down.float()).to(self.dtype)
+
+    def _own(self) -> torch.Tensor:
+        """Return the numbers without the branch, in `dtype`."""
+        blocks, heads = self.blocks, self.form.heads
+        if heads:
+            pairs = blocks.view(heads, self.form.shape[0] // (2 * heads), 2, -1)
+            blocks = pairs.transpose(1, 2).reshape(blocks.shape)
+        return self._numbers(blocks).view(self.form.shape)
 
     def _numbers(self, blocks: torch.Tensor) -> torch.Tensor:
         """Return the numbers of some blocks in `dtype`, one-dimensional."""
@@ -88,14 +100,14 @@ class GgufWeight(torch.Tensor):
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Return some rows of a table, in `dtype`, of which only the blocks are read."""
         count, columns = self.shape
-        if self.down is not None or self.blocks.shape[0] % count:
+        if self.down is not None or self.form.heads or self.blocks.shape[0] % count:
             return torch.nn.functional.embedding(indices, self.dequantize())
         blocks = self.blocks.view(count, -1)[indices.flatten()]
         return self._numbers(blocks.view(-1, self.blocks.shape[1])).view(*indices.shape, columns)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
-        weight = self._numbers(self.blocks).view(self.form.shape).to(x.dtype)
+        weight = self._own().to(x.dtype)
         result = torch.nn.functional.linear(x, weight, bias)
         if self.down is None:
             return result

@@ -42,7 +42,7 @@ def path(tmp_path):
 def test_tensors_are_those_that_the_reference_reads(path):
     source = open_map(path)
     assert isinstance(source, GgufMap) and source.metadata == {"general.architecture": "flux"}
-    assert source.gguf_metadata["tokenizer.ggml.tokens"] == 1100
+    assert source.gguf_metadata["tokenizer.ggml.tokens"].length == 1100
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert list(found) == list(source.keys())
     for name, tensor in found.items():
@@ -81,6 +81,32 @@ def test_quantised_weights_stand_for_the_dtype_of_the_rest(tmp_path):
     assert open_map(write_gguf(tmp_path / "a.gguf", half)).tensor("a").dtype == torch.float16
     single = {**half, "b": torch.ones(4)}
     assert open_map(write_gguf(tmp_path / "b.gguf", single)).tensor("a").dtype == torch.bfloat16
+
+
+def test_rows_of_rotary_projections_come_in_the_order_of_the_model(tmp_path):
+    """llama.cpp puts each row of a head's first half beside one of the other half."""
+    numbers = torch.arange(8 * 32.0).view(8, 32) / 256
+    in_file = numbers.view(2, 2, 2, 32).transpose(1, 2).reshape(8, 32)
+    quantised = torch.from_numpy(gguf.quants.quantize(in_file.numpy(), gguf.GGMLQuantizationType.Q8_0))
+    wanted = {"v": in_file, "output": in_file, "k": numbers, "q": numbers}
+    tensors = {f"blk.0.attn_{part}.weight": in_file.half() for part in wanted}
+    tensors["blk.1.attn_q.weight"] = ("Q8_0", (8, 32), quantised)
+    heads = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 2}
+    architecture = {"general.architecture": "llama"}
+    source = open_map(write_gguf(tmp_path / "llama.gguf", tensors, {**architecture, **heads}))
+    for part, expected in wanted.items():
+        name = "o" if part == "output" else part
+        assert torch.equal(source.tensor(f"model.layers.0.self_attn.{name}_proj.weight") + 0, expected.half())
+    quantised_q = source.tensor("model.layers.1.self_attn.q_proj.weight")
+    assert float((quantised_q.dequantize().float() - numbers).abs().max()) < 0.01
+    x, ids = torch.randn(3, 32), torch.tensor([1, 6])
+    expected = torch.nn.functional.linear(x, quantised_q.dequantize().float())
+    assert torch.equal(torch.nn.functional.linear(x, quantised_q), expected)
+    rows = torch.nn.functional.embedding(ids, quantised_q)
+    assert torch.equal(rows, quantised_q.dequantize()[ids])
+    for wrong in (architecture, {**architecture, **heads, "llama.attention.head_count": 3}):
+        with pytest.raises(SourceError, match=r"should be a number of heads|which 3 heads do not divide"):
+            open_map(write_gguf(tmp_path / "wrong.gguf", tensors, wrong)).state_dict()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def _put(blocks, at, values):
 
 
 def write_gguf(path, tensors, metadata=None, alignment=32):
-    """Write {name: tensor, or (type, shape, blocks)}. metadata: strings, integers, and lists of integers or strings."""
+    """Write {name: tensor, or (type, shape, blocks)}. metadata: texts, numbers, bytes, lists of them."""
     metadata = {"general.architecture": "flux", "general.alignment": alignment, **(metadata or {})}
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + _value(value) for key, value in metadata.items())
@@ -73,18 +73,26 @@ def write_gguf(path, tensors, metadata=None, alignment=32):
 
 
 def _text(text):
-    raw = text.encode()
+    raw = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(raw)) + raw
+
+
+# How a value of a Python type is written, and that of a list by its first one: (number of the type, struct's code).
+CODES = {bool: (7, "?"), int: (5, "i"), float: (6, "f")}
 
 
 def _value(value):
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if value and isinstance(value[0], str):
+    if isinstance(value, bytes):
+        return struct.pack("<IIQ", 9, 0, len(value)) + value
+    if not isinstance(value, list):
+        number, code = (4, "I") if type(value) is int else CODES[type(value)]
+        return struct.pack(f"<I{code}", number, value)
+    if value and isinstance(value[0], (str, bytes)):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
-    return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+    number, code = CODES[type(value[0]) if value else int]
+    return struct.pack(f"<IIQ{len(value)}{code}", 9, number, len(value), *value)
 
 
 def quantised_copy(tensors, kind, seed=0, smallest=2):

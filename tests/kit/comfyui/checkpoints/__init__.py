@@ -19,7 +19,18 @@ from .model_patches import (
     small_patches,
 )
 from .small_lumina import accept_small_lumina
-from .text_encoders import T5XXL_SMALL_OPTIONS, clip_l, qwen3_06b, small_options, t5_base, t5xxl_small
+from .text_encoders import (
+    T5XXL_SMALL_OPTIONS,
+    UMT5_SMALL,
+    clip_l,
+    qwen3_06b,
+    small_llama,
+    small_llama_options,
+    small_options,
+    t5_base,
+    t5xxl_small,
+    umt5_small,
+)
 from .vaes import flux_vae, sd_vae, wan_vae
 from .whole import sd15, small_clip_vision, unclip
 from .writing import Noise, read_header, write
@@ -27,6 +38,7 @@ from .wrong_files import missing_key, not_a_model, truncated, wrong_header
 
 __all__ = [
     "T5XXL_SMALL_OPTIONS",
+    "UMT5_SMALL",
     "Noise",
     "accept_small_lumina",
     "clip_l",
@@ -48,11 +60,14 @@ __all__ = [
     "sd15_unet",
     "sd_vae",
     "small_clip_vision",
+    "small_llama",
+    "small_llama_options",
     "small_options",
     "small_patches",
     "t5_base",
     "t5xxl_small",
     "truncated",
+    "umt5_small",
     "unclip",
     "wan",
     "wan_vae",
