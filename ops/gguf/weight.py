@@ -19,12 +19,14 @@ class Form(NamedTuple):
     """What blocks stand for: their type, and the shape and dtype of the weight.
 
     heads: that have their rows in pairs, one of each half of a head, where the model has half after half. 0 for none.
+    work: in which numbers are computed, fp32 being the format's own.
     """
 
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     heads: int = 0
+    work: torch.dtype = torch.float32
 
 
 class GgufWeight(torch.Tensor):
@@ -32,7 +34,7 @@ class GgufWeight(torch.Tensor):
 
     blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in `dtype`,
     (rank, columns) and (rows, rank), which is added exactly. `linear` computes the branch beside the weight. Every
-    other operation gets the numbers, rounded once from fp32 to `dtype`.
+    other operation gets the numbers, rounded once to `dtype`.
     """
 
     blocks: torch.Tensor
@@ -93,7 +95,7 @@ class GgufWeight(torch.Tensor):
         made = torch.empty(blocks.shape[0] * per_block, dtype=self.dtype, device=blocks.device)
         step = max(1, PART_BYTES // (4 * per_block))
         for start in range(0, blocks.shape[0], step):
-            part = function(blocks[start : start + step])
+            part = function(blocks[start : start + step], self.form.work)
             made[start * per_block : start * per_block + part.numel()] = part.flatten()
         return made
 

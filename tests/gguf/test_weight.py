@@ -15,7 +15,9 @@ KINDS = ("Q4_0", "Q5_K", "Q8_0", "IQ4_XS")
 def made(kind="Q4_K", rows=48, columns=512, dtype=torch.bfloat16):
     """Return a weight, and the numbers that it stands for."""
     blocks = random_blocks(kind, rows * columns)
-    return GgufWeight(blocks, Form(kind, (rows, columns), dtype)), IN_TORCH[kind](blocks).view(rows, columns).to(dtype)
+    return GgufWeight(blocks, Form(kind, (rows, columns), dtype)), IN_TORCH[kind](blocks, torch.float32).view(
+        rows, columns
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,7 +40,7 @@ def random_blocks(kind, numel, seed=0, std=0.02):
             _put(blocks, offset[0], offset[1] * scale)
 
     scale_by(torch.ones(count))
-    spread = IN_TORCH[kind](blocks[:64]).std()
+    spread = IN_TORCH[kind](blocks[:64], torch.float32).std()
     scale_by((0.5 + torch.rand(count, generator=generator)) * std / spread)
     return blocks
 
@@ -111,5 +111,5 @@ def quantised_copy(tensors, kind, seed=0, smallest=2):
         std = float(tensor.float().std()) if tensor.numel() > 1 else 0.02
         blocks = random_blocks(chosen, math.prod(tensor.shape), seed + number, std)
         written[name] = (chosen, tuple(tensor.shape), blocks)
-        stands_for[name] = IN_TORCH[chosen](blocks).view(tensor.shape).to(torch.bfloat16)
+        stands_for[name] = IN_TORCH[chosen](blocks, torch.float32).view(tensor.shape).to(torch.bfloat16)
     return written, stands_for

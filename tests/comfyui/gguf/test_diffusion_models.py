@@ -111,7 +111,7 @@ def test_an_original_shape_comes_back(checkpoint, tmp_path):
     shape = tuple(tensors[name].shape)
     blocks = random_blocks("Q8_0", tensors[name].numel())
     written[name] = ("Q8_0", (tensors[name].numel() // 32, 32), blocks)
-    stands_for[name] = IN_TORCH["Q8_0"](blocks).view(shape).to(torch.bfloat16)
+    stands_for[name] = IN_TORCH["Q8_0"](blocks, torch.float32).view(shape).to(torch.bfloat16)
     gguf = write_gguf(tmp_path / "wan.gguf", written, {f"comfy.gguf.orig_shape.{name}": list(shape)})
     classic = comfy.sd.load_diffusion_model(checkpoints.write(tmp_path / "wan.safetensors", stands_for))
     assert_same(run(comfy_load.load_diffusion_model(gguf), steps=1), run(classic, steps=1))
