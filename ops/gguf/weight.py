@@ -22,8 +22,8 @@ class Form(NamedTuple):
     """What blocks stand for: their type, and the shape and dtype of the weight.
 
     heads: that have their rows in pairs, one of each half of a head, where the model has half after half. 0 for none.
-    work: in which numbers are computed, fp32 being the format's own. shown: the dtype that the weight was cast to since;
-    None for none.
+    work: in which numbers are computed, fp32 being the format's own. shown: the dtype that the weight was cast to
+    since; None for none.
     """
 
     kind: str

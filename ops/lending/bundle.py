@@ -213,7 +213,7 @@ class Bundle:
         return casts + self._making_bytes()
 
     def _making_bytes(self) -> int:
-        """Return the most that one of the weights in blocks takes for its numbers. They are used one after the other."""
+        """Return the most that one of the weights in blocks takes for its numbers. They are used one by one."""
         return max((param.making_bytes() for param in self.params), default=0)
 
     def load_cost(self) -> int:

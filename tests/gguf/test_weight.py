@@ -32,7 +32,9 @@ def test_numbers_are_rounded_once(kind, part_bytes, monkeypatch):
     assert torch.equal(weight.dequantize(), numbers)
     cast = weight.to(torch.float32)
     assert isinstance(cast, GgufWeight) and cast.dtype == torch.float32
-    assert torch.equal(cast.dequantize(), numbers.float()) and torch.equal(cast.to(torch.bfloat16).dequantize(), numbers)
+    assert torch.equal(cast.dequantize(), numbers.float()) and torch.equal(
+        cast.to(torch.bfloat16).dequantize(), numbers
+    )
     assert type(weight.to(torch.float64)) is torch.Tensor
     assert (
         torch.equal(weight + 0, numbers) and torch.equal(weight[3], numbers[3]) and torch.equal(weight.t(), numbers.t())
@@ -105,7 +107,9 @@ def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch
     """However a weight gets into its op, and whatever order its rows have."""
     monkeypatch.setattr(weight_module, "PART_BYTES", part_bytes)
     rows, columns = 512, 512
-    blocks = random_blocks(kind, rows * columns) if kind in IN_TORCH else torch.zeros(rows * columns, SIZES[kind]).byte()
+    blocks = (
+        random_blocks(kind, rows * columns) if kind in IN_TORCH else torch.zeros(rows * columns, SIZES[kind]).byte()
+    )
     x = torch.randn(1, columns)
     for heads in (0, 4):
         weight = GgufWeight(blocks, Form(kind, (rows, columns), torch.bfloat16, heads))

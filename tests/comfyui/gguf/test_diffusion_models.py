@@ -18,6 +18,7 @@ MODELS = {
     "wan": {"dim": 256, "layers": 2},
     "z_image": {"dim": 256, "layers": 2, "context": 256},
     "lumina2": {"dim": 288, "layers": 2},
+    "qwen_image": {"dim": 256, "layers": 1},
 }
 
 
@@ -35,7 +36,8 @@ def files(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"), [("flux", "Q4_K"), ("wan", "Q8_0"), ("z_image", "Q6_K"), ("lumina2", "Q5_0")]
+    ("model", "kind"),
+    [("flux", "Q4_K"), ("wan", "Q8_0"), ("z_image", "Q6_K"), ("lumina2", "Q5_0"), ("qwen_image", "IQ4_XS")],
 )
 def test_latents_are_those_of_the_dequantised_weights(model, kind, files):
     gguf, plain = files(model, kind)

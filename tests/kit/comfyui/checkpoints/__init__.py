@@ -8,7 +8,7 @@ norm weights near 1, small biases) keep the activations finite and let the outpu
 Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
 """
 
-from .diffusion_models import flux, flux_as_diffusers, lumina2, sd15_unet, wan, z_image
+from .diffusion_models import flux, flux_as_diffusers, lumina2, qwen_image, sd15_unet, wan, z_image
 from .loras import lora
 from .model_patches import (
     patch_anima_lllite,
@@ -55,6 +55,7 @@ __all__ = [
     "patch_wan_uni3c",
     "patch_z_image_control",
     "qwen3_06b",
+    "qwen_image",
     "read_header",
     "sd15",
     "sd15_unet",

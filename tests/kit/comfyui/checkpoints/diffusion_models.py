@@ -114,6 +114,15 @@ def lumina2(path, dtype=torch.bfloat16, dim=288, layers=2, context=128, prefix="
     return write(path, entries_of(module, dtype, prefix), seed, metadata, drop)
 
 
+def qwen_image(path, dtype=torch.bfloat16, dim=256, layers=2, seed=0):
+    """A Qwen-Image.  ``dim``: a multiple of 128, see accept_small_lumina for others than 3072."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    sizes = {"num_layers": layers, "num_attention_heads": dim // 128}
+    module = QwenImageTransformer2DModel(**sizes, device="meta", dtype=torch.float32, operations=OPS)
+    return write(path, entries_of(module, dtype), seed)
+
+
 def z_image(path, dtype=torch.bfloat16, dim=256, layers=3, context=128, prefix="", seed=0, drop=(), metadata=None):
     """A Z-Image.  ``dim``: a multiple of 128.  ComfyUI knows 3840 only (1.5 GB with no layer but the four refiner
     layers, 0.36 GB more a layer); see accept_small_lumina for the others."""
