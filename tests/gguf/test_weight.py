@@ -22,6 +22,17 @@ def made(kind="Q4_K", rows=48, columns=512, dtype=torch.bfloat16):
     ).to(dtype)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_cast_weight_keeps_its_branch_beside_it(inference):
+    """In inference mode torch hands `to` over as it is, and every model of ComfyUI's runs in it."""
+    weight, _ = made()
+    branched = GgufWeight(weight.blocks, weight.form, torch.ones(4, 512), torch.ones(48, 4))
+    with torch.inference_mode(inference):
+        for cast in (branched.to(torch.float32), branched.to(dtype=torch.float16), branched.float()):
+            assert isinstance(cast, GgufWeight) and cast.rank == 4
+        assert branched.to(torch.bfloat16) is branched
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part_bytes", [1 << 24, 4096, 1])
 def test_numbers_are_rounded_once(kind, part_bytes, monkeypatch):
@@ -118,7 +129,7 @@ def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch
             (lambda w: torch.nn.functional.linear(x, w), torch.float32),
             (lambda w: torch.nn.functional.linear(x, w.to(torch.float32)), torch.float32),
         ):
-            with LiveMemory() as live:
+            with LiveMemory(blocks, x) as live:
                 use(weight)
             counted = weight.making_bytes(dtype) + 4 * rows  # and the result
             assert live.peak <= counted and (kind in PLAIN or live.peak > 0.4 * counted)

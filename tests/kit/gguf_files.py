@@ -54,21 +54,22 @@ def write_gguf(path, tensors, metadata=None, alignment=32):
     metadata = {"general.architecture": "flux", "general.alignment": alignment, **(metadata or {})}
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + _value(value) for key, value in metadata.items())
-    data, offset = [], 0
+    parts, offset = [], 0
     for name, tensor in tensors.items():
         if torch.is_tensor(tensor):
-            kind, shape, raw = PLAIN[tensor.dtype], tensor.shape, tensor.contiguous().view(-1).view(torch.uint8)
+            kind, shape, raw = PLAIN[tensor.dtype], tensor.shape, tensor
         else:
             kind, shape, raw = tensor
         head += _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
         head += struct.pack("<IQ", IDS[kind], offset)
-        raw = bytes(raw.contiguous().view(-1).numpy())
-        data.append(raw + bytes(-len(raw) % alignment))
-        offset += len(data[-1])
+        nbytes = raw.numel() * raw.element_size()
+        parts.append((raw, -nbytes % alignment))
+        offset += nbytes + parts[-1][1]
     with open(path, "wb") as file:
         file.write(head + bytes(-len(head) % alignment))
-        for raw in data:
-            file.write(raw)
+        for raw, padding in parts:  # one at a time, however large the file
+            file.write(memoryview(raw.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(bytes(padding))
     return str(path)
 
 

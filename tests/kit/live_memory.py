@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """peak: the most bytes that tensors made inside have held at a time."""
+    """peak: the most bytes that tensors made inside have held at a time. beside: tensors that are there before."""
 
-    def __init__(self):
+    def __init__(self, *beside):
         super().__init__()
         self.now = self.peak = 0
-        self._known = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in beside}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
