@@ -110,19 +110,21 @@ class GgufMap(DiskMap):
     # -- the tokenizer
 
     def _spiece_model(self) -> bytes:
-        tokens, types = self._texts("tokens"), self._numbers("token_type")
+        tokens, types, scores = self._texts("tokens"), self._integers("token_type"), self._numbers("scores")
         charsmap = self.gguf_metadata.get("tokenizer.ggml.precompiled_charsmap")
-        normalisation = bytes(byte & 0xFF for byte in self._numbers("precompiled_charsmap")) if charsmap else b""
-        scores = self._numbers("scores")
+        normalisation = bytes(byte & 0xFF for byte in self._integers("precompiled_charsmap")) if charsmap else b""
         if not len(tokens) == len(types) == len(scores):
             raise self._no_tokenizer(f"has {len(tokens)} tokens, {len(types)} types and {len(scores)} scores of them")
         if not all(0 < kind < 7 for kind in types):
             raise self._no_tokenizer("has types of tokens that are not known")
-        return spiece_model(self.gguf_metadata, tokens, scores, types, normalisation)
+        try:
+            return spiece_model(self.gguf_metadata, tokens, scores, types, normalisation)
+        except OverflowError:  # of a score in fp64
+            raise self._no_tokenizer("has scores that are too large") from None
 
     def _tekken_model(self) -> bytes:
         try:
-            return tekken_model(self._texts("tokens"), self._numbers("token_type"))
+            return tekken_model(self._texts("tokens"), self._integers("token_type"))
         except (KeyError, UnicodeDecodeError):
             raise self._no_tokenizer("has tokens that are not written as bytes") from None
 
@@ -148,6 +150,12 @@ class GgufMap(DiskMap):
             raise self._no_tokenizer(f"has texts in the list '{name}'")
         raw = self._map[found.offset : found.offset + found.nbytes]
         return list(struct.unpack(f"<{found.length}{NUMBERS[found.kind]}", raw))
+
+    def _integers(self, name: str) -> list[int]:
+        found = self._numbers(name)
+        if not all(isinstance(value, int) for value in found):
+            raise self._no_tokenizer(f"has other values than whole numbers in the list '{name}'")
+        return found
 
     def _texts(self, name: str) -> list[bytes]:
         found = self._list(name)

@@ -26,7 +26,8 @@ def spiece_model(
 
     charsmap: the normalisation that the file holds, or nothing.
     """
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id", -1) for name, _, _ in SPECIAL}
+    found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name, _, _ in SPECIAL}
+    ids = {name: number if isinstance(number, int) else -1 for name, number in found.items()}
     parts, seen = [], set()
     for number, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         # llama.cpp calls every token of a chat template a control token. Those in a text would then not be found.

@@ -30,7 +30,13 @@ def tensors():
 METADATA = {
     "comfy.gguf.orig_shape.kernel": [2, 4, 4, 4],
     "tokenizer.ggml.tokens": [f"token {n}" for n in range(1100)],
-    "tokenizer.ggml.token_type": list(range(1100)),
+    "tokenizer.ggml.token_type": [2, 3, 3, 6] * 275,
+    "tokenizer.ggml.scores": [float(-n) for n in range(1100)],
+    "tokenizer.ggml.precompiled_charsmap": bytes(range(256)) * 5,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.add_space_prefix": True,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 2,
 }
 
 
@@ -130,16 +136,26 @@ def test_a_damaged_file_says_what_is_wrong(path, change, words):
 
 
 def test_ten_thousand_damaged_files(path, tmp_path):
-    """Each gives an error of ours or tensors that lie in the file, and memory stays bounded."""
-    raw, target = Path(path).read_bytes(), tmp_path / "mutated.gguf"
-    head = raw.index(b"half") + 200
+    """Each gives an error of ours or tensors that lie in the file, and memory stays bounded.
+
+    Most are of a diffusion model. Some are of text encoders, whose tokenizer is made of lists in the header.
+    """
+    target, raws = tmp_path / "mutated.gguf", [Path(path).read_bytes()] * 8
+    projection = {"blk.0.attn_q.weight": ("Q8_0", (8, 32), random_blocks("Q8_0", 256)), **tensors()}
+    for architecture in ("gemma2", "llama"):
+        metadata = {**METADATA, "general.architecture": architecture}
+        raws.append(Path(write_gguf(tmp_path / f"{architecture}.gguf", projection, metadata)).read_bytes())
+    assert open_map(tmp_path / "gemma2.gguf").state_dict()["spiece_model"].numel() > 1100 * 10
     rng, process = random.Random(5), psutil.Process()
     before, loaded, errors = process.memory_info().rss, 0, []
-    for _ in range(MUTATIONS):
-        changed = bytearray(raw)
+    for number in range(MUTATIONS):
+        raw = raws[number % len(raws)]
+        changed, head = bytearray(raw), raw.index(b"half") + 200
         # The long lists of the tokenizer are skipped over: most of the header's meaning lies around them.
         for _ in range(rng.randrange(1, 4)):
-            at = rng.choice([rng.randrange(0, 200), rng.randrange(head - 500, head), rng.randrange(0, len(raw))])
+            around = raw.index(b"tokenizer.ggml.eos_token_id") - 40
+            places = [(0, 200), (head - 500, head), (around, around + 200), (0, len(raw))]
+            at = rng.randrange(*rng.choice(places))
             if rng.random() < 0.5:
                 changed[at] = rng.randrange(256)
             else:
@@ -150,6 +166,7 @@ def test_ten_thousand_damaged_files(path, tmp_path):
         target.write_bytes(changed)
         try:
             source = open_map(target)
+            source.state_dict()
         except SourceError as error:
             errors.append(str(error))
             continue
@@ -162,6 +179,27 @@ def test_ten_thousand_damaged_files(path, tmp_path):
     assert all(str(target) in words for words in errors)
     assert loaded > MUTATIONS // 20 and len(errors) > MUTATIONS // 20
     assert process.memory_info().rss - before < 200 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.token_type": [1.0] * 1100}, "other values than whole numbers in the list 'token_type'"),
+        ({"tokenizer.ggml.precompiled_charsmap": [0.5]}, "than whole numbers in the list 'precompiled_charsmap'"),
+        ({"tokenizer.ggml.scores": ["a"]}, "other values than numbers in the list 'scores'"),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, ""),
+        ({"tokenizer.ggml.eos_token_id": -(2**31), "tokenizer.ggml.add_space_prefix": "no"}, ""),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense(change, words, tmp_path):
+    """It is an error of ours, or a value that is not needed."""
+    metadata = {**METADATA, "general.architecture": "gemma2", **change}
+    source = open_map(write_gguf(tmp_path / "gemma2.gguf", tensors(), metadata))
+    if not words:
+        assert source.state_dict()["spiece_model"].numel() > 1100 * 10
+        return
+    with pytest.raises(SourceError, match=words):
+        source.state_dict()
 
 
 def test_other_names_are_safetensors(tmp_path):

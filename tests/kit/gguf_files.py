@@ -88,7 +88,7 @@ def _value(value):
     if isinstance(value, bytes):
         return struct.pack("<IIQ", 9, 0, len(value)) + value
     if not isinstance(value, list):
-        number, code = (4, "I") if type(value) is int else CODES[type(value)]
+        number, code = (4, "I") if type(value) is int and value >= 0 else CODES[type(value)]
         return struct.pack(f"<I{code}", number, value)
     if value and isinstance(value[0], (str, bytes)):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
