@@ -64,9 +64,9 @@ class Linear(GGMLLayer, comfy.ops.manual_cast.Linear):
     def forward(self, x):
         weight = self.weight
         kind = TYPES[int(weight.tensor_type)].name
-        blocks = weight.as_subclass(torch.Tensor).view(-1, TYPES[IDS[kind]].nbytes)
+        blocks = weight.as_subclass(torch.Tensor).to(x.device).view(-1, TYPES[IDS[kind]].nbytes)
         numbers = function_for(kind)(blocks, self.dequant_dtype or torch.float16).view(weight.shape)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
         return torch.nn.functional.linear(x, numbers.to(x.dtype), bias)
 
 
