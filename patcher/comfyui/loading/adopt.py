@@ -64,7 +64,8 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
             f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
             f"way to load it again. {ADVICE}"
         )
-    memo: dict[int, Any] = {}
+    # Not even copied: a copy of a buffer of comfy-aimdo's would give the same memory back once more.
+    memo: dict[int, Any] = {id(value): value for name, value in vars(patcher.model).items() if name in OWN}
     modules, computes_in = dict(patcher.model.named_modules()), compute_dtype(patcher.model)
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
         original = patcher.backup[name].weight if name in patcher.backup else tensor
