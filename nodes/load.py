@@ -196,8 +196,8 @@ class SpillwayLoadVAE(CheckedNode):
             inputs=[
                 OpenChoice(
                     "vae_name",
-                    options=folder_paths.get_filename_list("vae"),
-                    tooltip="A safetensors file in models/vae. Other formats must be converted first.",
+                    options=model_names("vae"),
+                    tooltip="A safetensors or GGUF file in models/vae. Other formats must be converted first.",
                 ),
                 policy_input(),
             ],

@@ -170,6 +170,8 @@ class DiskMap:
     no whole safetensors file.
     """
 
+    parts: tuple[DiskMap, ...] = ()  # further files, whose tensors the state dict has too
+
     def __init__(
         self,
         path: str | os.PathLike[str],

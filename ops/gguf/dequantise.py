@@ -1,7 +1,8 @@
 """Makes the numbers of quantised blocks, in torch on any device, with the bits of the format's reference.
 
-Each function takes blocks, uint8 (count, bytes of a block), and returns fp32 (count, numbers of a block). The order of
-the multiplications is the reference's (the `gguf` package), as another one rounds differently.
+Each function takes blocks, uint8 (count, bytes of a block), and returns (count, numbers of a block) in the dtype that
+it computes in. The order of the multiplications is the reference's (the `gguf` package), which computes in fp32.
+Another order, or another dtype, rounds differently.
 
 Layouts: ggml's `ggml-common.h` and `dequantize_row_*`.
 """
@@ -20,12 +21,17 @@ from .types import IDS
 # The sixteen numbers that the four bits of IQ4_NL and IQ4_XS stand for.
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
-Dequantise = Callable[[torch.Tensor], torch.Tensor]
+Dequantise = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
 
-def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the fp16 number at byte `start` of each block, as fp32 (count, 1)."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+def _plain(dtype: torch.dtype) -> Dequantise:
+    """Make a function for blocks of one number each."""
+    return lambda blocks, work: blocks.contiguous().view(dtype).to(work)
+
+
+def _half(blocks: torch.Tensor, start: int, work: torch.dtype) -> torch.Tensor:
+    """Return the fp16 number at byte `start` of each block (count, 1)."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).to(work)
 
 
 def _bits(packed: torch.Tensor, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
@@ -50,32 +56,32 @@ def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
     return _bits(packed.unsqueeze(-1), tuple(range(8)), 1).reshape(packed.shape[0], 32)
 
 
-def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
+def _q4_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    return _half(blocks, 0, work) * (_nibbles(blocks[:, 2:]).to(work) - 8)
 
 
-def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _half(blocks, 2)
+def _q4_1(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    return _half(blocks, 0, work) * _nibbles(blocks[:, 4:]).to(work) + _half(blocks, 2, work)
 
 
-def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
+def _q5_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6]) << 4
-    return _half(blocks, 0) * (numbers.float() - 16)
+    return _half(blocks, 0, work) * (numbers.to(work) - 16)
 
 
-def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
+def _q5_1(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8]) << 4
-    return _half(blocks, 0) * numbers.float() + _half(blocks, 2)
+    return _half(blocks, 0, work) * numbers.to(work) + _half(blocks, 2, work)
 
 
-def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks[:, 2:].view(torch.int8).float() * _half(blocks, 0)
+def _q8_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    return blocks[:, 2:].view(torch.int8).to(work) * _half(blocks, 0, work)
 
 
 def _by_scale(numbers: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply each group of a block's numbers by its scale, and take its offset away."""
     count, groups = scales.shape
-    made = scales.unsqueeze(-1) * numbers.reshape(count, groups, -1).float()
+    made = scales.unsqueeze(-1) * numbers.reshape(count, groups, -1).to(scales.dtype)
     return (made if offsets is None else made - offsets.unsqueeze(-1)).reshape(count, -1)
 
 
@@ -85,59 +91,59 @@ def _two_bits(packed: torch.Tensor) -> torch.Tensor:
     return _bits(packed.reshape(count, -1, 32), (0, 2, 4, 6), 3).reshape(count, -1)
 
 
-def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
-    scales = _half(blocks, 80) * (blocks[:, :16] & 0x0F).float()
-    offsets = _half(blocks, 82) * (blocks[:, :16] >> 4).float()
+def _q2_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    scales = _half(blocks, 80, work) * (blocks[:, :16] & 0x0F).to(work)
+    offsets = _half(blocks, 82, work) * (blocks[:, :16] >> 4).to(work)
     return _by_scale(_two_bits(blocks[:, 16:80]), scales, offsets)
 
 
-def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
+def _q3_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     high, low = blocks[:, :32], blocks[:, 32:96]
     scales = _nibbles(blocks[:, 96:104]) | _bits(blocks[:, 104:108], (0, 2, 4, 6), 3).flatten(1) << 4
-    numbers = _two_bits(low).float() - (_bit_planes(high) ^ 1).float() * 4
-    return _by_scale(numbers, _half(blocks, 108) * (scales.float() - 32))
+    numbers = _two_bits(low).to(work) - (_bit_planes(high) ^ 1).to(work) * 4
+    return _by_scale(numbers, _half(blocks, 108, work) * (scales.to(work) - 32))
 
 
-def _six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _six_bit_scales(packed: torch.Tensor, work: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the eight scales and eight offsets that twelve bytes hold with six bits each."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([first & 0x3F, third & 0x0F | first >> 2 & 0x30], 1)
     offsets = torch.cat([second & 0x3F, third >> 4 | second >> 2 & 0x30], 1)
-    return scales.float(), offsets.float()
+    return scales.to(work), offsets.to(work)
 
 
-def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
-    scales, offsets = _six_bit_scales(blocks[:, 4:16])
-    return _by_scale(_nibbles(blocks[:, 16:], 4), _half(blocks, 0) * scales, _half(blocks, 2) * offsets)
+def _q4_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    scales, offsets = _six_bit_scales(blocks[:, 4:16], work)
+    return _by_scale(_nibbles(blocks[:, 16:], 4), _half(blocks, 0, work) * scales, _half(blocks, 2, work) * offsets)
 
 
-def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
-    scales, offsets = _six_bit_scales(blocks[:, 4:16])
+def _q5_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    scales, offsets = _six_bit_scales(blocks[:, 4:16], work)
     numbers = _nibbles(blocks[:, 48:], 4) | _bit_planes(blocks[:, 16:48]) << 4
-    return _by_scale(numbers, _half(blocks, 0) * scales, _half(blocks, 2) * offsets)
+    return _by_scale(numbers, _half(blocks, 0, work) * scales, _half(blocks, 2, work) * offsets)
 
 
-def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
+def _q6_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, :128], 2) | _two_bits(blocks[:, 128:192]) << 4
-    scales = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
-    return _by_scale(numbers.float() - 32, scales)
+    scales = _half(blocks, 208, work) * blocks[:, 192:208].view(torch.int8).to(work)
+    return _by_scale(numbers.to(work) - 32, scales)
 
 
 @functools.cache
-def _table(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NON_LINEAR, dtype=torch.float32, device=device)
+def _table(device: torch.device, work: torch.dtype) -> torch.Tensor:
+    return torch.tensor(NON_LINEAR, dtype=work, device=device)
 
 
-def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * _table(blocks.device)[_nibbles(blocks[:, 2:]).long()]
+def _iq4_nl(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    return _half(blocks, 0, work) * _table(blocks.device, work)[_nibbles(blocks[:, 2:]).long()]
 
 
-def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
+def _iq4_xs(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     count = blocks.shape[0]
     high = _bits(blocks[:, 2:4].unsqueeze(-1), (0, 2, 4, 6), 3).reshape(count, 8)
     low = _bits(blocks[:, 4:8].unsqueeze(-1), (0, 4), 0x0F).reshape(count, 8)
-    numbers = _table(blocks.device)[_nibbles(blocks[:, 8:], 8).long()]
-    return _by_scale(numbers, _half(blocks, 0) * ((low | high << 4).float() - 32))
+    numbers = _table(blocks.device, work)[_nibbles(blocks[:, 8:], 8).long()]
+    return _by_scale(numbers, _half(blocks, 0, work) * ((low | high << 4).to(work) - 32))
 
 
 IN_TORCH: dict[str, Dequantise] = {
@@ -154,6 +160,8 @@ IN_TORCH: dict[str, Dequantise] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
 }
+# Of weights whose rows are put into another order.
+PLAIN = {"F32": _plain(torch.float32), "F16": _plain(torch.float16), "BF16": _plain(torch.bfloat16)}
 
 
 def _by_reference(kind: str) -> Dequantise:
@@ -168,9 +176,9 @@ def _by_reference(kind: str) -> Dequantise:
         ) from None
     wanted = GGMLQuantizationType(IDS[kind])
 
-    def dequantise(blocks: torch.Tensor) -> torch.Tensor:
+    def dequantise(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
         made = dequantize(numpy.ascontiguousarray(blocks.cpu().numpy()), wanted)
-        return torch.from_numpy(made).to(blocks.device)
+        return torch.from_numpy(made).to(blocks.device, work)
 
     return dequantise
 
@@ -178,4 +186,4 @@ def _by_reference(kind: str) -> Dequantise:
 @functools.cache
 def function_for(kind: str) -> Dequantise:
     """Return what makes numbers of blocks of a type. Raises SourceError for one that needs a package."""
-    return IN_TORCH.get(kind) or _by_reference(kind)
+    return IN_TORCH.get(kind) or PLAIN.get(kind) or _by_reference(kind)

@@ -10,7 +10,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..files.safetensors_header import AGAIN, MAX_ELEMENTS, SourceError
 from .types import TYPES, GgufType
@@ -27,8 +27,19 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # By the number of their type in the metadata.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Longer lists are those of tokenizers. Only their length is kept here.
+# Longer lists are those of tokenizers. Only their place is kept here.
 LONGEST_LIST = 1024
+WINDOW_BYTES = 1 << 20
+TEXT_LENGTH = struct.Struct("<Q")
+
+
+class LongList(NamedTuple):
+    """A list that is not read yet. kind: of its values. offset: of the first one, in bytes from the file's start."""
+
+    kind: int
+    length: int
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class GgufEntry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """metadata: numbers, strings and lists of them, by key. A list of more than LONGEST_LIST is its length alone."""
+    """metadata: numbers, strings and lists of them, by key. One of more than LONGEST_LIST values is a LongList."""
 
     path: Path
     file_bytes: int
@@ -56,28 +67,57 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path, self.file, self.file_bytes = path, file, file_bytes
-        self.at = 0
+        self._window, self._start, self._next = b"", 0, 0  # what was read, its place in the file, what comes next in it
+
+    @property
+    def at(self) -> int:
+        """Say how many bytes from the start of the file the next value lies."""
+        return self._start + self._next
 
     def wrong(self, words: str) -> SourceError:
         return SourceError(f"{self.path}: {words}. The file is damaged: download or copy it again.")
 
-    def take(self, count: int) -> bytes:
-        self.at += count
-        if self.at > min(self.file_bytes, MAX_HEADER_BYTES):
+    def need(self, count: int) -> None:
+        """Have that many bytes in the window. Raises SourceError where the file has fewer."""
+        if self._next + count <= len(self._window):
+            return
+        if self.at + count > min(self.file_bytes, MAX_HEADER_BYTES):
             raise SourceError(f"{self.path}: truncated inside its header, of {self.file_bytes} bytes. {AGAIN}")
-        return self.file.read(count)
+        self._start, self._window, self._next = self.at, self._window[self._next :], 0
+        self._window += self.file.read(max(count - len(self._window), WINDOW_BYTES))
+        if len(self._window) < count:  # the file has shrunk meanwhile
+            raise SourceError(f"{self.path}: truncated inside its header, of {self.file_bytes} bytes. {AGAIN}")
+
+    def take(self, count: int) -> bytes:
+        self.need(count)
+        self._next += count
+        return self._window[self._next - count : self._next]
 
     def skip(self, count: int) -> None:
-        self.at += count
-        if self.at > min(self.file_bytes, MAX_HEADER_BYTES):
-            raise SourceError(f"{self.path}: truncated inside its header, of {self.file_bytes} bytes. {AGAIN}")
-        self.file.seek(count, os.SEEK_CUR)
+        while count:
+            part = min(count, WINDOW_BYTES)
+            self.need(part)
+            self._next += part
+            count -= part
+
+    def skip_texts(self, count: int) -> None:
+        for _ in range(count):  # of a tokenizer: hundreds of thousands
+            if self._next + 8 > len(self._window):
+                self.need(8)
+            (length,) = TEXT_LENGTH.unpack_from(self._window, self._next)
+            self._next += 8
+            if length > MAX_STRING_BYTES or self._next + length > len(self._window):
+                self.skip(self.at_most(length, MAX_STRING_BYTES, "bytes in one text"))
+            else:
+                self._next += length
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def count(self, most: int, what: str) -> int:
-        found: int = self.number("Q")
+        return self.at_most(self.number("Q"), most, what)
+
+    def at_most(self, found: int, most: int, what: str) -> int:
         if found > most:
             raise self.wrong(f"its header says that it has {found} {what}, where {most} are the most")
         return found
@@ -94,15 +134,15 @@ class _Reader:
         if kind != ARRAY:
             raise self.wrong(f"its metadata has a value of type {kind}, which the format does not know")
         inner, count = self.number("I"), self.count(MAX_HEADER_BYTES, "values in one list")
-        if inner in NUMBERS and count > LONGEST_LIST:
-            self.skip(count * struct.calcsize("<" + NUMBERS[inner]))
-            return count
         if inner not in NUMBERS and inner != STRING:
             raise self.wrong(f"its metadata has a list of type {inner}, which the format does not know")
         if count > LONGEST_LIST:
-            for _ in range(count):
-                self.skip(self.count(MAX_STRING_BYTES, "bytes in one text"))
-            return count
+            start = self.at
+            if inner == STRING:
+                self.skip_texts(count)
+            else:
+                self.skip(count * struct.calcsize("<" + NUMBERS[inner]))
+            return LongList(inner, count, start, self.at - start)
         return [self.value(inner) for _ in range(count)]
 
 

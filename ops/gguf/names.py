@@ -6,7 +6,7 @@ Source: llama.cpp, gguf-py/gguf/tensor_mapping.py. Diffusion models keep their o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # (pattern of the file's name, the model's). N of a block is the first group.
 T5 = (
@@ -20,7 +20,7 @@ T5 = (
     (r"enc\.blk\.(\d+)\.ffn_up\.weight", r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight"),
     (r"enc\.blk\.(\d+)\.ffn_down\.weight", r"encoder.block.\1.layer.1.DenseReluDense.wo.weight"),
 )
-QWEN = (
+_LLAMA = (
     (r"token_embd\.weight", "model.embed_tokens.weight"),
     (r"output_norm\.weight", "model.norm.weight"),
     (r"output\.weight", "lm_head.weight"),
@@ -28,19 +28,29 @@ QWEN = (
     (r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"model.layers.\1.self_attn.\2_norm.weight"),
     (r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)", r"model.layers.\1.self_attn.\2_proj.\3"),
     (r"blk\.(\d+)\.attn_output\.weight", r"model.layers.\1.self_attn.o_proj.weight"),
-    (r"blk\.(\d+)\.ffn_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
     (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 )
-# By `general.architecture`. Llama's queries and keys lie in another order there, Gemma's norms and tokenizer in another
-# form, so these are no matter of names.
-BY_ARCHITECTURE = {"t5": T5, "t5encoder": T5, "qwen2": QWEN, "qwen2vl": QWEN, "qwen3": QWEN}
+LLAMA = (*_LLAMA, (r"blk\.(\d+)\.ffn_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"))
+GEMMA = (
+    *_LLAMA,
+    (r"blk\.(\d+)\.post_attention_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+    (r"blk\.(\d+)\.ffn_norm\.weight", r"model.layers.\1.pre_feedforward_layernorm.weight"),
+    (r"blk\.(\d+)\.post_ffw_norm\.weight", r"model.layers.\1.post_feedforward_layernorm.weight"),
+)
+# Of Qwen 2.5-VL. Queries, keys and values become one weight afterwards.
+VISION = (
+    (r"mm\.(\d)\.(weight|bias)", r"visual.merger.mlp.\1.\2"),
+    (r"v\.post_ln\.weight", "visual.merger.ln_q.weight"),
+    (r"v\.patch_embd\.weight(\.1)?", r"visual.patch_embed.proj.weight\1"),
+    (r"v\.blk\.(\d+)\.ln([12])\.weight", r"visual.blocks.\1.norm\2.weight"),
+    (r"v\.blk\.(\d+)\.attn_(q|k|v|qkv)\.(weight|bias)", r"visual.blocks.\1.attn.\2.\3"),
+    (r"v\.blk\.(\d+)\.attn_out\.(weight|bias)", r"visual.blocks.\1.attn.proj.\2"),
+    (r"v\.blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)", r"visual.blocks.\1.mlp.\2_proj.\3"),
+)
 
 
-def renaming(architecture: str) -> Callable[[str], str] | None:
-    """Return what gives the model's name for a file's name. None for a file whose names are the model's."""
-    table = BY_ARCHITECTURE.get(architecture)
-    if table is None:
-        return None
+def renaming(table: Sequence[tuple[str, str]]) -> Callable[[str], str]:
+    """Return what gives the model's name for a file's name. A name that is not in the table stays."""
     patterns = [(re.compile(pattern), name) for pattern, name in table]
 
     def rename(key: str) -> str:

@@ -11,24 +11,35 @@ from ..subclasses import linear_arguments, writes_into
 from .dequantise import function_for
 from .types import IDS, TYPES
 
-# Bytes of fp32 numbers that are made at a time, which bounds temporary memory.
+# Bytes of fp32 numbers that are made at a time, which bounds temporary memory. What making them takes beside the
+# result, as a multiple: the most of any type, by the fp32 numbers that one part has.
 PART_BYTES = 16 << 20
+MAKING = 3.75
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Form(NamedTuple):
-    """What blocks stand for: their type, and the shape and dtype of the weight."""
+    """What blocks stand for: their type, and the shape and dtype of the weight.
+
+    heads: that have their rows in pairs, one of each half of a head, where the model has half after half. 0 for none.
+    work: in which numbers are computed, fp32 being the format's own. shown: the dtype that the weight was cast to
+    since; None for none.
+    """
 
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    heads: int = 0
+    work: torch.dtype = torch.float32
+    shown: torch.dtype | None = None
 
 
 class GgufWeight(torch.Tensor):
     """A weight that behaves like one in `dtype`, and whose blocks are never made again.
 
-    blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in `dtype`,
+    blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in the form's dtype,
     (rank, columns) and (rows, rank), which is added exactly. `linear` computes the branch beside the weight. Every
-    other operation gets the numbers, rounded once from fp32 to `dtype`.
+    other operation gets the numbers, rounded once to the form's dtype. A cast weight stays in blocks.
     """
 
     blocks: torch.Tensor
@@ -45,7 +56,7 @@ class GgufWeight(torch.Tensor):
         up: torch.Tensor | None = None,
     ) -> GgufWeight:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-            cls, form.shape, dtype=form.dtype, device=blocks.device, requires_grad=False
+            cls, form.shape, dtype=form.shown or form.dtype, device=blocks.device, requires_grad=False
         )
 
     def __init__(
@@ -59,8 +70,8 @@ class GgufWeight(torch.Tensor):
         if not rank:
             return GgufWeight(blocks, self.form)
         rows, columns = self.shape
-        down = torch.empty(rank, columns, dtype=self.dtype, device="meta")
-        return GgufWeight(blocks, self.form, down, torch.empty(rows, rank, dtype=self.dtype, device="meta"))
+        down = torch.empty(rank, columns, dtype=self.form.dtype, device="meta")
+        return GgufWeight(blocks, self.form, down, torch.empty(rows, rank, dtype=self.form.dtype, device="meta"))
 
     @property
     def rank(self) -> int:
@@ -69,34 +80,49 @@ class GgufWeight(torch.Tensor):
 
     def dequantize(self) -> torch.Tensor:
         """Return the numbers that the weight stands for, its branch included, in `dtype`."""
-        numbers = self._numbers(self.blocks).view(self.form.shape)
         if self.down is None:
-            return numbers
+            return self._own(self.dtype)
         assert self.up is not None
-        return numbers.float().addmm_(self.up.float(), self.down.float()).to(self.dtype)
+        merged = self._own(torch.float32).addmm_(self.up.float(), self.down.float())
+        return merged.to(self.form.dtype).to(self.dtype)
 
-    def _numbers(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Return the numbers of some blocks in `dtype`, one-dimensional."""
+    def making_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Return the most temporary memory that an operation on the weight takes for its numbers in a dtype."""
+        wanted = dtype or self.dtype
+        copies = bool(self.form.heads) + (wanted != self.dtype)
+        making = int(MAKING * min(PART_BYTES, 4 * self.numel()))
+        return self.numel() * wanted.itemsize + making + copies * self.blocks.numel()
+
+    def _own(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers without the branch."""
+        blocks, heads = self.blocks, self.form.heads
+        if heads:
+            pairs = blocks.view(heads, self.form.shape[0] // (2 * heads), 2, -1)
+            blocks = pairs.transpose(1, 2).reshape(blocks.shape)
+        return self._numbers(blocks, dtype).view(self.form.shape)
+
+    def _numbers(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers of some blocks, one-dimensional."""
         function, per_block = function_for(self.form.kind), TYPES[IDS[self.form.kind]].numbers
-        made = torch.empty(blocks.shape[0] * per_block, dtype=self.dtype, device=blocks.device)
+        made = torch.empty(blocks.shape[0] * per_block, dtype=dtype, device=blocks.device)
         step = max(1, PART_BYTES // (4 * per_block))
         for start in range(0, blocks.shape[0], step):
-            part = function(blocks[start : start + step])
-            made[start * per_block : start * per_block + part.numel()] = part.flatten()
+            part = function(blocks[start : start + step], self.form.work)
+            made[start * per_block : start * per_block + part.numel()] = part.flatten().to(self.form.dtype)
+            del part  # or it would live while the next one is made
         return made
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Return some rows of a table, in `dtype`, of which only the blocks are read."""
         count, columns = self.shape
-        if self.down is not None or self.blocks.shape[0] % count:
+        if self.down is not None or self.form.heads or self.blocks.shape[0] % count:
             return torch.nn.functional.embedding(indices, self.dequantize())
         blocks = self.blocks.view(count, -1)[indices.flatten()]
-        return self._numbers(blocks.view(-1, self.blocks.shape[1])).view(*indices.shape, columns)
+        return self._numbers(blocks.view(-1, self.blocks.shape[1]), self.dtype).view(*indices.shape, columns)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
-        weight = self._numbers(self.blocks).view(self.form.shape).to(x.dtype)
-        result = torch.nn.functional.linear(x, weight, bias)
+        result = torch.nn.functional.linear(x, self._own(x.dtype), bias)
         if self.down is None:
             return result
         assert self.up is not None
@@ -130,6 +156,8 @@ class GgufWeight(torch.Tensor):
         first = args[0] if args else None
         aten = torch.ops.aten
         if isinstance(first, GgufWeight):
+            if func.overloadpacket is aten.to:  # in inference mode it comes as it is, else as what it is made of
+                return func.decompose(*args, **kwargs)
             if func is aten.detach.default:
                 return first
             if func is aten.clone.default or func is aten._to_copy.default:
@@ -156,11 +184,11 @@ def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(func: Any, weight: GgufWeight, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return a copy, on another device perhaps, in the same blocks. In another dtype it is an ordinary tensor."""
+    """Return a copy in the same blocks, on another device or in another dtype perhaps."""
     dtype = kwargs.get("dtype") or weight.dtype
-    if dtype != weight.dtype:
+    if dtype not in FLOATS:
         return func(weight.dequantize(), **kwargs)  # type: ignore[no-any-return]
     kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "memory_format")}
     names, form = weight.__tensor_flatten__()
     parts = {name: func(getattr(weight, name), **kwargs) for name in names}
-    return GgufWeight.__tensor_unflatten__(parts, form, None, None)
+    return GgufWeight.__tensor_unflatten__(parts, form._replace(shown=dtype), None, None)

@@ -132,6 +132,8 @@ class Int8Weight(torch.Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, Int8Weight):
+            if func.overloadpacket is torch.ops.aten.to:  # in inference mode it comes as it is
+                return func.decompose(*args, **kwargs)
             if func is torch.ops.aten.detach.default:
                 return first
             if func is torch.ops.aten._to_copy.default or func is torch.ops.aten.clone.default:

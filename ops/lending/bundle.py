@@ -28,6 +28,7 @@ import torch
 from ..device.backend import Backend
 from ..files.disk_map import DiskMap, SourceError
 from ..gather import gathered_bytes, inner_tensors, is_wrapper
+from ..gguf.weight import GgufWeight
 from ..int8.weight import PART_BYTES
 from ..ledger import Ledger
 from .idle_weight import idle_form, store_sources
@@ -211,6 +212,10 @@ class Bundle:
         extra = 0 if self.source_is_final else self.nbytes
         for param in self.params:
             numel = param.source.numel()
+            if isinstance(param.final, GgufWeight):
+                continue
+            if isinstance(param.source, GgufWeight):
+                extra += param.source.making_bytes()
             if param.int8:  # quantised in parts; nothing casts it afterwards
                 extra += 3 * min(PART_BYTES, 4 * numel) + (2 * numel * 4 if param.patch is not None else 0)
                 continue
@@ -221,7 +226,7 @@ class Bundle:
                     dequantised = max(dequantised, numel * cast.itemsize)
             needed = max(dequantised, 2 * max(final_bytes, dequantised) if param.patch is not None else 0)
             extra += max(0, needed if self.source_is_final else needed - final_bytes)
-        return self.source_bytes + extra
+        return self.source_bytes + extra + self._making_bytes()
 
     @property
     def transfer_bytes(self) -> int:
@@ -229,8 +234,13 @@ class Bundle:
         return self.nbytes if self.pin_is_current or self.source_is_final else self.source_bytes
 
     def cast_bytes(self) -> int:
-        """Return the bytes that the op of a resident bundle gets its weights cast to."""
-        return sum(p.source.numel() * p.compute_dtype.itemsize for p in self.params if p.compute_dtype is not None)
+        """Return the bytes that the op of a resident bundle gets its weights cast to, or makes numbers in."""
+        casts = sum(p.source.numel() * p.compute_dtype.itemsize for p in self.params if p.compute_dtype is not None)
+        return casts + self._making_bytes()
+
+    def _making_bytes(self) -> int:
+        """Return the most that one of the weights in blocks takes for its numbers. They are used one by one."""
+        return max((param.making_bytes() for param in self.params), default=0)
 
     def load_cost(self) -> int:
         """Return the least temporary memory in which the bundle can become resident and be used, in bytes."""

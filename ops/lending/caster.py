@@ -70,8 +70,7 @@ class Caster:
         self.rows_bytes = 0  # of device memory that rows of tables hold
         self.previous: Bundle | None = None
         self.first: Bundle | None = None  # the bundle with which the last step began
-        self.per_step = 1 << 62  # loans within which a step asks for its first bundle again
-        self.lent = 1 << 62  # loans since the step began
+        self.per_step = self.lent = 1 << 62  # loans within which a step asks for its first bundle again; since it began
         self.watch: Stopwatch | None = None  # set: times this step
         self.guess: OrderGuess | None = None  # set: in a first step, whose order nobody knows
         self.traced = False  # a step has shown the order; until then it is the order of registration
@@ -380,7 +379,6 @@ class Caster:
 
     @property
     def has_buffers(self) -> bool:
-        """Say whether `free_buffers` could give anything back."""
         return self.buffer_bytes > 0 or self.staging_bytes > 0
 
     def follow_trace(self, bundles: Sequence[Bundle]) -> None:

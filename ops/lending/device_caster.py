@@ -25,10 +25,8 @@ from .caster import Caster, Loan
 from .gathering import Gathering
 from .pins import Pins
 
-# Bundles that may be on their way, however small. Each holds a page or two, and events.
-MOST_AHEAD = 128
-# Bytes that may be on their way to slices of the VBAR, which need no buffers.
-LOADING_AHEAD = 3 << 29
+MOST_AHEAD = 128  # bundles that may be on their way, however small
+LOADING_AHEAD = 3 << 29  # bytes that may be on their way to slices of the VBAR, which need no buffers
 
 
 class DeviceCaster(Caster):
@@ -265,7 +263,6 @@ class DeviceCaster(Caster):
             resident = loan.signature is not None
             casts = bundle.offload_cost() - bundle.source_bytes
             self.make_way(casts - bundle.nbytes if resident else casts)
-            # A patch may be applied where the source lies: in the slice itself.
             memory = self.vbar.tensor(bundle.vbar_slice) if resident else self._hold(loan, bundle.nbytes)
             memory = memory[: bundle.nbytes]
             views = self.make_final(bundle, source, memory)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ..gather import inner_tensors
-from ..gguf.weight import stays_quantised
+from ..gguf.weight import numbers_of, stays_quantised
 from .lookup import Asked, asked_for, with_rows
 from .param import Param
 
@@ -145,7 +145,7 @@ class IdleWeight(torch.Tensor):
                 return view
         with ExitStack() as loans:
             args, kwargs = tree_map_only(IdleWeight, lambda idle: loans.enter_context(idle.lent()), (args, kwargs))
-            result = func(*args, **kwargs)
+            result = tree_map_only(torch.Tensor, numbers_of, func(*args, **kwargs))
             # A view would be one of memory that goes back when the loan ends.
             return tree_map_only(torch.Tensor, torch.clone, result) if may_alias else result
 

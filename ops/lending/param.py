@@ -95,6 +95,15 @@ class Param:
         """Say whether the final form has other numbers than the source even without a patch."""
         return bool(self.int8) or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
 
+    def making_bytes(self) -> int:
+        """Return the bytes of temporary memory in which the op makes numbers of a weight in blocks. 0 for others.
+
+        A lookup makes hardly any.
+        """
+        if not isinstance(self.final, GgufWeight) or isinstance(self.owner, torch.nn.Embedding):
+            return 0
+        return self.final.making_bytes(self.op_dtype)
+
     def usable_in_place(self) -> bool:
         """Say whether a CPU op can read the source's own memory."""
         if self.is_cast or self.patch is not None or self.compute_dtype is not None or self.source.is_meta:

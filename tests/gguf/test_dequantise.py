@@ -26,7 +26,7 @@ def test_any_bytes_give_the_bits_of_the_reference(kind):
     """NaN stays NaN. Which of its many bits it has is the processor's choice."""
     raw = numpy.random.default_rng(1).integers(0, 256, (500, TYPES[IDS[kind]].nbytes), dtype=numpy.uint8)
     wanted = quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
-    got = dequantise.function_for(kind)(torch.from_numpy(raw)).numpy()
+    got = dequantise.function_for(kind)(torch.from_numpy(raw), torch.float32).numpy()
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
     same = (got.view(numpy.int32) == wanted.view(numpy.int32)) | (numpy.isnan(got) & numpy.isnan(wanted))
     assert same.all()
@@ -34,7 +34,7 @@ def test_any_bytes_give_the_bits_of_the_reference(kind):
 
 @pytest.mark.parametrize("kind", dequantise.IN_TORCH)
 def test_blocks_of_tests_have_numbers_of_a_weight(kind):
-    numbers = dequantise.IN_TORCH[kind](random_blocks(kind, 256 * 256))
+    numbers = dequantise.IN_TORCH[kind](random_blocks(kind, 256 * 256), torch.float32)
     assert numbers.isfinite().all() and 0.01 < numbers.std() < 0.04
 
 

@@ -30,7 +30,13 @@ def tensors():
 METADATA = {
     "comfy.gguf.orig_shape.kernel": [2, 4, 4, 4],
     "tokenizer.ggml.tokens": [f"token {n}" for n in range(1100)],
-    "tokenizer.ggml.token_type": list(range(1100)),
+    "tokenizer.ggml.token_type": [2, 3, 3, 6] * 275,
+    "tokenizer.ggml.scores": [float(-n) for n in range(1100)],
+    "tokenizer.ggml.precompiled_charsmap": bytes(range(256)) * 5,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.add_space_prefix": True,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 2,
 }
 
 
@@ -42,7 +48,7 @@ def path(tmp_path):
 def test_tensors_are_those_that_the_reference_reads(path):
     source = open_map(path)
     assert isinstance(source, GgufMap) and source.metadata == {"general.architecture": "flux"}
-    assert source.gguf_metadata["tokenizer.ggml.tokens"] == 1100
+    assert source.gguf_metadata["tokenizer.ggml.tokens"].length == 1100
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert list(found) == list(source.keys())
     for name, tensor in found.items():
@@ -83,6 +89,32 @@ def test_quantised_weights_stand_for_the_dtype_of_the_rest(tmp_path):
     assert open_map(write_gguf(tmp_path / "b.gguf", single)).tensor("a").dtype == torch.bfloat16
 
 
+def test_rows_of_rotary_projections_come_in_the_order_of_the_model(tmp_path):
+    """llama.cpp puts each row of a head's first half beside one of the other half."""
+    numbers = torch.arange(8 * 32.0).view(8, 32) / 256
+    in_file = numbers.view(2, 2, 2, 32).transpose(1, 2).reshape(8, 32)
+    quantised = torch.from_numpy(gguf.quants.quantize(in_file.numpy(), gguf.GGMLQuantizationType.Q8_0))
+    wanted = {"v": in_file, "output": in_file, "k": numbers, "q": numbers}
+    tensors = {f"blk.0.attn_{part}.weight": in_file.half() for part in wanted}
+    tensors["blk.1.attn_q.weight"] = ("Q8_0", (8, 32), quantised)
+    heads = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 2}
+    architecture = {"general.architecture": "llama"}
+    source = open_map(write_gguf(tmp_path / "llama.gguf", tensors, {**architecture, **heads}))
+    for part, expected in wanted.items():
+        name = "o" if part == "output" else part
+        assert torch.equal(source.tensor(f"model.layers.0.self_attn.{name}_proj.weight") + 0, expected.half())
+    quantised_q = source.tensor("model.layers.1.self_attn.q_proj.weight")
+    assert float((quantised_q.dequantize().float() - numbers).abs().max()) < 0.01
+    x, ids = torch.randn(3, 32), torch.tensor([1, 6])
+    expected = torch.nn.functional.linear(x, quantised_q.dequantize().float())
+    assert torch.equal(torch.nn.functional.linear(x, quantised_q), expected)
+    rows = torch.nn.functional.embedding(ids, quantised_q)
+    assert torch.equal(rows, quantised_q.dequantize()[ids])
+    for wrong in (architecture, {**architecture, **heads, "llama.attention.head_count": 3}):
+        with pytest.raises(SourceError, match=r"should be a number of heads|which 3 heads do not divide"):
+            open_map(write_gguf(tmp_path / "wrong.gguf", tensors, wrong)).state_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -104,16 +136,26 @@ def test_a_damaged_file_says_what_is_wrong(path, change, words):
 
 
 def test_ten_thousand_damaged_files(path, tmp_path):
-    """Each gives an error of ours or tensors that lie in the file, and memory stays bounded."""
-    raw, target = Path(path).read_bytes(), tmp_path / "mutated.gguf"
-    head = raw.index(b"half") + 200
+    """Each gives an error of ours or tensors that lie in the file, and memory stays bounded.
+
+    Most are of a diffusion model. Some are of text encoders, whose tokenizer is made of lists in the header.
+    """
+    target, raws = tmp_path / "mutated.gguf", [Path(path).read_bytes()] * 8
+    projection = {"blk.0.attn_q.weight": ("Q8_0", (8, 32), random_blocks("Q8_0", 256)), **tensors()}
+    for architecture in ("gemma2", "llama"):
+        metadata = {**METADATA, "general.architecture": architecture}
+        raws.append(Path(write_gguf(tmp_path / f"{architecture}.gguf", projection, metadata)).read_bytes())
+    assert open_map(tmp_path / "gemma2.gguf").state_dict()["spiece_model"].numel() > 1100 * 10
     rng, process = random.Random(5), psutil.Process()
     before, loaded, errors = process.memory_info().rss, 0, []
-    for _ in range(MUTATIONS):
-        changed = bytearray(raw)
+    for number in range(MUTATIONS):
+        raw = raws[number % len(raws)]
+        changed, head = bytearray(raw), raw.index(b"half") + 200
         # The long lists of the tokenizer are skipped over: most of the header's meaning lies around them.
         for _ in range(rng.randrange(1, 4)):
-            at = rng.choice([rng.randrange(0, 200), rng.randrange(head - 500, head), rng.randrange(0, len(raw))])
+            around = raw.index(b"tokenizer.ggml.eos_token_id") - 40
+            places = [(0, 200), (head - 500, head), (around, around + 200), (0, len(raw))]
+            at = rng.randrange(*rng.choice(places))
             if rng.random() < 0.5:
                 changed[at] = rng.randrange(256)
             else:
@@ -124,6 +166,7 @@ def test_ten_thousand_damaged_files(path, tmp_path):
         target.write_bytes(changed)
         try:
             source = open_map(target)
+            source.state_dict()
         except SourceError as error:
             errors.append(str(error))
             continue
@@ -136,6 +179,27 @@ def test_ten_thousand_damaged_files(path, tmp_path):
     assert all(str(target) in words for words in errors)
     assert loaded > MUTATIONS // 20 and len(errors) > MUTATIONS // 20
     assert process.memory_info().rss - before < 200 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.token_type": [1.0] * 1100}, "other values than whole numbers in the list 'token_type'"),
+        ({"tokenizer.ggml.precompiled_charsmap": [0.5]}, "than whole numbers in the list 'precompiled_charsmap'"),
+        ({"tokenizer.ggml.scores": ["a"]}, "other values than numbers in the list 'scores'"),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, ""),
+        ({"tokenizer.ggml.eos_token_id": -(2**31), "tokenizer.ggml.add_space_prefix": "no"}, ""),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense(change, words, tmp_path):
+    """It is an error of ours, or a value that is not needed."""
+    metadata = {**METADATA, "general.architecture": "gemma2", **change}
+    source = open_map(write_gguf(tmp_path / "gemma2.gguf", tensors(), metadata))
+    if not words:
+        assert source.state_dict()["spiece_model"].numel() > 1100 * 10
+        return
+    with pytest.raises(SourceError, match=words):
+        source.state_dict()
 
 
 def test_other_names_are_safetensors(tmp_path):

@@ -38,7 +38,7 @@ def net(patch=None):
     numbers.load_state_dict(blocks.state_dict())
     for index in range(LAYERS):
         raw = random_blocks("Q4_K", WIDTH * WIDTH, index)
-        made = IN_TORCH["Q4_K"](raw).view(WIDTH, WIDTH).to(torch.bfloat16)
+        made = IN_TORCH["Q4_K"](raw, torch.float32).view(WIDTH, WIDTH).to(torch.bfloat16)
         form = Form("Q4_K", (WIDTH, WIDTH), torch.bfloat16)
         blocks[index].weight = torch.nn.Parameter(GgufWeight(raw, form), requires_grad=False)
         wanted = made.float()

@@ -4,18 +4,33 @@ import pytest
 import torch
 
 from kit.gguf_files import random_blocks
+from kit.live_memory import LiveMemory
 from spillway.ops.gather import copy_into, gathered_bytes, interpret_gathered_like
 from spillway.ops.gguf import weight as weight_module
-from spillway.ops.gguf.dequantise import IN_TORCH
+from spillway.ops.gguf.dequantise import IN_TORCH, PLAIN
 from spillway.ops.gguf.weight import Form, GgufWeight
 
+SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 KINDS = ("Q4_0", "Q5_K", "Q8_0", "IQ4_XS")
 
 
 def made(kind="Q4_K", rows=48, columns=512, dtype=torch.bfloat16):
     """Return a weight, and the numbers that it stands for."""
     blocks = random_blocks(kind, rows * columns)
-    return GgufWeight(blocks, Form(kind, (rows, columns), dtype)), IN_TORCH[kind](blocks).view(rows, columns).to(dtype)
+    return GgufWeight(blocks, Form(kind, (rows, columns), dtype)), IN_TORCH[kind](blocks, torch.float32).view(
+        rows, columns
+    ).to(dtype)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_cast_weight_keeps_its_branch_beside_it(inference):
+    """In inference mode torch hands `to` over as it is, and every model of ComfyUI's runs in it."""
+    weight, _ = made()
+    branched = GgufWeight(weight.blocks, weight.form, torch.ones(4, 512), torch.ones(48, 4))
+    with torch.inference_mode(inference):
+        for cast in (branched.to(torch.float32), branched.to(dtype=torch.float16), branched.float()):
+            assert isinstance(cast, GgufWeight) and cast.rank == 4
+        assert branched.to(torch.bfloat16) is branched
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +41,12 @@ def test_numbers_are_rounded_once(kind, part_bytes, monkeypatch):
     weight, numbers = made(kind)
     assert weight.shape == numbers.shape and weight.dtype == numbers.dtype and weight.device == numbers.device
     assert torch.equal(weight.dequantize(), numbers)
-    assert torch.equal(weight.to(torch.float32), numbers.float()) and type(weight.to(torch.float32)) is torch.Tensor
+    cast = weight.to(torch.float32)
+    assert isinstance(cast, GgufWeight) and cast.dtype == torch.float32
+    assert torch.equal(cast.dequantize(), numbers.float()) and torch.equal(
+        cast.to(torch.bfloat16).dequantize(), numbers
+    )
+    assert type(weight.to(torch.float64)) is torch.Tensor
     assert (
         torch.equal(weight + 0, numbers) and torch.equal(weight[3], numbers[3]) and torch.equal(weight.t(), numbers.t())
     )
@@ -72,7 +92,8 @@ def test_a_table_reads_the_rows_that_are_asked_for(indices, monkeypatch):
     wanted = torch.tensor(indices, dtype=torch.long)
     read = []
     original = GgufWeight._numbers
-    monkeypatch.setattr(GgufWeight, "_numbers", lambda self, blocks: read.append(len(blocks)) or original(self, blocks))
+    noted = lambda self, blocks, dtype: read.append(len(blocks)) or original(self, blocks, dtype)  # noqa: E731
+    monkeypatch.setattr(GgufWeight, "_numbers", noted)
     assert torch.equal(torch.nn.functional.embedding(wanted, weight), numbers[wanted])
     assert sum(read) == 2 * wanted.numel()  # blocks of 256, rows of 512
 
@@ -89,3 +110,26 @@ def test_a_copy_keeps_the_blocks():
     for copied in (weight.clone(), weight.to("cpu", copy=True), weight.detach()):
         assert type(copied) is GgufWeight and torch.equal(copied.dequantize(), numbers)
     assert weight.clone().blocks.data_ptr() != weight.blocks.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [*IN_TORCH, *PLAIN])
+@pytest.mark.parametrize("part_bytes", [1 << 24, 1 << 18])
+def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch):
+    """However a weight gets into its op, and whatever order its rows have."""
+    monkeypatch.setattr(weight_module, "PART_BYTES", part_bytes)
+    rows, columns = 512, 512
+    blocks = (
+        random_blocks(kind, rows * columns) if kind in IN_TORCH else torch.zeros(rows * columns, SIZES[kind]).byte()
+    )
+    x = torch.randn(1, columns)
+    for heads in (0, 4):
+        weight = GgufWeight(blocks, Form(kind, (rows, columns), torch.bfloat16, heads))
+        for use, dtype in (
+            (lambda w: w.dequantize(), torch.bfloat16),
+            (lambda w: torch.nn.functional.linear(x, w), torch.float32),
+            (lambda w: torch.nn.functional.linear(x, w.to(torch.float32)), torch.float32),
+        ):
+            with LiveMemory(blocks, x) as live:
+                use(weight)
+            counted = weight.making_bytes(dtype) + 4 * rows  # and the result
+            assert live.peak <= counted and (kind in PLAIN or live.peak > 0.4 * counted)

@@ -30,6 +30,13 @@ def test_a_row_has_one_scale_where_other_kernels_multiply():
     assert group_count(4099, "cpu") == 1  # a prime number cannot be divided
 
 
+def test_a_cast_weight_stays_in_int8_in_inference_mode():
+    """There torch hands `to` over as it is."""
+    with torch.inference_mode():
+        cast = weight_of(normal(64, 256)).to(torch.bfloat16)
+        assert isinstance(cast, Int8Weight) and cast.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("shape", [(1, 64), (3, 17), (2, 5, 64), (0, 64), (1, 1, 1, 40), (64,)])
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_any_shape(shape, rows):

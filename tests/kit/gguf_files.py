@@ -40,7 +40,7 @@ def random_blocks(kind, numel, seed=0, std=0.02):
             _put(blocks, offset[0], offset[1] * scale)
 
     scale_by(torch.ones(count))
-    spread = IN_TORCH[kind](blocks[:64]).std()
+    spread = IN_TORCH[kind](blocks[:64], torch.float32).std()
     scale_by((0.5 + torch.rand(count, generator=generator)) * std / spread)
     return blocks
 
@@ -50,41 +50,50 @@ def _put(blocks, at, values):
 
 
 def write_gguf(path, tensors, metadata=None, alignment=32):
-    """Write {name: tensor, or (type, shape, blocks)}. metadata: strings, integers, and lists of integers or strings."""
+    """Write {name: tensor, or (type, shape, blocks)}. metadata: texts, numbers, bytes, lists of them."""
     metadata = {"general.architecture": "flux", "general.alignment": alignment, **(metadata or {})}
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + _value(value) for key, value in metadata.items())
-    data, offset = [], 0
+    parts, offset = [], 0
     for name, tensor in tensors.items():
         if torch.is_tensor(tensor):
-            kind, shape, raw = PLAIN[tensor.dtype], tensor.shape, tensor.contiguous().view(-1).view(torch.uint8)
+            kind, shape, raw = PLAIN[tensor.dtype], tensor.shape, tensor
         else:
             kind, shape, raw = tensor
         head += _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
         head += struct.pack("<IQ", IDS[kind], offset)
-        raw = bytes(raw.contiguous().view(-1).numpy())
-        data.append(raw + bytes(-len(raw) % alignment))
-        offset += len(data[-1])
+        nbytes = raw.numel() * raw.element_size()
+        parts.append((raw, -nbytes % alignment))
+        offset += nbytes + parts[-1][1]
     with open(path, "wb") as file:
         file.write(head + bytes(-len(head) % alignment))
-        for raw in data:
-            file.write(raw)
+        for raw, padding in parts:  # one at a time, however large the file
+            file.write(memoryview(raw.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(bytes(padding))
     return str(path)
 
 
 def _text(text):
-    raw = text.encode()
+    raw = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(raw)) + raw
+
+
+# How a value of a Python type is written, and that of a list by its first one: (number of the type, struct's code).
+CODES = {bool: (7, "?"), int: (5, "i"), float: (6, "f")}
 
 
 def _value(value):
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if value and isinstance(value[0], str):
+    if isinstance(value, bytes):
+        return struct.pack("<IIQ", 9, 0, len(value)) + value
+    if not isinstance(value, list):
+        number, code = (4, "I") if type(value) is int and value >= 0 else CODES[type(value)]
+        return struct.pack(f"<I{code}", number, value)
+    if value and isinstance(value[0], (str, bytes)):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
-    return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+    number, code = CODES[type(value[0]) if value else int]
+    return struct.pack(f"<IIQ{len(value)}{code}", 9, number, len(value), *value)
 
 
 def quantised_copy(tensors, kind, seed=0, smallest=2):
@@ -103,5 +112,5 @@ def quantised_copy(tensors, kind, seed=0, smallest=2):
         std = float(tensor.float().std()) if tensor.numel() > 1 else 0.02
         blocks = random_blocks(chosen, math.prod(tensor.shape), seed + number, std)
         written[name] = (chosen, tuple(tensor.shape), blocks)
-        stands_for[name] = IN_TORCH[chosen](blocks).view(tensor.shape).to(torch.bfloat16)
+        stands_for[name] = IN_TORCH[chosen](blocks, torch.float32).view(tensor.shape).to(torch.bfloat16)
     return written, stands_for

@@ -14,6 +14,7 @@ from ...attach import Unsupported
 from ...policy import Policy
 from ..compile.dynamic_models import refuse_compiled
 from ..patcher import DynamicModelPatcher
+from .ggml import comfyui_classes, compute_dtype, is_ggml, own_form
 from .loader_overrides import building
 
 # Attributes that a patcher carries beside its model and its devices.
@@ -63,10 +64,14 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
             f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
             f"way to load it again. {ADVICE}"
         )
-    memo: dict[int, Any] = {}
+    # Not even copied: a copy of a buffer of comfy-aimdo's would give the same memory back once more.
+    memo: dict[int, Any] = {id(value): value for name, value in vars(patcher.model).items() if name in OWN}
+    modules, computes_in = dict(patcher.model.named_modules()), compute_dtype(patcher.model)
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
         original = patcher.backup[name].weight if name in patcher.backup else tensor
         shared = original.detach().to("cpu")
+        if is_ggml(shared):
+            shared = own_form(shared, modules[name.rpartition(".")[0]], computes_in)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         memo[id(tensor)] = torch.nn.Parameter(shared, requires_grad=False) if is_parameter else shared
     for module in patcher.model.modules():
@@ -74,6 +79,7 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
             if not isinstance(value, COPIED) and not hasattr(type(value), "__deepcopy__"):
                 memo[id(value)] = value
     model = copy.deepcopy(patcher.model, memo)
+    comfyui_classes(model)
     for name in OWN:
         model.__dict__.pop(name, None)
     if hasattr(model, "current_patcher"):

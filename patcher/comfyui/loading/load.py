@@ -14,8 +14,7 @@ import torch
 
 from ....ops.files.disk_map import DiskMap, SourceError
 from ....ops.files.safetensors_header import shard_words
-from ....ops.gguf.gguf_map import check_text_encoder, open_map
-from ....ops.gguf.header import is_gguf
+from ....ops.gguf.gguf_map import GgufMap, add_vision, check_text_encoder, open_map
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
@@ -43,19 +42,18 @@ def is_quantised(source: DiskMap) -> bool:
     return "_quantization_metadata" in source.metadata or any(key.endswith(QUANTISED) for key in keys)
 
 
-def _options(path: str, weight_dtype: str) -> dict[str, Any]:
+def _options(source: DiskMap, weight_dtype: str) -> dict[str, Any]:
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype '{weight_dtype}' is not one of {', '.join(WEIGHT_DTYPES)}.")
     options = dict(WEIGHT_DTYPES[weight_dtype])
-    if "dtype" in options and is_gguf(path):
+    if "dtype" in options and isinstance(source, GgufMap):
         raise ValueError(
-            f"{path}: the weights of a GGUF file stay in its blocks, so weight_dtype '{weight_dtype}' means nothing "
-            "here. Choose 'default', or 'int8' to have them quantised anew."
+            f"{source.path}: the weights of a GGUF file stay in its blocks, so weight_dtype '{weight_dtype}' means "
+            "nothing here. Choose 'default', or 'int8' to have them quantised anew."
         )
     # Weights live in their file, never on the device as a whole, whatever --highvram says.
     options["offload_device"] = torch.device("cpu")
     fp8_ops = options.get("fp8_optimizations") or comfy.ops.pick_operations(None, None) is comfy.ops.fp8_ops
-    source = open_map(path)
     if not is_quantised(source) and not fp8_ops:
         options["custom_operations"] = operations()
     return options
@@ -79,8 +77,9 @@ def load_diffusion_model(
             path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
         )
     refuse_pickle(path)
-    options = _options(path, weight_dtype)
-    with building(DynamicModelPatcher, policy):
+    source = open_map(path)
+    options = _options(source, weight_dtype)
+    with building(DynamicModelPatcher, policy, [source]):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
     check_complete(patcher.model)
     if weight_dtype in (INT8, INT8_AUTO):
@@ -147,14 +146,19 @@ def load_clip(
     if known_type is None:
         known = ", ".join(entry.name.lower() for entry in comfy.sd.CLIPType)
         raise ValueError(f"text encoder type '{clip_type}' is unknown to this ComfyUI. Known: {known}.")
+    files = []
     for path in paths:
         refuse_pickle(path)
-        check_text_encoder(path)
+        files.append(open_map(path))
+        check_text_encoder(files[-1])
+        vision = add_vision(files[-1])
+        if vision:
+            log.info("[Spillway] %s: its vision tower is %s", path, vision)
 
     def load() -> Any:
         return comfy.sd.load_clip(ckpt_paths=list(paths), embedding_directory=embedding_directory, clip_type=known_type)
 
-    with building(DynamicModelPatcher, policy) as opened:
+    with building(DynamicModelPatcher, policy, files) as opened:
         clip = detected(load, ", ".join(paths))
     # ComfyUI takes a file that it does not know for a CLIP of which everything is missing.
     unused = opened.unused(clip.cond_stage_model) if clip.patcher.is_dynamic() else []

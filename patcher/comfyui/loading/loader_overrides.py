@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
@@ -33,6 +34,8 @@ log = logging.getLogger("spillway")
 KEEP_BELOW = 64 << 10
 # Text encoder files may lack weights whose products nobody uses. ComfyUI leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
+# By the rows of a table, how many tokens there are. llama.cpp leaves out rows of Gemma 3's that no token has.
+TOKENS_OF_TABLES = {262208: 262144}
 
 
 class Opened:
@@ -82,13 +85,17 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 
 
 @contextmanager
-def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iterator[Opened]:
+def building(
+    dynamic_patcher: Callable[..., Any], policy: Policy | None, ready: Iterable[DiskMap] = ()
+) -> Iterator[Opened]:
     """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
-    Afterwards, parameters that the files lack are on the meta device. Raises FileChanged where a file has changed.
+    ready: maps of files that are open already. Afterwards, parameters that the files lack are on the meta device.
+    Raises FileChanged where a file has changed.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
     opened, guard = Opened(), CopyBeforeWrite()
+    known = {str(disk_map.path): disk_map for disk_map in ready}
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         patcher = dynamic_patcher(model, *args, **kwargs)
@@ -100,8 +107,8 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
-        disk_map = open_map(path)
-        opened.maps.append(disk_map)  # checked from here on
+        disk_map = known.get(str(Path(path))) or open_map(path)
+        opened.maps += [disk_map, *disk_map.parts]  # checked from here on
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
@@ -116,6 +123,8 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
     def load_tensors(
         load: Callable[..., Any], module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False
     ) -> Any:
+        for name, part in module.named_modules():
+            _accept_short_table(part, tensors.get(f"{name}.weight"))
         if not assign:
             # Copying needs memory to copy into. ComfyUI copies small parts, and models that it never offloads.
             for part in module.modules():
@@ -138,6 +147,14 @@ def building(dynamic_patcher: Callable[..., Any], policy: Policy | None) -> Iter
         yield opened
         for disk_map in opened.maps:
             disk_map.check()
+
+
+def _accept_short_table(part: torch.nn.Module, tensor: Any) -> None:
+    """Give an embedding as many rows as its file has, where the others belong to no token."""
+    if isinstance(part, torch.nn.Embedding) and torch.is_tensor(tensor) and tensor.dim() == 2:
+        tokens = TOKENS_OF_TABLES.get(part.weight.shape[0])
+        if tokens is not None and tokens <= tensor.shape[0] < part.weight.shape[0]:
+            part.weight = parameter_of(torch.empty(tensor.shape, dtype=part.weight.dtype, device="meta"))
 
 
 def check_complete(model: torch.nn.Module) -> None:

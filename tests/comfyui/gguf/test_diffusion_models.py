@@ -18,6 +18,7 @@ MODELS = {
     "wan": {"dim": 256, "layers": 2},
     "z_image": {"dim": 256, "layers": 2, "context": 256},
     "lumina2": {"dim": 288, "layers": 2},
+    "qwen_image": {"dim": 256, "layers": 1},
 }
 
 
@@ -35,7 +36,8 @@ def files(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"), [("flux", "Q4_K"), ("wan", "Q8_0"), ("z_image", "Q6_K"), ("lumina2", "Q5_0")]
+    ("model", "kind"),
+    [("flux", "Q4_K"), ("wan", "Q8_0"), ("z_image", "Q6_K"), ("lumina2", "Q5_0"), ("qwen_image", "IQ4_XS")],
 )
 def test_latents_are_those_of_the_dequantised_weights(model, kind, files):
     gguf, plain = files(model, kind)
@@ -111,7 +113,7 @@ def test_an_original_shape_comes_back(checkpoint, tmp_path):
     shape = tuple(tensors[name].shape)
     blocks = random_blocks("Q8_0", tensors[name].numel())
     written[name] = ("Q8_0", (tensors[name].numel() // 32, 32), blocks)
-    stands_for[name] = IN_TORCH["Q8_0"](blocks).view(shape).to(torch.bfloat16)
+    stands_for[name] = IN_TORCH["Q8_0"](blocks, torch.float32).view(shape).to(torch.bfloat16)
     gguf = write_gguf(tmp_path / "wan.gguf", written, {f"comfy.gguf.orig_shape.{name}": list(shape)})
     classic = comfy.sd.load_diffusion_model(checkpoints.write(tmp_path / "wan.safetensors", stands_for))
     assert_same(run(comfy_load.load_diffusion_model(gguf), steps=1), run(classic, steps=1))

@@ -70,6 +70,21 @@ def test_the_original_is_left_alone(classic):
     assert not {id(module) for module in classic.model.modules()} & {id(module) for module in made.model.modules()}
 
 
+def test_what_patchers_keep_on_a_model_is_not_copied(checkpoint):
+    """ComfyUI's dynamic VRAM keeps buffers there, of which a copy would be given back twice."""
+
+    class Buffer:
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))
+    classic.cached_patcher_init = None
+    classic.model.dynamic_pins = {"cpu": {"buffers": [Buffer()]}}
+    made, _, _ = make_dynamic(classic)
+    assert made.model.dynamic_pins is not classic.model.dynamic_pins
+    del classic.model.dynamic_pins
+
+
 def test_the_copy_of_a_model_without_a_file_shares_its_memory(checkpoint):
     """A model without a file is not doubled: its copy has modules of its own around the same tensors."""
     classic = comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))

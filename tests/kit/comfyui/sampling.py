@@ -5,8 +5,15 @@ import comfy.sample
 import torch
 
 # text width and pooled width of the files of checkpoints
-WIDTHS = {"flux": (128, 64), "wan": (4096, None), "lumina2": (128, None), "z_image": (128, None), "sd15": (768, None)}
-CFG = {"flux": 1.0, "wan": 3.0, "lumina2": 2.0, "z_image": 1.5, "sd15": 5.0}
+WIDTHS = {
+    "flux": (128, 64),
+    "wan": (4096, None),
+    "lumina2": (128, None),
+    "z_image": (128, None),
+    "qwen_image": (3584, None),
+    "sd15": (768, None),
+}
+CFG = {"flux": 1.0, "wan": 3.0, "lumina2": 2.0, "z_image": 1.5, "qwen_image": 2.0, "sd15": 5.0}
 
 
 def arch_of(model):
@@ -14,7 +21,7 @@ def arch_of(model):
     kind = config.get("image_model")
     if kind == "lumina2":
         return "z_image" if config.get("z_image_modulation") else "lumina2"
-    return {"flux": "flux", "wan2.1": "wan", None: "sd15"}[kind]
+    return {"flux": "flux", "wan2.1": "wan", "qwen_image": "qwen_image", None: "sd15"}[kind]
 
 
 def widths(model):

@@ -8,7 +8,7 @@ norm weights near 1, small biases) keep the activations finite and let the outpu
 Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
 """
 
-from .diffusion_models import flux, flux_as_diffusers, lumina2, sd15_unet, wan, z_image
+from .diffusion_models import flux, flux_as_diffusers, lumina2, qwen_image, sd15_unet, wan, z_image
 from .loras import lora
 from .model_patches import (
     patch_anima_lllite,
@@ -19,7 +19,18 @@ from .model_patches import (
     small_patches,
 )
 from .small_lumina import accept_small_lumina
-from .text_encoders import T5XXL_SMALL_OPTIONS, clip_l, qwen3_06b, small_options, t5_base, t5xxl_small
+from .text_encoders import (
+    T5XXL_SMALL_OPTIONS,
+    UMT5_SMALL,
+    clip_l,
+    qwen3_06b,
+    small_llama,
+    small_llama_options,
+    small_options,
+    t5_base,
+    t5xxl_small,
+    umt5_small,
+)
 from .vaes import flux_vae, sd_vae, wan_vae
 from .whole import sd15, small_clip_vision, unclip
 from .writing import Noise, read_header, write
@@ -27,6 +38,7 @@ from .wrong_files import missing_key, not_a_model, truncated, wrong_header
 
 __all__ = [
     "T5XXL_SMALL_OPTIONS",
+    "UMT5_SMALL",
     "Noise",
     "accept_small_lumina",
     "clip_l",
@@ -43,16 +55,20 @@ __all__ = [
     "patch_wan_uni3c",
     "patch_z_image_control",
     "qwen3_06b",
+    "qwen_image",
     "read_header",
     "sd15",
     "sd15_unet",
     "sd_vae",
     "small_clip_vision",
+    "small_llama",
+    "small_llama_options",
     "small_options",
     "small_patches",
     "t5_base",
     "t5xxl_small",
     "truncated",
+    "umt5_small",
     "unclip",
     "wan",
     "wan_vae",

@@ -23,6 +23,12 @@ def flux(
 ):
     """A Flux.1 with the key names of Black Forest Labs' files.  ``hidden``: a multiple of 128.  About 36
     hidden**2 weights a double block and 15 a single one: (3072, 2, 2) gives 2 GB in bf16, the default 14 MB."""
+    entries = flux_entries(dtype, hidden, depth, depth_single, context, pooled, guidance, prefix)
+    return write(path, entries, seed, metadata, drop)
+
+
+def flux_entries(dtype, hidden, depth, depth_single, context=128, pooled=64, guidance=True, prefix=""):
+    """What `flux` writes: {name: (shape, dtype, mean, std)}."""
     from comfy.ldm.flux.model import Flux
 
     module = Flux(
@@ -45,8 +51,7 @@ def flux(
         dtype=torch.float32,
         operations=OPS,
     )
-    entries = entries_of(module, dtype, prefix, lambda name: name.replace("_norm.weight", "_norm.scale"))
-    return write(path, entries, seed, metadata, drop)
+    return entries_of(module, dtype, prefix, lambda name: name.replace("_norm.weight", "_norm.scale"))
 
 
 def flux_as_diffusers(path, dtype=torch.bfloat16, hidden=256, depth=2, depth_single=2, **others):
@@ -112,6 +117,15 @@ def lumina2(path, dtype=torch.bfloat16, dim=288, layers=2, context=128, prefix="
         operations=OPS,
     )
     return write(path, entries_of(module, dtype, prefix), seed, metadata, drop)
+
+
+def qwen_image(path, dtype=torch.bfloat16, dim=256, layers=2, seed=0):
+    """A Qwen-Image.  ``dim``: a multiple of 128, see accept_small_lumina for others than 3072."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    sizes = {"num_layers": layers, "num_attention_heads": dim // 128}
+    module = QwenImageTransformer2DModel(**sizes, device="meta", dtype=torch.float32, operations=OPS)
+    return write(path, entries_of(module, dtype), seed)
 
 
 def z_image(path, dtype=torch.bfloat16, dim=256, layers=3, context=128, prefix="", seed=0, drop=(), metadata=None):

@@ -4,9 +4,9 @@ import functools
 
 
 def accept_small_lumina():
-    """Let ComfyUI's detection recognise Lumina 2 and Z-Image files of other widths than 2304 and 3840.
+    """Let ComfyUI's detection recognise Lumina 2, Z-Image and Qwen-Image files of other widths than the published.
 
-    ComfyUI keeps the number of heads of these two by width and would build every other width wrongly (it fails an
+    ComfyUI keeps the number of heads of the first two by width and would build every other width wrongly (it fails an
     assertion), so nothing that works without this works differently with it.  A small Z-Image becomes ComfyUI's
     `Lumina2` model with a Z-Image's options: its timestep shift is 6 instead of 3, the network is the same.
     """
@@ -19,6 +19,8 @@ def accept_small_lumina():
     @functools.wraps(plain)
     def detect_unet_config(state_dict, key_prefix, *args, **kwargs):
         config = plain(state_dict, key_prefix, *args, **kwargs)
+        if config is not None and config.get("image_model") == "qwen_image":  # of 3072 in all published files
+            config["num_attention_heads"] = state_dict[f"{key_prefix}img_in.weight"].shape[0] // 128
         if config is None or config.get("image_model") != "lumina2" or config["dim"] in (2304, 3840, 4096):
             return config
         dim = config["dim"]

@@ -97,3 +97,37 @@ def qwen3_06b(path, dtype=torch.bfloat16, layers=2, seed=0, drop=(), metadata=No
 
     module = Qwen3_06B({"num_hidden_layers": layers}, torch.float32, "meta", OPS)
     return write(path, entries_of(module, dtype), seed, metadata, drop)
+
+
+# Names of ComfyUI's language models, by its name for their options, and sizes with which they take a few megabytes.
+# Llama's third layer from the end is read.
+HEADS = ("num_attention_heads", "num_key_value_heads")
+NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL_LLAMAS = {
+    "llama": ("Llama2", {**NARROW, "num_hidden_layers": 4, "vocab_size": 128320}),
+    "gemma2_2b": ("Gemma2_2B", {**NARROW, "num_hidden_layers": 3, "vocab_size": 1100}),
+    "qwen25_7b": (
+        "Qwen25_7BVLI",
+        {**NARROW, "num_hidden_layers": 2, "num_key_value_heads": 4, "num_attention_heads": 4},
+    ),
+    "gemma3_4b": ("Gemma3_4B", {**NARROW, "num_hidden_layers": 3}),
+}
+UMT5_SMALL = {"d_ff": 128, "d_kv": 64, "d_model": 64, "num_heads": 2, "num_layers": 2}
+
+
+def small_llama_options(name):
+    return {f"{name}_model_config": dict(SMALL_LLAMAS[name][1])}
+
+
+def small_llama(path, name, dtype=torch.bfloat16, seed=0):
+    """One of SMALL_LLAMAS.  Load it with model_options=small_llama_options(name)."""
+    from comfy.text_encoders import llama
+
+    kind, sizes = SMALL_LLAMAS[name]
+    module = getattr(llama, kind)(dict(sizes), torch.float32, "meta", OPS)
+    return write(path, entries_of(module, dtype), seed)
+
+
+def umt5_small(path, dtype=torch.bfloat16, seed=0):
+    """A UMT5, which ComfyUI takes for ACE's.  Load it with model_options={"_model_config": UMT5_SMALL}."""
+    return write(path, _t5({**T5XXL_SMALL, **UMT5_SMALL, "model_type": "umt5", "vocab_size": 256384}, dtype), seed)
