@@ -18,6 +18,7 @@ from ..ram.available import recent_ram
 from ..ram.shortage import obtain
 from .identity import identity
 from .locked_memory import locked
+from .out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 # Gives (free, total) bytes of a device.
@@ -247,15 +248,10 @@ def backend_for(device: str | torch.device, memory: MemoryFigures | None = None)
         if device.type not in ("cpu", "meta"):
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu"]
-        for device_type in ("cuda", "xpu", "mps"):
-            module = getattr(torch, device_type, None)
-            if module is not None and module.is_available():
-                count = module.device_count() if hasattr(module, "device_count") else 1
-                there += [f"{device_type}:{index}" for index in range(count)]
-        raise DeviceError(
-            f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(there)}."
-        ) from None
+        if not is_out_of_memory(error):  # a device that other weights fill is there, and they give way
+            raise DeviceError(
+                f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(_devices())}."
+            ) from None
     if device.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
     if device.type == "cpu":
@@ -265,3 +261,14 @@ def backend_for(device: str | torch.device, memory: MemoryFigures | None = None)
             device = torch.device(device.type, torch.get_device_module(device).current_device())
         return StreamBackend(device)
     return Backend(device, None if device.type in HOST_MEMORY else memory)
+
+
+def _devices() -> list[str]:
+    """List the devices of this machine, by torch's names."""
+    names = ["cpu"]
+    for device_type in ("cuda", "xpu", "mps"):
+        module = getattr(torch, device_type, None)
+        if module is not None and module.is_available():
+            count = module.device_count() if hasattr(module, "device_count") else 1
+            names += [f"{device_type}:{index}" for index in range(count)]
+    return names
