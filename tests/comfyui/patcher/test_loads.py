@@ -221,11 +221,13 @@ def test_buffers_go_when_sampling_ends(card, flux):
 
 # Free after use
 
+SAYS = hasattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt")
+
 
 @pytest.fixture
 def silent(monkeypatch):
     """A ComfyUI that does not say when a prompt ends."""
-    monkeypatch.delattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt")
+    monkeypatch.delattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt", raising=False)
     assert not loads.is_tracked()
 
 
@@ -273,6 +275,7 @@ def test_a_model_that_runs_is_not_released(silent, vae, flux):
     assert vae.patcher.dynamic.residency is None
 
 
+@pytest.mark.skipif(not SAYS, reason="this ComfyUI does not say when a prompt ends")
 def test_where_comfyui_says_so_nothing_else_does(vae, flux):
     assert loads.is_tracked()
     vae.decode(LATENT)
