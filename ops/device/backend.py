@@ -242,25 +242,24 @@ def backend_for(device: str | torch.device, memory: MemoryFigures | None = None)
 
     memory: whom to ask for the memory of a device that is neither a CPU nor one with streams.
     """
-    asked = device
     try:
-        device = torch.device(device)
-        if device.type not in ("cpu", "meta"):
-            torch.empty(1, device=device)
+        found = torch.device(device)
+        if found.type not in ("cpu", "meta"):
+            torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if not is_out_of_memory(error):  # a device that other weights fill is there, and they give way
             raise DeviceError(
-                f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(_devices())}."
+                f"device '{device}' cannot be used ({first_line(error)}). This machine has: {', '.join(_devices())}."
             ) from None
-    if device.type == "meta":
+    if found.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
-    if device.type == "cpu":
-        return CpuBackend(device)
-    if device.type in ("cuda", "xpu"):
-        if device.index is None:
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
-        return StreamBackend(device)
-    return Backend(device, None if device.type in HOST_MEMORY else memory)
+    if found.type == "cpu":
+        return CpuBackend(found)
+    if found.type in ("cuda", "xpu"):
+        if found.index is None:
+            found = torch.device(found.type, torch.get_device_module(found).current_device())
+        return StreamBackend(found)
+    return Backend(found, None if found.type in HOST_MEMORY else memory)
 
 
 def _devices() -> list[str]:
