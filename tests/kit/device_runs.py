@@ -11,12 +11,10 @@ COMFYUI = "tests/comfyui"
 PARITY = f"{COMFYUI}/loading/test_parity.py"
 DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
+CACHED = f"{DEVICE}/test_cached_outputs.py"
 PATCHER = f"{COMFYUI}/patcher"
 # Folders whose tests all run on the device with --slow.
-FOLDERS = [
-    f"{COMFYUI}/{folder}"
-    for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving", "gguf", "kit", "cache")
-]
+FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
 # Of them, what a device is most likely to break: where weights lie, who moves them, and what makes them.
 HOST = (
     *(f"{PATCHER}/test_{name}.py" for name in ("loads", "full_card", "other_devices", "patcher", "unloaded_by_hand")),
@@ -62,6 +60,6 @@ RUNS = {
         (DEVICE, PARITY, *HOST, *(f"--deselect={name}" for name in BUT), "-k", "not t5"),
         (DEVICE, *FOLDERS),
     ),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
 }
