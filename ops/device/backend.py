@@ -18,6 +18,7 @@ from ..ram.available import recent_ram
 from ..ram.shortage import obtain
 from .identity import identity
 from .locked_memory import locked
+from .out_of_memory import is_out_of_memory
 from .readers import Inline, Readers, threads
 
 T = TypeVar("T")
@@ -270,27 +271,32 @@ def backend_for(device: str | torch.device, memory: MemoryFigures | None = None)
 
     memory: whom to ask for the memory of a device that is neither a CPU nor one with streams.
     """
-    asked = device
     try:
-        device = torch.device(device)
-        if device.type not in ("cpu", "meta"):
-            torch.empty(1, device=device)
+        found = torch.device(device)
+        if found.type not in ("cpu", "meta"):
+            torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu"]
-        for device_type in ("cuda", "xpu", "mps"):
-            module = getattr(torch, device_type, None)
-            if module is not None and module.is_available():
-                count = module.device_count() if hasattr(module, "device_count") else 1
-                there += [f"{device_type}:{index}" for index in range(count)]
-        raise DeviceError(
-            f"device '{asked}' cannot be used ({first_line(error)}). This machine has: {', '.join(there)}."
-        ) from None
-    if device.type == "meta":
+        if not is_out_of_memory(error):  # a device that other weights fill is there, and they give way
+            raise DeviceError(
+                f"device '{device}' cannot be used ({first_line(error)}). This machine has: {', '.join(_devices())}."
+            ) from None
+    if found.type == "meta":
         raise DeviceError("device 'meta' holds no data; choose cpu or an accelerator.")
-    if device.type == "cpu":
-        return CpuBackend(device)
-    if device.type in ("cuda", "xpu"):
-        if device.index is None:
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
-        return StreamBackend(device)
-    return Backend(device, None if device.type in HOST_MEMORY else memory)
+    if found.type == "cpu":
+        return CpuBackend(found)
+    if found.type in ("cuda", "xpu"):
+        if found.index is None:
+            found = torch.device(found.type, torch.get_device_module(found).current_device())
+        return StreamBackend(found)
+    return Backend(found, None if found.type in HOST_MEMORY else memory)
+
+
+def _devices() -> list[str]:
+    """List the devices of this machine, by torch's names."""
+    names = ["cpu"]
+    for device_type in ("cuda", "xpu", "mps"):
+        module = getattr(torch, device_type, None)
+        if module is not None and module.is_available():
+            count = module.device_count() if hasattr(module, "device_count") else 1
+            names += [f"{device_type}:{index}" for index in range(count)]
+    return names

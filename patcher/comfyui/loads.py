@@ -70,6 +70,7 @@ def install() -> None:
         before, _here.load = current_load(), Load(needed, samples)
         try:
             release_after_use(but=models)
+            _leave_other_devices(models)
             _make_room(models, needed)
             return original(models, memory_required, force_patch_weights, minimum_memory_required, *args, **kwargs)
         finally:
@@ -83,6 +84,19 @@ def _engines(patchers: Any) -> list[DynamicModel]:
     """List the engines of those patchers that have one."""
     states = [state_of(getattr(patcher, "model", None)) for patcher in patchers]
     return [state.dynamic for state in states if state is not None and state.dynamic is not None]
+
+
+def _leave_other_devices(patchers: Any) -> None:
+    """Take a classic model off the device where a clone of one of `patchers` runs it, if that is another device.
+
+    ComfyUI lets the weights stay there, and takes the model for loaded: an op would meet a weight of another device.
+    """
+    for entry in list(comfy.model_management.current_loaded_models):
+        loaded = entry.model
+        if loaded is None or loaded.is_dynamic():
+            continue
+        if any(patcher.is_clone(loaded) and patcher.load_device != loaded.load_device for patcher in patchers):
+            loaded.detach()
 
 
 def _make_room(patchers: Any, needed: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.memory_management
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -143,8 +143,9 @@ def shared_state(model: torch.nn.Module, device: torch.device) -> ModelState:
         state = model.spillway_state = ModelState()  # type: ignore[assignment]
         # A diffusion model without such a dtype has layers that do not cast what they are given.
         casts = getattr(model, "manual_cast_dtype", True) is not None
+        assigned = device.type == "cpu" and casts and _makes_layers_without_weights()
         for module in model.modules():
-            if device.type == "cpu" and casts and _filled_by_assignment(module):
+            if assigned and _filled_by_assignment(module):
                 # ComfyUI notes here the dtype that it would cast to on a GPU. On a CPU it computes with the file's
                 # weight as it is. Rounded to that dtype it would be another number.
                 module.weight_comfy_model_dtype = module.bias_comfy_model_dtype = None  # type: ignore[assignment]
@@ -155,9 +156,14 @@ def shared_state(model: torch.nn.Module, device: torch.device) -> ModelState:
     return state
 
 
+def _makes_layers_without_weights() -> bool:
+    """Whether ComfyUI makes layers without weights now. With dynamic VRAM on it does, in 0.22 on Windows alone."""
+    return comfy.ops.disable_weight_init.Linear(1, 1, device="meta").weight is None
+
+
 def _filled_by_assignment(module: torch.nn.Module) -> bool:
-    """Whether ComfyUI made a casting layer without a weight, as it does with dynamic VRAM on, on any device."""
-    if not getattr(module, "comfy_cast_weights", False) or not getattr(comfy.memory_management, "aimdo_enabled", False):
+    """Whether a casting layer is one of those, on any device."""
+    if not getattr(module, "comfy_cast_weights", False):
         return False
     load = type(module)._load_from_state_dict
     return load.__qualname__.startswith(ASSIGNING)

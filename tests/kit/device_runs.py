@@ -11,8 +11,28 @@ COMFYUI = "tests/comfyui"
 PARITY = f"{COMFYUI}/loading/test_parity.py"
 DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
+CACHED = f"{DEVICE}/test_cached_outputs.py"
+PATCHER = f"{COMFYUI}/patcher"
 # Folders whose tests all run on the device with --slow.
 FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
+# Of them, what a device is most likely to break: where weights lie, who moves them, and what makes them.
+HOST = (
+    *(f"{PATCHER}/test_{name}.py" for name in ("loads", "full_card", "other_devices", "patcher")),
+    f"{COMFYUI}/patches/test_lora.py",
+    f"{COMFYUI}/nodes/test_memory.py",
+    f"{COMFYUI}/loading/test_quantised_matmul.py",
+    f"{COMFYUI}/int8",
+)
+# The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
+BUT = (
+    f"{PATCHER}/test_patcher.py::test_a_vae_in_tiles",
+    f"{PATCHER}/test_other_devices.py::test_select_model_device_gives_a_dynamic_model_on_the_other_device[checkpoint]",
+    f"{COMFYUI}/patches/test_lora.py::test_a_lora_gives_comfyuis_latents_at_any_budget",
+    f"{COMFYUI}/nodes/test_memory.py::test_a_vae_out_of_memory",
+    f"{COMFYUI}/int8/test_int8.py::test_a_layer_of_another_width",
+    f"{COMFYUI}/int8/test_int8.py::test_latents_in_int8_are_near",
+    f"{COMFYUI}/int8/test_int8.py::test_a_malformed_file",
+)
 
 
 class DeviceRun(NamedTuple):
@@ -36,7 +56,12 @@ class DeviceRun(NamedTuple):
 
 # The longest first. A real T5 takes a minute and is no other code than CLIP.
 RUNS = {
-    "device, fp32": DeviceRun("--force-fp32", False, (DEVICE, PARITY, "-k", "not t5"), (DEVICE, *FOLDERS)),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, fp32": DeviceRun(
+        "--force-fp32",
+        False,
+        (DEVICE, PARITY, *HOST, *(f"--deselect={name}" for name in BUT), "-k", "not t5"),
+        (DEVICE, *FOLDERS),
+    ),
+    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
 }

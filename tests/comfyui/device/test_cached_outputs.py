@@ -8,7 +8,6 @@ import pytest
 import torch
 from comfy_execution import caching
 
-from fake_device.comfyui import wants_aimdo
 from kit.comfyui.executor import MIB, NODES, RAN, Executor, node_class
 from kit.comfyui.pairs import assert_same, run
 from spillway.cache.comfyui import install as cache_install
@@ -78,7 +77,6 @@ def test_outputs_on_the_device_are_served_and_counted_there(card, executor):
     assert card.memory("used") == before
 
 
-@pytest.mark.skipif(wants_aimdo(), reason="comfy-aimdo maps pages of 32 MiB, more than this model")
 def test_outputs_give_way_to_a_model(card, executor, flux):
     """The cheaper ones, no more than are short, and they are made again as they were."""
     wanted = run(comfy.sd.load_diffusion_model(flux))

@@ -2,6 +2,7 @@
 
 import gc
 
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.sd
 import comfy.utils
@@ -137,30 +138,30 @@ def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
 
 def test_both_conditions_go_in_one_batch_where_there_is_room(card, checkpoint, monkeypatch):
     """ComfyUI asks at each step whether its estimate fits what is free."""
-    path = checkpoint("sd15", mult=(1,))
+    path = checkpoint("sd15_unet", mult=(1,))
     cond = sampling.conds("sd15")
     results = []
-    for load in (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint):
+    for load in (comfy.sd.load_diffusion_model, comfy_load.load_diffusion_model):
         mm.unload_all_models()
-        results.append(batches(load(path)[0], monkeypatch, cond=cond))
+        results.append(batches(load(path), monkeypatch, cond=cond))
     assert results[0][1] == results[1][1] == {2}
     assert_same(results[1][0], results[0][0])
 
 
-@software
-def test_conditions_go_one_by_one_where_memory_is_short(card, checkpoint, monkeypatch):
-    """The estimate of one of them fits what is free, that of both does not."""
-    path = checkpoint("sd15", mult=(1,))
-    loads = (comfy.sd.load_checkpoint_guess_config, comfy_load.load_checkpoint)
-    models = [load(path)[0] for load in loads]
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "in one batch"])
+def test_conditions_are_batched_where_the_estimate_of_both_fits(card, checkpoint, monkeypatch, batched):
+    """That of one fits what is free in any case. The estimates are far more than a page of comfy-aimdo's."""
+    path = checkpoint("sd15_unet", mult=(1,))
+    models = [load(path) for load in (comfy.sd.load_diffusion_model, comfy_load.load_diffusion_model)]
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda _, shape, **__: shape[0] * 512 * MIB)
     cond = sampling.conds("sd15")
-    one, both = (1.5 * models[0].model.memory_required([number, 4, 16, 16]) for number in (1, 2))
+    one, both, whole = 1.5 * 512 * MIB, 1.5 * 1024 * MIB, 64 * MIB + mm.extra_reserved_memory()
     results = []
     for model in models:
         mm.unload_all_models()
-        with card.room(int(one + both) // 2):
-            results.append(batches(model, monkeypatch, steps=1, cond=cond, width=128, height=128))
-    assert results[0][1] == results[1][1] == {1}
+        with card.room(int(both + 2 * whole if batched else (one + both) // 2)):
+            results.append(batches(model, monkeypatch, steps=2, cond=cond, width=128, height=128))
+    assert results[0][1] == results[1][1] == {2 if batched else 1}
     assert_same(results[1][0], results[0][0])
 
 

@@ -44,7 +44,7 @@ FAULTS = {
         "patcher.comfyui.patcher:DynamicModelPatcher.get_free_memory",
         "dynamic = self.state.dynamic",
         "return 1 << 60",
-        ("comfyui/device/test_full_device.py::test_conditions_go_one_by_one_where_memory_is_short",),
+        ("comfyui/device/test_full_device.py::test_conditions_are_batched_where_the_estimate_of_both_fits",),
     ),
     "nothing is loaded again": Fault(
         "patcher.comfyui.patcher:DynamicModelPatcher.partially_load",

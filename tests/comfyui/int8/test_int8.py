@@ -82,7 +82,9 @@ def test_latents_in_int8_are_near_the_originals(kind, checkpoint, record_propert
 def test_the_same_bits_at_any_residency(fraction, flux):
     whole = load_diffusion_model(flux, "int8")
     wanted = run(whole, STEPS)
-    model = load_diffusion_model(flux, "int8", Policy(vram_bytes=int(fraction * whole.dynamic.total_bytes)))
+    # Of a budget, buffers take a part on a device.
+    budget = int(fraction * whole.dynamic.total_bytes) if fraction < 1 else None
+    model = load_diffusion_model(flux, "int8", Policy(vram_bytes=budget))
     for _ in range(2):
         assert_same(run(model, STEPS), wanted)
     assert model.dynamic.ledger.counters.quantised == len(int8_layers(model))
@@ -173,7 +175,8 @@ def test_an_int8_file_keeps_its_numbers(conf, flux, tmp_path):
         ((view, param),) = [
             (view, param) for view, param in zip(bundle.views, bundle.params, strict=True) if param.key == key
         ]
-        assert torch.equal(view.qdata, param.source._qdata)
+        kept = view.qdata if isinstance(view, Int8Weight) else view._qdata  # a GPU multiplies by ComfyUI's way
+        assert torch.equal(kept.cpu(), param.source._qdata)
     lora = forms("lora")
     wanted = run(with_lora(classic, lora, 0.6), STEPS)
     assert COSINE < cosine(run(with_lora(model, lora, 0.6), STEPS), wanted)

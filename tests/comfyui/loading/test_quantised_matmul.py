@@ -192,7 +192,7 @@ def test_a_quantised_input_is_used_as_it_is(fraction, quantised):
         x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0)).to(model.load_device)
         quantised_x = QuantizedTensor.from_float(x, layer.layout_type, scale="recalculate")
         results.append(layer(quantised_x))
-        assert not torch.equal(results[-1], torch.nn.functional.linear(x, layer.weight.dequantize().float()))
+        assert not torch.equal(results[-1], torch.nn.functional.linear(x, layer.weight.dequantize().to(x)))
     assert_same(*results)
 
 

@@ -4,12 +4,14 @@ import asyncio
 import json
 
 import comfy.model_management
+import comfy.sd
 import execution
 import nodes as comfyui_nodes
 import pytest
 import torch
 
 from kit.comfyui import sampling
+from kit.comfyui.pairs import assert_same, run
 from spillway.cache.comfyui import install as cache_install
 from spillway.cache.comfyui.models import model_bytes
 from spillway.nodes.load import SpillwayLoadCheckpoint
@@ -18,13 +20,27 @@ from spillway.nodes.policy import SpillwayCachePolicy
 from spillway.nodes.vae import SpillwayVAEDecode, SpillwayVAEEncode
 from spillway.patcher.comfyui import device as comfy_device
 from spillway.patcher.comfyui import vae as comfy_vae
+from spillway.patcher.comfyui.loading.load import is_ours, load_diffusion_model
 
 MIB = 1 << 20
+HERE = comfy.model_management.get_torch_device()
+IN_PLACE = HERE.type == "cpu"
+
+
+@pytest.fixture(params=["cpu:1"] if IN_PLACE else [f"{HERE.type}:1", "cpu"])
+def there(request, monkeypatch):
+    """Another device. ComfyUI takes `cpu:1` for another than `cpu`, and its tensors lie where those of `cpu` do."""
+    names = comfy_device.device_names()
+    if IN_PLACE:
+        monkeypatch.setattr(comfy_device, "device_names", lambda: [*names, request.param])
+    elif request.param not in names:
+        pytest.skip(f"this machine has no {request.param} to move to")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="module")
 def names(checkpoint):
-    return checkpoint("sd15").rsplit("/", 1)[-1]
+    return checkpoint("sd15", mult=(1,)).rsplit("/", 1)[-1]
 
 
 def ours(names):
@@ -62,16 +78,22 @@ def test_a_dynamic_model_loads_unloads_and_gives_the_same_result(names):
     assert torch.equal(sampling.sample(model, steps=2), wanted)
 
 
-def test_ram_of_weights_in_another_form_counts(names):
-    """On a CPU, weights that are used where they lie in their file take none; what is cast from them does."""
+def test_memory_of_weights_in_another_form_counts(names):
+    """On a CPU, weights that are used where they lie in their file take none; what is cast from them does.
+
+    A device of its own holds all that it computes with, and RAM nothing more.
+    """
     vae = ours(names)[2]
-    before = model_bytes(vae.patcher)["ram"]
+    before = model_bytes(vae.patcher)
     vae.decode(torch.randn(1, 4, 8, 8))
     dynamic = vae.patcher.dynamic
     held = sum(bundle.nbytes for bundle in dynamic.bundles if not bundle.in_place)
-    assert 0 < model_bytes(vae.patcher)["ram"] - before <= held
+    place, other = ("ram", "vram") if IN_PLACE else ("vram", "ram")
+    after = model_bytes(vae.patcher)
+    assert 0 < after[place] - before[place] <= held + dynamic.placed_bytes + dynamic.buffer_bytes
+    assert after[other] == before[other]
     SpillwayDeviceControl.execute(UNLOAD, "as it is", vae=vae)
-    assert model_bytes(vae.patcher)["ram"] == before
+    assert {**model_bytes(vae.patcher), "pins": 0} == {**before, "pins": 0}
 
 
 def test_loading_by_hand_leaves_the_traced_order(names):
@@ -102,47 +124,59 @@ def test_devices_that_are_absent_or_ignored_are_errors(names, monkeypatch):
         SpillwayDeviceControl.execute(MOVE, "as it is", model)
     with pytest.raises(ValueError, match="connect a MODEL, CLIP or VAE"):
         SpillwayDeviceControl.execute(UNLOAD, "as it is")
-    out = SpillwayDeviceControl.execute(MOVE, "cpu", model, clip, vae).result
-    assert out[0] is model and out[2].device == torch.device("cpu")
+    out = SpillwayDeviceControl.execute(MOVE, str(HERE), model, clip, vae).result
+    assert out[0] is model and out[2].device == HERE
 
     classic = load_classic(names)[0]
     classic.load_device = torch.device("meta")  # as if it were another device
     monkeypatch.setattr(classic, "is_dynamic", lambda: True)
     with pytest.raises(ValueError, match="would go on using meta"):
-        comfy_device.moved(classic, "cpu")
+        comfy_device.moved(classic, str(HERE))
 
 
-def test_a_moved_model_runs_where_it_was_moved(names, monkeypatch):
-    """A second device does not exist here: the model comes from one that is none, and runs on the CPU."""
+def test_a_moved_model_runs_where_it_was_moved(names):
+    """From a device that is none."""
     for load in (ours, load_classic):
         model = load(names)[0]
         elsewhere = model.clone()
         elsewhere.load_device = torch.device("meta")
         if hasattr(elsewhere, "register_load_device"):
             elsewhere.register_load_device(elsewhere.load_device)
-        made = SpillwayDeviceControl.execute(MOVE, "cpu", elsewhere).result[0]
-        assert made is not elsewhere and made.load_device == torch.device("cpu")
+        made = SpillwayDeviceControl.execute(MOVE, str(HERE), elsewhere).result[0]
+        assert made is not elsewhere and made.load_device == HERE
         assert torch.equal(sampling.sample(made, steps=1), sampling.sample(model, steps=1))
 
 
-@pytest.mark.parametrize("load", [ours, load_classic], ids=["ours", "classic"])
-def test_a_model_moves_between_two_devices_and_back(load, names, monkeypatch):
-    """Both compute. ComfyUI takes `cpu:1` for another device, and its tensors lie where those of `cpu` do."""
-    monkeypatch.setattr(comfy_device, "device_names", lambda: ["cpu", "cpu:1"])
-    model = load(names)[0]
-    wanted = sampling.sample(model, steps=1)
-    moved = SpillwayDeviceControl.execute(MOVE, "cpu:1", model).result[0]
-    assert moved.load_device == torch.device("cpu:1") and model.load_device == torch.device("cpu")
-    assert torch.equal(sampling.sample(moved, steps=1), wanted)
-    if load is ours:
-        assert moved.dynamic.device == torch.device("cpu:1")
+@pytest.mark.parametrize("load", [load_diffusion_model, comfy.sd.load_diffusion_model], ids=["ours", "classic"])
+def test_a_model_moves_between_two_devices_and_back(load, flux, there):
+    """All compute, whichever ran before: the model that came in too, where it was."""
+    model = load(flux)
+    if not is_ours(model) and model.is_dynamic():
+        pytest.skip("with dynamic VRAM on, ComfyUI's own models are not moved: they are refused")
+    wanted = run(model)
+    moved = SpillwayDeviceControl.execute(MOVE, str(there), model).result[0]
+    assert moved.load_device == there and model.load_device == HERE
+    assert_same(run(moved), wanted)
+    if is_ours(model):
+        assert moved.dynamic.device == there
     loaded = {
         entry.device for entry in comfy.model_management.current_loaded_models if entry.model.model is moved.model
     }
-    assert loaded == {torch.device("cpu:1")}, "it is loaded there, and no longer where it was"
-    back = SpillwayDeviceControl.execute(MOVE, "cpu", moved).result[0]
-    assert back.load_device == torch.device("cpu")
-    assert torch.equal(sampling.sample(back, steps=1), wanted)
+    assert loaded == {there}, "it is loaded there, and no longer where it was"
+    back = SpillwayDeviceControl.execute(MOVE, str(HERE), moved).result[0]
+    assert back.load_device == HERE
+    for one in (back, moved, model, moved, back):
+        assert_same(run(one), wanted)
+
+
+def test_a_text_encoder_and_a_vae_move_and_the_originals_stay(names, there):
+    _, clip, vae = ours(names)[:3]
+    latent = sampling.latent(4, 32, 32)
+    wanted = [*sampling.text_encode(clip, "a fox"), sampling.vae_decode(vae, latent)]
+    out = SpillwayDeviceControl.execute(MOVE, str(there), clip=clip, vae=vae).result
+    assert out[1].patcher.load_device == out[2].patcher.load_device == there
+    for encoder, decoder in (out[1:3], (clip, vae)):
+        assert_same([*sampling.text_encode(encoder, "a fox"), sampling.vae_decode(decoder, latent)], wanted)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

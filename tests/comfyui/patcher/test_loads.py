@@ -1,6 +1,7 @@
 """What ComfyUI expects of a load decides how much of a card the weights take."""
 
 import asyncio
+import gc
 import sys
 import types
 
@@ -8,7 +9,9 @@ import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import pytest
+import torch
 
+from fake_device.device import start, wanted
 from kit.comfyui import sampling
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
 from kit.sim_device import SimDevice
@@ -29,20 +32,62 @@ class Card(SimDevice):
         return max(0, self.capacity - self.other - self.held()), self.capacity
 
 
+class FakeCard:
+    """The fake device, as if nothing that it holds already were there."""
+
+    def __init__(self, capacity):
+        self.device = start()
+        self.device.reset()
+        self.device.drop_cached()
+        self.before = self.device.get("allocated")
+        self.capacity = capacity
+
+    @property
+    def capacity(self):
+        return self.device.get("capacity") - self.before
+
+    @capacity.setter
+    def capacity(self, nbytes):
+        self.device.set(capacity=self.before + nbytes)
+
+    @property
+    def other(self):
+        return self.device.get("others")
+
+    @other.setter
+    def other(self, nbytes):
+        self.device.set(others=nbytes)
+
+    def memory(self):
+        self.device.drop_cached()
+        return torch.cuda.mem_get_info()[0], self.capacity
+
+
 @pytest.fixture
 def card(monkeypatch):
     """Every engine of the test is on one card; ComfyUI's minimum is small."""
-    device = Card(8 * MIB)
-    monkeypatch.setattr(model_state, "backend_for", lambda *_: device)
+    if wanted():
+        mm.unload_all_models()
+        gc.collect()
+        device = FakeCard(8 * MIB)
+    else:
+        device = Card(8 * MIB)
+        monkeypatch.setattr(model_state, "backend_for", lambda *_: device)
     monkeypatch.setattr(mm, "minimum_inference_memory", lambda: MIB // 2)
     monkeypatch.setattr(mm, "extra_reserved_memory", lambda: MIB // 4)
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_, **__: MIB // 2)
     monkeypatch.setattr(software_vbar, "POLL_SECONDS", 0)
     monkeypatch.setattr(residency, "GIB", 1 << 14)
     monkeypatch.setattr(residency, "FLOOR", 1 << 14)
-    return device
+    yield device
+    if wanted():
+        start()
 
 
+simulated = pytest.mark.skipif(
+    wanted(),
+    reason="the memory of this card is a figure; one that really fills up is that of device/test_full_device.py",
+)
 POLICY = Policy(headroom_bytes=MIB // 4, pinned_bytes=0)
 
 
@@ -71,6 +116,7 @@ def counted(model):
     return model.ledger.counters.bytes_loaded
 
 
+@simulated
 def test_a_vae_beside_a_model_that_fills_the_card_gets_what_it_needs(card, flux, checkpoint, monkeypatch):
     model, vae = load(flux), comfy_load.load_vae(checkpoint("flux_vae"), POLICY)
     run(model)
@@ -86,7 +132,7 @@ def test_a_vae_beside_a_model_that_fills_the_card_gets_what_it_needs(card, flux,
     assert free and min(free) >= MIB
 
 
-@pytest.mark.parametrize("room", [3, 8])
+@pytest.mark.parametrize("room", [pytest.param(3, marks=simulated), 8])
 def test_conditions_are_batched_at_every_step_or_at_none(card, flux, monkeypatch, room):
     """Each step sees what the first one saw, before any weight had come."""
     card.capacity = room * MIB
@@ -142,8 +188,6 @@ def test_a_load_by_another_way_is_shrunk_for_good(card, flux):
 
 
 def inputs(model):
-    import torch
-
     width, pooled = sampling.widths(model)
     x = torch.zeros(1, model.model.latent_format.latent_channels, 4, 4)
     guidance = torch.ones(1)
@@ -171,16 +215,19 @@ def test_buffers_go_when_sampling_ends(card, flux):
     used = []
     run(model, callback=lambda *_: used.append(model.loaded_size()))
     assert min(used) > 0
-    assert model.dynamic.buffer_bytes == model.loaded_size() == 0
+    assert model.dynamic.buffer_bytes == 0
+    assert model.loaded_size() == model.dynamic.placed_bytes, "the module's own buffers, on a device of its own"
 
 
 # Free after use
+
+SAYS = hasattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt")
 
 
 @pytest.fixture
 def silent(monkeypatch):
     """A ComfyUI that does not say when a prompt ends."""
-    monkeypatch.delattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt")
+    monkeypatch.delattr(comfy.model_patcher.ModelPatcherDynamic, "set_in_use_by_current_prompt", raising=False)
     assert not loads.is_tracked()
 
 
@@ -228,6 +275,7 @@ def test_a_model_that_runs_is_not_released(silent, vae, flux):
     assert vae.patcher.dynamic.residency is None
 
 
+@pytest.mark.skipif(not SAYS, reason="this ComfyUI does not say when a prompt ends")
 def test_where_comfyui_says_so_nothing_else_does(vae, flux):
     assert loads.is_tracked()
     vae.decode(LATENT)

@@ -1,6 +1,6 @@
 """ComfyUI's nodes that put a model on another device, or on several. It stays Spillway's, or the log says otherwise.
 
-`cpu:1` is the other device. ComfyUI takes it for another one, and its tensors lie where those of `cpu` do.
+On a CPU `cpu:1` is the other device. ComfyUI takes it for another one, and its tensors lie where those of `cpu` do.
 """
 
 import comfy.model_management
@@ -15,11 +15,16 @@ from spillway.patcher.comfyui.loading.load import is_ours, load_checkpoint, load
 from spillway.patcher.policy import Policy
 
 multigpu = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no multigpu nodes")
-OTHER = torch.device("cpu", 1)
+HERE = comfy.model_management.get_torch_device()
+OTHER = torch.device(HERE.type, 1)
 
 
 @pytest.fixture
 def two_devices(monkeypatch):
+    if HERE.type != "cpu":
+        if OTHER not in comfy.model_management.get_all_torch_devices():
+            pytest.skip(f"this machine has no {OTHER} to select")
+        return
     devices = [torch.device("cpu"), OTHER]
     monkeypatch.setattr(comfy.model_management, "resolve_gpu_device_option", lambda _: OTHER)
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
@@ -75,7 +80,7 @@ def test_a_text_encoder_and_a_vae_stay_dynamic_on_the_other_device(checkpoint, t
     assert is_ours(moved.patcher) and moved.patcher.load_device == OTHER and moved.patcher.model.spillway_maps
     patcher = multigpu._apply_patcher_device(vae.patcher.clone(), OTHER)  # the node refuses what is called cpu
     assert is_ours(patcher) and patcher.load_device == OTHER and patcher.model.spillway_maps
-    vae.patcher, vae.first_stage_model = patcher, patcher.model
+    vae.patcher, vae.first_stage_model, vae.device = patcher, patcher.model, OTHER
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     assert_same(vae.decode(latent), comfyui_vae(vae_path).decode(latent))
 

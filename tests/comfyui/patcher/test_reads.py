@@ -159,6 +159,7 @@ def test_a_fused_activation_takes_its_int8_weight_from_a_loan(checkpoint, tmp_pa
     """Wan's feed forward never calls its last layer. What a step streams is what the file holds, once."""
     base = checkpoint("wan", dim=256, layers=1)
     classic, model = pair(quantised(tmp_path / "int8.safetensors", base, "int8_tensorwise", ("ffn",)), 0.0)
+    model.set_policy(model.policy.with_changes(prefetch=0))  # nothing comes ahead for a step that is not made
     assert_same(run(model, 1), run(classic, 1))
     before, forwards = counters(model), []
     hook = model.model.diffusion_model.register_forward_hook(lambda *_: forwards.append(1))

@@ -44,7 +44,7 @@ def latent():
 def test_one_out_of_memory_gives_the_frames_or_raises(vaes, monkeypatch):
     """Never other frames: a convolution run again would find its cache empty."""
     core, ours = vaes
-    z = latent().to(ours.vae_dtype)
+    z = latent().to(ours.device, ours.vae_dtype)
     core.decode(latent())  # loads it
     wanted, short = core.first_stage_model.decode(z), Short(monkeypatch)
     ours.decode(latent())

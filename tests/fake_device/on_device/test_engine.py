@@ -8,7 +8,7 @@ import torch
 
 from fake_device.device import start
 from kit.nets import Blocks, Stack, budget, dynamic, plain, random_state, same
-from spillway.ops.device.backend import StreamBackend, backend_for
+from spillway.ops.device.backend import DeviceError, StreamBackend, backend_for
 from spillway.ops.files.source import StateDict
 from spillway.patcher.first_use.check import check
 from spillway.patcher.first_use.verdict import VBAR
@@ -96,6 +96,16 @@ def test_the_bits_of_the_plain_module_on_comfy_aimdo(fake, file_dtype, dtype, pi
     assert (fake.get("mapped") > 0) == (fraction is None)
     model.close()
     assert fake.get("mapped") == 0
+
+
+def test_a_full_device_is_there(fake):
+    """Weights of others hold it, which give way when a model needs the room."""
+    with fake.room(0):
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1, device=DEVICE)
+        assert type(backend_for(DEVICE)) is StreamBackend
+    with pytest.raises(DeviceError, match=r"device 'cuda:7' cannot be used .* has: cpu, cuda:0, cuda:1"):
+        backend_for("cuda:7")
 
 
 def test_the_check_before_the_first_use_takes_less_than_a_second(fake):
