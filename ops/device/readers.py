@@ -80,6 +80,10 @@ def do(work: Work) -> None:
             raise
 
 
+def _do_only(works: list[Work]) -> None:
+    do(works.pop())
+
+
 class _Done:
     """Work that was done at once."""
 
@@ -147,7 +151,8 @@ class Threads:
         self._aside = ThreadPoolExecutor(1, "spillway-aside")
 
     def submit(self, work: Work) -> Job:
-        return _Promise(self._pool.submit(do, work))
+        # In a list that is emptied: else the pool would hold the work, and its memory, for a moment after its end.
+        return _Promise(self._pool.submit(_do_only, [work]))
 
     def aside(self, call: Callable[[], T]) -> Later[T]:
         return _Future(self._aside.submit(call))

@@ -118,7 +118,8 @@ class Pins:
             return None
         if bundle.offload_to == "ram":  # ordinary memory, as the policy asks for
             size = self._blocks.room_for(nbytes, nbytes, self.budget - self._reserved, self.room)
-            return self._blocks.add(torch.empty(size, dtype=torch.uint8)).cut(nbytes) if size else None
+            with torch.inference_mode(False):
+                return self._blocks.add(torch.empty(size, dtype=torch.uint8)).cut(nbytes) if size else None
         if self._coming is not None and self._coming.ready():
             self._add(self._coming)
         extent = self._blocks.cut(nbytes)

@@ -138,7 +138,8 @@ class AimdoVBAR:
                 self._keep_limit()
 
     def tensor(self, vbar_slice: AimdoSlice) -> torch.Tensor:
-        return self._to_tensor(vbar_slice.handle, self.device)
+        with torch.inference_mode(False):  # threads that are not in inference mode write into it
+            return self._to_tensor(vbar_slice.handle, self.device)
 
     def adopt(self, vbar_slice: AimdoSlice, other: Any, other_slice: AimdoSlice, signature: Any) -> Any | None:
         # A newer VBAR's pages take those of an older one from its top. So the caller begins with the highest slice.

@@ -11,6 +11,7 @@ from kit.nets import Stack, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.device import readers
 from spillway.ops.lending.gathering import Gathering
+from spillway.patcher.policy import Rule
 
 DEPTH = 8
 ALL = 1 << 40
@@ -217,3 +218,20 @@ def test_work_begins_in_the_order_in_which_it_was_given():
     for job in jobs[:5]:
         job.wait()
     assert sorted(began) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rule", [None, "ram"])
+@pytest.mark.parametrize("share", [0, 0.5, 2])
+def test_memory_that_was_asked_for_in_inference_mode_is_filled_outside_of_it(path, rule, share):
+    """ComfyUI samples in inference mode, whose tensors no other thread could write into."""
+    rules = () if rule is None else (Rule("layers.*", offload=rule),)
+    model = made(path, pinned_bytes=ALL, rules=rules)
+    model.set_policy(model.policy.with_changes(vram_bytes=int(share * model.total_bytes)))
+    right, negative = expected(path), {f"layers.{index}.weight": lambda w: w.neg_().neg_() for index in range(DEPTH)}
+    with torch.inference_mode():
+        for patches in ({}, negative, {}):
+            model.set_patches(patches)
+            for _ in range(3):
+                assert same(model(model.module.input()), right)
+                time.sleep(0.01)
+    assert not model.ledger.counters.retries and not any("failed" in text for text in model.ledger.decisions)
