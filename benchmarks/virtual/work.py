@@ -9,6 +9,7 @@ import torch
 from kit.virtual.devices import Machine
 from kit.virtual.layers import Block, Model, narrow, seconds_on
 from kit.virtual.math import math_seconds
+from spillway.patcher.int8_layers import Int8Layers
 
 
 @dataclass(eq=False)
@@ -72,13 +73,14 @@ class Work:
 def work_of(model: Model, machine: Machine, dtype: str, lora: bool) -> Work:
     """Describe a model. Its weights lie in the file as `model` has them."""
     groups: list[Group] = []
+    int8 = Int8Layers(model.kind, "cuda") if dtype == "int8" else None
     for name, part in model.parts:
         block = isinstance(part, Block)
         modules = [(name, part), *part.named_modules(prefix=name)][1:]
         holders = {id(module): label for label, module in modules if module._parameters}
         order = part.order if block else [part]
         own = [part] if block and part._parameters else []
-        ops = [_op(module, holders[id(module)], machine, dtype, lora and block) for module in (*own, *order)]
+        ops = [_op(module, holders[id(module)], machine, dtype, int8, lora and block) for module in (*own, *order)]
         if block or not groups or groups[-1].block:
             groups.append(Group(name, ops, block))
         else:
@@ -86,13 +88,13 @@ def work_of(model: Model, machine: Machine, dtype: str, lora: bool) -> Work:
     return Work(groups, prefetches_blocks=model.kind == "LTXAVModel")
 
 
-def _op(module: torch.nn.Module, name: str, machine: Machine, dtype: str, lora: bool) -> Op:
+def _op(module: torch.nn.Module, name: str, machine: Machine, dtype: str, int8: Int8Layers | None, lora: bool) -> Op:
     parameters = [p for p in module._parameters.values() if p is not None]
     source = sum(p.numel() * p.element_size() for p in parameters)
     nbytes, making = source, 0.0
     weight = parameters[0]
     patched = lora and narrow(module)
-    if dtype == "int8" and narrow(module):
+    if int8 is not None and int8(module, name, weight):  # the engine leaves sensitive layers as they are
         kept = weight.numel() + 4 * weight.shape[0]
         making = math_seconds(machine, weight.numel(), 2 * weight.numel(), kept, patched)
         nbytes = source - 2 * weight.numel() + kept
