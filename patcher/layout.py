@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ class Layout:
     seconds: float
 
 
+# Layers of diffusion models that get the time and the pooled text alone.
+VECTOR = ("*mod", "mod", "*modulation*", "adaln*", "adaLN*", "time_*", "vector_in", "guidance_in")
+
+
+def _multiplies_a_vector(name: str) -> bool:
+    return any(fnmatchcase(part, pattern) for part in name.split(".") for pattern in VECTOR)
+
+
 # Plans a budget for bundles in an address order.
 Planner = Callable[[Sequence[Bundle], Window], LoadPlan]
 
@@ -53,8 +62,18 @@ class Layouts:
         self.order, self.may_reside, self.plan, self.cost, self.fixed = order, may_reside, plan, cost, fixed
 
     def plain(self) -> list[Bundle]:
-        """Return the address order that is even in bytes, for a step that nobody has timed."""
+        """Return the address order that is even in bytes."""
         return interleave(self.may_reside, self.cost)
+
+    def guessed(self) -> list[Bundle]:
+        """Return an address order for a step that nobody has timed: computing takes as long as its weights are large.
+
+        But for modulation, which multiplies one vector, and is waited for as its weights are large.
+        """
+        seconds = {b: 0.0 if _multiplies_a_vector(b.name) else float(b.nbytes) for b in self.order}
+        if all(seconds.values()):
+            return self.plain()
+        return spread_over_time(self.may_reside, self.cost, Pace(seconds, 1.0), PARTS[0], SMALL_BYTES)
 
     def expected(self, addresses: Sequence[Bundle], window: int, pace: Pace) -> Layout:
         """Return a layout with the seconds that a step is expected to take."""

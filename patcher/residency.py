@@ -115,7 +115,7 @@ class Residency:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
         self._placed = self.bundles
-        self.addresses = list(addresses) if addresses is not None else self._layouts().plain()
+        self.addresses = list(addresses) if addresses is not None else self._layouts().guessed()
         for bundle in self._all:
             bundle.move_to(None)
         for bundle in self.addresses:

@@ -180,3 +180,17 @@ def test_a_patch_that_changes_sizes_brings_no_other_bundle_again(tmp_path):
     with pytest.raises(RuntimeError):  # the layer is not made for it
         made(made.module.input())
     assert made.ledger.counters.bytes_loaded - loaded == made.bundles[3].source_bytes
+
+
+def test_modulation_stays_first_where_nobody_has_timed_a_step():
+    """It has much to bring and nothing to compute, in every block."""
+    bundles, _ = model(*[(90, 0)] * 40)
+    for number, bundle in enumerate(bundles):
+        bundle.name = f"blocks.{number // 2}.{('img_mod.lin', 'mlp.0')[number % 2]}"
+    first = layouts(bundles, 900 * UNIT).guessed()[:16]
+    assert all("mod" in bundle.name for bundle in first)
+    assert len({int(bundle.name.split(".")[1]) // 5 for bundle in first[:4]}) == 4, "spread over the step"
+    for bundle in bundles:
+        bundle.name = bundle.name.replace("img_mod", "attn")
+    found = layouts(bundles, 900 * UNIT)
+    assert found.guessed() == found.plain()
