@@ -64,7 +64,7 @@ class Gathering:
         form = bundle.final if self.as_final else bundle.source
         for view, tensor in zip(interpret_gathered_like(form, self.buffer), bundle.source, strict=True):
             assert view is not None
-            copy_into(view, tensor)
+            copy_into(view, tensor, alone=True)
         bundle.check_files()  # what was written meanwhile must not be kept
         bundle.drop_pages()
 

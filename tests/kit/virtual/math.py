@@ -43,7 +43,7 @@ def math_seconds(machine: Machine, numel: int, source: int, final: int, patched:
 def virtual_math(clock: Clock) -> Iterator[None]:
     """Let gathering and final forms cost time on the clock, and do nothing."""
 
-    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone: bool = False) -> None:
         clock.read(tensor_bytes(source))
 
     def made(bundle, source, memory, counters, *, in_place):
