@@ -62,6 +62,8 @@ class Event:
             self.stream.arrived(self.position)
 
     def query(self) -> bool:
+        if self.stream is None:  # done at once here, which the host has to be told
+            return self.device.host_saw >= self.position
         code = self.device.driver.result("cuEventQuery", self.handle)
         if code not in (0, NOT_READY):
             raise DriverError("cuEventQuery", code, "simulated")
