@@ -24,8 +24,8 @@ def policy(rng, **more):
 class Graph:
     """A prompt in the making. Each wire (model, clip, ...) is the last that a node gave."""
 
-    def __init__(self, rng, prefix):
-        self.rng, self.prefix = rng, prefix
+    def __init__(self, rng, prefix, one_by_one=False):
+        self.rng, self.prefix, self.one_by_one = rng, prefix, one_by_one
         self.prompt = {}
 
     def add(self, name, kind, **inputs):
@@ -119,7 +119,13 @@ class Graph:
         self.add("positive", "CLIPTextEncode", clip=self.clip, text=self.rng.choice(TEXTS))
         self.add("negative", "CLIPTextEncode", clip=self.clip, text="")
         size = self.rng.choice((32, 64))
-        self.add("empty", self.latent, width=size, height=size, batch_size=self.rng.choice((1, 1, 2)))
+        self.add(
+            "empty",
+            self.latent,
+            width=size,
+            height=size,
+            batch_size=1 if self.one_by_one else self.rng.choice((1, 1, 2)),
+        )
         self.add(
             "sampled",
             "KSampler",
@@ -129,7 +135,7 @@ class Graph:
             latent_image=["empty", 0],
             seed=self.rng.randint(0, 3),
             steps=steps or self.rng.randint(1, 3),
-            cfg=1.0 if self.is_flux else 4.0,
+            cfg=1.0 if self.is_flux or self.one_by_one else 4.0,
             sampler_name="euler",
             scheduler="normal",
             denoise=1.0,
@@ -164,11 +170,12 @@ class Graph:
         self.add("probe", "SpillwayProbeModel", file="diffusion_models/flux.safetensors")
 
 
-def random_graph(rng, prefix, *, save=None, steps=None):
+def random_graph(rng, prefix, *, save=None, steps=None, one_by_one=False):
     """A prompt. prefix: of what ComfyUI's own nodes save, which replace each other's files where two servers share
-    one. save: whether it saves a model.
+    one. save: whether it saves a model. one_by_one: one image and one condition, as ComfyUI computes several at once
+    where there is memory for that, with other bits than one after the other.
     """
-    graph = Graph(rng, prefix)
+    graph = Graph(rng, prefix, one_by_one)
     graph.load()
     graph.change()
     save = graph.maybe(0.35) if save is None else save

@@ -19,6 +19,7 @@ class WatchedServer(Server):
     def __init__(self, base, arguments=(), log="server.log", faults=None, **variables):
         super().__init__(base, [*ARGUMENTS, *arguments], log, **VARIABLES, **variables)
         self.faults = faults or Faults()
+        self.is_capped = "SPILLWAY_RAM_GB" in variables
         self.resources = Resources(self.process)
         self.killed = False
 

@@ -41,7 +41,8 @@ class Round:
         return self.rng.choice(self.pair.servers)
 
     def graph(self, server, **options):
-        return random_graph(self.rng, f"theirs{self.pair.servers.index(server)}", **options)
+        name = f"theirs{self.pair.servers.index(server)}"
+        return random_graph(self.rng, name, one_by_one=server.is_capped, **options)
 
     def send(self, server, client="soak", **options):
         self.jobs.append(Job(server, self.graph(server, **options), self.files, self.faults, client))
