@@ -49,13 +49,21 @@ def install() -> bool:
         if not is_same_origin(request):
             return web.json_response({"error": "only pages of this server may free its memory."}, status=403)
         try:
-            wanted = parse(request.content_type, await request.content.read(MAX_BODY_BYTES + 1))
+            wanted = parse(request.content_type, await body_of(request))
         except BadRequest as error:
             return web.json_response({"error": f"{error} Expected {USAGE}."}, status=400)
         done = await asyncio.get_running_loop().run_in_executor(None, free, running.prompt_queue, wanted)
         return web.json_response(done)
 
     return True
+
+
+async def body_of(request: web.Request) -> bytes:
+    """Read a body, and no more of it than one may have. Raises BadRequest where it is not what its headers say."""
+    try:
+        return await request.content.read(MAX_BODY_BYTES + 1)
+    except web.RequestPayloadError:
+        raise BadRequest("the body is not encoded as its Content-Encoding says, or ends too soon.") from None
 
 
 def failed(_: web.Request) -> web.Response:

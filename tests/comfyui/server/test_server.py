@@ -213,6 +213,12 @@ def test_what_cannot_be_freed_says_why(server, body, words):
     assert status == 400 and words in answer
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_body_in_another_encoding_than_it_says_is_refused(server, encoding):
+    status, answer = server.ask("spillway/free", b'{"cache": true}', Content_Encoding=encoding)
+    assert status == 400 and (encoding == "deflate" or "Content-Encoding" in json.loads(answer)["error"])
+
+
 def test_other_sites_and_other_types_may_not_free(server):
     everything = {"cache": True}
     assert status_of(server, everything, Content_Type="text/plain")[0] == 400
