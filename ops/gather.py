@@ -94,10 +94,15 @@ def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = F
     alone: by this thread, without torch's other CPU threads, which several readers at once would make compete.
     """
     for to, part in zip(inner_tensors(target), inner_tensors(source), strict=True):
-        if alone and to.dtype == part.dtype and to.is_contiguous() and part.is_contiguous() and part.numel():
+        if alone and part.numel() and to.dtype == part.dtype and _is_plain_memory(to) and _is_plain_memory(part):
             numpy.copyto(_bytes(to), _bytes(part))  # without Python's lock
         else:
             to.copy_(part, non_blocking=non_blocking)
+
+
+def _is_plain_memory(tensor: torch.Tensor) -> bool:
+    # A subclass (FakeTensor: shapes without bytes) gives numpy nothing.
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _bytes(tensor: torch.Tensor) -> numpy.ndarray:

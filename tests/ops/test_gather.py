@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kit.nets import bits, quantise, same, steady
 from spillway.ops.gather import (
@@ -25,12 +26,16 @@ DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16,
 
 
 def gather(tensors, spare=0):
-    """A buffer filled through the views, as the caster fills it."""
-    buffer = torch.full((gathered_bytes(tensors) + spare,), 0xFF, dtype=torch.uint8)
-    for view, tensor in zip(interpret_gathered_like(tensors, buffer), tensors, strict=True):
-        if tensor is not None:
-            copy_into(view, tensor)
-    return buffer
+    """A buffer filled through the views, as the caster fills it and, to the same bytes, as a reader alone does."""
+    filled = []
+    for alone in (False, True):
+        buffer = torch.full((gathered_bytes(tensors) + spare,), 0xFF, dtype=torch.uint8)
+        for view, tensor in zip(interpret_gathered_like(tensors, buffer), tensors, strict=True):
+            if tensor is not None:
+                copy_into(view, tensor, alone=alone)
+        filled.append(buffer)
+    assert torch.equal(*filled)
+    return filled[0]
 
 
 def all_bits(dtype):
@@ -73,6 +78,14 @@ def test_views_share_the_buffer():
     first.fill_(1)
     assert torch.equal(second, torch.zeros(3))
     assert buffer[:12].view(torch.float32).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("alone", (False, True))
+def test_shapes_without_bytes_are_copied_as_torch_copies_them(alone):
+    with FakeTensorMode():
+        source, target = torch.ones(7, 1), torch.empty(7, 1)
+        copy_into(target, source, alone=alone)
+    assert target.shape == (7, 1)
 
 
 def test_a_template_without_memory_gives_another_dtype():
