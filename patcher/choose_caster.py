@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from ..ops.device.backend import Backend
@@ -28,7 +27,7 @@ def choose_caster(
     else:
         caster = DeviceCaster(device, vbar, pins, ledger, policy.prefetch, policy.streams)
     order = [bundle for bundle in remembered.order if not bundle.by_rows]
-    caster.per_step, caster.traced = len(order), remembered.traced
+    caster.traced = remembered.traced
     caster.guess = None if remembered.traced else OrderGuess(order)
     for bundle, following in pairwise(order):
         bundle.successor = bundle.successor or following
@@ -37,7 +36,6 @@ def choose_caster(
 
 def fixed_window(policy: Policy, device: Backend) -> Window | None:
     """Return the rule of a policy that counts bundles, or of a device that brings one at a time; None for bytes."""
-    streams: Sequence[int] = policy.streams, device.streams
-    if not min(streams):
+    if not min(policy.streams, device.streams):
         return bundles_ahead(0)
     return None if policy.prefetch is None else bundles_ahead(policy.prefetch + 1)  # and one that drains

@@ -6,27 +6,19 @@ Embeddings, modulation, norms and the first and last projections carry little, a
 
 from __future__ import annotations
 
-import fnmatch
-
 import torch
 
 from ..ops.int8.linear import group_count
+from .layer_names import VECTOR, has_part
 
 # Parts of a layer's name that keep their dtype in every architecture.
 SENSITIVE = (
+    *VECTOR,
     "*emb*",
     "*norm*",
-    "*mod",
-    "mod",
-    "*modulation*",
-    "adaln*",
-    "adaLN*",
-    "time_*",
     "t_block",
     "img_in",
     "txt_in",
-    "vector_in",
-    "guidance_in",
     "final*",
     "head",
     "proj_in",
@@ -71,6 +63,6 @@ class Int8Layers:
         """Say whether a layer of that name stands rounding."""
         if not name.startswith(self.prefix):
             return False
-        parts = name[len(self.prefix) :].split(".")
-        in_a_block = any(part.isdecimal() for part in parts[:-1])
-        return in_a_block and not any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in self.patterns)
+        name = name[len(self.prefix) :]
+        in_a_block = any(part.isdecimal() for part in name.split(".")[:-1])
+        return in_a_block and not has_part(name, self.patterns)

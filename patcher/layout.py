@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..ops.gather import interpret_gathered_like
 from ..ops.ledger import Ledger
 from ..ops.lending.bundle import Bundle
 from ..ops.vbar.protocol import VBAR
+from .layer_names import VECTOR, has_part
 from .load_plan import SMALL_BYTES, Cost, LoadPlan, Window, by_bytes, interleave
 from .step_time import Pace, spread_over_time, step_seconds
 
@@ -34,14 +34,6 @@ class Layout:
     addresses: Sequence[Bundle]
     window: int
     seconds: float
-
-
-# Layers of diffusion models that get the time and the pooled text alone.
-VECTOR = ("*mod", "mod", "*modulation*", "adaln*", "adaLN*", "time_*", "vector_in", "guidance_in")
-
-
-def _multiplies_a_vector(name: str) -> bool:
-    return any(fnmatchcase(part, pattern) for part in name.split(".") for pattern in VECTOR)
 
 
 # Plans a budget for bundles in an address order.
@@ -70,7 +62,7 @@ class Layouts:
 
         But for modulation, which multiplies one vector, and is waited for as its weights are large.
         """
-        seconds = {b: 0.0 if _multiplies_a_vector(b.name) else float(b.nbytes) for b in self.order}
+        seconds = {b: 0.0 if has_part(b.name, VECTOR) else float(b.nbytes) for b in self.order}
         if all(seconds.values()):
             return self.plain()
         return spread_over_time(self.may_reside, self.cost, Pace(seconds, 1.0), PARTS[0], SMALL_BYTES)

@@ -23,13 +23,11 @@ MOST = 4
 class Work(Protocol):
     """What a reader does, in this order. Each part may raise."""
 
-    nbytes: int
-
     def take(self) -> None:
         """Take host memory, and wait until it is free."""
 
     def fill(self) -> None:
-        """Copy `nbytes` into it."""
+        """Copy the bytes into it."""
 
     def send(self) -> None:
         """Start the transfer."""

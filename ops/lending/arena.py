@@ -40,6 +40,11 @@ class Block:
     buffer: torch.Tensor
     segments: list[Segment]
 
+    @property
+    def is_taken(self) -> bool:
+        """Say whether somebody holds a part of it."""
+        return any(segment.taken for segment in self.segments)
+
 
 @dataclass(eq=False)
 class Extent:
@@ -113,7 +118,7 @@ class Arena:
                 extent = self.take(nbytes)
                 if extent is not None:
                     break
-                if not any(one.taken for block in self._blocks for one in block.segments):
+                if not any(block.is_taken for block in self._blocks):
                     return None
                 self._changed.wait()
         for event in extent.after:
@@ -132,7 +137,7 @@ class Arena:
     def clear(self) -> None:
         """Free the blocks that nothing lies in, once their last uses are done."""
         with self._changed:
-            for block in [block for block in self._blocks if not any(one.taken for one in block.segments)]:
+            for block in [block for block in self._blocks if not block.is_taken]:
                 self._drop(block)
 
     # -- with the lock held
@@ -187,7 +192,7 @@ class Arena:
 
     def _grow(self, size: int, at_all: bool) -> bool:
         """Add a block in which `size` bytes fit. at_all: in the place of smaller ones, where it must be."""
-        idle = at_all * [block for block in self._blocks if not any(one.taken for one in block.segments)]
+        idle = at_all * [block for block in self._blocks if not block.is_taken]
         if size > self.capacity - self.nbytes + sum(block.buffer.numel() for block in idle):
             return False
         while size > self.capacity - self.nbytes:
@@ -201,7 +206,7 @@ class Arena:
     def _shrink(self) -> None:
         """Free idle blocks while the arena is larger than it may be."""
         while self.nbytes > self.capacity:
-            idle = next((block for block in self._blocks if not any(one.taken for one in block.segments)), None)
+            idle = next((block for block in self._blocks if not block.is_taken), None)
             if idle is None:
                 return
             self._drop(idle)

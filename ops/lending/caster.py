@@ -15,47 +15,24 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from ..device.backend import Backend, Event
+from ..device.backend import Backend
 from ..device.out_of_memory import is_out_of_memory
-from ..device.readers import Job
 from ..ledger import Ledger, in_words
 from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_bytes
 from ..vbar.protocol import VBAR
-from .arena import Extent
 from .bundle import Bundle
 from .final_form import make_final
 from .guess import OrderGuess
 from .idle_weight import IdleWeight
 from .lend_rows import Rows, lend_rows
+from .loan import Loan
 from .lookup import Asked
 from .pins import Pins
 from .stopwatch import Stopwatch
 from .table import Table
-
-
-class Loan:
-    """One use of a bundle, from the request for its memory to the end of the op."""
-
-    # Defaults of the class: every layer call creates a loan, and most loans are of resident bundles and set none.
-    views: Sequence[torch.Tensor] | None = None  # set: ready to use
-    target: torch.Tensor | None = None  # where the transfer goes
-    extent: Extent | None = None  # of the arena, where the target lies there
-    after: Sequence[Event | None] = ()  # what the transfer into the target must wait for
-    job: Job | None = None  # of the reader that starts the transfer
-    event: Event | None = None  # after the transfer, once a reader has started it
-    brings_final = False  # the transfer brings the final form
-    host_casts = False  # the host makes the final form
-    keep: object | None = None  # memory that must outlive a transfer
-    held = 0  # bytes of device memory that the loan holds outside of VBAR and arena
-    started = False  # bytes had to be brought
-
-    def __init__(self, bundle: Bundle, signature: Any) -> None:
-        self.bundle = bundle
-        self.signature = signature  # not None: the slice is pinned in the VBAR
 
 
 class Caster:

@@ -21,8 +21,9 @@ from ..ledger import Ledger
 from ..vbar.protocol import VBAR
 from .arena import Arena
 from .bundle import Bundle
-from .caster import Caster, Loan
+from .caster import Caster
 from .gathering import Gathering
+from .loan import Loan
 from .pins import Pins
 
 MOST_AHEAD = 128  # bundles that may be on their way, however small
@@ -131,15 +132,18 @@ class DeviceCaster(Caster):
         loan = self.prefetched.get(bundle)
         if loan is None:
             return None
-        while self.traced and next(iter(self.prefetched)) is not bundle:
-            self.end(self._no_longer_ahead(next(iter(self.prefetched))))
+        while self.traced and (passed_over := next(iter(self.prefetched))) is not bundle:
+            self._end_ahead(passed_over)
         return self._no_longer_ahead(bundle)
 
     def _no_longer_ahead(self, bundle: Bundle) -> Loan:
         loan = self.prefetched.pop(bundle)
-        if _goes_to_its_slice(loan):
+        if loan.goes_to_its_slice:
             self._loading -= bundle.nbytes
         return loan
+
+    def _end_ahead(self, bundle: Bundle) -> None:
+        self.end(self._no_longer_ahead(bundle))
 
     def start(self, loan: Loan) -> None:
         while not self._try_to_start(loan):
@@ -148,7 +152,7 @@ class DeviceCaster(Caster):
                 self._send(loan)
                 return
             # What is asked for last holds what this bundle needs.
-            self.end(self._no_longer_ahead(next(reversed(self.prefetched))))
+            self._end_ahead(next(reversed(self.prefetched)))
             self._looked_at = None
 
     def _try_to_start(self, loan: Loan, ahead: bool = False) -> bool:
@@ -178,11 +182,8 @@ class DeviceCaster(Caster):
 
     def _arena_has_room(self, loan: Loan, ahead: bool) -> bool:
         """Say whether the arena, whole, leaves what casting and patching this bundle takes."""
-        casts = 0 if loan.brings_final else loan.bundle.offload_cost() - loan.bundle.source_bytes
-        if loan.signature is not None:
-            casts -= loan.bundle.nbytes
         arena = self.arena
-        if arena.capacity + max(0, casts) > self.room:
+        if arena.capacity + (0 if loan.brings_final else loan.cast_bytes()) > self.room:
             return False
         if not arena.nbytes and self.buffer_bytes + arena.capacity > self.room:
             if ahead:
@@ -261,8 +262,7 @@ class DeviceCaster(Caster):
         else:
             source: list[torch.Tensor] = interpret_gathered_like(bundle.source, loan.target)  # type: ignore[assignment]
             resident = loan.signature is not None
-            casts = bundle.offload_cost() - bundle.source_bytes
-            self.make_way(casts - bundle.nbytes if resident else casts)
+            self.make_way(loan.cast_bytes())
             memory = self.vbar.tensor(bundle.vbar_slice) if resident else self._hold(loan, bundle.nbytes)
             memory = memory[: bundle.nbytes]
             views = self.make_final(bundle, source, memory)
@@ -358,7 +358,7 @@ class DeviceCaster(Caster):
             self._not_started(loan)
             return False
         self.prefetched[bundle] = loan
-        self._loading += bundle.nbytes if _goes_to_its_slice(loan) else 0
+        self._loading += bundle.nbytes if loan.goes_to_its_slice else 0
         self.counters.prefetched += 1
         return True
 
@@ -371,12 +371,12 @@ class DeviceCaster(Caster):
     def cancel_prefetch(self) -> None:
         with self.lock:
             while self.prefetched:
-                self.end(self._no_longer_ahead(next(iter(self.prefetched))))
+                self._end_ahead(next(iter(self.prefetched)))
             self._looked_at = None
 
     def settle_prefetch(self) -> None:
         for bundle, loan in list(self.prefetched.items()):
-            if _goes_to_its_slice(loan):
+            if loan.goes_to_its_slice:
                 self._no_longer_ahead(bundle)
                 try:
                     loan.views = self.complete(loan)
@@ -390,10 +390,6 @@ class DeviceCaster(Caster):
         self._settle.detach()
         self.backend.synchronize()
         self.free_buffers()
-
-
-def _goes_to_its_slice(loan: Loan) -> bool:
-    return loan.signature is not None and loan.extent is None
 
 
 def _done(event: Event | None) -> bool:

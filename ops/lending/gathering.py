@@ -9,7 +9,7 @@ import torch
 from ..device.backend import Backend, Event
 from ..gather import copy_into, interpret_gathered_like
 from .arena import Arena, Extent
-from .caster import Loan
+from .loan import Loan
 from .pins import Pin, Pins
 
 

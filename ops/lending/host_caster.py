@@ -10,7 +10,8 @@ import torch
 from ..gather import interpret_gathered_like
 from ..ram import allocator
 from .bundle import Bundle
-from .caster import Caster, Loan
+from .caster import Caster
+from .loan import Loan
 from .pins import Pin
 
 

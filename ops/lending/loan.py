@@ -1,0 +1,44 @@
+"""A loan: one use of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..device.backend import Event
+from ..device.readers import Job
+from .arena import Extent
+from .bundle import Bundle
+
+
+class Loan:
+    """One use of a bundle, from the request for its memory to the end of the op."""
+
+    # Defaults of the class: every layer call creates a loan, and most loans are of resident bundles and set none.
+    views: Sequence[torch.Tensor] | None = None  # set: ready to use
+    target: torch.Tensor | None = None  # where the transfer goes
+    extent: Extent | None = None  # of the arena, where the target lies there
+    after: Sequence[Event | None] = ()  # what the transfer into the target must wait for
+    job: Job | None = None  # of the reader that starts the transfer
+    event: Event | None = None  # after the transfer, once a reader has started it
+    brings_final = False  # the transfer brings the final form
+    host_casts = False  # the host makes the final form
+    keep: object | None = None  # memory that must outlive a transfer
+    held = 0  # bytes of device memory that the loan holds outside of VBAR and arena
+    started = False  # bytes had to be brought
+
+    def __init__(self, bundle: Bundle, signature: Any) -> None:
+        self.bundle = bundle
+        self.signature = signature  # not None: the slice is pinned in the VBAR
+
+    @property
+    def goes_to_its_slice(self) -> bool:
+        """Say whether what is brought goes straight to where it stays."""
+        return self.signature is not None and self.extent is None
+
+    def cast_bytes(self) -> int:
+        """Return the bytes that making the final form takes beside the source and, where that stays, its slice."""
+        bundle = self.bundle
+        return max(0, bundle.offload_cost() - bundle.source_bytes - (0 if self.signature is None else bundle.nbytes))
