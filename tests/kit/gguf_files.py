@@ -23,7 +23,28 @@ SCALES = {
     "IQ4_NL": (0, None),
     "IQ4_XS": (0, None),
 }
+# What llama.cpp calls the layers of a decoder, in the order in which its names replace the model's.
+LAYERS = (
+    ("model.layers.", "blk."),
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.", "attn_"),
+    ("mlp.", "ffn_"),
+    ("_proj", ""),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+)
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+
+
+def renamed(tensors, names):
+    """Return tensors under the names that replace parts of their own, one after the other."""
+    out = {}
+    for key, value in tensors.items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        out[key] = value
+    return out
 
 
 def random_blocks(kind, numel, seed=0, std=0.02):

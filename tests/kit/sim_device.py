@@ -101,7 +101,7 @@ class SimStream:
 
 
 class SimReaders:
-    """Readers that begin when somebody waits for them; those of an eager device at once, of "some" every other."""
+    """Readers of which every other begins when somebody waits for it. Those of an eager device begin at once."""
 
     def __init__(self, device, eager) -> None:
         self.device, self.eager = device, eager
@@ -113,7 +113,7 @@ class SimReaders:
         job = SimJob(self, work)
         self.waiting.append(job)
         self.device.note_outstanding()
-        if self.eager is True or (self.eager == "some" and self.given % 2 == 0):
+        if self.eager is True or self.given % 2 == 0:
             job.run()
         return job
 

@@ -4,11 +4,13 @@ import gc
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kit.nets import DEPTH, Stack, dynamic, plain, same
 from kit.sim_device import SimDevice
 from spillway.ops.device import locked_memory as host_memory
 from spillway.ops.device.locked_memory import locked
+from spillway.ops.files.source import StateDict
 from spillway.ops.lending import pins as pins_module
 from spillway.ops.lending.pin_blocks import Block
 
@@ -31,8 +33,6 @@ class Counting(SimDevice):
 
 
 def right(model, path):
-    from safetensors.torch import load_file
-
     reference = plain(lambda: Stack(DEPTH), load_file(path), torch.float32)
     return same(model(reference.input()), reference(reference.input()))
 
@@ -193,6 +193,35 @@ def test_a_copy_that_is_interrupted_writes_nothing_later(path, at, into_pins):
     # The sources are pinned now, where the copy that was begun was to go.
     model.set_patches({})
     assert right(model, path) and right(model, path)
+
+
+@pytest.mark.parametrize("prefetch", [0, None], ids=["when asked for", "ahead"])
+@pytest.mark.parametrize("at", range(1, DEPTH + 1))
+def test_a_transfer_that_is_interrupted_ends_before_its_memory_goes(path, at, prefetch):
+    device = Interrupted()
+    device.into_pins = False
+    model = made(path, device, pinned_bytes=ALL, prefetch=prefetch)
+    for _ in range(3):
+        assert right(model, path)  # every bundle comes from its pin now
+    device.at = at
+    with pytest.raises(KeyboardInterrupt):
+        model(model.module.input())
+    model.free()
+    device.synchronize()  # a copy whose memory has gone would raise
+    assert device.held() == 0
+    assert right(model, path) and right(model, path)
+
+
+def test_a_pin_is_filled_again_once_its_last_transfer_is_known_to_be_done(path):
+    state = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    asked = {"vram_bytes": 0, "pinned_bytes": ALL, "prefetch": 0}
+    model = dynamic(lambda: Stack(DEPTH), StateDict(state), device=SimDevice(), **asked)
+    for _ in range(3):
+        model(model.module.input())
+        for tensor in state.values():
+            tensor.mul_(0.5)  # counted, so the pins are of no use any more
+    reference = plain(lambda: Stack(DEPTH), state, torch.float32)
+    assert same(model(model.module.input()), reference(reference.input()))
 
 
 def test_a_blocks_gaps_are_joined_and_used_again():

@@ -13,7 +13,7 @@ from comfy.text_encoders import bpe_tokenizer, hunyuan_video
 from kit.comfyui import checkpoints, spiece
 from kit.comfyui.pairs import assert_same, budget
 from kit.comfyui.sampling import text_encode
-from kit.gguf_files import quantised_copy, random_blocks, write_gguf
+from kit.gguf_files import LAYERS, quantised_copy, random_blocks, renamed, write_gguf
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.ops.gguf import gguf_map
 from spillway.ops.gguf.gguf_map import open_map
@@ -39,17 +39,7 @@ GEMMA = (
     ("pre_feedforward_layernorm", "ffn_norm"),
     ("post_feedforward_layernorm", "post_ffw_norm"),
 )
-LLAMA = (
-    *GEMMA,
-    ("model.layers.", "blk."),
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.", "attn_"),
-    ("mlp.", "ffn_"),
-    ("_proj", ""),
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-)
+LLAMA = (*GEMMA, *LAYERS)
 
 
 @dataclass
@@ -152,14 +142,10 @@ def files(checkpoint, tmp_path, monkeypatch):
             raw = spiece.train(encoder.pieces)
             metadata |= spiece.metadata(raw, encoder.pieces, 1100)
             stands_for["spiece_model"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        renamed = {}
-        for key, value in as_llama_cpp(architecture, written).items():
-            for ours, theirs in encoder.names:
-                key = key.replace(ours, theirs)
-            renamed[key] = value
+        named = renamed(as_llama_cpp(architecture, written), encoder.names)
         original = comfy.sd.load_clip
         monkeypatch.setattr(comfy.sd, "load_clip", lambda **named: original(**named, model_options=encoder.options()))
-        gguf = write_gguf(tmp_path / f"{architecture}.gguf", renamed, metadata)
+        gguf = write_gguf(tmp_path / f"{architecture}.gguf", named, metadata)
         both = gguf, checkpoints.write(tmp_path / f"{architecture}.safetensors", stands_for)
         return tuple(zip(*[clip_l(), both] if encoder.clip_l else [both], strict=True))
 

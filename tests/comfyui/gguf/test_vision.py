@@ -8,22 +8,12 @@ from comfy.text_encoders import qwen_vl
 
 from kit.comfyui import checkpoints
 from kit.comfyui.pairs import assert_same, budget
-from kit.gguf_files import quantised_copy, write_gguf
+from kit.gguf_files import LAYERS, quantised_copy, renamed, write_gguf
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.patcher.comfyui.loading import load as comfy_load
 
 # The model's names and llama.cpp's, in the order in which they are replaced.
-ENCODER = (
-    ("model.layers.", "blk."),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.", "attn_"),
-    ("mlp.", "ffn_"),
-    ("_proj", ""),
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-)
+ENCODER = (("post_attention_layernorm", "ffn_norm"), *LAYERS)
 TOWER = (
     ("visual.merger.mlp.", "mm."),
     ("visual.merger.ln_q", "v.post_ln"),
@@ -45,15 +35,6 @@ def small_tower(monkeypatch):
     load = comfy.sd.load_clip
     options = checkpoints.small_llama_options("qwen25_7b")
     monkeypatch.setattr(comfy.sd, "load_clip", lambda **named: load(**named, model_options=options))
-
-
-def renamed(tensors, names):
-    out = {}
-    for key, value in tensors.items():
-        for ours, theirs in names:
-            key = key.replace(ours, theirs)
-        out[key] = value
-    return out
 
 
 def split(tower):
