@@ -362,6 +362,7 @@ class DynamicModel(Figures):
         if not caster.lock.acquire(blocking=wait):
             return 0
         try:
+            caster.cancel_prefetch()  # a pin that a reader fills would have to be waited for
             return self.pins.free(nbytes)
         finally:
             caster.lock.release()

@@ -56,6 +56,7 @@ class Residency:
         self.resized = False  # whether a bundle's size no longer fits its addresses
         self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
+        self._coming = True  # bundles that are to stay
         self.caster = choose_caster(device, self._choose_vbar(), pins, ledger, policy, remembered)
         self.caster.per_step = len(self.bundles)
         self.caster.on_out_of_memory = self.learn_from_failure
@@ -207,7 +208,11 @@ class Residency:
         # A budget of 0 asks for streaming, which is as fast as ever.
         is_streamed = self.budget() == 0
         room = plan.reserve if is_streamed else self._available() - min(plan.limit, resides)
-        arena = self.costs.arena(self.bundles, plan, self.window, room)
+        stays = [bundle for bundle in self.addresses if bundle.vbar_slice is not None][: plan.resident]
+        stay = set(stays)
+        offloaded = [bundle for bundle in self.bundles if bundle not in stay]
+        self._coming = any(bundle.views is None for bundle in stays)
+        arena = self.costs.arena(stays, offloaded, plan, self.window, room)
         room += self.costs.rows(self._all) if is_streamed else 0
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
@@ -300,6 +305,8 @@ class Residency:
             self._follow_trace()
         if not lent:
             self._follow_pace()
+        if self._coming:
+            self._give_room(self.plan)  # what came to stay may have been cast, which takes no room any more
 
     def follow_budget(self) -> None:
         """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""

@@ -46,12 +46,18 @@ class UseCosts:
         largest = max((bundle.nbytes for bundle in bundles if bundle.by_rows), default=0)
         return 0 if self.device.in_place else min(ROWS_BYTES, largest // 8)
 
-    def arena(self, bundles: Sequence[Bundle], plan: LoadPlan, window: Window, room: int) -> int:
-        """Count the bytes that transfers may go to, of the `room` that all on its way has."""
-        if plan.state is LoadState.FULL:  # what is cast on its way to where it stays
-            through = [b.source_bytes for b in bundles if not (b.source_is_final or b.only_patched)]
-            casts = max(map(self.load_casts, bundles), default=0)
+    def arena(
+        self, resident: Sequence[Bundle], offloaded: Sequence[Bundle], plan: LoadPlan, window: Window, room: int
+    ) -> int:
+        """Count the bytes that transfers may go to, of the `room` that all on its way has.
+
+        resident: those that stay. They come once, and what is cast then arrives here too.
+        """
+        coming = [bundle for bundle in resident if bundle.views is None]
+        through = [b.source_bytes for b in coming if not (b.source_is_final or b.only_patched)]
+        casts = max(map(self.load_casts, coming), default=0)
+        if plan.state is LoadState.FULL:
             return min(room, max(aligned(max(through, default=0)), min(window(through), room - casts)))
-        largest = max((aligned(self.buffer(bundle)) for bundle in bundles), default=0)
-        casts = max(map(self.casts, bundles), default=0)
+        casts = max(casts, max(map(self.casts, offloaded), default=0))
+        largest = max((aligned(nbytes) for nbytes in (*through, *map(self.buffer, offloaded))), default=0)
         return min(room, max(largest, min(plan.reserve, room) - casts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -21,16 +21,10 @@ MOST = 4
 
 
 class Work(Protocol):
-    """What a reader does, in this order. Each part may raise."""
-
-    def take(self) -> None:
-        """Take host memory, and wait until it is free."""
+    """What a reader does."""
 
     def fill(self) -> None:
-        """Copy the bytes into it."""
-
-    def send(self) -> None:
-        """Start the transfer."""
+        """Wait until the host memory is free, and copy the bytes into it. May raise."""
 
     def undo(self) -> None:
         """Give back what was taken, after an error."""
@@ -40,10 +34,13 @@ class Job(Protocol):
     """Work that a reader has been given."""
 
     def wait(self) -> None:
-        """Block this thread until the transfer has been started. Raises what the work raised."""
+        """Block this thread until the work has ended. Raises what it raised."""
 
     def cancel(self) -> None:
         """See to it that the work never begins, or has ended. Raises nothing of what the work raised."""
+
+    def then(self, call: Callable[[], None]) -> Job:
+        """Make the call when the work has ended well, in whatever thread knows first. Return it as a job."""
 
 
 class Later(Protocol[T_co]):
@@ -70,9 +67,7 @@ def do(work: Work) -> None:
     """Do the work in this thread. After an error nothing is taken."""
     with torch.no_grad():
         try:
-            work.take()
             work.fill()
-            work.send()
         except BaseException:
             work.undo()
             raise
@@ -88,6 +83,10 @@ class _Done:
     def wait(self) -> None: ...
 
     def cancel(self) -> None: ...
+
+    def then(self, call: Callable[[], None]) -> Job:
+        call()
+        return self
 
 
 class Returned(Generic[T]):
@@ -126,6 +125,23 @@ class _Promise:
     def cancel(self) -> None:
         if not self._future.cancel():
             self._future.exception()
+
+    def then(self, call: Callable[[], None]) -> Job:
+        following: Future[None] = Future()
+        self._future.add_done_callback(partial(_follow, following, call))
+        return _Promise(following)
+
+
+def _follow(following: Future[None], call: Callable[[], None], done: Future[None]) -> None:
+    if not following.set_running_or_notify_cancel():
+        return
+    try:
+        done.result()
+        call()
+    except BaseException as error:
+        following.set_exception(error)
+    else:
+        following.set_result(None)
 
 
 class _Future(Generic[T]):

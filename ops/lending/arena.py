@@ -35,10 +35,21 @@ class Segment:
 
 @dataclass(eq=False)
 class Block:
-    """Memory of an arena, uint8. segments: all of it, by address."""
+    """Memory of an arena. segments: all of it, by address. nbytes: of all of them."""
 
-    buffer: torch.Tensor
+    nbytes: int
     segments: list[Segment]
+    _empty: Callable[[int], torch.Tensor]
+    _buffer: torch.Tensor | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """Return the memory, uint8. Who first asks allocates it, and gets what an allocation raises."""
+        with self._lock:
+            if self._buffer is None:
+                self._buffer = self._empty(self.nbytes)
+            return self._buffer
 
     @property
     def is_taken(self) -> bool:
@@ -48,49 +59,57 @@ class Block:
 
 @dataclass(eq=False)
 class Extent:
-    """A range that is taken. view: just the bytes asked for.
+    """A range that is taken. nbytes: just those that were asked for.
 
     after: the last uses of what lies there. Whoever writes waits for them, or would overwrite what is still read.
     """
 
     block: Block
     segment: Segment
-    view: torch.Tensor
+    nbytes: int
     after: list[Event] = field(default_factory=list)
+
+    @property
+    def view(self) -> torch.Tensor:
+        start = self.segment.start
+        return self.block.buffer[start : start + self.nbytes]
 
 
 class Arena:
     """Memory of at most `capacity` bytes, which comes in blocks when it is asked for.
 
-    born: gives the event after which memory that was just allocated may be written to. Any thread may call.
+    born: gives the event after which memory that was just allocated may be written to. later: memory is allocated when
+    a view is first asked for, by whoever asks. Any thread may call.
     """
 
     def __init__(
         self,
         empty: Callable[[int], torch.Tensor],
         born: Callable[[], Event | None] = lambda: None,
+        *,
+        later: bool = False,
     ) -> None:
         self.capacity = 0
         self._block_bytes: int | None = None  # None: one block of all the capacity
-        self._empty, self._born = empty, born
+        self._empty, self._born, self._later = empty, born, later
         self._blocks: list[Block] = []
         self._given = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all blocks."""
-        return sum(block.buffer.numel() for block in self._blocks)
+        return sum(block.nbytes for block in self._blocks)
 
     @property
     def taken_bytes(self) -> int:
         """Return the bytes of the extents that are taken."""
-        with self._changed:
+        with self._lock:
             return sum(one.nbytes for block in self._blocks for one in block.segments if one.taken)
 
     def resize(self, capacity: int, block_bytes: int | None = None) -> None:
         """Change the capacity, and the least size of blocks. Blocks above it go as soon as nothing lies in them."""
-        with self._changed:
+        with self._lock:
             self.capacity, self._block_bytes = capacity, block_bytes
             self._shrink()
 
@@ -99,7 +118,7 @@ class Arena:
 
         Raises what an allocation raises.
         """
-        with self._changed:
+        with self._lock:
             self._shrink()
             size = aligned(max(1, nbytes))
             found = self._find(size)
@@ -108,35 +127,17 @@ class Arena:
                 found = self._find(size)
             return None if found is None else self._cut(*found, size, nbytes)
 
-    def wait_for(self, nbytes: int) -> Extent | None:
-        """Return an extent whose last uses are done, and wait for it. None where the arena can never be so large.
-
-        The thread that holds what is waited for must not wait itself.
-        """
-        with self._changed:
-            while True:
-                extent = self.take(nbytes)
-                if extent is not None:
-                    break
-                if not any(block.is_taken for block in self._blocks):
-                    return None
-                self._changed.wait()
-        for event in extent.after:
-            event.synchronize()
-        return extent
-
     def give(self, extent: Extent, done: Event | None) -> None:
         """Give an extent back, to be taken again after `done`."""
-        with self._changed:
+        with self._lock:
             self._given += 1
             segment = extent.segment
             segment.taken, segment.done, segment.given = False, done, self._given
             self._join(extent.block)
-            self._changed.notify_all()
 
     def clear(self) -> None:
         """Free the blocks that nothing lies in, once their last uses are done."""
-        with self._changed:
+        with self._lock:
             for block in [block for block in self._blocks if not block.is_taken]:
                 self._drop(block)
 
@@ -175,7 +176,7 @@ class Arena:
             rest = [Segment(start + size, end - start - size, run[-1].done, run[-1].given)]
         block.segments[first : last + 1] = [taken, *rest]
         after = [segment.done for segment in run if segment.done is not None and not segment.is_idle]
-        return Extent(block, taken, block.buffer[start : start + nbytes], [done for done in after if done is not None])
+        return Extent(block, taken, nbytes, [done for done in after if done is not None])
 
     @staticmethod
     def _join(block: Block) -> None:
@@ -193,14 +194,17 @@ class Arena:
     def _grow(self, size: int, at_all: bool) -> bool:
         """Add a block in which `size` bytes fit. at_all: in the place of smaller ones, where it must be."""
         idle = at_all * [block for block in self._blocks if not block.is_taken]
-        if size > self.capacity - self.nbytes + sum(block.buffer.numel() for block in idle):
+        if size > self.capacity - self.nbytes + sum(block.nbytes for block in idle):
             return False
         while size > self.capacity - self.nbytes:
             self._drop(idle.pop(0))
         room = self.capacity - self.nbytes
         nbytes = room if self._block_bytes is None else min(room, max(size, self._block_bytes))
-        buffer = self._empty(nbytes)
-        self._blocks.append(Block(buffer, [Segment(0, nbytes, self._born())]))
+        block = Block(nbytes, [Segment(0, nbytes)], self._empty)
+        if not self._later:
+            _ = block.buffer
+        block.segments[0].done = self._born()
+        self._blocks.append(block)
         return True
 
     def _shrink(self) -> None:

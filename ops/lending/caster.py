@@ -91,6 +91,9 @@ class Caster:
                 previous.successor = bundle
                 if self.guess is not None:
                     self.guess.learn(previous, bundle)
+                    self.doubt(bundle)
+            elif self.guess is not None:
+                self.trust()
             self.previous = bundle
             try:
                 self.prefetch_after(bundle)
@@ -324,6 +327,12 @@ class Caster:
 
     def prefetch_after(self, bundle: Bundle) -> None:
         """Start the loans that will be asked for after `bundle`."""
+
+    def trust(self) -> None:
+        """Note that the order in which bundles are begun ahead was guessed rightly."""
+
+    def doubt(self, bundle: Bundle) -> None:
+        """Note that the order in which bundles were begun ahead, to be used after this one, was a wrong guess."""
 
     def cancel_prefetch(self) -> None:
         """End the loans that were started ahead, since memory or another form of the weights is wanted."""

@@ -1,7 +1,8 @@
 """The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use.
 
-The thread that launches kernels gathers nothing. It chooses where a bundle goes and puts its transfer in order, which a
-pin needs no more for. Whatever has no pin is gathered and sent by a reader.
+The thread that launches kernels copies nothing. It chooses where a bundle goes and starts its transfer, for which a pin
+needs no more. Whatever has no pin is read into host memory by a reader, further ahead than the device has room for, and
+sent by whoever is later: that reader, or this thread.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from ..vbar.protocol import VBAR
 from .arena import Arena
 from .bundle import Bundle
 from .caster import Caster
-from .gathering import Gathering
 from .loan import Loan
 from .pins import Pins
+from .read_ahead import ReadAhead, chain
+from .reading import send_pinned
+from .write_backs import WriteBacks
 
 MOST_AHEAD = 128  # bundles that may be on their way, however small
+# As many in an order that has just proved wrong. Twice as many with each that was right.
+LEAST_AHEAD = 2
 LOADING_AHEAD = 3 << 29  # bytes that may be on their way to slices of the VBAR, which need no buffers
 
 
@@ -47,20 +52,22 @@ class DeviceCaster(Caster):
         super().__init__(backend, vbar, pins, ledger)
         count = min(streams, backend.streams)
         self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
-        self.readers: Readers = backend.readers() if count else Inline()
+        readers: Readers = backend.readers() if count else Inline()
         self.most_ahead = (MOST_AHEAD if prefetch is None else prefetch) if count else 0
+        self.reads_ahead = prefetch is None and count > 0  # further than transfers are begun
         self.turn = 0
         self.arena = Arena(backend.empty, born=partial(backend.record, None))
-        # Host buffers that unpinned bundles are gathered in.
-        self.staging = Arena(backend.host_empty)
+        self.staging = Arena(backend.host_empty, later=True)  # host memory that unpinned bundles are read into
         # A model may be dropped, by any thread, while transfers into its memory are under way. Without the wait they
         # would write into what the memory is used for next.
         self._settle = weakref.finalize(self, backend.settle)
         self._settle.atexit = False
         self.prefetched: dict[Bundle, Loan] = {}
         self._looked_at: Bundle | None = None  # the last bundle that is resident or on its way
+        self.read_ahead = ReadAhead(readers, pins, self.staging, self.prefetched)
+        self._trusted = LEAST_AHEAD  # bundles that may be on their way in an order that is guessed
         self._loading = 0  # bytes on their way to slices of the VBAR, ahead of their use
-        self.write_backs: list[tuple[Event | None, torch.Tensor]] = []
+        self.write_backs = WriteBacks(backend, pins)
         self.room = 1 << 62  # see set_room
         self._held = 0  # bytes of device memory that loans hold outside of VBAR and arena
         self.peak_buffer_bytes = 0
@@ -83,28 +90,23 @@ class DeviceCaster(Caster):
 
     def _outside(self) -> int:
         """Return the bytes that are held outside of VBAR and arena."""
-        return self._held + self.rows_bytes + sum(kept.numel() for _, kept in self.write_backs)
+        return self._held + self.rows_bytes + self.write_backs.nbytes
 
     def make_way(self, nbytes: int) -> None:
         if self.buffer_bytes + nbytes > self.room:
-            self._finish_write_backs()
+            self.write_backs.finish()
         if self.buffer_bytes + nbytes > self.room:
-            self.cancel_prefetch()
+            for bundle in [bundle for bundle, loan in self.prefetched.items() if loan.extent is not None]:
+                self._end_ahead(bundle)
+            self._looked_at = None
             self.arena.clear()
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes + nbytes)
-
-    def _finish_write_backs(self) -> None:
-        while self.write_backs:
-            event, _ = self.write_backs[0]
-            if event is not None:
-                event.synchronize()
-            del self.write_backs[0]
 
     def free_buffers(self) -> int:
         with self.lock:
             before = self.buffer_bytes
             self.cancel_prefetch()
-            self._finish_write_backs()
+            self.write_backs.finish()
             self.arena.clear()
             self.staging.clear()
             return before - self.buffer_bytes
@@ -112,17 +114,32 @@ class DeviceCaster(Caster):
     # -- a loan's way
 
     def request(self, bundle: Bundle) -> Loan:
-        if self.write_backs:
-            self.write_backs = [(event, kept) for event, kept in self.write_backs if not _done(event)]
+        self.write_backs.forget_done()
         loan = self._started_ahead(bundle)
         if loan is None:
             loan = self.ask(bundle)
             if loan.views is None:
                 self._looked_at = None
                 if self.traced:
-                    self.cancel_prefetch()  # the order is not what it was
+                    self._pass_over(bundle)
                 self.begin(loan)
         return loan
+
+    def _pass_over(self, bundle: Bundle) -> None:
+        """End what was begun to be used before `bundle`. The order is not what it was."""
+        while self.prefetched:
+            self._end_ahead(next(iter(self.prefetched)))
+        self.read_ahead.pass_over(bundle)
+
+    def trust(self) -> None:
+        self._trusted = min(2 * self._trusted, MOST_AHEAD)
+
+    def doubt(self, bundle: Bundle) -> None:
+        self._looked_at, self._trusted = None, LEAST_AHEAD
+        self.read_ahead.doubt()
+        wanted = chain(bundle)
+        for other in [b for b, loan in self.prefetched.items() if loan.extent is not None and b not in wanted]:
+            self._end_ahead(other)
 
     def request_aside(self, bundle: Bundle) -> Loan:
         return self._no_longer_ahead(bundle) if bundle in self.prefetched else super().request(bundle)
@@ -143,20 +160,29 @@ class DeviceCaster(Caster):
         return loan
 
     def _end_ahead(self, bundle: Bundle) -> None:
-        self.end(self._no_longer_ahead(bundle))
+        """End a loan that was begun ahead. What was read for it, and is not sent yet, is kept."""
+        loan = self._no_longer_ahead(bundle)
+        reading = loan.reading
+        if reading is not None and loan.job is not None:
+            loan.job.cancel()
+            if not reading.is_sent:
+                self.read_ahead.keep(reading)
+                loan.reading = loan.job = None
+        self.end(loan)
 
     def start(self, loan: Loan) -> None:
         while not self._try_to_start(loan):
-            if not self.prefetched:  # nested modules hold the arena, or the bundle is larger than all of it
+            # What is asked for last holds what this bundle needs.
+            last = next((b for b, ahead in reversed(self.prefetched.items()) if ahead.extent is not None), None)
+            if last is None:  # nested modules hold the arena, or the bundle is larger than all of it
                 self._hold_target(loan)
                 self._send(loan)
                 return
-            # What is asked for last holds what this bundle needs.
-            self._end_ahead(next(reversed(self.prefetched)))
+            self._end_ahead(last)
             self._looked_at = None
 
     def _try_to_start(self, loan: Loan, ahead: bool = False) -> bool:
-        """Find memory for the bundle and start its transfer. Return False, with nothing taken, where there is none.
+        """Find memory for the bundle and start its transfer. Return False, with no target, where there is none.
 
         ahead: before its use, so nothing else gives way.
         """
@@ -167,6 +193,8 @@ class DeviceCaster(Caster):
         # Where the budget has no room for the source beside the final form, the host casts.
         loan.host_casts = not current and self._must_cast_on_host(loan)
         loan.brings_final = current or bundle.source_is_final or loan.host_casts
+        if not self.read_ahead.ensure(bundle, loan.host_casts, offloaded=loan.signature is None, ahead=ahead):
+            return False
         nbytes = bundle.nbytes if loan.brings_final else bundle.source_bytes
         if loan.signature is not None and (loan.brings_final or bundle.only_patched):
             loan.target = self.vbar.tensor(bundle.vbar_slice)[:nbytes]
@@ -199,28 +227,18 @@ class DeviceCaster(Caster):
         loan.after = [self.backend.record(None)]
 
     def _send(self, loan: Loan) -> None:
-        """Start the transfer, or have a reader start it."""
+        """Start the transfer, or have a reader start it when it has come so far."""
         bundle, target = loan.bundle, loan.target
         assert target is not None
         stream = self.streams[self.turn]
         self.turn = (self.turn + 1) % len(self.streams)
-        for event in loan.after:
-            # Kernels on the main stream may still read what lies there. Without this wait the copy would overwrite
-            # their input and the image would be wrong.
-            self.backend.wait(event, stream)
-        loan.after = ()
-        pin = None if loan.host_casts else self.pins.get(bundle)
-        if pin is not None and pin.version is not None and pin.version != bundle.version:
-            pin = None
-        if pin is not None:
-            if pin.ready is not None:
-                # Without this wait the copy would read a pin that a write-back is still filling.
-                self.backend.wait(pin.ready, stream)
-            loan.event = pin.busy = self.copy(target, pin.buffer[: target.numel()], stream)
-        else:
-            # What stays on the device needs no pin, which those that are brought at each step would lack.
-            pins_source = loan.signature is None and not bundle.worth_writing_back
-            loan.job = self.readers.submit(Gathering(self, loan, stream, loan.host_casts, pins_source))
+        reading = self.read_ahead.take(bundle)
+        sent = reading is not None and reading.send_to(loan, self.backend, self.copy, stream)
+        if not sent and not send_pinned(self.pins, loan, self.backend, self.copy, stream):
+            self.read_ahead.begin(bundle, loan.host_casts, offloaded=False)  # the pin went a moment ago
+            reading = self.read_ahead.take(bundle)
+            assert reading is not None and reading.pin is None
+            reading.send_to(loan, self.backend, self.copy, stream)
         if loan.signature is None:
             self.counters.bytes_streamed += target.numel()
         else:
@@ -254,7 +272,7 @@ class DeviceCaster(Caster):
         assert loan.target is not None
         if loan.job is not None:
             loan.job.wait()
-            loan.job = None
+            loan.job = loan.reading = None
         # Without this wait the main stream would compute with what lay in the target before the transfer.
         self.backend.wait(loan.event, None)
         if loan.brings_final:
@@ -268,35 +286,15 @@ class DeviceCaster(Caster):
             views = self.make_final(bundle, source, memory)
             if not resident:
                 loan.keep = memory
-                self._write_back(bundle, memory)
+                if bundle.worth_writing_back and self.write_backs.begin(bundle, memory, self.streams[self.turn]):
+                    self.counters.write_backs += 1
+                    self.counters.bytes_written_back += bundle.nbytes
             del source
             loan.target = None  # or the loan would hold the buffer for as long as its op runs
             self._free_extent(loan)
         if loan.signature is not None:
             self.keep_resident(loan, views)
         return views
-
-    def _write_back(self, bundle: Bundle, memory: torch.Tensor) -> None:
-        if not bundle.worth_writing_back:
-            return
-        pin = self.pins.take(bundle, bundle.nbytes, bundle.version)
-        if pin is None:
-            return
-        stream = self.streams[self.turn]
-        try:
-            # The main stream makes the final form. Without this wait the pin would get what lay there before.
-            self.backend.wait(self.backend.record(None), stream)
-            self.backend.copy(pin.buffer, memory, stream)
-            pin.ready = self.backend.record(stream)
-        except BaseException:
-            self.backend.synchronize()
-            self.pins.drop(bundle)  # its version would pass what lies there off as the final form
-            raise
-        # Kept until the stream has read it. Else the allocator would hand the memory out and the pin would get the
-        # numbers of another tensor.
-        self.write_backs.append((pin.ready, memory))
-        self.counters.write_backs += 1
-        self.counters.bytes_written_back += bundle.nbytes
 
     def _free_extent(self, loan: Loan) -> None:
         extent, loan.extent = loan.extent, None
@@ -312,6 +310,9 @@ class DeviceCaster(Caster):
             if loan.job is not None:
                 loan.job.cancel()
                 loan.job = None
+            if loan.reading is not None:
+                loan.reading.end()
+                loan.reading = None
             if loan.views is None and loan.event is not None:
                 # No kernel waited for this transfer. Its target would be used again while the copy still writes there.
                 loan.event.synchronize()
@@ -326,8 +327,9 @@ class DeviceCaster(Caster):
     def prefetch_after(self, bundle: Bundle) -> None:
         """Start what is asked for next, as far as the arena reaches. What is resident is passed over."""
         last = self._looked_at or bundle
+        most_ahead = self.most_ahead if self.guess is None else min(self.most_ahead, self._trusted)
         for _ in range(MOST_AHEAD):  # a guessed order may go round in a circle that `bundle` has no part in
-            if len(self.prefetched) >= self.most_ahead:
+            if len(self.prefetched) >= most_ahead:
                 break
             following = last.successor
             if following is None or following is bundle or following.loan is not None:
@@ -336,6 +338,11 @@ class DeviceCaster(Caster):
                 break
             last = following
         self._looked_at = last
+        if self.reads_ahead and most_ahead == MOST_AHEAD:
+            self.read_ahead.follow(bundle, last, self._is_offloaded)
+
+    def _is_offloaded(self, bundle: Bundle) -> bool:
+        return bundle.vbar_slice is None or not self.has_room_for(bundle)
 
     def _start_ahead(self, bundle: Bundle) -> bool:
         """Start a bundle ahead of its use. Return False where that has to wait."""
@@ -372,6 +379,7 @@ class DeviceCaster(Caster):
         with self.lock:
             while self.prefetched:
                 self._end_ahead(next(iter(self.prefetched)))
+            self.read_ahead.end()
             self._looked_at = None
 
     def settle_prefetch(self) -> None:
@@ -390,7 +398,3 @@ class DeviceCaster(Caster):
         self._settle.detach()
         self.backend.synchronize()
         self.free_buffers()
-
-
-def _done(event: Event | None) -> bool:
-    return event is None or event.query()

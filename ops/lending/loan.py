@@ -21,8 +21,9 @@ class Loan:
     target: torch.Tensor | None = None  # where the transfer goes
     extent: Extent | None = None  # of the arena, where the target lies there
     after: Sequence[Event | None] = ()  # what the transfer into the target must wait for
-    job: Job | None = None  # of the reader that starts the transfer
-    event: Event | None = None  # after the transfer, once a reader has started it
+    reading: Any = None  # brings the bytes into host memory, where no pin holds them
+    job: Job | None = None  # starts the transfer once they are there
+    event: Event | None = None  # after the transfer, once that is started
     brings_final = False  # the transfer brings the final form
     host_casts = False  # the host makes the final form
     keep: object | None = None  # memory that must outlive a transfer

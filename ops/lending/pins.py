@@ -22,12 +22,12 @@ _uses = itertools.count(1)
 class Pin:
     """A bundle in host memory. version: of the final form that it holds; None for the bytes of the source.
 
-    filling: a reader copies the source into it at this moment.
+    holders: a reader that copies the source into it, and a transfer that is yet to be started.
     """
 
     extent: Extent
     version: int | None
-    filling: bool = False
+    holders: int = 0
     used: int = 0  # grows with every use
     ready: Event | None = None  # a write-back that may still be under way
     busy: Event | None = None  # the last transfer out of it
@@ -85,7 +85,7 @@ class Pins:
         """Replace a bundle's pin by a new one of `nbytes`. Return None where the budget has no room for it.
 
         Access is cyclic, so evicting another bundle's pin would only move the miss. Other pins stay, but a final form
-        (`version` is set) displaces bytes of the source. A pin without a version is being filled until `filled`.
+        (`version` is set) displaces bytes of the source. A pin without a version is held until `release`.
         """
         with self._changed:
             self.drop(bundle)
@@ -94,7 +94,7 @@ class Pins:
                 extent = self._displace(nbytes)
             if extent is None:
                 return None
-            pin = self._pins[bundle] = Pin(extent, version, filling=version is None, used=next(_uses))
+            pin = self._pins[bundle] = Pin(extent, version, holders=int(version is None), used=next(_uses))
             self.used += nbytes
             self.changes += bundle.pin_changed(version)
             return pin
@@ -106,10 +106,23 @@ class Pins:
             if extent is not None:
                 extent.block.join(extent)
 
-    def filled(self, pin: Pin) -> None:
-        """Note that a reader has copied all bytes into a pin."""
+    def holds(self, bundle: Bundle) -> bool:
+        """Say whether a bundle has a pin that is of use, in whatever form."""
+        pin = self._pins.get(bundle)
+        return pin is not None and pin.version in (None, bundle.version)
+
+    def hold(self, bundle: Bundle, pin: Pin) -> bool:
+        """Keep a pin where it is until `release`. Return False where it has gone."""
         with self._changed:
-            pin.filling = False
+            if self._pins.get(bundle) is not pin:
+                return False
+            pin.holders += 1
+            return True
+
+    def release(self, pin: Pin) -> None:
+        """Let a pin go again, which was taken to be filled or held."""
+        with self._changed:
+            pin.holders = max(0, pin.holders - 1)  # it may have been given up
             self._changed.notify_all()
 
     def _find(self, bundle: Bundle, nbytes: int) -> Extent | None:
@@ -143,7 +156,7 @@ class Pins:
     def _displace(self, nbytes: int) -> Extent | None:
         """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
         for bundle, pin in list(self._pins.items()):
-            if pin.version is None and not pin.filling:
+            if pin.version is None and not pin.holders:
                 block = pin.extent.block
                 self.drop(bundle)
                 extent = block.cut(nbytes)
@@ -169,19 +182,31 @@ class Pins:
             pin = self._pins.get(bundle)
             if pin is None:
                 return 0
-            while pin.filling:  # a reader writes into it, and would write into what the next pin gets
+            while pin.holders:  # a reader writes into it, and would write into what the next pin gets
                 self._changed.wait()
-            if self._pins.pop(bundle, None) is not pin:
+            if self._pins.get(bundle) is not pin:
                 return 0
-            nbytes = pin.buffer.numel()
-            self.used -= nbytes
-            self.changes += bundle.pin_changed(None)
             for event in (pin.ready, pin.busy):
                 if event is not None:
                     # A transfer may still read it. Without this wait the next pin's bytes would travel in its place.
                     event.synchronize()
-            pin.extent.block.join(pin.extent)
-            return nbytes
+            return self._remove(bundle, pin)
+
+    def give_up(self, bundle: Bundle, pin: Pin) -> None:
+        """Free a pin that could not be filled, so that no transfer ever reads it."""
+        with self._changed:
+            pin.holders = 0
+            self._changed.notify_all()
+            if self._pins.get(bundle) is pin:
+                self._remove(bundle, pin)
+
+    def _remove(self, bundle: Bundle, pin: Pin) -> int:
+        del self._pins[bundle]
+        nbytes = pin.buffer.numel()
+        self.used -= nbytes
+        self.changes += bundle.pin_changed(None)
+        pin.extent.block.join(pin.extent)
+        return nbytes
 
     def free(self, nbytes: float) -> int:
         """Give whole blocks back to the system, the least recently used first, until that many bytes are free.

@@ -128,13 +128,14 @@ def test_a_wait_that_is_removed_is_noticed():
 
 
 class Reading:
-    """Work of a reader: waits, reads bytes of a file and sends them."""
+    """Work of a reader: waits, and reads bytes of a file."""
 
-    def __init__(self, clock, nbytes, take=lambda: None, send=lambda: None):
-        self.clock, self.nbytes, self.take, self.send = clock, nbytes, take, send
+    def __init__(self, clock, nbytes, wait=lambda: None):
+        self.clock, self.nbytes, self.wait = clock, nbytes, wait
         self.undone = False
 
     def fill(self):
+        self.wait()
         self.clock.read(self.nbytes)
 
     def undo(self):
@@ -145,7 +146,9 @@ def test_readers_share_memory_and_leave_the_launching_thread_alone():
     clock = Clock(MACHINE, FREE)
     readers = VirtualBackend(clock, readers=2).readers()
     sent, nbytes = [], int(MACHINE.memcpy)
-    jobs = [readers.submit(Reading(clock, nbytes, send=lambda: sent.append(clock.thread.at))) for _ in range(4)]
+    jobs = [readers.submit(Reading(clock, nbytes)) for _ in range(4)]
+    for job in jobs:
+        job.then(lambda: sent.append(clock.thread.at))
     assert clock.host.at == 0.0
     assert sent == [job.at for job in jobs] == pytest.approx([1, 1, 2, 2])  # two threads at 10 GB/s, memory at 30 GB/s
     jobs[-1].wait()
@@ -165,8 +168,8 @@ def test_a_job_waits_on_its_readers_time_and_keeps_its_error():
     clock.host.at = 0.0
     backend.copy(pages[1], pages[0], stream)
     busy = backend.record(stream)
-    work = Reading(clock, 0, busy.synchronize, lambda: backend.copy(pages[1], pages[0], stream))
-    job = backend.readers().submit(work)
+    job = backend.readers().submit(Reading(clock, 0, busy.synchronize))
+    job = job.then(lambda: backend.copy(pages[1], pages[0], stream))
     assert clock.host.at == 0.0 and job.at == busy.at > 0
     assert stream.end() == pytest.approx(2 * busy.at)
     other = backend.record(stream)  # by the launching thread, which is not that far
@@ -175,8 +178,8 @@ def test_a_job_waits_on_its_readers_time_and_keeps_its_error():
     def fails():
         raise ValueError("no such page")
 
-    work = Reading(clock, 1, fails, lambda: pytest.fail("sent although nothing was read"))
-    job = backend.readers().submit(work)
+    work = Reading(clock, 1, fails)
+    job = backend.readers().submit(work).then(lambda: pytest.fail("sent although nothing was read"))
     with pytest.raises(ValueError, match="no such page"):
         job.wait()
     assert work.undone

@@ -126,6 +126,15 @@ class SimJob:
 
     def __init__(self, readers, work) -> None:
         self.readers, self.work, self.error = readers, work, None
+        self.calls: list = []
+
+    def then(self, call):
+        following = SimCall(self, call)
+        if self.work is None:
+            following.make()
+        else:
+            self.calls.append(following)
+        return following
 
     def run(self) -> None:
         """Do it, and all that was submitted before."""
@@ -137,6 +146,8 @@ class SimJob:
             except BaseException as error:  # raised where the job is waited for, as a thread's is
                 job.error = error
             job.work = None
+            for following in job.calls:
+                following.make()
 
     def wait(self) -> None:
         self.run()
@@ -147,6 +158,30 @@ class SimJob:
         if self in self.readers.waiting:
             self.readers.waiting.remove(self)
         self.work = None
+
+
+class SimCall:
+    """A call that follows work."""
+
+    def __init__(self, job, call) -> None:
+        self.job, self.call, self.error = job, call, None
+
+    def make(self) -> None:
+        call, self.call = self.call, None
+        self.error = self.job.error
+        if call is not None and self.error is None:
+            try:
+                call()
+            except BaseException as error:
+                self.error = error
+
+    def wait(self) -> None:
+        self.job.run()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self.call = None
 
 
 class SimDevice(Backend):

@@ -91,7 +91,6 @@ def test_new_memory_waits_for_its_birth():
 def test_what_is_larger_than_the_arena_is_refused():
     arena = arena_of(4)
     assert arena.take(5 * UNIT) is None
-    assert arena.wait_for(5 * UNIT) is None
     assert arena.nbytes == 0
 
 
@@ -132,17 +131,29 @@ def test_no_two_owners_share_a_byte_and_no_byte_is_lost(block_bytes):
     assert block_bytes or arena.take(16 * UNIT) is not None
 
 
-def test_a_thread_waits_for_another_to_give_back_and_for_its_use():
-    arena, log = arena_of(1), []
-    first = arena.take(UNIT)
-    got = []
-    waiting = threading.Thread(target=lambda: got.append(arena.wait_for(UNIT)))
-    waiting.start()
-    waiting.join(0.05)
-    assert not got
-    arena.give(first, Use("used", log))
-    waiting.join(10)
-    assert got and log == ["used"]
+def test_memory_that_comes_later_is_allocated_by_who_looks_first():
+    made, refuse = [], [True]
+
+    def empty(nbytes):
+        if refuse.pop() if refuse else False:
+            raise RuntimeError("refused")
+        made.append((nbytes, threading.get_ident()))
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    arena = Arena(empty, later=True)
+    arena.resize(4 * UNIT, 2 * UNIT)
+    first, second = arena.take(UNIT), arena.take(UNIT)
+    assert arena.nbytes == 2 * UNIT and not made
+    with pytest.raises(RuntimeError, match="refused"):
+        _ = first.view  # and the next who looks tries again
+    looking = [threading.Thread(target=lambda: second.view.fill_(2)), threading.Thread(target=lambda: first.view)]
+    for thread in looking:
+        thread.start()
+    for thread in looking:
+        thread.join(10)
+    assert len(made) == 1 and made[0][0] == 2 * UNIT and made[0][1] != threading.get_ident()
+    first.view.fill_(1)
+    assert bool((second.view == 2).all())
 
 
 def test_small_blocks_that_are_idle_give_way_to_a_large_one():

@@ -14,7 +14,8 @@ ROWS = "ops.lending.lend_rows"
 CAREFUL = "ops.device.careful_backend:CarefulBackend"
 CUDA = "ops.device.backend:StreamBackend"
 
-GATHERING = "ops.lending.gathering:Gathering"
+READING = "ops.lending.reading"
+WRITE_BACKS = "ops.lending.write_backs:WriteBacks"
 
 CASES = "lending/test_caster.py"
 ARENA = "lending/test_arena.py"
@@ -37,7 +38,7 @@ AIMDO = "cuda_sim/on_aimdo/test_dropped.py"
 FAULTS = {
     # Waits in their order along a loan's way.
     "memory is filled that kernels may still read": Fault(
-        f"{CASTER}._send", "self.backend.wait(event, stream)", "pass", (CASES, CONTRACT)
+        f"{READING}:_start", "backend.wait(event, stream)", "pass", (CASES, CONTRACT)
     ),
     "a slice is filled that kernels may still read": Fault(
         f"{CASTER}._try_to_start", "loan.after = [self.backend.record(None)]", "loan.after = []", (CASES, CONTRACT)
@@ -46,16 +47,16 @@ FAULTS = {
         f"{CASTER}._hold_target", "loan.after = [self.backend.record(None)]", "loan.after = []", (BUFFERS,)
     ),
     "a pin is read while it is being filled": Fault(
-        f"{CASTER}._send",
-        "self.backend.wait(pin.ready, stream)",
+        f"{READING}:send_pinned",
+        "backend.wait(pin.ready, stream)",
         "pass",
         (f"{PATCHES}::test_a_patched_weight_may_be_wanted_again_while_it_is_written_back",),
     ),
     "nobody knows that a pin is being read": Fault(
-        f"{CASTER}._send", "loan.event = pin.busy =", "loan.event =", (PINS, READS)
+        f"{READING}:send_pinned", "loan.event = pin.busy =", "loan.event =", (PINS, READS)
     ),
     "nobody knows that a pin that was just filled is being read": Fault(
-        f"{GATHERING}.send", "self.pin.busy = loan.event", "pass", (PINS,)
+        f"{READING}:Reading._send", "self.pin.busy = loan.event", "pass", (PINS,)
     ),
     "a pin goes while a reader fills it": Fault(
         "ops.lending.pins:Pins.drop", "self._changed.wait()", "break", (READERS,)
@@ -65,7 +66,7 @@ FAULTS = {
         f"{CASTER}.finish", "loan.job.cancel()", "pass", (CASES, READERS)
     ),
     "a reader that failed may have begun a transfer": Fault(
-        f"{GATHERING}.undo", "self.caster.backend.synchronize()", "pass", (PINS, READERS)
+        f"{READING}:Reading._send", "backend.synchronize()", "pass", (PINS, READERS)
     ),
     "what could not be begun ahead may have begun": Fault(
         f"{CASTER}._start_ahead", "self.backend.synchronize()", "pass", (PINS, READERS)
@@ -74,27 +75,36 @@ FAULTS = {
         "ops.lending.caster:Caster.begin", "self.backend.synchronize()", "pass", (PINS,)
     ),
     "staging is filled again while it is being read": Fault(
-        f"{GATHERING}._give_back", "give(extent, self.loan.event)", "give(extent, None)", (CASES,)
+        f"{READING}:Reading._send", "self._give_back(loan.event)", "self._give_back(None)", (CASES,)
     ),
     "staging is not waited for": Fault(
-        "ops.lending.arena:Arena.wait_for", "event.synchronize()", "pass", (ARENA, f"{CONTRACT}::{ANY_NUMBER}")
+        f"{READING}:Reading.fill", "event.synchronize()", "pass", (CASES, f"{CONTRACT}::{ANY_NUMBER}")
+    ),
+    "staging that was never filled is given back as done": Fault(
+        f"{READING}:Reading._give_back", "event.synchronize()", "pass", (PATCHES,)
+    ),
+    "a pin goes before its transfer is started": Fault(
+        f"{READING}:Reading.send_to", "self.pins.hold(self.bundle, self.pin)", "True", (READERS, PINS)
+    ),
+    "what was read is sent when its loan has ended": Fault(
+        f"{CASTER}._end_ahead", "loan.job.cancel()", "pass", (CASES, READERS, PINS)
     ),
     "nobody waits for a transfer": Fault(f"{CASTER}.complete", "self.backend.wait(loan.event, None)", "pass", (CASES,)),
     "what is not made yet is written back": Fault(
-        f"{CASTER}._write_back", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
+        f"{WRITE_BACKS}.begin", "self.backend.wait(self.backend.record(None), stream)", "pass", (CASES,)
     ),
     "nothing is awaited where a write-back may have begun": Fault(
-        f"{CASTER}._write_back", "self.backend.synchronize()", "pass", (PINS,)
+        f"{WRITE_BACKS}.begin", "self.backend.synchronize()", "pass", (PINS,)
     ),
-    "half a pin is kept": Fault(f"{CASTER}._write_back", "self.pins.drop(bundle)", "pass", (PINS,)),
+    "half a pin is kept": Fault(f"{WRITE_BACKS}.begin", "self.pins.drop(bundle)", "pass", (PINS,)),
     "memory goes that is being written back": Fault(
-        f"{CASTER}._write_back", "self.write_backs.append((pin.ready, memory))", "pass", (CASES,)
+        f"{WRITE_BACKS}.begin", "self._under_way.append((pin.ready, memory))", "pass", (CASES,)
     ),
     "memory goes that is still being written back": Fault(
-        f"{CASTER}._finish_write_backs", "event.synchronize()", "pass", (PINS,)
+        f"{WRITE_BACKS}.finish", "event.synchronize()", "pass", (PINS,)
     ),
     "every write-back counts as done": Fault(
-        "ops.lending.device_caster:_done", "event is None or event.query()", "True", (CASES, PINS)
+        f"{WRITE_BACKS}.forget_done", "if event is not None and not event.query()", "if False", (CASES, PINS)
     ),
     "an extent is given back as done": Fault(
         f"{CASTER}._free_extent", "done = self.backend.record(None)", "pass", (CASES,)

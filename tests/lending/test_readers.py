@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from kit.nets import Stack, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.device import readers
-from spillway.ops.lending.gathering import Gathering
+from spillway.ops.lending import reading
+from spillway.ops.lending.reading import Reading
 from spillway.patcher.policy import Rule
 
 DEPTH = 8
@@ -76,8 +77,8 @@ def test_the_bits_are_those_of_the_plain_module(path, pinned, share):
 def test_the_launching_thread_gathers_and_locks_nothing(path, monkeypatch):
     here = threading.get_ident()
     who = {"fill": set(), "lock": set()}
-    fill, lock = Gathering.fill, Threaded.host_empty
-    monkeypatch.setattr(Gathering, "fill", lambda self: (who["fill"].add(threading.get_ident()), fill(self))[1])
+    fill, lock = Reading.fill, Threaded.host_empty
+    monkeypatch.setattr(Reading, "fill", lambda self: (who["fill"].add(threading.get_ident()), fill(self))[1])
     monkeypatch.setattr(
         Threaded, "host_empty", lambda self, nbytes: (who["lock"].add(threading.get_ident()), lock(self, nbytes))[1]
     )
@@ -96,30 +97,36 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("part", ["take", "fill", "send"])
+@pytest.mark.parametrize("while_sent", [False, True])
 @pytest.mark.parametrize("pinned", [0, ALL])
 @pytest.mark.parametrize("error", [Broken, MemoryError, KeyboardInterrupt])
-def test_an_error_of_a_reader_is_raised_where_its_bundle_is_asked_for(path, monkeypatch, part, pinned, error):
+def test_an_error_of_a_reader_is_raised_where_its_bundle_is_asked_for(path, monkeypatch, while_sent, pinned, error):
     model = made(path, pinned_bytes=pinned)
-    original = getattr(Gathering, part)
     at = model.bundles[4]
+    copied, start = reading.copy_into, reading._start
 
-    def fail(self):
-        original(self)
-        if self.loan.bundle is at:
+    def copy_into(target, source, **how):
+        copied(target, source, **how)
+        if source is at.source[0]:
             raise error("in a reader")
+
+    def started(loan, *args):
+        event = start(loan, *args)
+        if loan.bundle is at:
+            raise error("in a reader")
+        return event
 
     seen = []
     for index, layer in enumerate(model.module.layers):
         layer.register_forward_hook(lambda *_, index=index: seen.append(index))
     with monkeypatch.context() as planted:
-        planted.setattr(Gathering, part, fail)
+        planted.setattr(reading, *(("_start", started) if while_sent else ("copy_into", copy_into)))
         with pytest.raises(error, match="in a reader"):
             model(model.module.input())
     assert seen == [0, 1, 2, 3]
     model.free()
     assert nothing_is_taken(model)
-    assert at not in model.pins._pins
+    assert while_sent or at not in model.pins._pins
     for _ in range(3):
         assert same(model(model.module.input()), expected(path))
 
@@ -127,16 +134,16 @@ def test_an_error_of_a_reader_is_raised_where_its_bundle_is_asked_for(path, monk
 def test_an_interrupt_ends_what_is_yet_to_be_read_before_memory_goes(path, monkeypatch):
     """Readers are slow, and the computation is interrupted while they fill memory."""
     model = made(path, Threaded(1), pinned_bytes=ALL)
-    fill, filling = Gathering.fill, []
+    fill, filling = Reading.fill, []
 
     def slow(self):
         filling.append(self)
         time.sleep(0.03)
-        assert self.loan.extent is None or self.loan.extent.segment.taken, "its memory is somebody else's by now"
+        assert self.extent is None or self.extent.segment.taken, "its memory is somebody else's by now"
         fill(self)
         filling.remove(self)
 
-    monkeypatch.setattr(Gathering, "fill", slow)
+    monkeypatch.setattr(Reading, "fill", slow)
     hook = model.module.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(model.module.input())
@@ -149,7 +156,7 @@ def test_an_interrupt_ends_what_is_yet_to_be_read_before_memory_goes(path, monke
 def test_a_pin_that_a_reader_fills_is_not_given_to_others(path, monkeypatch):
     """RAM runs short, so that another thread frees pins, at the very moment."""
     model = made(path, Threaded(1), pinned_bytes=ALL)
-    fill, began, may_end = Gathering.fill, threading.Event(), threading.Event()
+    fill, began, may_end = Reading.fill, threading.Event(), threading.Event()
 
     def slow(self):
         if self.pin is not None:
@@ -157,7 +164,7 @@ def test_a_pin_that_a_reader_fills_is_not_given_to_others(path, monkeypatch):
             assert may_end.wait(10)
         fill(self)
 
-    monkeypatch.setattr(Gathering, "fill", slow)
+    monkeypatch.setattr(Reading, "fill", slow)
     running = threading.Thread(target=lambda: model(model.module.input()))
     running.start()
     assert began.wait(10)
@@ -200,13 +207,9 @@ def test_work_begins_in_the_order_in_which_it_was_given():
         def __init__(self, number):
             self.number = number
 
-        def take(self):
+        def fill(self):
             began.append(self.number)
             gate.wait(10)
-
-        def fill(self): ...
-
-        def send(self): ...
 
         def undo(self): ...
 

@@ -7,12 +7,13 @@ calls, so a thread that is behind in time may still take an earlier gap of the b
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .devices import Machine
 from .hazards import Hazards
+from .page_cache import PageCache
 
 COMPUTE, TO_DEVICE, TO_HOST, WAITS = "compute", "bus to device", "bus to host", "waits"
 
@@ -121,6 +122,7 @@ class Sums:
     bytes_in: int = 0
     bytes_out: int = 0
     bytes_read: int = 0
+    bytes_from_disk: int = 0  # of those
     locked_bytes: int = 0
     waited_s: float = 0.0  # of the launching thread, for the device
 
@@ -146,6 +148,7 @@ class Clock:
         self.buses = {TO_DEVICE: Server(), TO_HOST: Server()}
         self.memory, self.disk = Server(), Server()
         self.cold = False
+        self.pages: PageCache | None = None
         self.sums = Sums()
         self.spans: list[Span] | None = None
         self.hazards = Hazards() if hazards else None
@@ -216,12 +219,17 @@ class Clock:
 
     # -- the host
 
-    def read(self, nbytes: int, what: str = "") -> None:
-        """Let the current thread copy bytes of a file: from the page cache, or from the disk where that is cold."""
+    def read(self, nbytes: int, what: str = "", part: Hashable = None) -> None:
+        """Let the current thread copy bytes of a file: from the page cache, or from the disk where that is cold.
+
+        part: of the file, which the page cache has or has not.
+        """
         thread, machine = self.thread, self.machine
         start = thread.at
         end = start + nbytes / machine.memcpy
-        server, rate = (self.disk, machine.disk) if self.cold else (self.memory, machine.memcpy_all)
+        cold = self.cold or (self.pages is not None and not self.pages.read(part, nbytes))
+        server, rate = (self.disk, machine.disk) if cold else (self.memory, machine.memcpy_all)
+        self.sums.bytes_from_disk += nbytes * cold
         thread.at = max(end, server.take(start, nbytes / rate)[-1][1])
         server.forget(self.host.at)
         self.sums.bytes_read += nbytes

@@ -44,7 +44,7 @@ def virtual_math(clock: Clock) -> Iterator[None]:
     """Let gathering and final forms cost time on the clock, and do nothing."""
 
     def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone: bool = False) -> None:
-        clock.read(tensor_bytes(source))
+        clock.read(tensor_bytes(source), part=id(source))
 
     def made(bundle, source, memory, counters, *, in_place):
         views = interpret_gathered_like(bundle.final, memory)

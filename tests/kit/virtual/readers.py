@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from spillway.ops.device.readers import Work, do
 
 from .clock import Clock, Thread
@@ -10,9 +12,9 @@ from .clock import Clock, Thread
 class Job:
     """A filling that was given to a reader. at: when it is done."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, at: float = 0.0) -> None:
         self._clock = clock
-        self.at = 0.0
+        self.at = at
         self.error: BaseException | None = None
 
     def wait(self) -> None:
@@ -23,6 +25,26 @@ class Job:
 
     def cancel(self) -> None:
         """The reader has done it already, in its own time."""
+
+    def then(self, call) -> Job:
+        """Make the call when the work has ended, or now where that was before."""
+        job = Job(self._clock, max(self.at, self._clock.thread.at))
+        job.error = self.error
+        if self.error is None and self.at > self._clock.thread.at:
+            with self._clock.as_thread(Thread("sender", self.at)) as sender:
+                job.end(call)
+            job.at = sender.at
+        elif self.error is None:
+            job.end(call)
+            job.at = self._clock.thread.at
+        return job
+
+    def end(self, call) -> None:
+        """Make the call, and keep its error."""
+        try:
+            call()
+        except BaseException as error:
+            self.error = error
 
 
 class VirtualReaders:
@@ -39,10 +61,7 @@ class VirtualReaders:
         reader = min(self.threads, key=lambda thread: thread.at)
         reader.at = max(reader.at, clock.thread.at)
         with clock.as_thread(reader):
-            try:
-                do(work)
-            except BaseException as error:
-                job.error = error
+            job.end(partial(do, work))
         job.at = reader.at
         return job
 

@@ -1,0 +1,141 @@
+"""What readers bring ahead: further than the device has room for, once each, and no longer once a guess has failed."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kit.nets import dynamic, plain, same, write
+from kit.sim_device import SimDevice
+from spillway.ops.lending.reading import Reading
+
+DEPTH = 24
+WIDTH = 64
+
+
+class Shuffled(torch.nn.Module):
+    """Layers that run in another order than they are registered in."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+        self.order = list(range(DEPTH))
+        random.Random(seed).shuffle(self.order)
+
+    def input(self):
+        return torch.linspace(-1, 1, WIDTH).repeat(3, 1)
+
+    def forward(self, x):
+        for index in self.order:
+            x = torch.tanh(self.layers[index](x))
+        return x
+
+
+def double(weight):
+    return weight * 2
+
+
+@pytest.fixture
+def path(tmp_path):
+    write(tmp_path / "m.safetensors", Shuffled(0))
+    return tmp_path / "m.safetensors"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each bundle was read."""
+    counts, fill = Counter(), Reading.fill
+    monkeypatch.setattr(Reading, "fill", lambda self: (counts.update([self.bundle]), fill(self))[1])
+    return counts
+
+
+def run_and_compare(model, path, seed):
+    reference = plain(lambda: Shuffled(seed), load_file(path), torch.float32)
+    assert same(model(model.module.input()), reference(reference.input()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_in_an_order_that_nobody_knew_reads_little_twice(path, read, seed, share):
+    model = dynamic(lambda: Shuffled(seed), path, device=SimDevice(eager=True), pinned_bytes=0)
+    model.set_policy(model.policy.with_changes(vram_bytes=int(share * model.total_bytes)))
+    run_and_compare(model, path, seed)
+    assert len(read) == DEPTH
+    assert read.total() <= 8 * DEPTH // 3
+
+
+def test_nothing_is_read_twice_once_the_order_is_known(path, read):
+    model = dynamic(lambda: Shuffled(1), path, device=SimDevice(eager=True), vram_bytes=0, pinned_bytes=0)
+    for _ in range(2):
+        run_and_compare(model, path, 1)
+    ahead = Counter(list(model.caster.read_ahead._readings))  # for the third step
+    read.clear()
+    run_and_compare(model, path, 1)
+    assert max((read + ahead).values()) <= 2  # for this step, and for the one that follows
+    assert DEPTH <= read.total() + ahead.total() <= DEPTH + 8
+
+
+def test_host_memory_is_filled_further_ahead_than_the_device_has_room_for(path):
+    model = dynamic(lambda: Shuffled(2), path, device=SimDevice(eager=True), vram_bytes=0, pinned_bytes=0)
+    seen = []
+
+    def look(*_):
+        caster = model.caster
+        seen.append((len(caster.prefetched), len(caster.read_ahead._readings)))
+
+    run_and_compare(model, path, 2)
+    for layer in model.module.layers:
+        layer.register_forward_hook(look)
+    run_and_compare(model, path, 2)
+    sent, read = (max(column) for column in zip(*seen, strict=True))
+    assert read >= 1
+    assert model.caster.staging.taken_bytes <= model.caster.staging.capacity
+    assert sent + read >= 4
+
+
+def test_what_is_on_its_way_to_where_it_stays_holds_no_buffer_and_gives_none_way(path, read):
+    model = dynamic(lambda: Shuffled(3), path, device=SimDevice(eager=True), pinned_bytes=0)
+    model.module.order = list(range(DEPTH))
+    coming = []
+
+    def need_all(*_):
+        caster = model.caster
+        before = [bundle for bundle, loan in caster.prefetched.items() if loan.goes_to_its_slice]
+        caster.make_way(caster.room + 1)
+        assert list(caster.prefetched) == before
+        coming.append(len(before))
+
+    hook = model.module.layers[8].register_forward_hook(need_all)
+    model(model.module.input())
+    hook.remove()
+    assert coming[0] > 4
+    assert read.total() == len(read) == DEPTH
+
+
+def test_a_large_bundle_that_stays_does_not_size_the_memory_for_transfers(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+            self.large = torch.nn.Linear(WIDTH, 40 * WIDTH)
+
+        def input(self):
+            return torch.linspace(-1, 1, WIDTH).repeat(3, 1)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return self.large(x)
+
+    write(tmp_path / "m.safetensors", Net())
+    model = dynamic(Net, tmp_path / "m.safetensors", device=SimDevice(eager=True), pinned_bytes=0)
+    model.set_patches({f"layers.{index}.weight": double for index in range(DEPTH)})
+    model.set_policy(model.policy.with_changes(vram_bytes=model.total_bytes * 9 // 10))
+    model(model.module.input())
+    residency = model.residency
+    offloaded = [bundle for bundle in model.bundles if bundle not in residency.addresses[: residency.plan.resident]]
+    assert offloaded and all(bundle.nbytes < model.total_bytes // 4 for bundle in offloaded)
+    casts = max(bundle.offload_cost() - bundle.source_bytes for bundle in offloaded)
+    assert model.caster.arena.capacity + casts <= model.caster.room
