@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..ops.gather import interpret_gathered_like
-from ..ops.ledger import Ledger
+from ..ops.gather import aligned, interpret_gathered_like
+from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
 from ..ops.vbar.protocol import VBAR
 from .layer_names import VECTOR, has_part
@@ -20,6 +21,8 @@ from .step_time import Pace, spread_over_time, step_seconds
 PARTS = (8, 32, 128)
 # Bundles, at their largest, that room is kept for while they are on their way.
 WINDOWS = (2, 3, 4, 6, 8)
+# A wait of this share of the computation is not worth a word.
+SHORT = 0.01
 # A layout must be better by this to be worth moving what is there.
 GAIN = 1.02
 
@@ -69,11 +72,25 @@ class Layouts:
 
     def expected(self, addresses: Sequence[Bundle], window: int, pace: Pace) -> Layout:
         """Return a layout with the seconds that a step is expected to take."""
-        rule = self.fixed or by_bytes(window)
-        plan = self.plan(addresses, rule)
-        stays = set(addresses[: plan.resident])
-        on_its_way = rule([bundle.transfer_bytes for bundle in self.order if bundle not in stays])
-        return Layout(addresses, window, step_seconds(self.order, stays, on_its_way, pace))
+        count = self.plan(addresses, self.fixed or by_bytes(window)).resident
+        return Layout(addresses, window, self._seconds(addresses, window, count, pace))
+
+    def _seconds(self, addresses: Sequence[Bundle], window: int, count: int, pace: Pace) -> float:
+        """Return the seconds of a step in which the first `count` bundles are resident."""
+        stays = set(addresses[:count])
+        on_its_way = [bundle.transfer_bytes for bundle in self.order if bundle not in stays]
+        return step_seconds(self.order, stays, (self.fixed or by_bytes(window))(on_its_way), pace)
+
+    def missing_bytes(self, layout: Layout, pace: Pace) -> int:
+        """Return how many more bytes of the device would hide the transfers behind the computation."""
+        addresses, enough = layout.addresses, (1 + SHORT) * sum(map(pace.compute, self.order))
+        now = self.plan(addresses, self.fixed or by_bytes(layout.window)).resident
+        hidden = bisect_left(
+            range(now, len(addresses)),
+            True,
+            key=lambda count: self._seconds(addresses, layout.window, count, pace) <= enough,
+        )
+        return sum(aligned(bundle.nbytes) for bundle in addresses[now : now + hidden])
 
     def best(self, pace: Pace) -> Layout:
         """Return the layout with the shortest step. Among equals the one with the smallest window comes first."""
@@ -84,9 +101,10 @@ class Layouts:
         computing = sum(map(pace.compute, self.order))
         waits = max(0.0, layout.seconds - computing)
         said = f"a step is expected to take {layout.seconds:.2f} s, of which it computes {computing:.2f} s"
-        if waits < 0.01 * computing:
+        if waits < SHORT * computing:
             return f"{said}: what is offloaded comes behind it"
-        return f"{said} and waits {waits:.2f} s for the bus, at {pace.bus / 1e9:.1f} GB/s"
+        more = in_words(self.missing_bytes(layout, pace))
+        return f"{said} and waits {waits:.2f} s for the bus, at {pace.bus / 1e9:.1f} GB/s; {more} more would hide it"
 
     def _candidates(self, pace: Pace) -> Iterator[Layout]:
         orders = [self.plain()]
