@@ -5,6 +5,7 @@ Imports the standard library alone, as dev.py does.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 COMFYUI = "tests/comfyui"
@@ -13,15 +14,27 @@ DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
 PATCHER = f"{COMFYUI}/patcher"
-# Folders whose tests all run on the device with --slow.
-FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
-# Of them, what a device is most likely to break: where weights lie, who moves them, and what makes them.
+# Whose servers are processes of their own, which run on the CPU.
+ON_THE_CPU = ("server",)
+HERE = Path(__file__).resolve().parents[1] / "comfyui"
+# Folders whose tests all run on the device with --slow. A folder that is added is one of them.
+FOLDERS = [
+    f"{COMFYUI}/{folder.name}"
+    for folder in sorted(HERE.iterdir())
+    if folder.name not in ("device", *ON_THE_CPU) and any(folder.glob("test_*.py"))
+]
+# Of them, what a device is most likely to break: where weights lie, who moves them, what makes them and who saves them.
 HOST = (
     *(f"{PATCHER}/test_{name}.py" for name in ("loads", "full_card", "other_devices", "patcher")),
     f"{COMFYUI}/patches/test_lora.py",
     f"{COMFYUI}/nodes/test_memory.py",
+    f"{COMFYUI}/nodes/test_merge.py",
     f"{COMFYUI}/loading/test_quantised_matmul.py",
+    f"{COMFYUI}/loading/test_bad_input.py",
     f"{COMFYUI}/int8",
+    f"{COMFYUI}/saving",
+    *(f"{COMFYUI}/cache/test_{name}.py" for name in ("disk", "free", "output_cache", "outside_of_nodes")),
+    *(f"{COMFYUI}/gguf/test_{name}.py" for name in ("nodes", "other_nodes", "vaes")),
 )
 # The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
 BUT = (

@@ -158,21 +158,6 @@ def test_a_budget_smaller_than_the_largest_bundle_streams_everything(tmp_path, k
     assert any("smaller than" in text and "largest bundle" in text for text in model.ledger.decisions)
 
 
-def test_the_budget_that_is_told_is_the_one_that_was_set(path):
-    """The model's buffers are in it, and may take all of it."""
-
-    def with_buffer():
-        module = build()
-        module.register_buffer("table", torch.zeros(1024), persistent=False)
-        return module
-
-    model = dynamic(with_buffer, path, device=SimDevice(), vram_bytes=1000)
-    model.place_buffers()
-    run(model)
-    assert any("budget 1000 B set by the policy" in text for text in model.ledger.decisions)
-    assert any("the budget of 1000 B is smaller than" in text for text in model.ledger.decisions)
-
-
 def test_freed_memory_comes_back_with_the_next_step(path, device):
     model, expected = made(path, device)
     run(model)
