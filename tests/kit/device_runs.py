@@ -36,6 +36,8 @@ HOST = (
     *(f"{COMFYUI}/cache/test_{name}.py" for name in ("disk", "free", "output_cache", "outside_of_nodes")),
     *(f"{COMFYUI}/gguf/test_{name}.py" for name in ("nodes", "other_nodes", "vaes")),
 )
+# What is decided by the dtype that a device computes in.
+IN_16_BIT = tuple(f"{COMFYUI}/{folder}" for folder in ("int8", "saving"))
 # The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
 BUT = (
     f"{PATCHER}/test_patcher.py::test_a_vae_in_tiles",
@@ -76,5 +78,5 @@ RUNS = {
         (DEVICE, *FOLDERS),
     ),
     "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
-    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),
 }
