@@ -53,14 +53,17 @@ class LoadPlan:
 
 
 def budget_in_words(budget: int | None, largest: int, reserve: int) -> str | None:
-    """Say what a very small budget means; None for any other. largest: bytes that one use of a bundle takes."""
+    """Say what a very small budget means; None for any other.
+
+    largest: bytes that one use of a bundle takes, and the model's buffers beside it.
+    """
     if budget == 0:
         return f"the budget is 0: nothing stays resident, and bundles on their way take {in_words(reserve)}."
     if budget is None or largest <= budget:
         return None
     return (
         f"the budget of {in_words(budget)} is smaller than the {in_words(largest)} that the largest bundle needs while "
-        "it is used: nothing stays resident, and the peak is that bundle."
+        "it is used, with the model's buffers: nothing stays resident, and the peak is these."
     )
 
 

@@ -186,7 +186,8 @@ class Residency:
         self.plan = plan
         self._keep_floor()
         vbar.set_limit(plan.limit)
-        reason = f"budget {in_words(budget)} set by the policy" if budget is not None else self._free_in_words()
+        allowed = self.policy.vram_bytes
+        reason = self._free_in_words() if allowed is None else f"budget {in_words(allowed)} set by the policy"
         if budget is not None and self.expected:
             reason += f", {self._free_in_words()}"
         if plan != self.remembered.plan:
@@ -194,7 +195,7 @@ class Residency:
         self.remembered.plan = plan
         self._give_room(plan)
         largest = max((self.costs.use(bundle) for bundle in self.bundles), default=0)
-        said = budget_in_words(budget, largest, plan.reserve)
+        said = budget_in_words(allowed, largest + self.placed_bytes, plan.reserve)
         if said is not None:
             self.ledger.decide_once(said, level=logging.INFO)
 

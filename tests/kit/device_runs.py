@@ -5,6 +5,7 @@ Imports the standard library alone, as dev.py does.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 COMFYUI = "tests/comfyui"
@@ -13,16 +14,30 @@ DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
 PATCHER = f"{COMFYUI}/patcher"
-# Folders whose tests all run on the device with --slow.
-FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
-# Of them, what a device is most likely to break: where weights lie, who moves them, and what makes them.
+# Whose servers are processes of their own, which run on the CPU.
+ON_THE_CPU = ("server",)
+HERE = Path(__file__).resolve().parents[1] / "comfyui"
+# Folders whose tests all run on the device with --slow. A folder that is added is one of them.
+FOLDERS = [
+    f"{COMFYUI}/{folder.name}"
+    for folder in sorted(HERE.iterdir())
+    if folder.name not in ("device", *ON_THE_CPU) and any(folder.glob("test_*.py"))
+]
+# Of them, what a device is most likely to break: where weights lie, who moves them, what makes them and who saves them.
 HOST = (
     *(f"{PATCHER}/test_{name}.py" for name in ("loads", "full_card", "other_devices", "patcher")),
     f"{COMFYUI}/patches/test_lora.py",
     f"{COMFYUI}/nodes/test_memory.py",
+    f"{COMFYUI}/nodes/test_merge.py",
     f"{COMFYUI}/loading/test_quantised_matmul.py",
+    f"{COMFYUI}/loading/test_bad_input.py",
     f"{COMFYUI}/int8",
+    f"{COMFYUI}/saving",
+    *(f"{COMFYUI}/cache/test_{name}.py" for name in ("disk", "free", "output_cache", "outside_of_nodes")),
+    *(f"{COMFYUI}/gguf/test_{name}.py" for name in ("nodes", "other_nodes", "vaes")),
 )
+# What is decided by the dtype that a device computes in.
+IN_16_BIT = tuple(f"{COMFYUI}/{folder}" for folder in ("int8", "saving"))
 # The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
 BUT = (
     f"{PATCHER}/test_patcher.py::test_a_vae_in_tiles",
@@ -63,5 +78,5 @@ RUNS = {
         (DEVICE, *FOLDERS),
     ),
     "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
-    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),
 }

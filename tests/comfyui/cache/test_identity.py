@@ -45,13 +45,14 @@ FLAGS = [
 ]
 
 
-def flag(name, value=True):
-    return lambda patch: patch.setattr(args, name, value, raising=False)
+def flag(name):
+    """Return what sets a flag to what it is not: this ComfyUI may run with it."""
+    return lambda patch: patch.setattr(args, name, not getattr(args, name, False), raising=False)
 
 
 OTHER = {
     **{name: flag(name) for name in FLAGS},
-    "fast": flag("fast", {"fp16_accumulation"}),
+    "fast": lambda patch: patch.setattr(args, "fast", {"fp16_accumulation"}),
     "ComfyUI": lambda patch: patch.setattr(comfyui_version, "__version__", "99.0"),
     "ComfyUI's code": lambda patch: patch.setattr(disk, "comfyui_digest", lambda: "other"),
     "device": lambda patch: patch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu", 0)),

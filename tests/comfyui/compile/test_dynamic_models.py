@@ -96,18 +96,22 @@ def test_a_model_quantised_while_loading_never_recompiles(weight_dtype, checkpoi
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
-def test_a_quantised_file_never_recompiles(kind, quantised_file, lora_path):
-    """As they are computed with on a CPU: dequantised by layer."""
+def test_a_quantised_file_never_recompiles(kind, quantised_file, lora_path, monkeypatch):
+    """As they are computed with on a CPU, and on a device without FP8 products: dequantised by layer."""
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: False)
     check_quantised(quantised_file(kind), "default", lora_path)
 
 
 def check_quantised(path, weight_dtype, lora_path):
-    """The same, in one graph a block, and none more for another budget, size, batch or LoRA."""
+    """The same, in one graph a block, and none more for another budget, size, batch or LoRA.
+
+    CUDA multiplies in INT8 from 17 rows on. Below, rows are padded, which is another graph.
+    """
     lora = comfy.utils.load_torch_file(lora_path)
     plain = load_diffusion_model(path, weight_dtype)
     model = compiled(load_diffusion_model(path, weight_dtype))
-    for batch in (1, 2):
-        run(model, batch=batch)
+    for size in ({"batch": 1}, {"batch": 2}, {"batch": 3, "width": 96}):
+        run(model, **size)
     graphs = engine.compile_count()
     for fraction, strength, size in (
         (1.0, 0.0, {}),
@@ -117,7 +121,8 @@ def check_quantised(path, weight_dtype, lora_path):
     ):
         got = run(with_strength(with_budget(model, fraction), lora, strength), **size)
         assert_same(got, run(with_strength(plain, lora, strength), **size))
-    assert engine.compile_count() == graphs == 4
+    on_a_cpu = model.load_device.type == "cpu"
+    assert engine.compile_count() == graphs and graphs in ({4} if on_a_cpu else range(4, 9))
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not said(model, "uncompiled")
 

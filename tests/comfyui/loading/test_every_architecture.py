@@ -41,6 +41,7 @@ NOT_ASKED = {
     "StableAudio": {"seconds_*": "conditions, made before sampling"},
     "StableAudio3": {"seconds_*": "conditions, made before sampling"},
     "Hunyuan3Dv2_1": {"diffusion_model.t_embedder.cond_proj": "guidance as an input, which the sampler does not give"},
+    "Trellis2": {"diffusion_model.img2shape*": "the stages after this one, of voxels that it finds"},
     "Omnigen2": {"diffusion_model": "numbers of those pictures", "diffusion_model.ref_image*": "pictures to edit"},
     "Boogu": {"diffusion_model": "numbers of those pictures", "diffusion_model.ref_image*": "pictures to edit"},
     "Anima": {"diffusion_model.llm_adapter*": "called with a text, before sampling"},

@@ -135,7 +135,7 @@ def test_quantised_models(both, paths):
     got = saved(model)
     key = "double_blocks.0.img_attn.qkv.weight"
     one, two = (side[f"diffusion_model.{key}"] for side in weights)
-    wanted = (one.dequantize() if both else one).float() * 0.75 + two.dequantize().float() * 0.25
+    wanted = (one.dequantize() if both else one).float().cpu() * 0.75 + two.dequantize().float() * 0.25
     error = (got[f"model.diffusion_model.{key}"] - wanted).norm() / wanted.norm()
     assert error < (0.05 if both else 1e-6)
     # What was saved is what ran.

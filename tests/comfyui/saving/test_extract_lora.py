@@ -13,6 +13,7 @@ from kit.comfyui.loras import LINEAR, MLP, QKV, forms, numbers, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, budget, run
 from spillway.nodes.save import SpillwaySaveDiffusionModel, SpillwaySaveLora
 from spillway.ops.files import deferred
+from spillway.patcher.comfyui.loading.ggml import compute_dtype
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.saving.target import journal
 
@@ -45,7 +46,8 @@ def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
     for stem in (QKV, LINEAR, MLP):
         difference = forms("lora")[f"{stem}.lora_up.weight"] @ forms("lora")[f"{stem}.lora_down.weight"] * 0.5
         found = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
-        assert (found - difference).norm() < 1e-4 * difference.norm()
+        rounded = 1e-4 if compute_dtype(ours.model) == torch.float32 else 0.02  # as the patched weights are
+        assert (found - difference).norm() < rounded * difference.norm()
     again = with_lora(classic, comfy.utils.load_torch_file(file))
     assert "NOT LOADED" not in caplog.text.upper()
     near(run(again), run(tuned), run(classic))

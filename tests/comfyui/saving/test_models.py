@@ -12,6 +12,7 @@ from kit.comfyui.loras import LINEAR, QKV, forms, numbers, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, budget, run
 from kit.comfyui.saving import PREFIX, assert_same_tensors, cast, comfyui_save, everywhere, read, save
 from spillway.ops.files.disk_map import DiskMap
+from spillway.patcher.comfyui.loading.ggml import compute_dtype
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.saving.save import QUANTISATIONS, SAVE_DTYPES
 
@@ -51,9 +52,10 @@ def test_a_saved_dtype_rounds_the_patched_weights(dtype, checkpoint, tmp_path, s
     saved = save(ours, dtype)
     assert_same_tensors(read(saved)[0], cast(wanted, kept))
     # The latents are those of the patched original with its weights so rounded.
-    rounded = {key.removeprefix(PREFIX): tensor for key, tensor in cast(cast(wanted, kept), torch.float32).items()}
-    reference = comfy.sd.load_diffusion_model_state_dict(rounded)
-    assert_same(run(comfy.sd.load_diffusion_model(saved)), run(reference))
+    loaded = comfy.sd.load_diffusion_model(saved)
+    rounded = cast(cast(wanted, kept), compute_dtype(loaded.model))
+    reference = comfy.sd.load_diffusion_model_state_dict({key.removeprefix(PREFIX): rounded[key] for key in rounded})
+    assert_same(run(loaded), run(reference))
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "glora", "oft", "diff", "set"])

@@ -3,8 +3,10 @@
 #include "generator.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/transformers/attention.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -211,6 +213,13 @@ const std::set<std::string> kWhole{
     "aten::matmul", "aten::scaled_dot_product_attention", "aten::gru.input", "aten::lstm.input",
     "aten::rnn_tanh.input", "aten::rnn_relu.input"};
 
+// Where attention is decomposed, as on tensors without memory, torch asks the device's library for the way to compute it.
+int64_t attention_by_parts(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double, bool,
+    std::optional<double>, bool) {
+  return static_cast<int64_t>(at::SDPBackend::math);
+}
+
 } // namespace
 
 // Every operator that has a kernel for CUDA or the CPU gets ours for CUDA; what torch composes of others stays composed.
@@ -221,6 +230,7 @@ void register_operators() {
   };
   static Silence silence;
   c10::WarningUtils::WarningHandlerGuard guard(&silence);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&attention_by_parts);
   static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getAllOpNames()) {
