@@ -14,6 +14,7 @@ from ..patcher.comfyui import loads
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
+from .convert import SpillwayConvertToSafetensors
 from .load import (
     SpillwayLoadCheckpoint,
     SpillwayLoadCLIP,
@@ -67,6 +68,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
             SpillwayProbeModel,
+            SpillwayConvertToSafetensors,
             SpillwayCachePolicy,
             SpillwayDeviceControl,
             SpillwayMemoryReport,

@@ -102,13 +102,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return parse_header(Path(path), file)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file to read. Raises SourceError for a pickle, a folder, or nothing."""
+def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryIO:
+    """Open a file to read. Raises SourceError for a folder, or nothing, and for a pickle unless `pickles`."""
     path = Path(path)
-    if path.suffix.lower() in PICKLES:
+    if path.suffix.lower() in PICKLES and not pickles:
+        converted = path.with_suffix(".safetensors")
         raise SourceError(
-            f"{path}: {path.suffix} files are pickles: they cannot be mapped and may run code. Convert "
-            "it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+            f"{path}: {path.suffix} files are pickles, which may run code. "
+            + (
+                f"'{converted.name}' lies beside it: choose that one."
+                if converted.is_file()
+                else "Convert it once, with the node Convert to Safetensors (Spillway) or `python dev.py convert FILE`. "
+                "That does not run it. Then load the safetensors file."
+            )
         )
     if not path.is_file():
         what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
@@ -126,8 +132,7 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
     if length > MAX_HEADER_BYTES:
         raise SourceError(
             f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "
-            "with a wrong name, convert it: load it with torch.load(weights_only=True) and write it with "
-            "safetensors.torch.save_file."
+            "with a wrong name, call it .ckpt and convert it with the node Convert to Safetensors (Spillway)."
         )
     if 8 + length > file_bytes:
         raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {AGAIN}")

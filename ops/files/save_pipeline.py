@@ -71,8 +71,7 @@ def save(
                 requested -= _size(job.recipe)
                 read = [inner for tensor in job.recipe.sources() for inner in inner_tensors(tensor)]
                 check_files(read)  # what another program wrote meanwhile must not be saved
-                for inner in read:
-                    drop_pages(inner)
+                behind.drop(read)
     return Written(writer.path, writer.file_bytes)
 
 
@@ -113,7 +112,7 @@ class _Behind:
 
     def __init__(self, writer: SafetensorsWriter, specs: Mapping[str, SavedSpec]) -> None:
         self._writer, self._specs = writer, specs
-        self._queue: queue.Queue[tuple[str, int, memoryview] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[str, int, memoryview] | list[torch.Tensor] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="spillway-save", daemon=True)
 
@@ -143,12 +142,20 @@ class _Behind:
         start = part.start * (spec.nbytes // rows) if rows else 0
         self._queue.put((key, start, as_bytes(part.data)))
 
+    def drop(self, read: list[torch.Tensor]) -> None:
+        """Have the pages of what was read given back, after the parts that were put before: they may be views of it."""
+        self._queue.put(read)
+
     def _run(self) -> None:
         # Emptied to the end also after an error. Else `put` would wait for room for ever.
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._writer.write(*item)
+                    if isinstance(item, list):
+                        for tensor in item:
+                            drop_pages(tensor)
+                    else:
+                        self._writer.write(*item)
                 except BaseException as error:
                     self._error = error
             del item
