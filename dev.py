@@ -168,7 +168,7 @@ def probe(arguments: list[str]) -> int:
     if not arguments:
         return fail("probe takes the names of model files.", 2)
     sys.path.insert(0, str(ROOT))
-    module, errors = importlib.import_module("ops.gguf.probe"), importlib.import_module("ops.files.safetensors_header")
+    module, errors = importlib.import_module("ops.parts.probe"), importlib.import_module("ops.files.safetensors_header")
     failed = 0
     for name in arguments:
         try:

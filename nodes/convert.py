@@ -34,9 +34,7 @@ FOLDERS = (
 
 
 def _files() -> list[str]:
-    return [
-        f"{folder}/{name}" for folder in FOLDERS for name in model_names(folder) if name.lower().endswith(PICKLES)
-    ]
+    return [f"{folder}/{name}" for folder in FOLDERS for name in model_names(folder) if name.lower().endswith(PICKLES)]
 
 
 def _place(folder: str) -> str:

@@ -212,6 +212,11 @@ class DiskMap:
     def _offset(self, key: str) -> int:
         return self._specs[key].offset
 
+    @property
+    def files(self) -> tuple[DiskMap, ...]:
+        """The maps that the state dict's tensors lie in."""
+        return (self, *self.parts)
+
     def keys(self) -> Iterable[str]:
         """Return the keys, in file order."""
         return self._specs.keys()

@@ -84,15 +84,20 @@ class Probe:
     parts: list[str] = field(default_factory=list)  # of a checkpoint
     ranks: dict[int, int] = field(default_factory=dict)  # of a LoRA: rank -> layers
     metadata: dict[str, str] = field(default_factory=dict)
+    files: int = 1
+    part: str = ""  # of a file that is a part of a model: which one, and what to choose instead
 
     @property
     def words(self) -> str:
         """Return the facts for a person, one a line."""
+        many = f" in {self.files} files" if self.files > 1 else ""
         lines = [
             f"{os.path.basename(self.path)}: {self.kind}" + (f", {self.architecture}" if self.architecture else ""),
-            f"{self.file_bytes:,} bytes, {self.tensors:,} tensors, {self.parameters:,} parameters",
+            f"{self.file_bytes:,} bytes{many}, {self.tensors:,} tensors, {self.parameters:,} parameters",
             "dtypes: " + ", ".join(f"{name} ({n} tensors, {size:,} bytes)" for name, (n, size) in self.dtypes.items()),
         ]
+        if self.part:
+            lines.append(self.part)
         if self.quantisation:
             lines.append("quantised: " + ", ".join(f"{name} ({n} layers)" for name, n in self.quantisation.items()))
         if self.parts:
@@ -107,6 +112,13 @@ class Probe:
 def probe(path: str | os.PathLike[str]) -> Probe:
     """Tell what a file holds. Raises SourceError, with the reason, for a file that is no whole safetensors file."""
     header = read_header(path)
+    entries, sizes = checked_entries(header)
+    quantised = quantisation(header, entries)
+    return describe(str(path), header.file_bytes, entries, sizes, quantised, header.metadata)
+
+
+def checked_entries(header: Header) -> tuple[dict[str, Entry], Counter[str]]:
+    """Return the entries of a file, and the bytes of each dtype. Raises SourceError where one is not in the file."""
     entries = {key: header.entry(key) for key in header.entries}
     sizes: Counter[str] = Counter()
     for key, entry in entries.items():
@@ -115,8 +127,7 @@ def probe(path: str | os.PathLike[str]) -> Probe:
             nbytes = -(-entry.numel * BITS[entry.dtype] // 8)
         header.check_place(key, entry, nbytes)
         sizes[entry.dtype] += nbytes
-    quantised = _quantisation(header, entries)
-    return describe(str(path), header.file_bytes, entries, sizes, quantised, header.metadata)
+    return entries, sizes
 
 
 def describe(
@@ -186,7 +197,7 @@ def _u_net(entries: dict[str, Entry]) -> str:
     return ""
 
 
-def _quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
+def quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
     """Return layer -> format, by the tensors beside its weight and by the metadata."""
     formats: dict[str, str] = {}
     for key in entries:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,18 +83,6 @@ class Header:
             )
 
 
-def shard_words(path: str | os.PathLike[str]) -> str:
-    """Say which part of a model a file is, by its name as large models are published; '' for any other name."""
-    found = re.search(r"^(.*)-(\d{5})-of-(\d{5})\.", Path(path).name)
-    if found is None or int(found[3]) < 2:
-        return ""
-    return (
-        f" Its name says that it is part {int(found[2])} of {int(found[3])} of '{found[1]}', and ComfyUI loads no "
-        "model from parts: get it as one file, or join the parts by loading each with safetensors.torch.load_file and "
-        "saving all their tensors with safetensors.torch.save_file."
-    )
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read a file's header, and nothing else of it. Raises SourceError for a file of another format."""
     with open_file(path) as file:
@@ -112,8 +99,8 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
             + (
                 f"'{converted.name}' lies beside it: choose that one."
                 if converted.is_file()
-                else "Convert it once, with the node Convert to Safetensors (Spillway) or `python dev.py convert FILE`. "
-                "That does not run it. Then load the safetensors file."
+                else "Convert it once, without running it, with the node Convert to Safetensors (Spillway) or `python dev.py "
+                "convert FILE`. Then load the safetensors file."
             )
         )
     if not path.is_file():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..gather import inner_tensors
+from ..gather import memory_of
 from .deferred import Deferred, Part, Recipe, drop_pages, read_ahead
 from .disk_map import check_files
 from .safetensors_writer import SafetensorsWriter, SavedSpec, file_order
@@ -69,7 +69,7 @@ def save(
                         done += part.data.numel() * part.data.element_size()
                         progress(done, total)
                 requested -= _size(job.recipe)
-                read = [inner for tensor in job.recipe.sources() for inner in inner_tensors(tensor)]
+                read = [inner for tensor in job.recipe.sources() for inner in memory_of(tensor)]
                 check_files(read)  # what another program wrote meanwhile must not be saved
                 behind.drop(read)
     return Written(writer.path, writer.file_bytes)
@@ -91,13 +91,13 @@ def _jobs(tensors: Mapping[str, Deferred], specs: Mapping[str, SavedSpec]) -> li
 
 
 def _size(recipe: Recipe) -> int:
-    inner = [part for tensor in recipe.sources() for part in inner_tensors(tensor)]
+    inner = [part for tensor in recipe.sources() for part in memory_of(tensor)]
     return sum(part.numel() * part.element_size() for part in inner)
 
 
 def _read_ahead(recipe: Recipe) -> int:
     for tensor in recipe.sources():
-        for inner in inner_tensors(tensor):
+        for inner in memory_of(tensor):
             read_ahead(inner)
     return _size(recipe)
 

@@ -1,4 +1,4 @@
-"""The node that converts pickles: ComfyUI finds the same in both files, and Spillway's loaders read the new one lazily."""
+"""The node that converts pickles: ComfyUI finds the same in both files, and Spillway loads the new one lazily."""
 
 import os
 
