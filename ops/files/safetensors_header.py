@@ -99,8 +99,8 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
             + (
                 f"'{converted.name}' lies beside it: choose that one."
                 if converted.is_file()
-                else "Convert it once, without running it, with the node Convert to Safetensors (Spillway) or `python dev.py "
-                "convert FILE`. Then load the safetensors file."
+                else "Convert it once, without running it, with the node Convert to Safetensors (Spillway) or `python "
+                "dev.py convert FILE`. Then load the safetensors file."
             )
         )
     if not path.is_file():

@@ -96,6 +96,24 @@ def part_of(path: str | os.PathLike[str]) -> Part | None:
     return Part(int(found[2]), int(found[3]), found[1])
 
 
+def model_of(index: str | os.PathLike[str]) -> str:
+    """Return what the names of a model's parts begin with, by the name of its index."""
+    name = Path(index).name
+    found = NAME.search(name)
+    stem = name[: found.start()] if found is not None else name
+    return f"{stem}{found[1]}" if found is not None and found[1] else stem
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return a file, and with an index all parts of its model that lie beside it, by their names alone."""
+    path = Path(path)
+    if not is_index(path):
+        return [path]
+    model = model_of(path)
+    names = sorted(os.listdir(path.parent))
+    return [path, *(path.with_name(name) for name in names if (part := part_of(name)) and part.model == model)]
+
+
 def index_of(path: str | os.PathLike[str]) -> Path | None:
     """Return the index beside a part that is of the part's model; None where there is none."""
     path, part = Path(path), part_of(path)
