@@ -29,6 +29,7 @@ from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
+from .scan import SpillwayScanModels
 from .self_test import SpillwaySelfTest
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
@@ -68,6 +69,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
             SpillwayProbeModel,
+            SpillwayScanModels,
             SpillwayConvertToSafetensors,
             SpillwayCachePolicy,
             SpillwayDeviceControl,

@@ -60,7 +60,7 @@ def model_names(folder: str) -> list[str]:
     found = set(folder_paths.get_filename_list(folder))
     indexes: set[str] = set()
     for place in folder_paths.get_folder_paths(folder):
-        names = _files_below(place)
+        names = files_below(place)
         found.update(name for name in names if is_gguf(name))
         indexes.update(name for name in names if is_index(name))
     models = {(os.path.dirname(name), model_of(name)) for name in indexes}
@@ -72,11 +72,12 @@ def pipeline_names(folder: str) -> list[str]:
     """List the folders of diffusers pipelines, of which each loader takes what it loads."""
     found = set()
     for place in (*folder_paths.get_folder_paths(folder), *_diffusers()):
-        found.update(os.path.dirname(name) for name in _files_below(place) if os.path.basename(name) == PIPELINE)
+        found.update(os.path.dirname(name) for name in files_below(place) if os.path.basename(name) == PIPELINE)
     return sorted(found - {""})
 
 
-def _files_below(place: str) -> list[str]:
+def files_below(place: str) -> list[str]:
+    """List the files below a folder, by their names in it."""
     return list(folder_paths.recursive_search(place, excluded_dir_names=[".git"])[0])
 
 
@@ -89,18 +90,19 @@ def file_stamps(folder: str, *names: str) -> list[str]:
     for name in names:
         path = folder_paths.get_full_path(folder, name) or _folder(folder, name)
         # A loader says itself that a file is missing.
-        stamps += [""] if path is None else [_stamp(file) for file in _all_files(path)]
+        stamps += [""] if path is None else [stamp(file) for file in all_files(path)]
     return stamps
 
 
-def _all_files(path: str) -> list[str]:
+def all_files(path: str) -> list[str]:
     """List the files that a model may be loaded from: itself, an index and its parts, or all in a folder."""
     if os.path.isdir(path):
-        return [os.path.join(path, name) for name in sorted(_files_below(path))]
+        return [os.path.join(path, name) for name in sorted(files_below(path))]
     return [str(file) for file in files_of(path)]
 
 
-def _stamp(path: str) -> str:
+def stamp(path: str) -> str:
+    """Say which file this is, and in which state."""
     try:
         status = os.stat(path)
     except OSError:

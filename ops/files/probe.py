@@ -64,6 +64,28 @@ LORA = re.compile(
 RANK_FIRST = re.compile(r"(lora_down|lora_A|lora\.down)(\.default)?(\.weight)?$")
 CONTROLNET = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight", "controlnet_blocks.0.weight",
               "zero_convs.0.0.weight")  # fmt: skip
+# What is put on a model. (kind, architecture, names that must all be there.) The first that fits counts.
+ADDED: list[tuple[str, str, tuple[str, ...]]] = [
+    ("IP-Adapter", "", ("image_proj.proj.weight",)),
+    ("IP-Adapter", "", ("image_proj.latents",)),
+    ("IP-Adapter", "", ("ip_adapter.1.to_k_ip.weight",)),
+    ("T2I-Adapter", "", ("body.0.in_conv.weight",)),
+    ("T2I-Adapter", "", ("body.0.block1.weight", "body.0.block2.weight", "conv_in.weight")),
+    ("T2I-Adapter", "", ("adapter.body.0.resnets.0.block1.weight",)),
+    ("model patch", "Qwen-Image control", ("controlnet_blocks.0.y_rms.weight",)),
+    ("model patch", "USO style reference", ("feature_embedder.mid_layer_norm.bias",)),
+    ("model patch", "Z-Image control", ("control_all_x_embedder.2-1.weight",)),
+    ("model patch", "Uni3C for Wan", ("controlnet_patch_embedding.weight",)),
+    ("model patch", "MultiTalk", ("audio_proj.proj1.weight",)),
+    ("model patch", "LLLite", ("lllite_conditioning1.conv1.weight",)),
+    ("style model", "Flux Redux", ("redux_down.weight",)),
+    ("style model", "", ("style_embedding",)),
+    ("embedding", "", ("emb_params",)),
+    ("embedding", "", ("string_to_param",)),
+    ("upscale model", "", ("RDB1.conv1.weight",)),
+    ("upscale model", "", ("conv_first.weight", "conv_last.weight")),
+    ("upscale model", "", ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight")),
+]
 BESIDE_WEIGHTS = re.compile(
     r"\.(comfy_quant|weight_scale(_2)?|input_scale|scale_weight|scale_input|pre_quant_scale)$|(^|\.)scaled_fp8$"
 )
@@ -176,6 +198,9 @@ def _what(names: _Names, entries: dict[str, Entry]) -> tuple[str, str, list[str]
     adapters = sum(bool(LORA.search(key)) for key in entries)
     if adapters and 4 * adapters >= len(entries):
         return "LoRA", "", []
+    for kind, architecture, wanted in ADDED:
+        if names.have(wanted):
+            return kind, architecture, []
     if any(name in names.ends for name in CONTROLNET):
         return "ControlNet", "", []
     model = next((name for name, wanted in DIFFUSION_MODELS if names.have(wanted)), "") or _u_net(entries)

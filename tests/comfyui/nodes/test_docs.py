@@ -5,6 +5,7 @@ import json
 
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_preview_any
 import comfy_extras.nodes_sd3
 import nodes as comfyui_nodes
 import pytest
@@ -23,6 +24,7 @@ OURS = {name: node for name, node in NODES.items() if not node.define_schema().i
 COMFYUI = {
     **comfyui_nodes.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
+    **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
 }
