@@ -18,9 +18,12 @@ class JoinedWeight(torch.Tensor):
     """
 
     pieces: tuple[torch.Tensor, ...]
+    counted: tuple[torch.Tensor, ...]  # of which each is a view, and whose writes are counted
 
     @staticmethod
-    def __new__(cls: type[JoinedWeight], pieces: Sequence[torch.Tensor]) -> JoinedWeight:
+    def __new__(
+        cls: type[JoinedWeight], pieces: Sequence[torch.Tensor], counted: Sequence[torch.Tensor] = ()
+    ) -> JoinedWeight:
         first = pieces[0]
         rows = sum(piece.shape[0] for piece in pieces)
         with torch.inference_mode(False):
@@ -28,8 +31,8 @@ class JoinedWeight(torch.Tensor):
                 cls, (rows, *first.shape[1:]), dtype=first.dtype, device=first.device, requires_grad=False
             )
 
-    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
-        self.pieces = tuple(pieces)
+    def __init__(self, pieces: Sequence[torch.Tensor], counted: Sequence[torch.Tensor] = ()) -> None:
+        self.pieces, self.counted = tuple(pieces), tuple(counted or pieces)
 
     def whole(self) -> torch.Tensor:
         """Return a copy of the weight in one memory."""
@@ -37,21 +40,22 @@ class JoinedWeight(torch.Tensor):
 
     def rows(self, start: int, stop: int) -> JoinedWeight:
         """Return a view of some rows, which is joined too."""
-        parts, at = [], 0
-        for piece in self.pieces:
+        parts, counted, at = [], [], 0
+        for piece, base in zip(self.pieces, self.counted, strict=True):
             first, last = max(start - at, 0), min(stop - at, piece.shape[0])
             if first < last:
                 parts.append(piece[first:last])
+                counted.append(base)
             at += piece.shape[0]
-        return JoinedWeight(parts or [self.pieces[0][:0]])
+        return JoinedWeight(parts or [self.pieces[0][:0]], counted)
 
     def assign(self, whole: torch.Tensor) -> None:
         """Write all numbers."""
         at = 0
-        for piece in self.pieces:
+        for piece, base in zip(self.pieces, self.counted, strict=True):
             piece.copy_(whole[at : at + piece.shape[0]])
-            if not piece.is_inference():
-                torch.autograd.graph.increment_version(piece)  # torch counts no writes below a subclass
+            if not base.is_inference():
+                torch.autograd.graph.increment_version(base)  # torch counts no writes below a subclass
             at += piece.shape[0]
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
@@ -75,14 +79,15 @@ class JoinedWeight(torch.Tensor):
             if func.overloadpacket is aten.to:  # in inference mode it comes as it is, else as what it is made of
                 return func.decompose(*args, **kwargs)
             if func in (aten.detach.default, aten.alias.default):
-                return JoinedWeight(first.pieces)
+                return JoinedWeight(first.pieces, first.counted)
             if func is aten.slice.Tensor and _dimension(first, args) == 0 and (len(args) < 5 or args[4] == 1):
                 start, stop, _ = slice(*args[2:4]).indices(first.shape[0])
                 return first.rows(start, stop)
             if func is aten.select.int and _dimension(first, args) == 0:
                 row = args[2] % first.shape[0]
-                return first.rows(row, row + 1).pieces[0][0]
-        joined = [(value, value.whole()) for value in args if isinstance(value, JoinedWeight)]
+                rows = first.rows(row, row + 1)
+                return JoinedWeight([rows.pieces[0][0]], rows.counted) if first.dim() > 1 else rows.pieces[0][0]
+        joined = [(value, value.whole()) for value in (*args, *kwargs.values()) if isinstance(value, JoinedWeight)]
         memory = {id(value): whole for value, whole in joined}
 
         def plain(value: JoinedWeight) -> torch.Tensor:
@@ -93,10 +98,10 @@ class JoinedWeight(torch.Tensor):
             with torch.inference_mode(False), torch.no_grad():
                 return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, func(*given, **named))
         result = func(*given, **named)
-        if writes_into(JoinedWeight, func, args):
-            for value, whole in joined:
-                value.assign(whole)
-            return first
+        written = kwargs.get("out", first if writes_into(JoinedWeight, func, args) else None)
+        if isinstance(written, JoinedWeight):
+            written.assign(memory[id(written)])
+            return written
         return result
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
