@@ -1,9 +1,11 @@
 """Pickles become safetensors files with the same numbers. None is run, and what cannot be read is refused by name."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,20 @@ def test_another_file_under_the_name_of_a_pickle(tmp_path):
             convert(path)
     with pytest.raises(SourceError, match="no such file"):
         convert(tmp_path / "none.pt")
+
+
+def test_numbers_beyond_the_entry_of_a_tensor_are_not_read(tmp_path):
+    """They would be those of another tensor, or what lies between."""
+    saved = io.BytesIO(path_of(tmp_path))
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for info in old.infolist():
+            entry = old.read(info)
+            new.writestr(info.filename, entry[:-4] if info.filename.endswith("data/0") else entry)
+    with pytest.raises(
+        SourceError, match=r"m\.pt: tensor '\w+' of torch\.\w+ .* needs the bytes \d+ to (\d+) of its entry"
+    ):
+        convert(tmp_path / "m.pt")
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 def path_of(folder):

@@ -1,5 +1,6 @@
 """Models in several files and diffusers folders through the loaders: the bits of one file, and nothing is read."""
 
+import inspect
 import json
 import os
 import shutil
@@ -70,8 +71,9 @@ def test_a_sharded_model_is_the_whole_one(fraction, checkpoint, tmp_path):
     for _ in range(2):
         assert_same(run(ours), wanted)
         ours.dynamic.release()
-    assert_same(run(load_diffusion_model(str(index), disable_dynamic=True)), wanted)
-    assert_same(run(ours.clone(disable_dynamic=True)), wanted)
+    if "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model).parameters:  # not in older versions
+        assert_same(run(load_diffusion_model(str(index), disable_dynamic=True)), wanted)
+        assert_same(run(ours.clone(disable_dynamic=True)), wanted)
     saved, reference = read(save(ours))[0], read(save(load_diffusion_model(whole)))[0]
     assert set(saved) == set(reference) and all(same(saved[key], reference[key]) for key in saved)
 
