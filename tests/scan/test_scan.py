@@ -34,7 +34,8 @@ def found_in(folder):
 def test_what_is_in_a_folder(tmp_path):
     save_file(flux(1), tmp_path / "a.safetensors")
     save_file(flux(1), tmp_path / "copy.safetensors")
-    save_file(flux(2), tmp_path / "tuned.safetensors")  # of the same names, shapes and size
+    tuned = {**flux(1), FLUX[1]: flux(2)[FLUX[1]]}  # of the same names, shapes and size, and the same at its beginning
+    save_file(tuned, tmp_path / "tuned.safetensors")
     write_gguf(tmp_path / "q.gguf", {key: value.float() for key, value in flux(1).items()})
     torch.save({"state_dict": flux(3)}, tmp_path / "old.ckpt")
     write_shards(tmp_path / "parts", flux(1), count=2)
