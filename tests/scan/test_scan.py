@@ -15,7 +15,7 @@ from spillway.ops.scan import as_text, is_model_file, scan
 FLUX = ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")
 
 
-def flux(seed, rows=300):
+def flux(seed, rows=600):
     torch.manual_seed(seed)
     return {key: torch.randn(rows, 100).to(torch.bfloat16) for key in FLUX}
 
