@@ -7,11 +7,13 @@
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
     python dev.py probe FILE...
+    python dev.py convert FILE... [--to FOLDER]
     python dev.py soak [--minutes N] [--seed S] [--fuzz N | --kills N]
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
-safetensors or GGUF file and needs nothing. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
+safetensors or GGUF file and needs nothing. `convert` makes safetensors files of pickles (.ckpt, .pt, .pth, .bin), which
+are not run, beside them or in a folder. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
 device of tests/fake_device, which runs a choice of the tests. `--slow` runs all of them there, for an hour or two, and
 everywhere the planted faults. `soak` disturbs real ComfyUI servers and compares what they make with what fresh ones
 make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
@@ -76,7 +78,7 @@ def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe}
-    commands |= {"soak": soak, "gpu": gpu}
+    commands |= {"convert": convert, "soak": soak, "gpu": gpu}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -166,7 +168,7 @@ def probe(arguments: list[str]) -> int:
     if not arguments:
         return fail("probe takes the names of model files.", 2)
     sys.path.insert(0, str(ROOT))
-    module, errors = importlib.import_module("ops.gguf.probe"), importlib.import_module("ops.files.safetensors_header")
+    module, errors = importlib.import_module("ops.parts.probe"), importlib.import_module("ops.files.safetensors_header")
     failed = 0
     for name in arguments:
         try:
@@ -174,6 +176,10 @@ def probe(arguments: list[str]) -> int:
         except (errors.SourceError, OSError) as error:
             failed = fail(str(error))
     return failed
+
+
+def convert(arguments: list[str]) -> int:
+    return run_script(ROOT / "tests" / "kit" / "convert_pickles.py", arguments)
 
 
 def soak(arguments: list[str]) -> int:
@@ -254,7 +260,7 @@ def follow(future: Future, printed: BinaryIO) -> None:
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
     ignored = [f"--ignore={folder}" for folder in (COMFYUI_TESTS, SOAK_TESTS)]
-    arguments = [*ignored, *chosen(arguments, "not planted and not every_release")]
+    arguments = [*ignored, *chosen(arguments, "not planted and not every_release and not fuzz")]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 

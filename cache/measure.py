@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from ..ops.files.disk_map import locate
-from ..ops.gather import inner_tensors, is_wrapper
+from ..ops.gather import memory_of
 from ..ops.lending.idle_weight import as_stored
 
 log = logging.getLogger("spillway")
@@ -142,8 +142,9 @@ def _add_model(blocks: dict[Hashable, Block], module: object, gauge: Callable[[]
 
 def _add_tensor(tensor: torch.Tensor, blocks: dict[Hashable, Block]) -> Iterable[Any]:
     tensor = as_stored(tensor)
-    if is_wrapper(tensor):
-        return inner_tensors(tensor)
+    parts = memory_of(tensor)
+    if parts[0] is not tensor:
+        return parts
     if tensor.layout is not torch.strided:
         _add(blocks, ("object", id(tensor)), tensor.numel() * tensor.element_size())
         return ()
@@ -186,7 +187,7 @@ def module_sizes(module: torch.nn.Module) -> Sizes:
         for tensor in (*owner._parameters.values(), *owner._buffers.values()):
             if tensor is None:
                 continue
-            for part in inner_tensors(as_stored(tensor).data):
+            for part in memory_of(as_stored(tensor)):
                 key, ram, vram = storage(part)
                 if key is not None:
                     mapped = 0 if ram or vram else part.numel() * part.element_size()

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
-from ..ops.ledger import Ledger
+from ..ops.ledger import Ledger, in_words
 from ..ops.ram import allocator, shortage
+from ..ops.ram.arena_log import arenas_logged
 from ..ops.ram.available import Available, available_ram, refusing_limit
 from .choose import Candidates, choose
 from .disk_writer import DiskWriter
 from .eviction import Eviction, Taken
+from .expendable import Expendable, Kind
 from .give_up import Grip
 from .holdings import Entry, Holdings, never_equal
 from .measure import Getter, Measurer
+from .runs import Run
 
 # Bytes that an entry's Python objects take, above all its key. No measurement finds them.
 ENTRY_BYTES = 16 << 10
@@ -25,27 +29,17 @@ MAX_ENTRIES = 10_000
 # Freed memory shows in the system's figures at once. Where it does not, another process took it. Without this limit the
 # whole cache would go for that process.
 ROUNDS = 3
-
-
-@dataclass(slots=True)
-class Kind:
-    """Counts how many outputs a class of node made, and how many of them a later prompt used."""
-
-    made: int = 0
-    reused: int = 0
-    ram: int = 0  # bytes that its last output added to all that was held
-
-    @property
-    def chance(self) -> float:
-        """Estimate how likely one of its outputs is to be used again."""
-        return (self.reused + 1) / (self.made + 1) if self.made > self.reused else 1.0
+# Prompts of which the figures are kept.
+RUNS = 20
 
 
 class OutputCache:
     """The engine of the output cache. Keys are hashable, values are of any kind. A lookup is `values.get(key)`.
 
-    headroom: bytes of RAM to keep available. available: tells how many there are. on_evict: is called with (entry,
-    value, bytes of RAM that go with it) before a value goes. It may queue the value with `writer`.
+    headroom: bytes of RAM to keep available. cap: the most bytes of RAM that the entries may hold, None for as many as
+    the headroom leaves. run, runs: what it did in the running prompt, and in those before. available: tells how many
+    bytes there are. on_evict: is called with (entry, value, bytes of RAM that go with it) before a value goes. It may
+    queue the value with `writer`.
     """
 
     def __init__(
@@ -59,6 +53,9 @@ class OutputCache:
         entry_bytes: int = ENTRY_BYTES,
     ) -> None:
         self.headroom = headroom
+        self.cap: int | None = None
+        self.run = Run()
+        self.runs: deque[Run] = deque(maxlen=RUNS)
         self.available = available
         self.ledger = ledger or Ledger("output cache")
         self.on_evict = on_evict
@@ -72,6 +69,7 @@ class OutputCache:
         self.values: dict[Hashable, Any] = {}
         self.holdings = Holdings()
         self.kinds: defaultdict[str, Kind] = defaultdict(Kind)
+        self._expendable = Expendable(self.holdings, self.kinds, entry_bytes)
         self.protected: set[Hashable] = set()
         self._needed: Callable[[], Collection[Hashable]] = tuple  # as `relieve` was told last
         shortage.register(self)
@@ -90,6 +88,10 @@ class OutputCache:
         """
         with self.lock:
             self.prompt += 1
+            if self.run != Run():
+                self.runs.append(self.run)
+                self.ledger.decide(f"the last run {self.run.words}", level=logging.DEBUG)
+                self.run = Run()
             for key in keys:
                 self.touch(key)
             for entry in [entry for entry in self.entries.values() if entry.unfindable and entry.used < self.prompt]:
@@ -101,6 +103,7 @@ class OutputCache:
         if entry is not None and entry.used < self.prompt:
             entry.used = self.prompt
             entry.hits += 1
+            self.run.found(entry.added, entry.seconds)
             if entry.hits == 1:
                 self.kinds[entry.kind].reused += 1
 
@@ -114,8 +117,12 @@ class OutputCache:
         kind: str = "",
         label: str = "",
         parents: Iterable[Hashable] = (),
+        found: bool = False,
     ) -> Entry:
-        """Store a value. outputs: its part that holds memory. seconds: the time to make it, without its parents."""
+        """Store a value. outputs: its part that holds memory. seconds: the time to make it, without its parents.
+
+        found: it was not made now, but found elsewhere, such as on disk.
+        """
         blocks = self.measurer.blocks(outputs)
         with self.lock:
             old = self.entries.get(key)
@@ -130,6 +137,10 @@ class OutputCache:
                 self.kinds[kind].made += 1
             self.holdings.add(entry, blocks)
             self.kinds[kind].ram = entry.added
+            if found:
+                self.run.found(entry.added, seconds)
+            else:
+                self.run.made(entry.added, seconds)
             self.values[key] = value
             return entry
 
@@ -197,6 +208,9 @@ class OutputCache:
             "ram_bytes": self.ram_bytes(),
             "vram_bytes": self.vram_bytes(),
             "headroom_bytes": self.headroom,
+            "cap_bytes": self.cap,
+            "run": self.run.as_dict(),
+            "runs": [run.as_dict() for run in self.runs],
             "evicted_entries": self.evicted,
             "evicted_bytes": self.freed_bytes,
             "writing_bytes": self.writer.nbytes,
@@ -209,7 +223,7 @@ class OutputCache:
     # -- eviction
 
     def relieve(self, target: int, needed: Callable[[], Collection[Hashable]] = tuple, *, current: bool = True) -> int:
-        """Evict until `target` bytes of RAM are available. Returns the bytes that this freed.
+        """Evict until `target` bytes of RAM are available, and no more than the cap is held. Returns the bytes freed.
 
         needed: tells which keys the running prompt will still read. current: False spares all entries of this prompt.
         What is being written to disk counts as freed, as long as half of the headroom is available without it.
@@ -229,9 +243,18 @@ class OutputCache:
                 freed += eviction.freed
                 if not eviction.entries:
                     break
+            freed += self._obey_the_cap(needed)
             if current and self.writer.nbytes:
                 self._hurry(target - self.headroom // 2)
         return freed
+
+    def _obey_the_cap(self, needed: Callable[[], Collection[Hashable]]) -> int:
+        """Evict what the cache holds beyond its cap. What the running prompt will still read stays, as RAM is free."""
+        over = 0 if self.cap is None else self.ram_bytes() - self.cap
+        if over <= 0:
+            return 0
+        reason = f"the cap of {in_words(self.cap or 0)} on cached outputs"
+        return self.let_go(self.take(over, needed(), reason=reason, spare_needed=True)).freed
 
     def give_ram(self, nbytes: int) -> int:
         """Evict for an allocation that the system has refused. Returns the bytes that this freed."""
@@ -264,7 +287,7 @@ class OutputCache:
             for entry, nbytes in held:
                 if nbytes and entry.key not in spared and id(entry) not in stay:
                     chance = 1.0 if entry.hits else self.kinds[entry.kind].chance
-                    candidates.add((entry,), nbytes, self._seconds(entry), self.prompt - entry.used, chance)
+                    candidates.add((entry,), nbytes, self._expendable.seconds(entry), self.prompt - entry.used, chance)
             going = [candidates.entries[place][0] for place in choose(candidates, short)]
             taken = self._take(going, short, f"a model needs the room on {device}", self.vram_bytes)
         return self.let_go(taken).freed
@@ -276,12 +299,23 @@ class OutputCache:
         return self.let_go(self.take(short, needed, current=current, reason=reason))
 
     def take(
-        self, short: int, needed: Collection[Hashable] = (), *, current: bool = True, reason: str = "asked for"
+        self,
+        short: int,
+        needed: Collection[Hashable] = (),
+        *,
+        current: bool = True,
+        reason: str = "asked for",
+        spare_needed: bool = False,
     ) -> Taken:
-        """Take entries out of the cache as `evict` does, but leave their memory to `let_go`, which takes time."""
+        """Take entries out of the cache as `evict` does, but leave their memory to `let_go`, which takes time.
+
+        spare_needed: leave what is needed even where all the rest is not enough.
+        """
         with self.lock:
             candidates = self.candidates(set(needed), current=current)
             chosen = choose(candidates, short)
+            if spare_needed:
+                chosen = [place for place in chosen if not candidates.needed[place]]
             going = list(dict.fromkeys(entry for place in chosen for entry in candidates.entries[place]))
             return self._take(going, short, reason, self.ram_bytes)
 
@@ -293,19 +327,22 @@ class OutputCache:
         freed = before - held()
         self.evicted += len(going)
         self.freed_bytes += freed
+        self.run.evicted(len(going), freed)
         return Taken(short, freed, reason, gone, models)
 
     def let_go(self, taken: Taken) -> Eviction:
         """Give up what was taken, one by one: to `on_evict`, and to the system."""
         count, words = len(taken.gone), taken.words
-        while taken.gone:
-            entry, value, nbytes = taken.gone.popleft()
-            self._tell(entry, value, nbytes)
-            grip = Grip(value)
-            del value
-            grip.let_go()
+        with arenas_logged(f"evicting {count} outputs") if count else nullcontext():
+            while taken.gone:
+                entry, value, nbytes = taken.gone.popleft()
+                self._tell(entry, value, nbytes)
+                grip = Grip(value)
+                del value
+                grip.let_go()
+            if count:
+                self._give_back(taken.models)
         if count:
-            self._give_back(taken.models)
             self.ledger.decide(words)
         return Eviction(taken.short, taken.freed, count, words)
 
@@ -317,51 +354,9 @@ class OutputCache:
                 self.ledger.decide_once(f"an evicted output was not kept: {error}")
 
     def candidates(self, needed: Collection[Hashable] = (), *, current: bool = True) -> Candidates:
-        """List what could be evicted. Entries that share a model are one candidate, as none of them frees it alone."""
+        """List what could be evicted."""
         self._measure_models()
-        protected = self._protected_entries()
-        groups = self.holdings.groups()
-        apart = {id(entry) for group in groups for entry in group} | protected
-        # Columns are filled one by one, as there may be ten thousand entries.
-        single = [entry for entry in self.entries.values() if id(entry) not in apart]
-        if not current:
-            single = [entry for entry in single if entry.used < self.prompt]
-        chances = {kind: record.chance for kind, record in self.kinds.items()}
-        candidates = Candidates(
-            [(entry,) for entry in single],
-            [entry.share + self.entry_bytes for entry in single],
-            [entry.seconds if not entry.lost else self._seconds(entry) for entry in single],
-            [self.prompt - entry.used for entry in single],
-            [1.0 if entry.hits else chances[entry.kind] for entry in single],
-            [entry.key in needed for entry in single] if needed else [False] * len(single),
-        )
-        for group in groups:
-            self._add_group(candidates, group, protected, needed, current)
-        return candidates
-
-    def _add_group(
-        self,
-        candidates: Candidates,
-        group: list[Entry],
-        protected: set[int],
-        needed: Collection[Hashable],
-        current: bool,
-    ) -> None:
-        latest = max(entry.used for entry in group)
-        if (current or latest < self.prompt) and not any(id(entry) in protected for entry in group):
-            freed = self.holdings.ram_of_group(group) + self.entry_bytes * len(group)
-            # Outputs that only earlier prompts made with the model would not be made again. Their seconds are no loss.
-            seconds = sum(self._seconds(entry) for entry in group if entry.used == latest)
-            wanted = any(entry.key in needed for entry in group)
-            candidates.add(group, freed, seconds, self.prompt - latest, needed=wanted)
-        for entry in group:
-            # The patches of a LoRA that is no longer used can go while the model that carries them stays.
-            if entry.used < latest and id(entry) not in protected:
-                freed = self.holdings.ram_alone(entry) + self.entry_bytes
-                candidates.add((entry,), freed, entry.seconds, self.prompt - entry.used)
-
-    def _seconds(self, entry: Entry) -> float:
-        return entry.seconds + (self.holdings.lost_seconds(entry) if entry.lost else 0.0)
+        return self._expendable.candidates(self.prompt, self._protected_entries(), needed, current=current)
 
     def _protected_entries(self) -> set[int]:
         return {id(entry) for key in self.protected for entry in self.holdings.holders.get(key, ())}

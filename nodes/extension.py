@@ -14,6 +14,7 @@ from ..patcher.comfyui import loads
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
+from .convert import SpillwayConvertToSafetensors
 from .load import (
     SpillwayLoadCheckpoint,
     SpillwayLoadCLIP,
@@ -28,6 +29,7 @@ from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
+from .scan import SpillwayScanModels
 from .self_test import SpillwaySelfTest
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
@@ -67,6 +69,8 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
             SpillwayProbeModel,
+            SpillwayScanModels,
+            SpillwayConvertToSafetensors,
             SpillwayCachePolicy,
             SpillwayDeviceControl,
             SpillwayMemoryReport,

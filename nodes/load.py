@@ -10,6 +10,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..ops.gguf.header import is_gguf
+from ..ops.parts.folder import PIPELINE
+from ..ops.parts.index import files_of, is_index, model_of, part_of
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from .checked_node import CheckedNode
@@ -19,10 +21,16 @@ NONE = "none"
 
 
 def model_path(folder: str, name: str) -> str:
-    """Return the path of a file in one of ComfyUI's folders. Raises FileNotFoundError with all places looked in."""
+    """Return the path of a file, or of a model's folder, in one of ComfyUI's folders, or in that of diffusers models.
+
+    Raises FileNotFoundError with all places looked in.
+    """
     try:
         return folder_paths.get_full_path_or_raise(folder, name)
     except FileNotFoundError:
+        found = _folder(folder, name)
+        if found is not None:
+            return found
         places = ", ".join(folder_paths.get_folder_paths(folder))
         raise FileNotFoundError(
             f"There is no file '{name}' in {places}. Put it there, or press R to bring the lists up to date and choose "
@@ -30,13 +38,47 @@ def model_path(folder: str, name: str) -> str:
         ) from None
 
 
+def _folder(folder: str, name: str) -> str | None:
+    """Return the path of a folder below one of ComfyUI's, or below that of diffusers models."""
+    inside = os.path.relpath(os.path.join(os.sep, name), os.sep)
+    if inside == "." or "\0" in name:
+        return None
+    paths = (os.path.join(place, inside) for place in (*folder_paths.get_folder_paths(folder), *_diffusers()))
+    return next((path for path in paths if os.path.isdir(path)), None)
+
+
+def _diffusers() -> list[str]:
+    known = folder_paths.folder_names_and_paths.get("diffusers")
+    return list(known[0]) if known else []
+
+
 def model_names(folder: str) -> list[str]:
-    """List the files of one of ComfyUI's folders, GGUF files among them, which ComfyUI itself does not list."""
+    """List the files of one of ComfyUI's folders: those that ComfyUI lists, and GGUF files.
+
+    A model in several files is listed by its index, and its parts are not.
+    """
     found = set(folder_paths.get_filename_list(folder))
+    indexes: set[str] = set()
     for place in folder_paths.get_folder_paths(folder):
-        names, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+        names = files_below(place)
         found.update(name for name in names if is_gguf(name))
-    return sorted(found)
+        indexes.update(name for name in names if is_index(name))
+    models = {(os.path.dirname(name), model_of(name)) for name in indexes}
+    parts = {name for name in found if (part := part_of(name)) and (os.path.dirname(name), part.model) in models}
+    return sorted({*(found - parts), *indexes})
+
+
+def pipeline_names(folder: str) -> list[str]:
+    """List the folders of diffusers pipelines, of which each loader takes what it loads."""
+    found = set()
+    for place in (*folder_paths.get_folder_paths(folder), *_diffusers()):
+        found.update(os.path.dirname(name) for name in files_below(place) if os.path.basename(name) == PIPELINE)
+    return sorted(found - {""})
+
+
+def files_below(place: str) -> list[str]:
+    """List the files below a folder, by their names in it."""
+    return list(folder_paths.recursive_search(place, excluded_dir_names=[".git"])[0])
 
 
 def file_stamps(folder: str, *names: str) -> list[str]:
@@ -46,12 +88,31 @@ def file_stamps(folder: str, *names: str) -> list[str]:
     """
     stamps = []
     for name in names:
-        path = folder_paths.get_full_path(folder, name)
-        status = os.stat(path) if path is not None else None  # a loader says itself that a file is missing
-        stamps.append(
-            "" if status is None else f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
-        )
+        path = folder_paths.get_full_path(folder, name) or _folder(folder, name)
+        # A loader says itself that a file is missing.
+        stamps += [""] if path is None else [stamp(file) for file in all_files(path)]
     return stamps
+
+
+def all_files(path: str) -> list[str]:
+    """List the files that a model may be loaded from: itself, an index and its parts, or all in a folder."""
+    if os.path.isdir(path):
+        return [os.path.join(path, name) for name in sorted(files_below(path))]
+    return [str(file) for file in files_of(path)]
+
+
+def stamp(path: str) -> str:
+    """Say which file this is, and in which state."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
+
+
+def _checkpoints() -> list[str]:
+    """List checkpoints. Whole ones in GGUF stay with their own loaders."""
+    return [name for name in model_names("checkpoints") if not is_gguf(name)]
 
 
 class SpillwayLoadDiffusionModel(CheckedNode):
@@ -67,9 +128,9 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             inputs=[
                 OpenChoice(
                     "unet_name",
-                    options=model_names("diffusion_models"),
-                    tooltip="A safetensors or GGUF file in models/diffusion_models. Other formats must be converted "
-                    "first.",
+                    options=[*model_names("diffusion_models"), *pipeline_names("diffusion_models")],
+                    tooltip="A safetensors or GGUF file in models/diffusion_models, the index of a model in several "
+                    "files, or a diffusers folder. Pickles must be converted first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -110,8 +171,9 @@ class SpillwayLoadCheckpoint(CheckedNode):
             inputs=[
                 OpenChoice(
                     "ckpt_name",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
+                    options=[*_checkpoints(), *pipeline_names("checkpoints")],
+                    tooltip="A safetensors file in models/checkpoints, the index of a model in several files, or a "
+                    "diffusers folder. Pickles must be converted first.",
                 ),
                 policy_input(),
             ],
@@ -136,7 +198,7 @@ class SpillwayLoadCheckpoint(CheckedNode):
 class SpillwayLoadCLIP(CheckedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = model_names("text_encoders")
+        files = [*model_names("text_encoders"), *pipeline_names("text_encoders")]
         return io.Schema(
             node_id="SpillwayLoadCLIP",
             display_name="Load CLIP (Spillway)",
@@ -145,7 +207,12 @@ class SpillwayLoadCLIP(CheckedNode):
             "first used.",
             search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
             inputs=[
-                OpenChoice("clip_name1", options=files, tooltip="A safetensors or GGUF file in models/text_encoders."),
+                OpenChoice(
+                    "clip_name1",
+                    options=files,
+                    tooltip="A safetensors or GGUF file in models/text_encoders, the index of a model in several "
+                    "files, or a diffusers folder, of which all text encoders are loaded.",
+                ),
                 io.Combo.Input(
                     "type",
                     options=[kind.name.lower() for kind in comfy.sd.CLIPType],
@@ -196,8 +263,9 @@ class SpillwayLoadVAE(CheckedNode):
             inputs=[
                 OpenChoice(
                     "vae_name",
-                    options=model_names("vae"),
-                    tooltip="A safetensors or GGUF file in models/vae. Other formats must be converted first.",
+                    options=[*model_names("vae"), *pipeline_names("vae")],
+                    tooltip="A safetensors or GGUF file in models/vae, or a diffusers folder. Pickles must be "
+                    "converted first.",
                 ),
                 policy_input(),
             ],

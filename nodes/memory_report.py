@@ -11,12 +11,14 @@ from PIL import Image, ImageDraw
 
 from ..cache.comfyui.install import current_cache
 from ..cache.comfyui.models import model_bytes
+from ..cache.runs import Run
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
 from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.loading.load import is_ours
 
 DECISIONS = 5
+RUNS = 3
 WIDTH, ROW, BAR, MARGIN = 1024, 52, 24, 12
 BACKGROUND, TEXT = (24, 26, 32), (220, 222, 228)
 RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
@@ -101,7 +103,10 @@ def in_lines(report: dict[str, Any]) -> str:
     if cache is None:
         return "\n".join([*lines, "", "Output cache: ComfyUI's own"])
     held, headroom = in_words(cache["ram_bytes"]), in_words(cache["headroom_bytes"])
-    lines += ["", f"Output cache: {cache['entries']} outputs, {held}; keeps {headroom} free"]
+    cap = "" if cache["cap_bytes"] is None else f", takes {in_words(cache['cap_bytes'])} at most"
+    lines += ["", f"Output cache: {cache['entries']} outputs, {held}; keeps {headroom} free{cap}"]
+    lines.append(f"  this run so far {Run(**cache['run']).words}")
+    lines += [f"  a run before {Run(**run).words}" for run in reversed(cache["runs"][-RUNS:])]
     for entry in cache["largest"]:
         notes = [f"{entry['seconds']:.1f} s to make", f"{entry['age_prompts']} prompts ago"]
         notes += ["shared"] * entry["shared"] + ["never evicted"] * entry["never_evict"]

@@ -133,14 +133,24 @@ class SpillwayCachePolicy(CheckedNode):
                     "again. In GB; 0 writes none, -1 leaves it to the settings, where it is off.",
                     step=1.0,
                 ),
+                gigabytes_input(
+                    "ram_gb",
+                    "The most RAM that outputs may take while this workflow runs, however much is free. In GB; -1 "
+                    "leaves it to the settings, where there is no limit. Of several such nodes the smallest holds.",
+                    step=0.5,
+                    optional=True,
+                ),
             ],
             outputs=[io.AnyType.Output("value_out", display_name="value", tooltip="What came in.")],
         )
 
     @classmethod
-    def execute(cls, value: Any, headroom_gb: float, never_evict: bool, disk_gb: float = AUTO) -> io.NodeOutput:
+    def execute(
+        cls, value: Any, headroom_gb: float, never_evict: bool, disk_gb: float = AUTO, ram_gb: float = AUTO
+    ) -> io.NodeOutput:
         headroom = given("Cache Policy (Spillway)", "headroom_gb", headroom_gb)
         disk = given("Cache Policy (Spillway)", "disk_gb", disk_gb)
+        cap = given("Cache Policy (Spillway)", "ram_gb", ram_gb)
         cache = current_cache()
         if cache is None:
             log.warning("[Spillway] cache policy: it has no effect, as ComfyUI's own output cache is in use.")
@@ -149,6 +159,8 @@ class SpillwayCachePolicy(CheckedNode):
             cache.set_headroom(headroom)
         if disk is not None:
             cache.set_disk(disk)
+        if cap is not None:
+            cache.set_cap(cap)
         concerned = cache.engine.protect(value, never_evict)
         if never_evict:
             cache.engine.ledger.decide(f"never evicts {in_words(concerned)}: asked for by a Cache Policy node")

@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
+from ..ops.parts.index import is_index
 from ..patcher.comfyui.loading.probe import probe_file
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
@@ -21,7 +22,7 @@ def _files() -> list[str]:
         f"{folder}/{name}"
         for folder in FOLDERS
         for name in model_names(folder)
-        if name.lower().endswith((".safetensors", ".sft", ".gguf"))
+        if name.lower().endswith((".safetensors", ".sft", ".gguf")) or is_index(name)
     ]
 
 
@@ -39,7 +40,8 @@ class SpillwayProbeModel(CheckedNode):
                 OpenChoice(
                     "file",
                     options=_files(),
-                    tooltip="A safetensors or GGUF file in ComfyUI's models folder, and the folder that it lies in.",
+                    tooltip="A safetensors or GGUF file in ComfyUI's models folder, or the index of a model in several "
+                    "files, and the folder that it lies in.",
                 )
             ],
             outputs=[io.String.Output("report", tooltip="One fact a line, for Preview as Text.")],

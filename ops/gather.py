@@ -13,6 +13,8 @@ from typing import Any
 import numpy
 import torch
 
+from .joined_weight import JoinedWeight
+
 # A VBAR allocation starts on 512 bytes; every kernel is content with less.
 ALIGNMENT = 512
 
@@ -38,6 +40,13 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return [part for name in names for part in inner_tensors(getattr(tensor, name))]
+
+
+def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the ordinary tensors in whose memory the numbers lie. Of a joined weight those are its pieces."""
+    return [
+        piece for part in inner_tensors(tensor) for piece in (part.pieces if isinstance(part, JoinedWeight) else [part])
+    ]
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -93,11 +102,22 @@ def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = F
 
     alone: by this thread, without torch's other CPU threads, which several readers at once would make compete.
     """
-    for to, part in zip(inner_tensors(target), inner_tensors(source), strict=True):
+    for to, part in zip(*_pieces(inner_tensors(target), inner_tensors(source)), strict=True):
         if alone and part.numel() and to.dtype == part.dtype and _is_plain_memory(to) and _is_plain_memory(part):
             numpy.copyto(_bytes(to), _bytes(part))  # without Python's lock
         else:
             to.copy_(part, non_blocking=non_blocking)
+
+
+def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return both with a joined source taken apart, and its target cut as that is."""
+    if not any(isinstance(source, JoinedWeight) for source in sources):
+        return targets, sources
+    cut: list[torch.Tensor] = []
+    for to, source in zip(targets, sources, strict=True):
+        pieces = memory_of(source)
+        cut += to.split([piece.shape[0] for piece in pieces]) if isinstance(source, JoinedWeight) else [to]
+    return cut, [piece for source in sources for piece in memory_of(source)]
 
 
 def _is_plain_memory(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,8 @@ import torch
 from ..ops.errors import SpillwayError
 from ..ops.files.disk_map import SourceError, check_files
 from ..ops.files.source import Source
-from ..ops.gather import inner_tensors, is_wrapper
+from ..ops.gather import is_wrapper, memory_of
+from ..ops.joined_weight import JoinedWeight
 from ..ops.lending.block import Block
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.layer import dynamic_class, has_forward
@@ -26,8 +27,8 @@ class Unsupported(SpillwayError, TypeError):
     """Names a module that cannot be made dynamic, and says why."""
 
 
-# Tensor classes whose numbers lie in their own memory, one after the other.
-PLAIN: tuple[type[torch.Tensor], ...] = (torch.Tensor,)
+# Tensor classes whose numbers lie in memory one after the other, in pieces perhaps.
+PLAIN: tuple[type[torch.Tensor], ...] = (torch.Tensor, JoinedWeight)
 
 
 def _form_dtype(source: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
@@ -167,7 +168,7 @@ def load_buffers(root: torch.nn.Module, source: Source) -> None:
                     f"{where}: tensor '{key}' has shape {tuple(tensor.shape)}, the buffer of "
                     f"{type(module).__name__} has {tuple(buffer.shape)}. The file is of another kind."
                 )
-            check_files(inner_tensors(tensor))
+            check_files(memory_of(tensor))
             module._buffers[attr] = tensor.to(dtype=buffer.dtype, copy=True)
 
 

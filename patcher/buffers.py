@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops.files.disk_map import check_files
-from ..ops.gather import inner_tensors, tensor_bytes
+from ..ops.gather import memory_of, tensor_bytes
 
 
 class PlacedBuffers:
@@ -29,7 +29,7 @@ class PlacedBuffers:
             for module in self._module.modules():
                 for attr, buffer in module._buffers.items():
                     if buffer is not None and buffer.device != self._device and not buffer.is_meta:
-                        check_files(inner_tensors(buffer))
+                        check_files(memory_of(buffer))
                         there = moved.setdefault(id(buffer), buffer.to(self._device))
                         module._buffers[attr] = there
                         self._placed[module, attr] = (buffer, there, there._version)

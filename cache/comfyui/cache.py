@@ -24,6 +24,7 @@ from ..holdings import Entry
 from ..output_cache import OutputCache
 from . import stamps
 from .disk import file_name, make_tier
+from .settings import ram_cap
 
 GIB = 1 << 30
 HISTORY_NEEDS_A_CLIENT = [int(part) for part in comfyui_version.__version__.split(".")[:2]] < [0, 28]
@@ -142,6 +143,7 @@ class SpillwayCache(caching.BasicCache):
     def _apply_policies(self, node_ids: Iterable[str]) -> None:
         """Apply the prompt's policy nodes. Those whose outputs are still cached do not run, and count all the same."""
         self.engine.headroom = self.base_headroom
+        self.engine.cap = ram_cap()
         self.disk = make_tier(self.engine.ledger, former=self.disk)
         for node_id in node_ids:
             node = self._node(node_id)
@@ -151,11 +153,19 @@ class SpillwayCache(caching.BasicCache):
                     self.set_headroom(headroom)
                 if isinstance(disk, int | float) and disk >= 0:
                     self.set_disk(disk)
+                cap = node["inputs"].get("ram_gb")
+                if isinstance(cap, int | float) and cap >= 0:
+                    self.set_cap(cap)
 
     def set_headroom(self, gigabytes: float) -> None:
         """Set the headroom of the running prompt. Of several policies the largest holds."""
         wanted, before = int(gigabytes * GIB), self.engine.headroom
         self.engine.headroom = wanted if before == self.base_headroom else max(before, wanted)
+
+    def set_cap(self, gigabytes: float) -> None:
+        """Set the most RAM that outputs may hold in the running prompt. Of several policies the smallest holds."""
+        wanted = int(gigabytes * GIB)
+        self.engine.cap = wanted if self.engine.cap is None else min(self.engine.cap, wanted)
 
     def set_disk(self, gigabytes: float) -> None:
         """Set the cap of the disk tier for the running prompt. 0 turns it off."""
@@ -196,7 +206,7 @@ class SpillwayCache(caching.BasicCache):
             )
             return None
         value = execution.CacheEntry(ui=None, outputs=outputs)
-        self._adopt(node_id, key, value, seconds)
+        self._adopt(node_id, key, value, seconds, found=True)
         self.stamps.remember(hash(key), stamps.from_record(record))
         return value
 
@@ -222,7 +232,7 @@ class SpillwayCache(caching.BasicCache):
             if value is None:
                 return None
             self.stamps.forget(hash(key))
-            self._adopt(node_id, key, value, 0.0)
+            self._adopt(node_id, key, value, 0.0, found=True)
         self._prompt.done.add(node_id)
         return value
 
@@ -276,9 +286,9 @@ class SpillwayCache(caching.BasicCache):
         key = self._key(node_id) if self.initialized else None
         if key is None or self.cache.get(key) is value:
             return
-        self._adopt(node_id, key, value, self.engine.seconds_of(key))
+        self._adopt(node_id, key, value, self.engine.seconds_of(key), found=True)
 
-    def _adopt(self, node_id: str, key: Any, value: Any, seconds: float) -> None:
+    def _adopt(self, node_id: str, key: Any, value: Any, seconds: float, *, found: bool = False) -> None:
         inputs = self._node(node_id).get("inputs", {}).values()
         parents = [self._key(link[0]) for link in inputs if is_link(link)]
         self.engine.put(
@@ -289,6 +299,7 @@ class SpillwayCache(caching.BasicCache):
             kind=self._node(node_id).get("class_type", ""),
             label=node_id,
             parents=[parent for parent in parents if parent is not None],
+            found=found,
         )
 
     def _node(self, node_id: str) -> dict[str, Any]:

@@ -29,6 +29,14 @@ def setting(kind: settings.Number | settings.Switch) -> Any:
     return settings.setting(kind, values)
 
 
+def ram_cap() -> int | None:
+    """Return the most bytes of RAM that outputs may hold. None where only the headroom counts, as by default."""
+    gigabytes = settings.variable(settings.CACHE_GB)
+    if gigabytes is None:
+        gigabytes = setting(settings.CACHE_RAM_GB)
+    return int(gigabytes * (1 << 30)) if gigabytes else None
+
+
 def disk_gigabytes() -> float:
     """Return the cap of the disk tier in GB. 0 where it is off, as it is by default."""
     return setting(settings.DISK_GB) or 0.0

@@ -19,6 +19,7 @@ import folder_paths
 import nodes
 import psutil
 
+from ...ops.parts.index import files_of
 from ..content import content_of
 
 # Size, time of the last change of the content, number, time of the last change of any kind, hash of the content. On
@@ -167,7 +168,7 @@ def _files(name: str) -> list[Stamp] | None:
                 return None
             found += [one for file in within if (one := _stamp(file))]
         elif stamp:
-            found.append(stamp)
+            found += [one for file in files_of(path) if (one := _stamp(str(file)))]  # an index stands for its parts
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..gather import inner_tensors
+from ..gather import memory_of
 from .disk_map import SourceError, map_of
 
 OPERATORS = frozenset(
@@ -76,7 +76,7 @@ class CopyBeforeWrite(TorchFunctionMode):
             if isinstance(target, (list, tuple)):
                 self._copy_first(target)
             elif isinstance(target, torch.Tensor):
-                for part in inner_tensors(target):
+                for part in memory_of(target):
                     self._copy(part)
 
     def _copy(self, target: torch.Tensor) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..gather import inner_tensors
+from ..gather import memory_of
+from ..joined_weight import JoinedWeight
 from .disk_map import check_files, locate
 
 # Bytes of a part in float32, the widest dtype of the computations.
@@ -54,8 +55,9 @@ class Stored(Recipe):
     def parts(self) -> Iterator[Part]:
         tensor = self.tensor.detach()
         for start, stop in row_ranges(tuple(tensor.shape)):
-            check_files(inner_tensors(tensor))
+            check_files(memory_of(tensor))
             rows = tensor[start:stop] if tensor.dim() else tensor
+            rows = rows.whole() if isinstance(rows, JoinedWeight) else rows
             yield Part("", start, rows.to(device="cpu", dtype=self.dtype).contiguous())
 
     def sources(self) -> list[torch.Tensor]:

@@ -171,6 +171,7 @@ class DiskMap:
     """
 
     parts: tuple[DiskMap, ...] = ()  # further files, whose tensors the state dict has too
+    pickles = False  # whether it opens files that are named as pickles
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class DiskMap:
     ) -> None:
         self.path = Path(path)
         self.dtype = dtype
-        with open_file(path) as file:
+        with open_file(path, pickles=self.pickles) as file:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
             self.check, self.check_often = watched.check, watched.check_often
             self._specs = self._describe(file, keep, rename)
@@ -210,6 +211,11 @@ class DiskMap:
 
     def _offset(self, key: str) -> int:
         return self._specs[key].offset
+
+    @property
+    def files(self) -> tuple[DiskMap, ...]:
+        """The maps that the state dict's tensors lie in."""
+        return (self, *self.parts)
 
     def keys(self) -> Iterable[str]:
         """Return the keys, in file order."""

@@ -64,6 +64,28 @@ LORA = re.compile(
 RANK_FIRST = re.compile(r"(lora_down|lora_A|lora\.down)(\.default)?(\.weight)?$")
 CONTROLNET = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight", "controlnet_blocks.0.weight",
               "zero_convs.0.0.weight")  # fmt: skip
+# What is put on a model. (kind, architecture, names that must all be there.) The first that fits counts.
+ADDED: list[tuple[str, str, tuple[str, ...]]] = [
+    ("IP-Adapter", "", ("image_proj.proj.weight",)),
+    ("IP-Adapter", "", ("image_proj.latents",)),
+    ("IP-Adapter", "", ("ip_adapter.1.to_k_ip.weight",)),
+    ("T2I-Adapter", "", ("body.0.in_conv.weight",)),
+    ("T2I-Adapter", "", ("body.0.block1.weight", "body.0.block2.weight", "conv_in.weight")),
+    ("T2I-Adapter", "", ("adapter.body.0.resnets.0.block1.weight",)),
+    ("model patch", "Qwen-Image control", ("controlnet_blocks.0.y_rms.weight",)),
+    ("model patch", "USO style reference", ("feature_embedder.mid_layer_norm.bias",)),
+    ("model patch", "Z-Image control", ("control_all_x_embedder.2-1.weight",)),
+    ("model patch", "Uni3C for Wan", ("controlnet_patch_embedding.weight",)),
+    ("model patch", "MultiTalk", ("audio_proj.proj1.weight",)),
+    ("model patch", "LLLite", ("lllite_conditioning1.conv1.weight",)),
+    ("style model", "Flux Redux", ("redux_down.weight",)),
+    ("style model", "", ("style_embedding",)),
+    ("embedding", "", ("emb_params",)),
+    ("embedding", "", ("string_to_param",)),
+    ("upscale model", "", ("RDB1.conv1.weight",)),
+    ("upscale model", "", ("conv_first.weight", "conv_last.weight")),
+    ("upscale model", "", ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight")),
+]
 BESIDE_WEIGHTS = re.compile(
     r"\.(comfy_quant|weight_scale(_2)?|input_scale|scale_weight|scale_input|pre_quant_scale)$|(^|\.)scaled_fp8$"
 )
@@ -84,15 +106,20 @@ class Probe:
     parts: list[str] = field(default_factory=list)  # of a checkpoint
     ranks: dict[int, int] = field(default_factory=dict)  # of a LoRA: rank -> layers
     metadata: dict[str, str] = field(default_factory=dict)
+    files: int = 1
+    part: str = ""  # of a file that is a part of a model: which one, and what to choose instead
 
     @property
     def words(self) -> str:
         """Return the facts for a person, one a line."""
+        many = f" in {self.files} files" if self.files > 1 else ""
         lines = [
             f"{os.path.basename(self.path)}: {self.kind}" + (f", {self.architecture}" if self.architecture else ""),
-            f"{self.file_bytes:,} bytes, {self.tensors:,} tensors, {self.parameters:,} parameters",
+            f"{self.file_bytes:,} bytes{many}, {self.tensors:,} tensors, {self.parameters:,} parameters",
             "dtypes: " + ", ".join(f"{name} ({n} tensors, {size:,} bytes)" for name, (n, size) in self.dtypes.items()),
         ]
+        if self.part:
+            lines.append(self.part)
         if self.quantisation:
             lines.append("quantised: " + ", ".join(f"{name} ({n} layers)" for name, n in self.quantisation.items()))
         if self.parts:
@@ -107,6 +134,13 @@ class Probe:
 def probe(path: str | os.PathLike[str]) -> Probe:
     """Tell what a file holds. Raises SourceError, with the reason, for a file that is no whole safetensors file."""
     header = read_header(path)
+    entries, sizes = checked_entries(header)
+    quantised = quantisation(header, entries)
+    return describe(str(path), header.file_bytes, entries, sizes, quantised, header.metadata)
+
+
+def checked_entries(header: Header) -> tuple[dict[str, Entry], Counter[str]]:
+    """Return the entries of a file, and the bytes of each dtype. Raises SourceError where one is not in the file."""
     entries = {key: header.entry(key) for key in header.entries}
     sizes: Counter[str] = Counter()
     for key, entry in entries.items():
@@ -115,8 +149,7 @@ def probe(path: str | os.PathLike[str]) -> Probe:
             nbytes = -(-entry.numel * BITS[entry.dtype] // 8)
         header.check_place(key, entry, nbytes)
         sizes[entry.dtype] += nbytes
-    quantised = _quantisation(header, entries)
-    return describe(str(path), header.file_bytes, entries, sizes, quantised, header.metadata)
+    return entries, sizes
 
 
 def describe(
@@ -165,6 +198,9 @@ def _what(names: _Names, entries: dict[str, Entry]) -> tuple[str, str, list[str]
     adapters = sum(bool(LORA.search(key)) for key in entries)
     if adapters and 4 * adapters >= len(entries):
         return "LoRA", "", []
+    for kind, architecture, wanted in ADDED:
+        if names.have(wanted):
+            return kind, architecture, []
     if any(name in names.ends for name in CONTROLNET):
         return "ControlNet", "", []
     model = next((name for name, wanted in DIFFUSION_MODELS if names.have(wanted)), "") or _u_net(entries)
@@ -186,7 +222,7 @@ def _u_net(entries: dict[str, Entry]) -> str:
     return ""
 
 
-def _quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
+def quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
     """Return layer -> format, by the tensors beside its weight and by the metadata."""
     formats: dict[str, str] = {}
     for key in entries:

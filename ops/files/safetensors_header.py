@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,31 +83,25 @@ class Header:
             )
 
 
-def shard_words(path: str | os.PathLike[str]) -> str:
-    """Say which part of a model a file is, by its name as large models are published; '' for any other name."""
-    found = re.search(r"^(.*)-(\d{5})-of-(\d{5})\.", Path(path).name)
-    if found is None or int(found[3]) < 2:
-        return ""
-    return (
-        f" Its name says that it is part {int(found[2])} of {int(found[3])} of '{found[1]}', and ComfyUI loads no "
-        "model from parts: get it as one file, or join the parts by loading each with safetensors.torch.load_file and "
-        "saving all their tensors with safetensors.torch.save_file."
-    )
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read a file's header, and nothing else of it. Raises SourceError for a file of another format."""
     with open_file(path) as file:
         return parse_header(Path(path), file)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file to read. Raises SourceError for a pickle, a folder, or nothing."""
+def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryIO:
+    """Open a file to read. Raises SourceError for a folder, or nothing, and for a pickle unless `pickles`."""
     path = Path(path)
-    if path.suffix.lower() in PICKLES:
+    if path.suffix.lower() in PICKLES and not pickles:
+        converted = path.with_suffix(".safetensors")
         raise SourceError(
-            f"{path}: {path.suffix} files are pickles: they cannot be mapped and may run code. Convert "
-            "it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+            f"{path}: {path.suffix} files are pickles, which may run code. "
+            + (
+                f"'{converted.name}' lies beside it: choose that one."
+                if converted.is_file()
+                else "Convert it once, without running it, with the node Convert to Safetensors (Spillway) or `python "
+                "dev.py convert FILE`. Then load the safetensors file."
+            )
         )
     if not path.is_file():
         what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
@@ -126,8 +119,7 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
     if length > MAX_HEADER_BYTES:
         raise SourceError(
             f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "
-            "with a wrong name, convert it: load it with torch.load(weights_only=True) and write it with "
-            "safetensors.torch.save_file."
+            "with a wrong name, call it .ckpt and convert it with the node Convert to Safetensors (Spillway)."
         )
     if 8 + length > file_bytes:
         raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {AGAIN}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..gather import inner_tensors
+from ..gather import memory_of
 from .deferred import Deferred, Part, Recipe, drop_pages, read_ahead
 from .disk_map import check_files
 from .safetensors_writer import SafetensorsWriter, SavedSpec, file_order
@@ -69,10 +69,9 @@ def save(
                         done += part.data.numel() * part.data.element_size()
                         progress(done, total)
                 requested -= _size(job.recipe)
-                read = [inner for tensor in job.recipe.sources() for inner in inner_tensors(tensor)]
+                read = [inner for tensor in job.recipe.sources() for inner in memory_of(tensor)]
                 check_files(read)  # what another program wrote meanwhile must not be saved
-                for inner in read:
-                    drop_pages(inner)
+                behind.drop(read)
     return Written(writer.path, writer.file_bytes)
 
 
@@ -92,13 +91,13 @@ def _jobs(tensors: Mapping[str, Deferred], specs: Mapping[str, SavedSpec]) -> li
 
 
 def _size(recipe: Recipe) -> int:
-    inner = [part for tensor in recipe.sources() for part in inner_tensors(tensor)]
+    inner = [part for tensor in recipe.sources() for part in memory_of(tensor)]
     return sum(part.numel() * part.element_size() for part in inner)
 
 
 def _read_ahead(recipe: Recipe) -> int:
     for tensor in recipe.sources():
-        for inner in inner_tensors(tensor):
+        for inner in memory_of(tensor):
             read_ahead(inner)
     return _size(recipe)
 
@@ -113,7 +112,7 @@ class _Behind:
 
     def __init__(self, writer: SafetensorsWriter, specs: Mapping[str, SavedSpec]) -> None:
         self._writer, self._specs = writer, specs
-        self._queue: queue.Queue[tuple[str, int, memoryview] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[str, int, memoryview] | list[torch.Tensor] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="spillway-save", daemon=True)
 
@@ -143,12 +142,20 @@ class _Behind:
         start = part.start * (spec.nbytes // rows) if rows else 0
         self._queue.put((key, start, as_bytes(part.data)))
 
+    def drop(self, read: list[torch.Tensor]) -> None:
+        """Have the pages of what was read given back, after the parts that were put before: they may be views of it."""
+        self._queue.put(read)
+
     def _run(self) -> None:
         # Emptied to the end also after an error. Else `put` would wait for room for ever.
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._writer.write(*item)
+                    if isinstance(item, list):
+                        for tensor in item:
+                            drop_pages(tensor)
+                    else:
+                        self._writer.write(*item)
                 except BaseException as error:
                     self._error = error
             del item

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ import torch
 
 from ..files.disk_map import DiskMap, TensorSpec, check_overlap, kept_names
 from ..files.safetensors_header import SourceError
-from .header import NUMBERS, STRING, GgufEntry, LongList, is_gguf, parse_header
+from .header import NUMBERS, STRING, GgufEntry, LongList, parse_header
 from .names import renaming
 from .text_encoder import OWN_NAMES, SPIECE, TEXT_ENCODERS, TOWER, VISION_TOWER, WITH_TOWER
 from .tokenizer import spiece_model, tekken_model
@@ -178,7 +177,7 @@ def _both(first: Rename | None, second: Rename | None) -> Rename | None:
     return lambda key: second(first(key))
 
 
-def check_text_encoder(source: DiskMap) -> None:
+def check_text_encoder(source: object) -> None:
     """Raise SourceError for a GGUF file whose text encoder cannot be made of what is in it."""
     if not isinstance(source, GgufMap) or source.architecture in (*TEXT_ENCODERS, *OWN_NAMES):
         return
@@ -188,7 +187,7 @@ def check_text_encoder(source: DiskMap) -> None:
     )
 
 
-def add_vision(source: DiskMap) -> str:
+def add_vision(source: object) -> str:
     """Add the vision tower that lies beside an encoder, and return its name. '' for an encoder without one."""
     if not isinstance(source, GgufMap) or source.architecture != WITH_TOWER:
         return ""
@@ -200,8 +199,3 @@ def add_vision(source: DiskMap) -> str:
         return ""
     source.parts = (tower,)
     return found.name
-
-
-def open_map(path: str | os.PathLike[str]) -> DiskMap:
-    """Open a file of weights as what its name says: GGUF or safetensors. Raises SourceError for what is neither."""
-    return GgufMap(path) if is_gguf(path) else DiskMap(path)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..gather import is_wrapper
+from ..joined_weight import JoinedWeight
 from ..subclasses import linear_arguments, writes_into
 from .dequantise import function_for
 from .types import IDS, TYPES
@@ -179,7 +180,9 @@ def stays_quantised(tensor: torch.Tensor) -> bool:
 
 
 def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of a weight in blocks. Any other tensor is returned as it is."""
+    """Return the numbers of a weight in blocks, or in pieces. Any other tensor is returned as it is."""
+    if isinstance(tensor, JoinedWeight):
+        return tensor.whole()
     return tensor.dequantize() if isinstance(tensor, GgufWeight) else tensor
 
 

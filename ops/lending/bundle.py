@@ -27,7 +27,7 @@ import torch
 
 from ..device.backend import Backend
 from ..files.disk_map import DiskMap, SourceError
-from ..gather import gathered_bytes, inner_tensors, is_wrapper
+from ..gather import gathered_bytes, is_wrapper, memory_of
 from ..gguf.weight import GgufWeight
 from ..int8.weight import PART_BYTES
 from ..ledger import Ledger
@@ -96,7 +96,7 @@ class Bundle:
         self._files = list(self.maps())
         self.nbytes = gathered_bytes(self.final)
         # Tensors of inference mode do not count writes, and asking for their count raises.
-        self._counting = [part for source in self.source for part in inner_tensors(source) if not part.is_inference()]
+        self._counting = [part for source in self.source for part in memory_of(source) if not part.is_inference()]
         self.writes = self.count_writes()  # that the final form knows of; written by follow_writes
         self.version = 0  # counts changes of the final form; written by `invalidate`
         self.pinned_version: int | None = None  # of the final form that its pin holds; written by Pins

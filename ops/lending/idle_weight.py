@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..gather import inner_tensors
 from ..gguf.weight import numbers_of, stays_quantised
+from ..joined_weight import JoinedWeight
 from .lookup import Asked, asked_for, with_rows
 from .param import Param
 
@@ -220,14 +221,22 @@ def _written(func: Any, args: Any, kwargs: Any) -> IdleWeight | None:
 
 def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight:
     """Write into the source, of which the final form is made again. Other idle weights are read as sources too."""
-    place = written.param.source.device
+    source = written.param.source
+    place = source.device
+    # A view of a weight in pieces would be one of a copy. The copy is written into, and then the pieces.
+    whole = source.whole() if isinstance(source, JoinedWeight) else None
 
     def beside(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view_of(tensor.stored()) if isinstance(tensor, IdleWeight) else tensor.to(place)
+        if not isinstance(tensor, IdleWeight):
+            return tensor.to(place)
+        in_pieces = whole is not None and tensor.param is written.param
+        return tensor.view_of(whole if in_pieces else tensor.stored())  # type: ignore[arg-type]
 
     args, kwargs = tree_map_only(torch.Tensor, beside, (args, kwargs))
     func(*args, **kwargs)
-    source = written.param.source
+    if whole is not None:
+        source.assign(whole)  # type: ignore[attr-defined]
+        return written
     if not source.is_inference():
         torch.autograd.graph.increment_version(source)  # torch counts no writes below a subclass
     return written

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 
 from ..files.disk_map import locate
-from ..gather import inner_tensors, is_wrapper, like
+from ..gather import inner_tensors, is_wrapper, like, memory_of
 from ..gguf.weight import GgufWeight
 from ..int8.weight import Int8Weight
+from ..joined_weight import JoinedWeight
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,7 +61,7 @@ class Param:
         self.compute_dtype = wanted
         self.op_dtype: torch.dtype | None = None
         # Parts that lie in a memory map, as (map, offset, bytes).
-        self.where = [place for part in inner_tensors(self.source) if (place := locate(part)) is not None]
+        self.where = [place for part in memory_of(self.source) if (place := locate(part)) is not None]
 
     def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
         if self.int8:
@@ -107,6 +108,8 @@ class Param:
     def usable_in_place(self) -> bool:
         """Say whether a CPU op can read the source's own memory."""
         if self.is_cast or self.patch is not None or self.compute_dtype is not None or self.source.is_meta:
+            return False
+        if isinstance(self.source, JoinedWeight):
             return False
         return all(
             part.is_contiguous() and part.data_ptr() % part.element_size() == 0 for part in inner_tensors(self.source)

@@ -18,6 +18,7 @@ import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.never_raises import never_raises
+from ...ops.ram.arena_log import arenas_logged
 from ..dynamic_model import DynamicModel, models
 from .model_state import state_of
 
@@ -72,7 +73,8 @@ def install() -> None:
             release_after_use(but=models)
             _leave_other_devices(models)
             _make_room(models, needed)
-            return original(models, memory_required, force_patch_weights, minimum_memory_required, *args, **kwargs)
+            with arenas_logged(f"loading {len(models)} models"):
+                return original(models, memory_required, force_patch_weights, minimum_memory_required, *args, **kwargs)
         finally:
             _here.load = before
 

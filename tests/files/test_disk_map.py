@@ -214,7 +214,7 @@ def test_a_whole_file_cut_short_names_the_tensor_that_is_missing(tmp_path, cut):
 def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(SourceError, match=re.escape(str(path)) + r".*pickles.*save_file\(torch\.load"):
+    with pytest.raises(SourceError, match=re.escape(str(path)) + r".*pickles.*Convert to Safetensors.*dev\.py convert"):
         DiskMap(path)
 
 

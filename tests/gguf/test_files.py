@@ -11,9 +11,10 @@ import torch
 
 from kit.gguf_files import random_blocks, write_gguf
 from spillway.ops.files.disk_map import DiskMap, SourceError
-from spillway.ops.gguf.gguf_map import GgufMap, open_map
+from spillway.ops.gguf.gguf_map import GgufMap
 from spillway.ops.gguf.probe import probe
 from spillway.ops.gguf.weight import GgufWeight
+from spillway.ops.parts.open_map import open_map
 
 MUTATIONS = 10_000
 

@@ -15,6 +15,17 @@ app.registerExtension({
       defaultValue: true,
     },
     {
+      id: "Spillway.Cache.RamGB",
+      name: "Most RAM for cached outputs, in GB",
+      tooltip:
+        "Outputs are evicted beyond it, however much RAM is free. 0 sets no limit, so that the headroom decides. " +
+        "Takes effect with the next prompt.",
+      category: ["Spillway", "Output cache", "RamGB"],
+      type: "number",
+      attrs: { min: 0, max: 10000, step: 1 },
+      defaultValue: 0,
+    },
+    {
       id: "Spillway.Cache.DiskGB",
       name: "Disk space for evicted outputs, in GB",
       tooltip:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -13,12 +15,14 @@ import comfy.utils
 import torch
 
 from ....ops.files.disk_map import DiskMap, SourceError
-from ....ops.files.safetensors_header import shard_words
-from ....ops.gguf.gguf_map import GgufMap, add_vision, check_text_encoder, open_map
+from ....ops.gguf.gguf_map import GgufMap, add_vision, check_text_encoder
+from ....ops.parts.folder import MODEL, PIPELINE, TEXT, VAE, files_for, is_pipeline
+from ....ops.parts.open_map import open_map
+from ....ops.parts.sharded_map import ShardedMap
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
-from .loader_overrides import building, check_complete, detected, refuse_pickle
+from .loader_overrides import building, check_complete, detected, opening_indexes, refuse_pickle
 from .op_classes import operations
 
 log = logging.getLogger("spillway")
@@ -36,13 +40,13 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
 QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 
-def is_quantised(source: DiskMap) -> bool:
+def is_quantised(source: DiskMap | ShardedMap) -> bool:
     """Whether a file has weights that ComfyUI's mixed-precision ops must read."""
     keys = source.keys()
     return "_quantization_metadata" in source.metadata or any(key.endswith(QUANTISED) for key in keys)
 
 
-def _options(source: DiskMap, weight_dtype: str) -> dict[str, Any]:
+def _options(source: DiskMap | ShardedMap, weight_dtype: str) -> dict[str, Any]:
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype '{weight_dtype}' is not one of {', '.join(WEIGHT_DTYPES)}.")
     options = dict(WEIGHT_DTYPES[weight_dtype])
@@ -64,8 +68,10 @@ def load_diffusion_model(
 ) -> Any:
     """Load a diffusion model file -> DynamicModelPatcher. Raises SourceError for a file that is none, or is incomplete.
 
-    disable_dynamic: give ComfyUI's classic patcher instead, for nodes that ask for one.
+    path: of a file, an index, or a folder of diffusers. disable_dynamic: give ComfyUI's classic patcher instead, for
+    nodes that ask for one.
     """
+    (path,) = map(str, files_for(path, MODEL))
     if disable_dynamic:
         if weight_dtype in (INT8, INT8_AUTO):
             log.warning(
@@ -73,9 +79,10 @@ def load_diffusion_model(
                 "Compile compiles the model that is.",
                 path,
             )
-        return comfy.sd.load_diffusion_model(
-            path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
-        )
+        with opening_indexes():
+            return comfy.sd.load_diffusion_model(
+                path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
+            )
     refuse_pickle(path)
     source = open_map(path)
     options = _options(source, weight_dtype)
@@ -94,7 +101,8 @@ def load_again(factory: Any, arguments: tuple, policy: Policy | None, disable_dy
     disable_dynamic: give ComfyUI's classic patcher instead.
     """
     if disable_dynamic:
-        return factory(*arguments, disable_dynamic=True)
+        with opening_indexes():
+            return factory(*arguments, disable_dynamic=True)
     with building(DynamicModelPatcher, policy):
         return factory(*arguments)
 
@@ -111,8 +119,10 @@ def load_checkpoint(
 ) -> tuple[Any, Any, Any, Any]:
     """Load a checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION), with None for what the file does not have.
 
-    Raises SourceError for a file that holds no model.
+    path: of a file, or of a folder of diffusers with several models. Raises SourceError for a file that holds no model.
     """
+    if is_pipeline(path):
+        return load_pipeline(path, policy, embedding_directory)
     refuse_pickle(path)
     options = {"offload_device": torch.device("cpu")}
 
@@ -132,13 +142,62 @@ def load_checkpoint(
     return model, clip, vae, clip_vision
 
 
+# By the class that a pipeline's model_index.json names: the type of its text encoders.
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "AuraFlowPipeline": "stable_diffusion",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "QwenImagePipeline": "qwen_image",
+    "Lumina2Pipeline": "lumina2",
+    "ZImagePipeline": "lumina2",
+}
+
+
+def load_pipeline(
+    path: str, policy: Policy | None = None, embedding_directory: Any = None
+) -> tuple[Any, Any, Any, Any]:
+    """Load the models of a diffusers pipeline's folder -> (MODEL, CLIP, VAE, None), with None for what it lacks."""
+    folder = Path(path).parent if Path(path).name == PIPELINE else Path(path)
+    model = load_diffusion_model(str(folder), policy=policy) if _has(folder, MODEL) else None
+    vae = load_vae(str(folder), policy) if _has(folder, VAE) else None
+    kind, clip = _pipeline_class(folder), None
+    if _has(folder, TEXT) and kind in PIPELINES:
+        clip = load_clip([str(folder)], PIPELINES[kind], policy, embedding_directory)
+    elif _has(folder, TEXT):
+        log.warning(
+            "[Spillway] %s: the type of the text encoders of a %s is not known here, so there is no CLIP. Load CLIP "
+            "(Spillway) takes this folder and the type.",
+            folder,
+            kind or "pipeline without a class",
+        )
+    return model, clip, vae, None
+
+
+def _has(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_dir() for name in names)
+
+
+def _pipeline_class(folder: Path) -> str:
+    try:
+        found = json.loads((folder / PIPELINE).read_bytes())
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{folder / PIPELINE}: not JSON ({error}). Download it again.") from None
+    return str(found.get("_class_name", "")) if isinstance(found, dict) else ""
+
+
 def load_clip(
     paths: Sequence[str],
     clip_type: str = "stable_diffusion",
     policy: Policy | None = None,
     embedding_directory: Any = None,
 ) -> Any:
-    """Load one to three text encoder files -> CLIP with a dynamic patcher.
+    """Load one to four text encoder files, indexes or folders -> CLIP with a dynamic patcher.
 
     Raises SourceError for files that are none, ValueError for an unknown type.
     """
@@ -146,6 +205,7 @@ def load_clip(
     if known_type is None:
         known = ", ".join(entry.name.lower() for entry in comfy.sd.CLIPType)
         raise ValueError(f"text encoder type '{clip_type}' is unknown to this ComfyUI. Known: {known}.")
+    paths = [str(file) for path in paths for file in files_for(path, TEXT)]
     files = []
     for path in paths:
         refuse_pickle(path)
@@ -165,14 +225,14 @@ def load_clip(
     if unused:
         raise SourceError(
             f"{unused[0]}: no text encoder that ComfyUI knows was found in this file, or none of type '{clip_type}'."
-            + shard_words(unused[0])
         )
     _keep_dynamic(clip.patcher, policy)
     return clip
 
 
 def load_vae(path: str, policy: Policy | None = None) -> Any:
-    """Load a VAE file -> VAE with a dynamic patcher. Raises SourceError for a file that is none."""
+    """Load a VAE file, index or folder -> VAE with a dynamic patcher. Raises SourceError for a file that is none."""
+    (path,) = map(str, files_for(path, VAE))
     refuse_pickle(path)
 
     def load() -> Any:
@@ -182,7 +242,7 @@ def load_vae(path: str, policy: Policy | None = None) -> Any:
     with building(DynamicModelPatcher, policy):
         vae = detected(load, path)
     if getattr(vae, "first_stage_model", None) is None:
-        raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.{shard_words(path)}")
+        raise SourceError(f"{path}: no VAE that ComfyUI knows was found in this file.")
     factory = getattr(comfy.sd, "load_vae_patcher", None)
     if factory is not None:
         vae.patcher.cached_patcher_init = (factory, (path,))

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.model_detection
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -19,14 +20,17 @@ from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
-from ....ops.files.safetensors_header import PICKLES, shard_words
-from ....ops.gather import inner_tensors
-from ....ops.gguf.gguf_map import open_map
+from ....ops.files.safetensors_header import PICKLES
+from ....ops.gather import memory_of
 from ....ops.overrides import overridden
+from ....ops.parts.index import is_index
+from ....ops.parts.open_map import open_map
+from ....ops.parts.sharded_map import ShardedMap
 from ....ops.skip_init import skip_model_initialization
 from ...policy import Policy
 from ..running import drop_unloaded
 from .check_quantised import check_quantised
+from .diffusers_names import convert_lazily
 
 log = logging.getLogger("spillway")
 
@@ -43,6 +47,7 @@ class Opened:
 
     def __init__(self) -> None:
         self.maps: list[DiskMap] = []
+        self.sources: list[DiskMap | ShardedMap] = []
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
@@ -68,15 +73,15 @@ class Opened:
             # A state dict has the source of a weight that stands idle.
             for tensor in model.state_dict().values()
             if isinstance(tensor, torch.Tensor)
-            for part in inner_tensors(tensor)
+            for part in memory_of(tensor)
             if (place := locate(part)) is not None
         }
-        return [str(disk_map.path) for disk_map in self.maps if disk_map not in used]
+        return [str(source.path) for source in self.sources if not used & set(source.files)]
 
     @property
     def paths(self) -> str:
         """Name the files, for messages."""
-        return ", ".join(str(disk_map.path) for disk_map in self.maps) or "the file"
+        return ", ".join(str(source.path) for source in self.sources) or "the file"
 
 
 def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
@@ -86,7 +91,7 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 
 @contextmanager
 def building(
-    dynamic_patcher: Callable[..., Any], policy: Policy | None, ready: Iterable[DiskMap] = ()
+    dynamic_patcher: Callable[..., Any], policy: Policy | None, ready: Iterable[DiskMap | ShardedMap] = ()
 ) -> Iterator[Opened]:
     """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
@@ -108,7 +113,8 @@ def building(
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
         disk_map = known.get(str(Path(path))) or open_map(path)
-        opened.maps += [disk_map, *disk_map.parts]  # checked from here on
+        opened.maps += disk_map.files  # checked from here on
+        opened.sources.append(disk_map)
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
@@ -119,6 +125,12 @@ def building(
             guard.watch(tensors.values())
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
         return (tensors, disk_map.metadata) if with_metadata else tensors
+
+    def convert_names(convert: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return convert_lazily(convert, *args, **kwargs)
+        except SourceError as error:
+            raise SourceError(f"{opened.paths}: {error}") from None
 
     def load_tensors(
         load: Callable[..., Any], module: torch.nn.Module, tensors: Any, strict: bool = True, assign: bool = False
@@ -142,6 +154,7 @@ def building(
         skip_model_initialization(KEEP_BELOW),
         overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
         overridden(comfy.utils, "load_torch_file", by=load_file),
+        overridden(comfy.model_detection, "convert_diffusers_mmdit", by=convert_names),
         overridden(torch.nn.Module, "load_state_dict", by=load_tensors),
     ):
         yield opened
@@ -169,7 +182,6 @@ def check_complete(model: torch.nn.Module) -> None:
             f"{path}: {len(missing)} tensors that {type(root).__name__} needs are missing, such as "
             f"{', '.join(missing[:3])}. The file is incomplete or of another architecture: get a complete one."
             + _left_out_words(getattr(model, "spillway_maps", ()))
-            + shard_words(path)
         )
 
 
@@ -177,6 +189,21 @@ def _left_out_words(maps: Iterable[DiskMap]) -> str:
     left_out = [f"{disk_map.path.name}: {', '.join(disk_map.left_out[:3])}" for disk_map in maps if disk_map.left_out]
     words = "; ".join(left_out)
     return f" Tensors of 4 or 6 bits a number were left out, which nothing here can read ({words})." if words else ""
+
+
+@contextmanager
+def opening_indexes() -> Iterator[None]:
+    """Inside, ComfyUI's loaders open a model in several files, for a classic model of it."""
+
+    def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_index(path):
+            return load(path, *args, **kwargs)
+        source = open_map(path)
+        with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
+        return (source.state_dict(), source.metadata) if with_metadata else source.state_dict()
+
+    with overridden(comfy.utils, "load_torch_file", by=load_file):
+        yield
 
 
 def refuse_pickle(path: str) -> None:
@@ -194,15 +221,13 @@ def detected(make: Callable[[], Any], path: str) -> Any:
     except (KeyError, ValueError, RuntimeError) as error:
         words = str(error)
         if "Could not detect model type" in words:
-            raise SourceError(
-                f"{path}: no model that ComfyUI knows was found in this file. {words}{shard_words(path)}"
-            ) from error
+            raise SourceError(f"{path}: no model that ComfyUI knows was found in this file. {words}") from error
         if is_out_of_memory(error):
             raise
         raise SourceError(
             f"{path}: ComfyUI could not read this file ({type(error).__name__}: {words}). It is damaged, of another "
-            f"architecture, or in a form that needs a newer ComfyUI.{shard_words(path)}"
+            f"architecture, or in a form that needs a newer ComfyUI."
         ) from error
     if result is None:
-        raise SourceError(f"{path}: no model that ComfyUI knows was found in this file.{shard_words(path)}")
+        raise SourceError(f"{path}: no model that ComfyUI knows was found in this file.")
     return result

@@ -9,8 +9,8 @@ import comfy.model_detection
 from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.probe import Probe
 from ....ops.files.watched_file import FileChanged
-from ....ops.gguf.gguf_map import open_map
-from ....ops.gguf.probe import probe
+from ....ops.parts.open_map import open_map
+from ....ops.parts.probe import probe
 
 
 def probe_file(path: str) -> tuple[Probe, str]:
@@ -27,7 +27,7 @@ def comfyui_name(path: str) -> str:
     """Find ComfyUI's name for the diffusion model in a file, or '' where it knows none."""
     disk_map = open_map(path)
     tensors: dict[str, Any] = disk_map.state_dict()
-    with CheckBeforeRead([disk_map]):
+    with CheckBeforeRead(disk_map.files):
         prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
         for begin in (prefix, ""):
             try:

@@ -16,7 +16,7 @@ from comfy.model_patcher import LowVramPatch, get_key_weight
 from comfy.weight_adapter import WeightAdapterBase
 
 from ....ops.files.disk_map import mapped_file
-from ....ops.gather import inner_tensors
+from ....ops.gather import memory_of
 from ....ops.gguf.weight import numbers_of, stays_quantised
 
 
@@ -103,7 +103,7 @@ class WeightPatch:
 def tensors_of(patch: Any) -> Iterator[torch.Tensor]:
     """Yield the ordinary tensors of a patch, or of a list of patches."""
     if torch.is_tensor(patch):
-        yield from inner_tensors(patch)
+        yield from memory_of(patch)
     elif isinstance(patch, WeightAdapterBase):
         yield from tensors_of(patch.weights)
     elif isinstance(patch, (tuple, list)):

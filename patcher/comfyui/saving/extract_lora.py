@@ -12,11 +12,17 @@ import torch
 
 from ....ops.files.deferred import Deferred, Part, Recipe
 from ....ops.files.save_pipeline import save
+from ....ops.gather import memory_of
 from ....ops.low_rank import low_rank
 from .recipes import FinalWeight
 from .save import DTYPES, Saved, final_weights, make_room
 
 log = logging.getLogger("spillway")
+
+
+def _places(tensor: torch.Tensor) -> list[tuple[int, torch.Size]]:
+    """Say where the numbers of a weight lie. A wrapper has no address of its own."""
+    return [(part.data_ptr(), part.shape) for part in memory_of(tensor)]
 
 
 class _Difference:
@@ -29,7 +35,7 @@ class _Difference:
     def is_zero(self) -> bool:
         """Whether nothing has changed. Reads no more than it must to know."""
         same_source = self.tuned.source is self.base.source or (
-            self.tuned.source.data_ptr() == self.base.source.data_ptr() and self.tuned.dtype == self.base.dtype
+            _places(self.tuned.source) == _places(self.base.source) and self.tuned.dtype == self.base.dtype
         )
         if same_source and self.tuned.patch is None and self.base.patch is None:
             return True

@@ -13,7 +13,7 @@ from comfy.quant_ops import get_layout_class
 from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.disk_map import check_files
 from ....ops.files.safetensors_writer import SaveError
-from ....ops.gather import inner_tensors, is_wrapper, tensor_bytes
+from ....ops.gather import is_wrapper, memory_of, tensor_bytes
 from ....ops.gguf.weight import numbers_of
 from ....ops.ram.available import available_ram
 from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
@@ -43,11 +43,12 @@ class FinalWeight:
             for start, stop in ranges:
                 self._check_files()
                 patch = None if self.patch is None else rows_of(self.patch, self._template(), start, stop)
-                rows = self.source[start:stop] if self.shape else self.source
+                stored = self.source[start:stop] if self.shape else self.source
+                rows = numbers_of(stored)
                 cast = rows.to(self.dtype)
                 yield start, cast if patch is None else patch(cast, in_place=cast.dtype != rows.dtype)
-                for tensor in (rows, *(tensors_read(patch.patches) if patch is not None else ())):
-                    for inner in inner_tensors(tensor):
+                for tensor in (stored, *(tensors_read(patch.patches) if patch is not None else ())):
+                    for inner in memory_of(tensor):
                         drop_pages(inner)
             return
         whole = self.whole()
@@ -57,7 +58,7 @@ class FinalWeight:
             yield start, whole[start:stop] if self.shape else whole
 
     def _check_files(self) -> None:
-        check_files(inner for tensor in self.sources() for inner in inner_tensors(tensor))
+        check_files(inner for tensor in self.sources() for inner in memory_of(tensor))
 
     def _can_be_parted(self) -> bool:
         if is_wrapper(self.source):

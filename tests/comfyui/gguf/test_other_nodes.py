@@ -63,6 +63,24 @@ def test_an_extracted_lora(both):
         assert (found - exact).norm() < 0.01 * exact.norm()
 
 
+def test_the_difference_of_two_files(both, checkpoint, tmp_path):
+    """Blocks have no address of their own by which two models could be taken for one."""
+    other = comfy.utils.load_torch_file(checkpoint("flux", **SMALL, seed=1))
+    written, stands_for = quantised_copy(other, "Q8_0")
+    others = [
+        load_diffusion_model(path)
+        for path in (
+            write_gguf(tmp_path / "other.gguf", written),
+            checkpoints.write(tmp_path / "other.safetensors", stands_for),
+        )
+    ]
+    keys = []
+    for model, tuned in zip(both, others, strict=True):
+        given = {"model": tuned, "base": model, "rank": 2, "filename_prefix": "loras/d", "dtype": "fp32"}
+        keys.append(set(safetensors.torch.load_file(SpillwaySaveLora.execute(**given).args[0])))
+    assert keys[0] == keys[1] and len(keys[0]) > 20
+
+
 @pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "with a LoRA"])
 def test_hooks(beside, both):
     """They change the numbers. Without them the weight is in its blocks again."""

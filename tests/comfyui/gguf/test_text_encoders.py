@@ -16,8 +16,8 @@ from kit.comfyui.sampling import text_encode
 from kit.gguf_files import LAYERS, quantised_copy, random_blocks, renamed, write_gguf
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.ops.gguf import gguf_map
-from spillway.ops.gguf.gguf_map import open_map
 from spillway.ops.gguf.weight import GgufWeight
+from spillway.ops.parts.open_map import open_map
 from spillway.patcher.comfyui.loading import load as comfy_load
 
 TEXT = "a cat in a hat,  \ufb01ve times (very large:1.2)"

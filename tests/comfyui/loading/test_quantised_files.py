@@ -147,7 +147,7 @@ def test_a_needed_tensor_of_four_bits_is_an_error_that_names_it(flux, tmp_path):
 def test_a_shard_alone_is_an_error_that_says_which_part_it_is(flux, checkpoint, tmp_path):
     tensors = comfy.utils.load_torch_file(flux)
     name = "flux-00002-of-00003.safetensors"
-    words = [name, "part 2 of 3 of 'flux'", "join the parts"]
+    words = [name, "part 2 of 3 of 'flux'", "the model's index, 'flux.safetensors.index.json', beside it"]
     for part in (slice(None, len(tensors) // 2), slice(len(tensors) // 2, None)):
         path = checkpoints.write(tmp_path / name, dict(list(tensors.items())[part]))
         refused(load_diffusion_model, str(path), *words)

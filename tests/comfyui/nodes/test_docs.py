@@ -5,6 +5,7 @@ import json
 
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_preview_any
 import comfy_extras.nodes_sd3
 import nodes as comfyui_nodes
 import pytest
@@ -23,6 +24,7 @@ OURS = {name: node for name, node in NODES.items() if not node.define_schema().i
 COMFYUI = {
     **comfyui_nodes.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
+    **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
 }
@@ -142,7 +144,7 @@ def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
             assert isinstance(value, WIDGETS[kind]), f"{where} is {value!r}, not of {kind}"
             if kind in ("INT", "FLOAT"):
                 assert extra.get("min", value) <= value <= extra.get("max", value), f"{where}: {value} is out of range"
-            if kind == "COMBO" and str(value).endswith((".safetensors", ".gguf")):
+            if kind == "COMBO" and str(value).endswith((".safetensors", ".gguf", ".ckpt")):
                 file = value.rpartition("/")[2]  # some choices name the folder too
                 assert file in files, f"{where}: nothing says where {value} comes from"
                 files.remove(file)

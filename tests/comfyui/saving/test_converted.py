@@ -11,6 +11,7 @@ from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from kit.comfyui.saving import assert_same_tensors, comfyui_save, read, save
 from spillway.ops.files import disk_map as mapping
 from spillway.ops.files.disk_map import locate
+from spillway.patcher.comfyui.loading import loader_overrides
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 
 CONVERTED = "diffusion_model.final_layer.adaLN_modulation.1.weight"
@@ -18,6 +19,13 @@ CONVERTED = "diffusion_model.final_layer.adaLN_modulation.1.weight"
 FLUX = {**SMALL, "dtype": torch.float32}
 
 
+@pytest.fixture
+def in_place(monkeypatch):
+    """Let ComfyUI convert the tensors themselves, as it does those of other architectures."""
+    monkeypatch.setattr(loader_overrides, "convert_lazily", lambda convert, *args, **kwargs: convert(*args, **kwargs))
+
+
+@pytest.mark.usefixtures("in_place")
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.0])
 def test_a_file_with_the_names_of_diffusers_is_converted_at_any_time(fraction, checkpoint):
     """First run, next run, after every way to give memory back, and the saved file, bit for bit."""
@@ -39,6 +47,7 @@ def test_names_of_diffusers_and_of_bfl_make_one_model(checkpoint):
         assert_same(run(load(named)), wanted)
 
 
+@pytest.mark.usefixtures("in_place")
 def test_what_is_converted_in_a_map_that_cannot_be_written_is_copied(checkpoint, monkeypatch):
     """On a system without room for a private map, what is converted is copied, and nothing else."""
     path, make = checkpoint("flux_as_diffusers", **FLUX), mapping.MappedFile

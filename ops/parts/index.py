@@ -1,0 +1,153 @@
+"""The index of a model in several safetensors files, checked. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, SourceError
+from ..gguf.header import is_gguf
+
+# model.safetensors.index.json; model.safetensors.index.fp16.json for a variant.
+NAME = re.compile(r"\.safetensors\.index(\.\w+)?\.json$", re.IGNORECASE)
+PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
+
+
+class Index(NamedTuple):
+    """parts: name of each file -> the keys that it has, in the index's order."""
+
+    path: Path
+    parts: dict[str, list[str]]
+
+
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is such an index by its name."""
+    return NAME.search(Path(path).name) is not None
+
+
+def read_index(path: str | os.PathLike[str]) -> Index:
+    """Read an index. Raises SourceError for a malformed one, and for parts that do not lie beside it."""
+    path = Path(path)
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file.")
+    with open(path, "rb") as file:
+        text = file.read(MAX_HEADER_BYTES + 1)
+    if len(text) > MAX_HEADER_BYTES:
+        raise SourceError(f"{path}: an index of more than {MAX_HEADER_BYTES} bytes is none. {AGAIN}")
+    twice: list[str] = []
+    try:
+        found = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, twice))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: the index is not JSON ({error}). {AGAIN}") from None
+    if twice:
+        raise SourceError(f"{path}: the index has '{twice[0]}' twice; expected each key once. {AGAIN}")
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise SourceError(
+            f"{path}: the index has no weight_map; expected an object of tensors' names and the files they are in. "
+            f"{AGAIN}"
+        )
+    parts: dict[str, list[str]] = {}
+    for key, name in where.items():
+        if not isinstance(name, str) or not _is_beside(name):
+            raise SourceError(
+                f"{path}: the index says that '{key}' is in {name!r}; expected the name of a file in its folder. It is "
+                "not opened. Get the index again from its maker."
+            )
+        parts.setdefault(name, []).append(key)
+    return Index(path, parts)
+
+
+def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice += [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+    return found
+
+
+def _is_beside(name: str) -> bool:
+    """Say whether a name stays within its folder on every system."""
+    if not name or "\0" in name or not PurePosixPath(name).name:
+        return False
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(name)
+        if path.anchor or path.is_absolute() or ".." in path.parts:
+            return False
+    return True
+
+
+class Part(NamedTuple):
+    """What a file's name says of it: number, of how many, of which model."""
+
+    number: int
+    total: int
+    model: str
+
+
+def part_of(path: str | os.PathLike[str]) -> Part | None:
+    """Say which part of a model a file is, by its name. None for a whole one."""
+    found = PART.match(Path(path).name)
+    if found is None or int(found[3]) < 2:
+        return None
+    return Part(int(found[2]), int(found[3]), found[1])
+
+
+def model_of(index: str | os.PathLike[str]) -> str:
+    """Return what the names of a model's parts begin with, by the name of its index."""
+    name = Path(index).name
+    found = NAME.search(name)
+    stem = name[: found.start()] if found is not None else name
+    return f"{stem}{found[1]}" if found is not None and found[1] else stem
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return a file, and with an index all parts of its model that lie beside it, by their names alone."""
+    path = Path(path)
+    if not is_index(path):
+        return [path]
+    model = model_of(path)
+    names = sorted(os.listdir(path.parent))
+    return [path, *(path.with_name(name) for name in names if (part := part_of(name)) and part.model == model)]
+
+
+def index_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the index beside a part that is of the part's model; None where there is none."""
+    path, part = Path(path), part_of(path)
+    if part is None:
+        return None
+    stem, _, variant = part.model.rpartition(".")
+    names = [f"{part.model}.safetensors.index.json"]
+    if stem:
+        names += [f"{stem}.safetensors.index.{variant}.json"]
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+
+
+def refuse_part(path: str | os.PathLike[str]) -> None:
+    """Raise SourceError, with what to choose instead, for a file that is a part of a model."""
+    words = part_words(path)
+    if words:
+        raise SourceError(f"{path}: {words}")
+
+
+def part_words(path: str | os.PathLike[str]) -> str:
+    """Say which part of a model a file is, and what to choose instead. '' for a whole one."""
+    part = part_of(path)
+    if part is None:
+        return ""
+    if is_gguf(path):
+        return (
+            f"this is part {part.number} of {part.total} of '{part.model}', which is no model by itself. Join the "
+            "parts with llama.cpp's `llama-gguf-split --merge`."
+        )
+    index = index_of(path)
+    words = f"this is part {part.number} of {part.total} of '{part.model}', which is no model by itself."
+    if index is not None:
+        return f"{words} Choose '{index.name}' beside it, which loads all parts."
+    return (
+        f"{words} Put the other parts and the model's index, '{part.model}.safetensors.index.json', beside it, and "
+        "choose the index."
+    )

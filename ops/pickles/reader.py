@@ -1,0 +1,106 @@
+"""Unpickles with torch's weights-only reader, which makes tensors and plain data and calls nothing else."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..files.safetensors_header import AGAIN, SourceError
+
+# Under these names other programs keep the weights, beside an optimizer's state and the like. The first counts.
+NAMES = ("model", "module", "params_ema", "params", "ema", "model_state_dict", "net")
+REFUSED = re.compile(r"unsupported GLOBAL (\S+)|Unsupported global: GLOBAL (\S+)|Unsupported class (\S+)|class (\S+) ")
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def unpickle(path: Path, file: BinaryIO, device: str) -> Any:
+    """Return what a file holds. device: `meta` for tensors without numbers, of which only the places are known.
+
+    Raises SourceError for a pickle that would call anything but what makes tensors, and names what it would call.
+    """
+    file.seek(0)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False):
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # errors of many kinds for a damaged pickle
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: Exception) -> SourceError:
+    words = str(error)
+    found = REFUSED.search(words)
+    if found is not None:
+        name = next(name for name in found.groups() if name).strip("'`\"")
+        return SourceError(
+            f"{path}: this pickle asks to call '{name}', which makes no tensor. A pickle may run any program, so this "
+            "one was not run and nothing of it is used. Get the model as safetensors, from a source that you trust."
+        )
+    if ".tar format" in words:
+        return SourceError(
+            f"{path}: this is a tar archive as torch wrote them before 2017. It cannot be read without running it. "
+            "Get the model as safetensors."
+        )
+    first = next((line.strip() for line in words.splitlines() if line.strip()), "")
+    if isinstance(error, (io.UnsupportedOperation, AttributeError)) or not first:
+        first = f"{type(error).__name__} {first}"
+    reason = words.split("WeightsUnpickler error:")[-1].strip().splitlines() or [first]
+    return SourceError(
+        f"{path}: torch cannot read this file as a pickle of tensors ({type(error).__name__}: {reason[0][:200]}). It "
+        f"is damaged or something else. {AGAIN}"
+    )
+
+
+def state_dict_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by key, as ComfyUI finds them: under `state_dict`, in an only entry, or as they are.
+
+    Where there is none among these, those under one of NAMES, or in the only entry that has any. What is no tensor is
+    left out. Raises SourceError where there is no tensor, or one whose numbers cannot be copied as they lie.
+    """
+    if not isinstance(loaded, Mapping):
+        raise SourceError(
+            f"{path}: the file holds a {type(loaded).__name__}; expected tensors by name. Get the model as safetensors."
+        )
+    chosen: Any = loaded
+    if "state_dict" in loaded:
+        chosen = loaded["state_dict"]
+    elif len(loaded) == 1 and isinstance(next(iter(loaded.values())), Mapping):
+        chosen = next(iter(loaded.values()))
+    if not _has_tensors(chosen):
+        chosen = _nested(path, chosen if isinstance(chosen, Mapping) else loaded)
+    tensors = {}
+    for key, value in chosen.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not isinstance(key, str):
+            raise SourceError(f"{path}: a tensor is named {key!r}, not by a text. Get the model as safetensors.")
+        if type(value) not in ORDINARY or value.layout is not torch.strided or value.is_quantized:
+            raise SourceError(
+                f"{path}: '{key}' is a {type(value).__name__} ({value.layout}, {value.dtype}), which safetensors "
+                "cannot hold. Save it as an ordinary tensor."
+            )
+        tensors[key] = value.detach()
+    return tensors
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, torch.Tensor) for one in value.values())
+
+
+def _nested(path: Path, outer: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    having = [name for name, value in outer.items() if _has_tensors(value)]
+    chosen = next((name for name in NAMES if name in having), having[0] if len(having) == 1 else None)
+    if chosen is None:
+        what = f"tensors under {', '.join(map(repr, having[:5]))}, and not which are the model's" if having else "none"
+        raise SourceError(
+            f"{path}: expected tensors by name, found {what}. Save the model's own state_dict alone, or get it as "
+            "safetensors."
+        )
+    found: Mapping[Any, Any] = outer[chosen]
+    return found

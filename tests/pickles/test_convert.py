@@ -1,0 +1,141 @@
+"""Pickles become safetensors files with the same numbers. None is run, and what cannot be read is refused by name."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kit.nets import same
+from kit.pickles import MARK, compressed, forms, malicious, model
+from spillway.ops.files.disk_map import SourceError
+from spillway.ops.files.safetensors_writer import SaveError
+from spillway.ops.pickles.convert import convert
+
+CONVERT = Path(__file__).resolve().parents[1] / "kit" / "processes" / "convert_pickle.py"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
+@pytest.mark.parametrize("form", forms({}))
+def test_the_tensors_of_a_pickle(form, old, tmp_path):
+    """Shared, transposed, expanded, empty: each key has its own numbers, and what is no tensor is left out."""
+    path = tmp_path / "m.ckpt"
+    saved = model(old=old)
+    torch.save(forms(saved)[form], path, _use_new_zipfile_serialization=not old)
+    wanted = {key: value.detach() for key, value in saved.items() if isinstance(value, torch.Tensor)}
+    converted = convert(path)
+    assert converted.path == tmp_path / "m.safetensors" and converted.new and converted.tensors == len(wanted)
+    prefix = "module." if form == "parallel" else ""
+    found = load_file(converted.path)
+    assert set(found) == {prefix + key for key in wanted}
+    assert all(same(found[prefix + key], value) for key, value in wanted.items())
+    assert sorted(os.listdir(tmp_path)) == ["m.ckpt", "m.safetensors"]
+
+
+def test_into_another_folder_once_and_never_over_another_file(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.save(model(ord(name)), tmp_path / name / "m.pt")
+    done = [convert(tmp_path / "a" / "m.pt", tmp_path) for _ in range(2)]
+    assert [one.new for one in done] == [True, False] and done[0][2:] == done[1][2:]
+    assert "was converted before" in done[1].words and done[0].words.startswith("wrote ")
+    with pytest.raises(FileExistsError, match=r"m\.safetensors exists already"):
+        convert(tmp_path / "b" / "m.pt", tmp_path)
+    with pytest.raises(SaveError, match="Create the folder"):
+        convert(tmp_path / "b" / "m.pt", tmp_path / "none")
+    with pytest.raises(SourceError, match=r"only \.ckpt, .* are converted"):
+        convert(done[0].path)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
+def test_an_interrupt_leaves_nothing(old, tmp_path):
+    torch.save(model(old=old), tmp_path / "m.pth", _use_new_zipfile_serialization=not old)
+    seen = []
+
+    def interrupt(done, total):
+        seen.append((done, total))
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "m.pth", progress=interrupt)
+    assert os.listdir(tmp_path) == ["m.pth"] and len(seen) > 3
+
+
+def test_a_file_that_wants_to_run_something_is_refused_and_not_run(tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    for name, (data, words) in malicious(tmp_path).items():
+        path = files / f"{name.replace(' ', '_')}.pt"
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=words) as error:
+            convert(path)
+        assert str(path) in str(error.value), name
+        assert not (tmp_path / MARK).exists(), name
+    assert not list(files.glob("*.safetensors")) and len(list(files.iterdir())) > 20
+
+
+WRONG = {
+    "no tensors": ({"lr": 0.1}, "expected tensors by name, found none"),
+    "a list": ([torch.zeros(2)], "holds a list"),
+    "several": ({"a": {"x": torch.zeros(1)}, "b": {"x": torch.ones(1)}}, "under 'a', 'b', and not which"),
+    "a number for a name": ({1: torch.zeros(2)}, "named 1, not by a text"),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse"),
+    "complex in half": ({"a": torch.zeros(2, dtype=torch.complex32)}, "'a' has dtype torch.complex32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_model_is_refused_by_name(name, tmp_path):
+    value, words = WRONG[name]
+    torch.save(value, tmp_path / "m.bin")
+    with pytest.raises((SourceError, SaveError), match=words):
+        convert(tmp_path / "m.bin")
+    assert os.listdir(tmp_path) == ["m.bin"]
+
+
+def test_another_file_under_the_name_of_a_pickle(tmp_path):
+    path = tmp_path / "m.pt"
+    for data in (b"", b"PK\3\4", b"PK\3\4" + bytes(100), b"GGUF" + bytes(50), b"<html>", compressed(path_of(tmp_path))):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=r"m\.pt: "):
+            convert(path)
+    with pytest.raises(SourceError, match="no such file"):
+        convert(tmp_path / "none.pt")
+
+
+def test_numbers_beyond_the_entry_of_a_tensor_are_not_read(tmp_path):
+    """They would be those of another tensor, or what lies between."""
+    saved = io.BytesIO(path_of(tmp_path))
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for info in old.infolist():
+            entry = old.read(info)
+            new.writestr(info.filename, entry[:-4] if info.filename.endswith("data/0") else entry)
+    with pytest.raises(
+        SourceError, match=r"m\.pt: tensor '\w+' of torch\.\w+ .* needs the bytes \d+ to (\d+) of its entry"
+    ):
+        convert(tmp_path / "m.pt")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def path_of(folder):
+    """The bytes of a right file."""
+    torch.save(model(), folder / "right")
+    return (folder / "right").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the peak")
+def test_converting_takes_little_memory(tmp_path):
+    """A pickle of 500 MB, of which a part of each weight is in memory at a time."""
+    done = subprocess.run([sys.executable, str(CONVERT), str(tmp_path), "500"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert found["file"] > 500e6 and found["same"]
+    assert found["peak"] < 100e6
