@@ -107,7 +107,8 @@ def building(
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
-        disk_map = known.get(str(Path(path))) or open_map(path)
+        ready_map = known.get(str(Path(path)))
+        disk_map = open_map(path) if ready_map is None else ready_map
         opened.maps += [disk_map, *disk_map.parts]  # checked from here on
         check_quantised(disk_map)
         if disk_map.left_out:
