@@ -6,7 +6,7 @@ ComfyUI decides dtypes, architectures and conversions. Which patcher it makes an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,21 @@ TOKENS_OF_TABLES = {262208: 262144}
 class Opened:
     """Notes what one load opened and found missing. The maps live as long as the models whose weights lie in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, guards: ExitStack) -> None:
         self.maps: list[DiskMap] = []
+        self._guards, self._guard = guards, CopyBeforeWrite()
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
+
+    def use(self, disk_map: DiskMap) -> None:
+        """Check a map from here on, whenever torch reads."""
+        self.maps += [disk_map, *disk_map.parts]
+
+    def watch(self, disk_map: DiskMap, tensors: Mapping[str, Any]) -> None:
+        """Copy tensors in a read-only map before ComfyUI's conversions write into them."""
+        if disk_map.read_only:
+            if not self._guard.watched:
+                self._guards.enter_context(self._guard)
+            self._guard.watch(tensors.values())
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
         """Record what a state dict lacked.
@@ -94,7 +106,8 @@ def building(
     Raises FileChanged where a file has changed.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
-    opened, guard = Opened(), CopyBeforeWrite()
+    guards = ExitStack()
+    opened = Opened(guards)
     known = {str(disk_map.path): disk_map for disk_map in ready}
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,15 +122,12 @@ def building(
             return load(path, *args, **kwargs)
         ready_map = known.get(str(Path(path)))
         disk_map = open_map(path) if ready_map is None else ready_map
-        opened.maps += [disk_map, *disk_map.parts]  # checked from here on
+        opened.use(disk_map)
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
         tensors = disk_map.state_dict()
-        if disk_map.read_only:  # ComfyUI's conversions write into some tensors
-            if not guard.watched:
-                guards.enter_context(guard)
-            guard.watch(tensors.values())
+        opened.watch(disk_map, tensors)
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
         return (tensors, disk_map.metadata) if with_metadata else tensors
 
@@ -139,7 +149,7 @@ def building(
 
     with (
         CheckBeforeRead(opened.maps),
-        ExitStack() as guards,
+        guards,
         skip_model_initialization(KEEP_BELOW),
         overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
         overridden(comfy.utils, "load_torch_file", by=load_file),
