@@ -21,6 +21,7 @@ from .load import (
     SpillwayLoadVAE,
     SpillwayMakeDynamic,
 )
+from .load_companions import LOADERS
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
@@ -56,6 +57,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadCheckpoint,
             SpillwayLoadCLIP,
             SpillwayLoadVAE,
+            *LOADERS,
             SpillwayMakeDynamic,
             SpillwayLoraLoader,
             SpillwayLoraLoaderModelOnly,

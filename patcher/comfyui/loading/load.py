@@ -117,7 +117,7 @@ def load_clip(
     policy: Policy | None = None,
     embedding_directory: Any = None,
 ) -> Any:
-    """Load one to three text encoder files -> CLIP with a dynamic patcher.
+    """Load one to four text encoder files -> CLIP with a dynamic patcher.
 
     Raises SourceError for files that are none, ValueError for an unknown type.
     """

@@ -32,6 +32,8 @@ log = logging.getLogger("spillway")
 
 # Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
+# ComfyUI moves T2I adapters by hand, and nothing would check their file before they are read.
+ADAPTERS = "comfy.t2i_adapter.", "comfy.ldm.cascade.controlnet"
 # Text encoder files may lack weights whose products nobody uses. ComfyUI leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
 # By the rows of a table, how many tokens there are. llama.cpp leaves out rows of Gemma 3's that no token has.
@@ -98,15 +100,20 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 
 @contextmanager
 def building(
-    dynamic_patcher: Callable[..., Any], policy: Policy | None, ready: Iterable[DiskMap] = ()
+    dynamic_patcher: Callable[..., Any],
+    policy: Policy | None,
+    ready: Iterable[DiskMap] = (),
+    *,
+    assign: bool = False,
 ) -> Iterator[Opened]:
     """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
-    ready: maps of files that are open already. Afterwards, parameters that the files lack are on the meta device.
+    ready: maps of files that are open already. assign: parameters stay in their file also where ComfyUI would copy
+    them, as it does before it makes a patcher. Afterwards, parameters that the files lack are on the meta device.
     Raises FileChanged where a file has changed.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
-    guards = ExitStack()
+    guards, keeps_map = ExitStack(), assign
     opened = Opened(guards)
     known = {str(disk_map.path): disk_map for disk_map in ready}
 
@@ -136,6 +143,9 @@ def building(
     ) -> Any:
         for name, part in module.named_modules():
             _accept_short_table(part, tensors.get(f"{name}.weight"))
+        stays = keeps_map and not assign and not type(module).__module__.startswith(ADAPTERS)
+        if stays:
+            return _assigned(load, module, tensors, strict)
         if not assign:
             # Copying needs memory to copy into. ComfyUI copies small parts, and models that it never offloads.
             for part in module.modules():
@@ -158,6 +168,31 @@ def building(
         yield opened
         for disk_map in opened.maps:
             disk_map.check()
+
+
+def _assigned(load: Callable[..., Any], root: torch.nn.Module, tensors: Mapping[str, Any], strict: bool) -> Any:
+    """Assign tensors that ComfyUI would copy into a module's parameters.
+
+    Copying casts to the parameter's dtype, which is noted for the engine. Buffers are copied, as they are small and
+    read by any code. What the file lacks keeps memory of its own.
+    """
+    buffers = {}
+    for name, module in root.named_modules():
+        for attr, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if (f"{name}.{attr}" if name else attr) not in tensors:
+                if parameter.is_meta:
+                    module._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
+            elif getattr(module, f"{attr}_comfy_model_dtype", None) is None:
+                setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
+        buffers.update({(module, attr): buffer for attr, buffer in module._buffers.items() if buffer is not None})
+    result = load(root, tensors, strict, True)
+    for (module, attr), before in buffers.items():
+        now = module._buffers[attr]
+        if now is not before and now is not None:
+            module._buffers[attr] = now.to(dtype=before.dtype, copy=True)
+    return result
 
 
 def _accept_short_table(part: torch.nn.Module, tensor: Any) -> None:
