@@ -10,10 +10,11 @@ from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
-from ..patcher.comfyui import loads
+from ..patcher.comfyui import graph_policy, loads
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
+from .graph_policy import read
 from .load import (
     SpillwayLoadCheckpoint,
     SpillwayLoadCLIP,
@@ -28,6 +29,7 @@ from .merge import SpillwayMergeModels
 from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
+from .rules import SpillwayPlacementRules
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .self_test import SpillwaySelfTest
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
@@ -47,6 +49,8 @@ class SpillwayExtension(ComfyExtension):
             routes.install()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
+        with never_raises("listening to the beginning of prompts"):
+            graph_policy.install(read)
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
@@ -63,6 +67,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,
             SpillwayPolicy,
+            SpillwayPlacementRules,
             SpillwayLazyTorchCompile,
             SpillwayMergeModels,
             SpillwaySaveDiffusionModel,

@@ -24,9 +24,9 @@ def policy_input() -> io.Input:
     )
 
 
-def gigabytes_input(name: str, tooltip: str, step: float = 0.1) -> io.Input:
+def gigabytes_input(name: str, tooltip: str, step: float = 0.1, optional: bool = False) -> io.Input:
     """Make an input for an amount of memory in GB. It begins as AUTO."""
-    return io.Float.Input(name, default=AUTO, min=AUTO, max=1024.0, step=step, tooltip=tooltip)
+    return io.Float.Input(name, default=AUTO, min=AUTO, max=1024.0, step=step, tooltip=tooltip, optional=optional)
 
 
 def given(node: str, name: str, gigabytes: float) -> float | None:
