@@ -26,12 +26,14 @@ from .load_companions import LOADERS
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
+from .merge_blocks import BLOCK_MERGES
 from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .rules import SpillwayPlacementRules
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .self_test import SpillwaySelfTest
+from .tiling import SpillwaySeamlessTiling
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")
@@ -70,6 +72,8 @@ class SpillwayExtension(ComfyExtension):
             SpillwayPlacementRules,
             SpillwayLazyTorchCompile,
             SpillwayMergeModels,
+            *BLOCK_MERGES,
+            SpillwaySeamlessTiling,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,

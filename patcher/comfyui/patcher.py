@@ -38,6 +38,7 @@ from .model_state import (
     sources_standing,
     state_of,
 )
+from .patches.tiling import give_methods_back
 from .patches.weight_patch import rounded
 from .progress import Progress
 from .running import drop_unloaded, in_a_node
@@ -341,7 +342,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         # The base class restores object patches. Weights have nothing to be restored from.
+        patched = list(self.object_patches_backup)
         super().unpatch_model(device_to=None, unpatch_weights=False)
+        give_methods_back(self.model, patched)
         if unpatch_weights:
             dynamic = self.state.dynamic
             if dynamic is not None:
