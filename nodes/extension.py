@@ -24,6 +24,7 @@ from .load import (
 )
 from .load_companions import LOADERS
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
+from .lora_growing import SpillwayGrowingLoraStack, SpillwayLora
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
 from .merge_blocks import BLOCK_MERGES
@@ -68,6 +69,8 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoraLoader,
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,
+            SpillwayLora,
+            SpillwayGrowingLoraStack,
             SpillwayPolicy,
             SpillwayPlacementRules,
             SpillwayLazyTorchCompile,

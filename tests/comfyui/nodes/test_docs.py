@@ -3,9 +3,13 @@
 import asyncio
 import json
 
+import comfy_extras.nodes_audio
+import comfy_extras.nodes_audio_encoder
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_model_patch
 import comfy_extras.nodes_sd3
+import comfy_extras.nodes_upscale_model
 import nodes as comfyui_nodes
 import pytest
 
@@ -23,6 +27,10 @@ OURS = {name: node for name, node in NODES.items() if not node.define_schema().i
 COMFYUI = {
     **comfyui_nodes.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
+    **comfy_extras.nodes_model_patch.NODE_CLASS_MAPPINGS,
+    "AudioEncoderEncode": comfy_extras.nodes_audio_encoder.AudioEncoderEncode,
+    "LoadAudio": comfy_extras.nodes_audio.LoadAudio,
+    "ImageUpscaleWithModel": comfy_extras.nodes_upscale_model.ImageUpscaleWithModel,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
 }
@@ -109,7 +117,7 @@ def test_the_english_texts_are_those_of_the_schemas():
 def test_category_and_data_type_have_a_name():
     texts = read(LOCALE / "main.json")
     assert set(texts["nodeCategories"]) == {node.define_schema().category for node in OURS.values()}
-    assert set(texts["dataTypes"]) == {"SPILLWAY_POLICY"}
+    assert set(texts["dataTypes"]) == {"SPILLWAY_LORA", "SPILLWAY_POLICY"}
 
 
 # --- example workflows ------------------------------------------------------------------------------------------------

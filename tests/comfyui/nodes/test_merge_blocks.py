@@ -35,7 +35,8 @@ def test_sliders_give_comfyuis_merge(name, checkpoint):
     classic, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
     ratios = {slot: 1.0 - shares[slot.rstrip(".")] for slot in theirs}
     (wanted,) = comfyuis().merge(*classic, **ratios)
-    (got,) = node.execute(*ours, curve="linear", **shares, other=1.0 - next(iter(ratios.values()))).args
+    pair = {"model1": ours[0], "model2": ours[1]}
+    (got,) = node.execute(**pair, curve="linear", **shares, other=1.0 - next(iter(ratios.values()))).args
     result = run(wanted)
     assert not torch.equal(result, run(classic[0]))
     assert_same(run(got), result)

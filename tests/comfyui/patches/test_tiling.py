@@ -38,10 +38,8 @@ SLOW = [(fraction, axes) for fraction in (1.0, 0.0) for axes in AXES if (fractio
 def test_a_model_and_its_vae_are_those_with_circular_padding(fraction, axes, checkpoint):
     paths = checkpoint("sd15_unet", mult=(1,)), checkpoint("sd_vae")
     classic, vae = comfy.sd.load_diffusion_model(paths[0]), comfyui_vae(paths[1])
-    ours, our_vae = (
-        load_diffusion_model(paths[0], policy=budget(classic, fraction)),
-        load_vae(paths[1], Policy(vram_bytes=int(fraction * vae.patcher.model_size()))),
-    )
+    ours = load_diffusion_model(paths[0], policy=budget(classic, fraction))
+    our_vae = load_vae(paths[1], budget(vae.patcher, fraction))
     latent = sampling.latent(4, 64, 64)
     plain, plain_picture = run(classic), sampling.vae_decode(vae, latent)
     tiling, tiling_vae = SpillwaySeamlessTiling.execute(axes=axes, model=ours, vae=our_vae).args
