@@ -41,6 +41,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, torch.Tensor) and value.ndim == 4,
         "a node that loads or makes images",
     ),
+    # Inputs that grow come as one dict. The only ones are for LoRAs.
+    "COMFY_AUTOGROW_V3": (lambda value: isinstance(value, dict), "a LoRA (Spillway) node"),
 }
 
 

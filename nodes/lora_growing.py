@@ -63,7 +63,8 @@ def _slots() -> list[io.Input]:
     if autogrow is None:
         return [LoraType.Input(f"lora{place}", optional=True, tooltip=tooltip) for place in range(FIXED)]
     one = LoraType.Input("lora", tooltip=tooltip)
-    return [autogrow.Input("loras", template=autogrow.TemplatePrefix(one, "lora", min=0, max=MOST), tooltip=tooltip)]
+    template = autogrow.TemplatePrefix(one, "lora", min=0, max=MOST)
+    return [autogrow.Input("loras", template=template, optional=True, tooltip=tooltip)]
 
 
 class SpillwayGrowingLoraStack(CheckedNode):

@@ -26,6 +26,7 @@ VALUES = [
 ]
 WIRES = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs if entry.io_type not in BASIC]
 RIGHT = {
+    "COMFY_AUTOGROW_V3": {},
     "MODEL": SimpleNamespace(model=1, clone=1),
     "CLIP": SimpleNamespace(patcher=1, clone=1),
     "VAE": SimpleNamespace(decode=1, encode=1, first_stage_model=1),
