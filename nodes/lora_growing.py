@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, OpenChoice
+from .inputs import CATEGORY, ChosenLora, LoraType, OpenChoice
 from .load import file_stamps
 from .lora import ALIASES, CLIP_IN, _applied, _strength
 
-LoraType = io.Custom("SPILLWAY_LORA")
 MOST = 50
 # Versions of ComfyUI without io.Autogrow show this many inputs from the beginning.
 FIXED = 12
-
-
-class ChosenLora(NamedTuple):
-    """A file in models/loras, and its strengths."""
-
-    name: str
-    strength_model: float
-    strength_clip: float
 
 
 class SpillwayLora(CheckedNode):

@@ -65,6 +65,8 @@ def test_a_literal_is_refused_by_name(wire):
     node, entry = wire
     advice = "or leave it unconnected." if entry.optional else "Connect it to "
     for junk in JUNK:
+        if junk == {} and entry.io_type == "COMFY_AUTOGROW_V3":
+            continue  # nothing is connected to an input that grows
         with pytest.raises(ValueError, match="; expected a wire of type ") as error:
             execute(node, **{entry.id: junk})
         words = str(error.value)

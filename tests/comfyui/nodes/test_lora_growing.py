@@ -32,6 +32,8 @@ def test_loras_are_applied_in_the_order_of_their_inputs(checkpoint, models_dir):
     assert_same(run(SpillwayGrowingLoraStack.execute(model=model, **slots).args[0]), latent)
     assert_same(run(SpillwayGrowingLoraStack.execute(model=model).args[0]), run(model))
     with pytest.raises(ValueError, match="expected a wire of type SPILLWAY_LORA"):
+        SpillwayGrowingLoraStack.execute(model=model, lora0="a name")
+    with pytest.raises(ValueError, match="Connect it to a LoRA"):
         SpillwayGrowingLoraStack.execute(model=model, loras={"lora0": "a name"})
 
 
