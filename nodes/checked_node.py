@@ -18,7 +18,7 @@ import torch
 from comfy_api.latest import io
 
 from ..patcher.policy import Policy
-from .inputs import OpenChoice, PolicyType
+from .inputs import ChosenLora, OpenChoice, PolicyType
 
 
 def _has(*names: str) -> Callable[[Any], bool]:
@@ -40,6 +40,13 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     io.Image.io_type: (
         lambda value: isinstance(value, torch.Tensor) and value.ndim == 4,
         "a node that loads or makes images",
+    ),
+    # Inputs that grow come as one dict. The only ones are for LoRAs.
+    "COMFY_AUTOGROW_V3": (
+        lambda value: (
+            isinstance(value, dict) and all(one is None or isinstance(one, ChosenLora) for one in value.values())
+        ),
+        "a LoRA (Spillway) node",
     ),
 }
 

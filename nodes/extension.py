@@ -10,11 +10,12 @@ from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
-from ..patcher.comfyui import loads
+from ..patcher.comfyui import graph_policy, loads
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
+from .graph_policy import read
 from .load import (
     SpillwayLoadCheckpoint,
     SpillwayLoadCLIP,
@@ -22,15 +23,20 @@ from .load import (
     SpillwayLoadVAE,
     SpillwayMakeDynamic,
 )
+from .load_companions import LOADERS
 from .lora import SpillwayLoraLoader, SpillwayLoraLoaderModelOnly, SpillwayLoraStack
+from .lora_growing import SpillwayGrowingLoraStack, SpillwayLora
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
+from .merge_blocks import BLOCK_MERGES
 from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
+from .rules import SpillwayPlacementRules
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .scan import SpillwayScanModels
 from .self_test import SpillwaySelfTest
+from .tiling import SpillwaySeamlessTiling
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
 
 log = logging.getLogger("spillway")
@@ -48,6 +54,8 @@ class SpillwayExtension(ComfyExtension):
             routes.install()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
+        with never_raises("listening to the beginning of prompts"):
+            graph_policy.install(read)
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
@@ -58,13 +66,19 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadCheckpoint,
             SpillwayLoadCLIP,
             SpillwayLoadVAE,
+            *LOADERS,
             SpillwayMakeDynamic,
             SpillwayLoraLoader,
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,
+            SpillwayLora,
+            SpillwayGrowingLoraStack,
             SpillwayPolicy,
+            SpillwayPlacementRules,
             SpillwayLazyTorchCompile,
             SpillwayMergeModels,
+            *BLOCK_MERGES,
+            SpillwaySeamlessTiling,
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from comfy_api.latest import io
 
 CATEGORY = "spillway"
 PolicyType = io.Custom("SPILLWAY_POLICY")
 # The value of an amount that is left to Spillway.
 AUTO = -1.0
+LoraType = io.Custom("SPILLWAY_LORA")
+
+
+class ChosenLora(NamedTuple):
+    """A file in models/loras, and its strengths."""
+
+    name: str
+    strength_model: float
+    strength_clip: float
 
 
 class OpenChoice(io.Combo.Input):

@@ -203,9 +203,16 @@ class SpillwayLoadCLIP(CheckedNode):
             node_id="SpillwayLoadCLIP",
             display_name="Load CLIP (Spillway)",
             category=CATEGORY,
-            description="Loads one to three text encoder files as one CLIP. Their weights are read when they are "
+            description="Loads one to four text encoder files as one CLIP. Their weights are read when they are "
             "first used.",
-            search_aliases=["load clip", "clip loader", "dual clip loader", "triple clip loader", "text encoder", "t5"],
+            search_aliases=[
+                "load clip",
+                "dual clip loader",
+                "triple clip loader",
+                "quadruple clip loader",
+                "text encoder",
+                "t5",
+            ],
             inputs=[
                 OpenChoice(
                     "clip_name1",
@@ -234,19 +241,34 @@ class SpillwayLoadCLIP(CheckedNode):
                     tooltip="A third file, if the model needs one.",
                 ),
                 policy_input(),
+                OpenChoice(
+                    "clip_name4",
+                    options=[NONE, *files],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A fourth file, if the model needs one, as HiDream does.",
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="A CLIP for the text encode nodes.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name1: str, clip_name2: str = NONE, clip_name3: str = NONE, **_: Any) -> list[str]:
-        return file_stamps("text_encoders", clip_name1, clip_name2, clip_name3)
+    def fingerprint_inputs(
+        cls, clip_name1: str, clip_name2: str = NONE, clip_name3: str = NONE, clip_name4: str = NONE, **_: Any
+    ) -> list[str]:
+        return file_stamps("text_encoders", clip_name1, clip_name2, clip_name3, clip_name4)
 
     @classmethod
     def execute(
-        cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
+        cls,
+        clip_name1: str,
+        type: str,
+        clip_name2: str = NONE,
+        clip_name3: str = NONE,
+        policy: Any = None,
+        clip_name4: str = NONE,
     ) -> io.NodeOutput:
-        names = [clip_name1, *(name for name in (clip_name2, clip_name3) if name != NONE)]
+        names = [clip_name1, *(name for name in (clip_name2, clip_name3, clip_name4) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
         return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patcher.comfyui.merge import GROUPS, merge
+from ..patcher.comfyui.merge import CURVES, GROUPS, merge
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 SUM, DIFFERENCE = "weighted sum", "add difference"
+# Sums whose shares follow another curve.
+CURVED = ("sigmoid", "inverse sigmoid")
 AS_RATIO = -1.0
 
 
@@ -31,16 +33,25 @@ class SpillwayMergeModels(CheckedNode):
             category=CATEGORY,
             description="Merges two or three models of one architecture. Nothing is computed here: each weight is "
             "merged when it is used or saved, so no more memory is taken than by one model.",
-            search_aliases=["merge models", "model merge", "weighted sum", "add difference", "block merge", "mix"],
+            search_aliases=[
+                "merge models",
+                "model merge",
+                "weighted sum",
+                "add difference",
+                "sigmoid",
+                "block merge",
+                "mix",
+            ],
             inputs=[
                 io.Model.Input("model1", tooltip="The first MODEL. Settings that are no weights are taken from it."),
                 io.Model.Input("model2", tooltip="The second MODEL, of the same architecture."),
                 io.Combo.Input(
                     "mode",
-                    options=[SUM, DIFFERENCE],
+                    options=[SUM, DIFFERENCE, *CURVED],
                     default=SUM,
                     tooltip="weighted sum: a mixture. add difference: model1, and on top ratio times what model2 has "
-                    "over model3.",
+                    "over model3. sigmoid: a mixture whose ratio matters most near 0.5. inverse sigmoid: one whose "
+                    "ratio matters most near 0 and 1.",
                 ),
                 _ratio(
                     "ratio",
@@ -78,8 +89,11 @@ class SpillwayMergeModels(CheckedNode):
     ) -> io.NodeOutput:
         given = dict(zip(GROUPS, (early, middle, late, other), strict=True))
         shares = {group: ratio if value < 0 else value for group, value in given.items()}
+        if mode in CURVED:
+            shares = {group: CURVES[mode](share) for group, share in shares.items()}
+            ratio3 = CURVES[mode](ratio3)
         models = [model for model in (model1, model2, model3) if model is not None]
-        if mode == SUM and model3 is not None and max(shares.values()) + ratio3 > 1.0:
+        if mode != DIFFERENCE and model3 is not None and max(shares.values()) + ratio3 > 1.0:
             raise ValueError(
                 f"Merge Models: the shares of model2 ({max(shares.values()):g}) and model3 ({ratio3:g}) are together "
                 "more than 1, which would leave less than nothing of model1. Lower one of them."

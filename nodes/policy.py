@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.model_management
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..cache.comfyui.install import current_cache
 from ..ops.ledger import in_words
+from ..patcher.comfyui import graph_policy
 from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy
 from .checked_node import CheckedNode
@@ -20,13 +22,26 @@ log = logging.getLogger("spillway")
 GIB = 1 << 30
 
 
+GB, PERCENT = "GB", "percent"
+NO_PROFILE = "none"
+# The card and the RAM in GB.
+PROFILES = {
+    f"{card} GB card, {ram} GB RAM": (card, ram) for card, ram in ((6, 16), (8, 16), (12, 32), (16, 32), (24, 64))
+}
+
+
 def _gigabytes(name: str, tooltip: str) -> io.Input:
-    return gigabytes_input(name, f"{tooltip} In GB; -1 leaves it to Spillway.")
+    return gigabytes_input(name, f"{tooltip} In the unit; -1 leaves it to Spillway.")
 
 
-def _bytes(name: str, gigabytes: float) -> int | None:
-    amount = given("Spillway Policy", name, gigabytes)
-    return None if amount is None else int(amount * GIB)
+def _of_profile(profile: str) -> dict[str, float]:
+    """Give the amounts in GB that a profile stands for: all of the card but the headroom, and a quarter of the RAM."""
+    if profile == NO_PROFILE:
+        return {}
+    card, ram = PROFILES[profile]
+    headroom = min(max(card / 20, 0.5), 2.0)
+    room = card - headroom
+    return {"vram_gb": room, "headroom_gb": headroom, "pinned_gb": ram / 4, "all_models_gb": room}
 
 
 class SpillwayPolicy(CheckedNode):
@@ -65,6 +80,40 @@ class SpillwayPolicy(CheckedNode):
                     tooltip="LoRAs on a model in INT8. merge: rounded together with the weight, free at every step. "
                     "side branch: kept beside it, exact, a little slower. auto: merge where that rounds no worse.",
                 ),
+                PolicyType.Input(
+                    "policy",
+                    optional=True,
+                    tooltip="A policy whose rules, prefetch, streams and VBAR kind this one keeps, from a Placement "
+                    "Rules node.",
+                ),
+                io.Combo.Input(
+                    "unit",
+                    options=[GB, PERCENT],
+                    default=GB,
+                    optional=True,
+                    tooltip="GB: the amounts are in GB. percent: of the device's memory, and pinned_gb of the RAM.",
+                ),
+                io.Combo.Input(
+                    "profile",
+                    options=[NO_PROFILE, *PROFILES],
+                    default=NO_PROFILE,
+                    optional=True,
+                    tooltip="Amounts for a card and a RAM of that size, for each amount that is -1: all of the card "
+                    "but the headroom, for each model and for all together, and a quarter of the RAM for pins.",
+                ),
+                gigabytes_input(
+                    "all_models_gb",
+                    "The most device memory that the weights of all Spillway models may hold together while this "
+                    "workflow runs. Of several such nodes the smallest holds. In the unit; -1 sets no such limit.",
+                    optional=True,
+                ),
+                io.Boolean.Input(
+                    "whole_graph",
+                    default=False,
+                    optional=True,
+                    tooltip="This policy is for all Spillway models of the workflow that have none of their own. No "
+                    "wire is needed.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with this policy. Empty if none was connected."),
@@ -81,16 +130,11 @@ class SpillwayPolicy(CheckedNode):
         keep: str,
         priority: int,
         model: Any = None,
-        int8_lora: str = "auto",
+        **more: Any,
     ) -> io.NodeOutput:
-        policy = Policy(
-            vram_bytes=_bytes("vram_gb", vram_gb),
-            headroom_bytes=_bytes("headroom_gb", headroom_gb),
-            pinned_bytes=_bytes("pinned_gb", pinned_gb),
-            keep=keep,  # type: ignore[arg-type]
-            priority=priority,
-            int8_lora=int8_lora,  # type: ignore[arg-type]
-        )
+        policy, cap = cls.made(vram_gb, headroom_gb, pinned_gb, keep, priority, **more)
+        # For values that came by wire. Others hold from the beginning of the prompt.
+        graph_policy.add(policy if more.get("whole_graph") else None, cap)
         if model is None:
             missing = "Spillway Policy: its MODEL output is used, but no model is connected to its input."
             return io.NodeOutput(ExecutionBlocker(missing), policy)
@@ -102,6 +146,42 @@ class SpillwayPolicy(CheckedNode):
         model = model.clone()
         model.set_policy(policy)
         return io.NodeOutput(model, policy)
+
+    @classmethod
+    def made(
+        cls,
+        vram_gb: float,
+        headroom_gb: float,
+        pinned_gb: float,
+        keep: str,
+        priority: int,
+        int8_lora: str = "auto",
+        policy: Policy | None = None,
+        unit: str = GB,
+        profile: str = NO_PROFILE,
+        all_models_gb: float = AUTO,
+        whole_graph: bool = False,
+    ) -> tuple[Policy, int | None]:
+        """Make the policy of these inputs, and the cap over all models in bytes -> (policy, cap or None)."""
+        amounts = {"vram": vram_gb, "headroom": headroom_gb, "pinned": pinned_gb, "all_models": all_models_gb}
+        of_profile = _of_profile(profile)
+        fields: dict[str, Any] = {}
+        for name, amount in amounts.items():
+            value = given("Spillway Policy", f"{name}_gb", amount)
+            if value is None:
+                value = of_profile.get(f"{name}_gb")
+                fields[f"{name}_bytes"] = None if value is None else int(value * GIB)
+            elif unit == GB:
+                fields[f"{name}_bytes"] = int(value * GIB)
+            elif value > 100:
+                raise ValueError(f"Spillway Policy: {name}_gb is {value:g} percent; give 0 to 100, or -1.")
+            else:
+                fields[f"{name}_bytes"], fields[f"{name}_share"] = None, value / 100
+        cap, share = fields.pop("all_models_bytes"), fields.pop("all_models_share", None)
+        if share is not None:
+            cap = int(share * comfy.model_management.get_total_memory(comfy.model_management.get_torch_device()))
+        base = policy or Policy()
+        return base.with_changes(**fields, keep=keep, priority=priority, int8_lora=int8_lora), cap
 
 
 class SpillwayCachePolicy(CheckedNode):

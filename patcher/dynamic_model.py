@@ -21,6 +21,7 @@ from ..ops.lending.param import Patch
 from ..ops.lending.pins import Pins
 from ..ops.lending.table import leave_order, note_tables
 from ..ops.ram import shortage
+from ..ops.ram.available import total_ram
 from ..ops.vbar.aimdo import serves
 from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
@@ -79,8 +80,9 @@ class DynamicModel(Figures):
         first_use_file: Path | None = None,
     ) -> None:
         self.module = module
-        self.policy = policy or Policy()
         self.backend = backend if backend is not None else backend_for(device)
+        self.asked = policy or Policy()  # with shares where it has some
+        self.policy = self._in_bytes(self.asked)
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__)
         self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8, blocks)
@@ -230,6 +232,12 @@ class DynamicModel(Figures):
             if model.residency is not None:
                 model.residency.vbar.prioritize()
 
+    def _in_bytes(self, policy: Policy) -> Policy:
+        if (policy.vram_share, policy.headroom_share, policy.pinned_share) == (None, None, None):
+            return policy
+        _, total = self.backend.memory()
+        return policy.in_bytes(total, total_ram())
+
     def set_policy(self, policy: Policy) -> None:
         """Change what the model may take, up or down. It takes effect at once. Call it between steps.
 
@@ -240,11 +248,14 @@ class DynamicModel(Figures):
             raise ValueError(
                 "the rules of a policy are read when the model is made: load the model again with the new ones."
             )
+        asked, policy = policy, self._in_bytes(policy)
         residency = self.residency
+        if residency is not None:
+            residency.set_policy(policy)
+        self.asked = asked
         if residency is None:
             self.policy = policy
             return
-        residency.set_policy(policy)
         self.policy = policy
         residency.pins.set_budget(self._pin_budget())
         residency.follow_policy()

@@ -43,6 +43,7 @@ class Rule:
 class Policy:
     """Says what one model may take. All sizes are in bytes, and None leaves the choice to Spillway.
 
+    vram_share, headroom_share, pinned_share: parts from 0 to 1 of the device's memory, or the RAM, in place of bytes.
     vram_bytes: the most that the weights may hold on the device (on a CPU, in host memory). 0 streams everything.
     headroom_bytes: kept free on the device for the computation.
     pinned_bytes: host memory for pins. prefetch: bundles begun ahead at most. streams: offload streams.
@@ -62,8 +63,15 @@ class Policy:
     vbar: Kind = "auto"
     int8_lora: Int8LoRA = "auto"
     rules: tuple[Rule, ...] = ()
+    vram_share: float | None = None
+    headroom_share: float | None = None
+    pinned_share: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("vram_share", "headroom_share", "pinned_share"):
+            share = getattr(self, name)
+            if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+                raise ValueError(f"policy: {name} is {share!r}; expected a part from 0 to 1, or None.")
         for name in ("vram_bytes", "headroom_bytes", "pinned_bytes", "prefetch", "streams"):
             value = getattr(self, name)
             optional = name.endswith("_bytes") or name == "prefetch"
@@ -84,6 +92,15 @@ class Policy:
         """Say whether a module's weights may stay on the device."""
         rule = self.rule_for(name)
         return rule is None or rule.resident
+
+    def in_bytes(self, device_bytes: int, ram_bytes: int) -> Policy:
+        """Give the policy with bytes in the place of shares, for a device and a machine of these sizes."""
+        wholes = {"vram": device_bytes, "headroom": device_bytes, "pinned": ram_bytes}
+        shares = {name: getattr(self, f"{name}_share") for name in wholes}
+        sizes: dict[str, Any] = {
+            f"{name}_bytes": int(share * wholes[name]) for name, share in shares.items() if share is not None
+        }
+        return replace(self, **sizes, vram_share=None, headroom_share=None, pinned_share=None) if sizes else self
 
     def with_changes(self, **changes: Any) -> Policy:
         """Copy the policy with some fields changed. Raises ValueError for a value that a field does not take."""

@@ -14,6 +14,7 @@ from ..ops.gather import aligned
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.pins import Pins
+from ..ops.vbar import cap
 from ..ops.vbar.protocol import VBAR
 from .choose_caster import choose_caster, fixed_window
 from .choose_vbar import choose_vbar
@@ -175,11 +176,11 @@ class Residency:
 
     def _available(self) -> int:
         """Count the bytes that weights and their buffers may hold together."""
-        budget = self.budget()
-        if budget is not None and not self.expected:
-            return budget
-        reach = self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free
-        return max(0, reach if budget is None else min(reach, budget))
+        budget, capped = self.budget(), cap.reach(self.vbar)
+        limits = [limit for limit in (budget, capped) if limit is not None]
+        if budget is None or self.expected:
+            limits.append(self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free)
+        return max(0, min(limits))
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
@@ -190,6 +191,7 @@ class Residency:
         reason = self._free_in_words() if allowed is None else f"budget {in_words(allowed)} set by the policy"
         if budget is not None and self.expected:
             reason += f", {self._free_in_words()}"
+        reason += cap.in_words(self.device.device)
         if plan != self.remembered.plan:
             self.ledger.decide(plan.in_words(self.total_bytes, reason))
         self.remembered.plan = plan
@@ -233,8 +235,9 @@ class Residency:
         """Shrink the plan at once when what is to stay free is gone, grow it when clearly more is free."""
         allowed = self._available()
         used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
-        grown = allowed > used + GIB // 4 and self.plan.state is not LoadState.FULL
-        if allowed < used - GIB // 32 or grown:
+        # What is free varies all the time. A cap does not.
+        less, more = (0, self.vbar.unit) if cap.holds(self.device.device) else (GIB // 32, GIB // 4)
+        if allowed < used - less or (allowed > used + more and self.plan.state is not LoadState.FULL):
             self._apply(self._new_plan())
 
     def _to_come(self) -> int:
@@ -245,7 +248,7 @@ class Residency:
 
     def _claim(self) -> None:
         """Let models of lower rank give way to what is yet to come, and to the computation."""
-        self.vbar.claim(self.kept_free + self._to_come())
+        self.vbar.claim(self.kept_free + self._to_come(), self._to_come())
 
     def free_for_computation(self, free: int, expected: int) -> int:
         """Count the bytes that a computation may take. expected: what it was promised, for which weights give way."""
@@ -255,7 +258,7 @@ class Residency:
     def begin_use(self, changed: bool) -> None:
         """Make room at once for the weights and the computation. changed: another one is expected than before."""
         self.rebuild_if_resized()
-        if changed or self.expected:
+        if changed or self.expected or cap.holds(self.device.device):
             self._apply(self._new_plan())
         self._claim()
 
@@ -313,7 +316,7 @@ class Residency:
         """Use a budget that has grown. Give way where free memory has shrunk and the VBAR does not see it."""
         if self.pins.changes != self._planned_for:
             self._raise_limit()
-        elif self.budget() is None or self.expected:
+        elif self.budget() is None or self.expected or cap.holds(self.device.device):
             self._follow_free_memory()
         self._claim()
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -22,7 +22,7 @@ from ..ram.available import available_ram
 from ..ram.process_limits import private_room
 from ..ram.shortage import obtain
 from .private_pages import has_private_pages
-from .safetensors_header import Header, SourceError, open_file, parse_header
+from .safetensors_header import Header, MissingTensor, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
 
 DTYPES: dict[str, torch.dtype] = {
@@ -158,16 +158,16 @@ def _map(file: BinaryIO, file_bytes: int) -> tuple[MappedFile, bool]:
     return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
 
 
-class DiskMap:
-    """A safetensors file. Its tensors are views of its memory map.
+class DiskMap(Mapping[str, torch.Tensor]):
+    """A safetensors file, as a mapping from key to tensor. Its tensors are views of its memory map.
 
     A write into a tensor stays in this process, and in memory. Pages of a range that was written into are the only
     copy, so they are not dropped. Whoever reads calls `check` first, which raises FileChanged where the file is no
     longer the one that was opened.
 
     keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
-    cast on use to this dtype where given (a cast tensor is a copy, not a view). Raises SourceError for a file that is
-    no whole safetensors file.
+    cast on use to this dtype where given (a cast tensor is a copy, not a view). device: where `map[key]` puts a tensor;
+    None and the CPU leave it in the map. Raises SourceError for a file that is no whole safetensors file.
     """
 
     parts: tuple[DiskMap, ...] = ()  # further files, whose tensors the state dict has too
@@ -180,9 +180,10 @@ class DiskMap:
         keep: Callable[[str], bool] | None = None,
         rename: Callable[[str], str] | None = None,
         dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         self.path = Path(path)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         with open_file(path, pickles=self.pickles) as file:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
             self.check, self.check_often = watched.check, watched.check_often
@@ -217,20 +218,33 @@ class DiskMap:
         """The maps that the state dict's tensors lie in."""
         return (self, *self.parts)
 
-    def keys(self) -> Iterable[str]:
-        """Return the keys, in file order."""
-        return self._specs.keys()
+    # Two maps are never equal. They stand in sets, and comparing their tensors would read both files.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
-    def __contains__(self, key: str) -> bool:
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Return a tensor on the device. Raises MissingTensor, and FileChanged where the file has changed."""
+        self.check()
+        tensor = self.tensor(key)
+        return tensor if self.device is None else tensor.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys, in file order."""
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __contains__(self, key: object) -> bool:
         return key in self._specs
 
     def spec(self, key: str) -> TensorSpec:
-        """Return dtype, shape and place of a tensor. Raises SourceError for a key that is not there."""
+        """Return dtype, shape and place of a tensor. Raises MissingTensor for a key that is not there."""
         try:
             return self._specs[key]
         except KeyError:
             some = ", ".join(list(self._specs)[:3])
-            raise SourceError(
+            raise MissingTensor(
                 f"{self.path}: no tensor '{key}'. The file has {len(self._specs)}, such as {some}."
             ) from None
 

@@ -26,6 +26,12 @@ class SourceError(SpillwayError, ValueError):
     """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
 
 
+class MissingTensor(SourceError, KeyError):
+    """A key that a file does not have. A mapping raises KeyError for one."""
+
+    __str__ = Exception.__str__  # KeyError's own puts the sentence in quotes
+
+
 @dataclass(frozen=True)
 class Entry:
     """What the header says of a tensor. start, end: bytes from where the tensors begin."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from .disk_map import SourceError
+from .safetensors_header import MissingTensor
 
 
 class Source(Protocol):
@@ -35,8 +35,8 @@ class StateDict:
         return key in self._tensors
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Return the tensor. Raises SourceError for a key that is not there."""
+        """Return the tensor. Raises MissingTensor for a key that is not there."""
         try:
             return self._tensors[key].detach()
         except KeyError:
-            raise SourceError(f"{self.path}: no tensor '{key}'.") from None
+            raise MissingTensor(f"{self.path}: no tensor '{key}'.") from None

@@ -15,6 +15,7 @@ import torch
 
 from ..device.backend import Backend, DeviceError
 from ..ledger import Ledger
+from . import cap
 from .protocol import lock
 
 PAGE = 32 << 20
@@ -88,6 +89,7 @@ class AimdoVBAR:
         self._free.atexit = False
         self.rank = next(_ranks)  # as comfy-aimdo has it
         _open.add(self)
+        cap.opened(self)
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> AimdoSlice | None:
         """Reserve `nbytes`; None where the range is full. `on_evict` is never called: signatures tell of evictions."""
@@ -105,7 +107,16 @@ class AimdoVBAR:
         if vbar_slice is None or self.failure is not None or self._is_above_limit(vbar_slice):
             return None
         with lock:
+            if not self._is_under_cap(vbar_slice):
+                return None
             return self._retry_once(self._api.vbar_fault, vbar_slice.handle)
+
+    def _is_under_cap(self, vbar_slice: AimdoSlice) -> bool:
+        """Say whether the pages that a fault would map fit under the cap of all models together."""
+        if cap.cap_of(self.device) is None:
+            return True
+        pages = self._residency()[vbar_slice.offset // PAGE : -(-(vbar_slice.offset + vbar_slice.nbytes) // PAGE)]
+        return cap.make_room(self, sum(not page & RESIDENT for page in pages) * PAGE)
 
     def _retry_once(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
         """Return the call's result; None where the driver fails twice at it."""
@@ -208,8 +219,8 @@ class AimdoVBAR:
             above = [vbar for vbar in _open if vbar.device == self.device and vbar.rank > self.rank]
             return held + free - sum(vbar.loaded_size() for vbar in above)
 
-    def claim(self, nbytes: int) -> None:
-        pass  # comfy-aimdo makes room for each allocation
+    def claim(self, nbytes: int, to_come: int = 0) -> None:
+        cap.make_room(self, to_come)  # of the device's memory, comfy-aimdo makes room for each allocation
 
     def gave_way(self) -> int:
         return 0
@@ -234,6 +245,7 @@ class AimdoVBAR:
         with lock:
             self._vbar = None
             _open.discard(self)
+            cap.closed(self)
             self._free()
 
 

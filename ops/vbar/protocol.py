@@ -23,17 +23,19 @@ Signature = Any
 class VBAR(Protocol):
     """The calls of the caster and the residency; every implementation passes tests/vbar. All sizes in bytes.
 
-    kind: its name in reports. unit: bytes that come and go together. failure: why every fault is refused from now on,
-    in the driver's words; None while all is well. follows_free_memory: the VBAR gives way by itself when the
-    computation allocates, so nobody need tell it how much that will be. headroom: bytes that stay free while weights
-    come; the residency plans with more.
+    kind: its name in reports. rank: the VBAR of lower rank is evicted from first. unit: bytes that come and go
+    together. failure: why every fault is refused from now on, in the driver's words; None while all is well.
+    follows_free_memory: the VBAR gives way by itself when the computation allocates, so nobody need tell it how much
+    that will be. headroom: bytes that stay free while weights come; the residency plans with more. backend: its device.
     """
 
     kind: str
+    rank: int
     unit: int
     failure: str | None
     follows_free_memory: bool
     headroom: int
+    backend: Any
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None]) -> Any:
         """Reserve addresses above all earlier allocations and map none. Return a slice; None where the range is full.
@@ -81,8 +83,11 @@ class VBAR(Protocol):
     def within_reach(self) -> int:
         """Return the bytes that could be resident: resident now, free, or of VBARs that give way to this one."""
 
-    def claim(self, nbytes: int) -> None:
-        """Evict VBARs of lower rank until `nbytes` are free. Where allocations are seen, do nothing."""
+    def claim(self, nbytes: int, to_come: int = 0) -> None:
+        """Evict VBARs of lower rank until `nbytes` are free, and `to_come` more bytes of this one fit under the cap.
+
+        Where allocations are seen, nothing need be free.
+        """
 
     def gave_way(self) -> int:
         """Return the bytes that were evicted since the last call because the computation ate into the headroom.

@@ -13,6 +13,7 @@ import torch
 
 from ..device.backend import Backend
 from ..ram import available
+from . import cap
 from .protocol import lock
 
 _serials = itertools.count(1)
@@ -100,6 +101,7 @@ class SoftwareVBAR:
         self.rank = next(_ranks)  # the VBAR of lower rank is evicted from first
         with lock:
             self.device_memory.open.add(self)
+            cap.opened(self)
 
     def alloc(self, nbytes: int, on_evict: Callable[[], None] | None = None) -> SoftwareSlice:
         vbar_slice = SoftwareSlice(self.top, nbytes, on_evict)
@@ -140,6 +142,10 @@ class SoftwareVBAR:
 
     def _make_room(self, vbar_slice: SoftwareSlice) -> bool:
         while self.limit is not None and self.used + vbar_slice.nbytes > self.limit:
+            if not self._evict_top(above=vbar_slice.offset):
+                self.watermark = vbar_slice.offset
+                return False
+        while not cap.make_room(self, vbar_slice.nbytes):
             if not self._evict_top(above=vbar_slice.offset):
                 self.watermark = vbar_slice.offset
                 return False
@@ -246,8 +252,9 @@ class SoftwareVBAR:
             return self.used
         return sum(one.nbytes for one in self.slices if one.memory is not None)
 
-    def claim(self, nbytes: int) -> None:
+    def claim(self, nbytes: int, to_come: int = 0) -> None:
         with lock:
+            cap.make_room(self, to_come)
             while self.device_memory.free() < nbytes and self._evict_lower_priority():
                 pass
 
@@ -269,3 +276,4 @@ class SoftwareVBAR:
                     self._evict(vbar_slice)
             self.slices.clear()
             self.device_memory.open.discard(self)
+            cap.closed(self)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,34 @@ ROOT = "diffusion_model."
 GROUPS = ("early", "middle", "late", "other")
 # The three parts of a U-Net have names.
 NAMED_GROUPS = {"input_blocks": "early", "middle_block": "middle", "output_blocks": "late"}
+
+
+def _smooth(share: float) -> float:
+    """Give the share of a sigmoid-like curve: flat at both ends."""
+    return share * share * (3.0 - 2.0 * share)
+
+
+def _steep(share: float) -> float:
+    """Give the share of the inverse of `_smooth`: steep at both ends."""
+    return 0.5 - math.sin(math.asin(1.0 - 2.0 * share) / 3.0)
+
+
+# How a share becomes that of the interpolation.
+CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "sigmoid": _smooth,
+    "inverse sigmoid": _steep,
+}
+
+
+def block_of_keys(blocks: Iterable[str]) -> Callable[[str], str]:
+    """Make a function from the key of a weight to its block, the longest name that it begins with; '' for none."""
+    longest_first = sorted(blocks, key=len, reverse=True)
+
+    def block_of(key: str) -> str:
+        return next((block for block in longest_first if key.startswith(f"{block}.")), "")
+
+    return block_of
 
 
 def group_of_keys(root: torch.nn.Module) -> Callable[[str], str]:
@@ -74,17 +103,25 @@ def _common(model: Any, other: Any) -> dict[str, list[Any]]:
     return common
 
 
-def merge(models: list[Any], shares: Mapping[str, float], share3: float = 0.0, *, add_difference: bool = False) -> Any:
+def merge(
+    models: list[Any],
+    shares: Mapping[str, float],
+    share3: float = 0.0,
+    *,
+    add_difference: bool = False,
+    group: Callable[[str], str] | None = None,
+) -> Any:
     """Clone the first MODEL and merge one or two others into the clone. Nothing is computed until a weight is needed.
 
-    shares: the second model's share of each of GROUPS. A weighted sum is (1 - share - share3) of the first, share of
+    shares: the second model's share of each group. group: from the key of a weight to its group, by default one of
+    GROUPS. A weighted sum is (1 - share - share3) of the first, share of
     the second and share3 of the third; with add_difference it is the first and share times what the second has over
     the third. Raises ValueError for models of two architectures.
     """
     first, second, *rest = models
     if add_difference and not rest:
         raise ValueError("add difference needs three models: to the first is added what the second has over the third.")
-    group = group_of_keys(first.model.diffusion_model)
+    group = group or group_of_keys(first.model.diffusion_model)
     patches2 = _common(first, second)
     patches3 = _common(first, rest[0]) if rest else {}
     # (strength of the patch, strength of what stands there) -> patches. They go in together by strength, as ComfyUI

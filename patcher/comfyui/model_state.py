@@ -104,7 +104,7 @@ class ModelState:
 
     def follow(self, policy: Policy) -> None:
         """Hold the engine to another policy. One with other rules closes it: they are read when bundles are made."""
-        if self.dynamic is None or self.dynamic.policy == policy:
+        if self.dynamic is None or self.dynamic.asked == policy:
             return
         if self.dynamic.policy.rules == policy.rules:
             self.dynamic.set_policy(policy)

@@ -24,6 +24,7 @@ from ..ram_pressure import free_ram
 from . import seams, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
+from .graph_policy import in_force
 from .loading.loader_overrides import check_complete
 from .loads import BATCH_MARGIN, current_load
 from .loads import install as listen_to_loads
@@ -37,6 +38,7 @@ from .model_state import (
     sources_standing,
     state_of,
 )
+from .patches.tiling import give_methods_back
 from .patches.weight_patch import rounded
 from .progress import Progress
 from .running import drop_unloaded, in_a_node
@@ -96,6 +98,15 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         if not refuse_compiled(self.model, name, obj):
             super().add_object_patch(name, obj)
 
+    @property
+    def policy(self) -> Policy:
+        """Give the policy in force: this patcher's own, or else that of the running graph."""
+        return in_force(self._policy)
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+
     def set_policy(self, policy: Policy) -> None:
         """Set the policy of this patcher. It takes effect when the model is next loaded."""
         self.policy = policy
@@ -114,7 +125,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         # asks a CLIP for one only because of hooks, which this patcher serves itself.
         cloned = super().clone(disable_dynamic and not self.is_clip, *args, **kwargs)
         if isinstance(cloned, DynamicModelPatcher):
-            cloned.policy = self.policy
+            cloned.policy = self._policy
             cloned.compile_request = self.compile_request
         else:
             self.state.say(
@@ -331,7 +342,9 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         # The base class restores object patches. Weights have nothing to be restored from.
+        patched = list(self.object_patches_backup)
         super().unpatch_model(device_to=None, unpatch_weights=False)
+        give_methods_back(self.model, patched)
         if unpatch_weights:
             dynamic = self.state.dynamic
             if dynamic is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kit.vbar_devices import DEVICES
+from spillway.ops.vbar import cap
 from spillway.ops.vbar import software as software_vbar
 
 ALL = 1 << 60
@@ -291,3 +292,30 @@ def test_a_vbar_that_nobody_holds_any_more_gives_its_memory_back(make_device):
     del vbar
     gc.collect()
     assert device.free() == 4
+
+
+# --- the cap over all VBARs -------------------------------------------------------------------------------------------
+
+
+def test_vbars_together_hold_no_more_than_the_cap(make_device):
+    """The one that was prioritized last gets what the others hold. They get no more than it leaves."""
+    device = make_device()
+    one, other = device.vbar(), device.vbar()
+    mine, theirs = slices(one, device, 1, 1, 1), slices(other, device, 1, 1, 1)
+    cap.set_cap(one.backend.device, 4 * device.unit)
+    try:
+        for vbar, pieces, left in ((one, mine, 0), (other, theirs, 1), (one, mine, 1)):
+            vbar.prioritize()
+            assert all(bring(vbar, piece) for piece in pieces)
+            assert [v.loaded_size() // device.unit for v in (one, other) if v is not vbar] == [left]
+        assert not bring(other, theirs[2])  # of lower rank now, so it takes nothing
+        assert cap.reach(other) == device.unit and cap.reach(one) == 4 * device.unit
+        one.free_memory(ALL)
+        other.prioritize()
+        assert all(bring(other, piece) for piece in theirs)
+    finally:
+        cap.set_cap(one.backend.device, None)
+    one.prioritize()
+    assert all(bring(one, piece) for piece in mine) and other.loaded_size() == 3 * device.unit
+    one.close()
+    other.close()

@@ -22,6 +22,8 @@ from ....ops.parts.sharded_map import ShardedMap
 from ...policy import Policy
 from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
+from .checkpoint import load_checkpoint_guess_config
+from .load_again import keep_dynamic
 from .loader_overrides import building, check_complete, detected, opening_indexes, refuse_pickle
 from .op_classes import operations
 
@@ -95,50 +97,27 @@ def load_diffusion_model(
     return patcher
 
 
-def load_again(factory: Any, arguments: tuple, policy: Policy | None, disable_dynamic: bool = False) -> Any:
-    """Load a part of a file once more, as ComfyUI's nodes do for another device -> its patcher, or several.
-
-    disable_dynamic: give ComfyUI's classic patcher instead.
-    """
-    if disable_dynamic:
-        with opening_indexes():
-            return factory(*arguments, disable_dynamic=True)
-    with building(DynamicModelPatcher, policy):
-        return factory(*arguments)
-
-
-def _keep_dynamic(patcher: Any, policy: Policy | None) -> None:
-    """Have ComfyUI load the patcher's model again through `load_again`. By itself it would make one of its own."""
-    way = getattr(patcher, "cached_patcher_init", None)
-    if way is not None:
-        patcher.cached_patcher_init = (load_again, (*way[:2], policy), *way[2:])
-
-
 def load_checkpoint(
     path: str, policy: Policy | None = None, embedding_directory: Any = None
 ) -> tuple[Any, Any, Any, Any]:
     """Load a checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION), with None for what the file does not have.
 
-    path: of a file, or of a folder of diffusers with several models. Raises SourceError for a file that holds no model.
+    path: of a file, or of a folder of diffusers with several models. Raises SourceError for a file that holds no model,
+    or not all of one.
     """
     if is_pipeline(path):
         return load_pipeline(path, policy, embedding_directory)
-    refuse_pickle(path)
-    options = {"offload_device": torch.device("cpu")}
 
     def load() -> Any:
-        return comfy.sd.load_checkpoint_guess_config(
-            path, output_clipvision=True, embedding_directory=embedding_directory, model_options=options
+        return load_checkpoint_guess_config(
+            path, output_clipvision=True, embedding_directory=embedding_directory, policy=policy
         )
 
-    with building(DynamicModelPatcher, policy):
-        model, clip, vae, clip_vision = detected(load, path)
+    model, clip, vae, clip_vision = detected(load, path)
     if model is not None:
         check_complete(model.model)
     if getattr(vae, "first_stage_model", None) is None:
         vae = None
-    for patcher in (model, getattr(clip, "patcher", None), getattr(vae, "patcher", None)):
-        _keep_dynamic(patcher, policy)
     return model, clip, vae, clip_vision
 
 
@@ -226,7 +205,7 @@ def load_clip(
         raise SourceError(
             f"{unused[0]}: no text encoder that ComfyUI knows was found in this file, or none of type '{clip_type}'."
         )
-    _keep_dynamic(clip.patcher, policy)
+    keep_dynamic(clip.patcher, policy)
     return clip
 
 
@@ -246,7 +225,7 @@ def load_vae(path: str, policy: Policy | None = None) -> Any:
     factory = getattr(comfy.sd, "load_vae_patcher", None)
     if factory is not None:
         vae.patcher.cached_patcher_init = (factory, (path,))
-        _keep_dynamic(vae.patcher, policy)
+        keep_dynamic(vae.patcher, policy)
     return vae
 
 

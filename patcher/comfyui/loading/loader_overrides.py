@@ -6,7 +6,7 @@ ComfyUI decides dtypes, architectures and conversions. Which patcher it makes an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ log = logging.getLogger("spillway")
 
 # Parameters below this size keep the values that the model's code gives them, as files may lack them.
 KEEP_BELOW = 64 << 10
+# ComfyUI moves T2I adapters by hand, and nothing would check their file before they are read.
+ADAPTERS = "comfy.t2i_adapter.", "comfy.ldm.cascade.controlnet"
 # Text encoder files may lack weights whose products nobody uses. ComfyUI leaves there whatever was in the memory.
 UNUSED = ("text_projection.weight",)
 # By the rows of a table, how many tokens there are. llama.cpp leaves out rows of Gemma 3's that no token has.
@@ -45,10 +47,22 @@ TOKENS_OF_TABLES = {262208: 262144}
 class Opened:
     """Notes what one load opened and found missing. The maps live as long as the models whose weights lie in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, guards: ExitStack) -> None:
         self.maps: list[DiskMap] = []
         self.sources: list[DiskMap | ShardedMap] = []
+        self._guards, self._guard = guards, CopyBeforeWrite()
         self._loaded: dict[tuple[int, str], torch.nn.Module] = {}
+
+    def use(self, disk_map: DiskMap | ShardedMap) -> None:
+        """Check a map from here on, whenever torch reads."""
+        self.maps += disk_map.files
+
+    def watch(self, disk_map: DiskMap | ShardedMap, tensors: Mapping[str, Any]) -> None:
+        """Copy tensors in a read-only map before ComfyUI's conversions write into them."""
+        if disk_map.read_only:
+            if not self._guard.watched:
+                self._guards.enter_context(self._guard)
+            self._guard.watch(tensors.values())
 
     def note(self, root: torch.nn.Module, missing: Sequence[str]) -> None:
         """Record what a state dict lacked.
@@ -91,15 +105,21 @@ def parameter_of(data: torch.Tensor) -> torch.nn.Parameter:
 
 @contextmanager
 def building(
-    dynamic_patcher: Callable[..., Any], policy: Policy | None, ready: Iterable[DiskMap | ShardedMap] = ()
+    dynamic_patcher: Callable[..., Any],
+    policy: Policy | None,
+    ready: Iterable[DiskMap | ShardedMap] = (),
+    *,
+    assign: bool = False,
 ) -> Iterator[Opened]:
     """Inside, ComfyUI's loaders make patchers with `dynamic_patcher`, on memory maps, and parameters take no memory.
 
-    ready: maps of files that are open already. Afterwards, parameters that the files lack are on the meta device.
+    ready: maps of files that are open already. assign: parameters stay in their file also where ComfyUI would copy
+    them, as it does before it makes a patcher. Afterwards, parameters that the files lack are on the meta device.
     Raises FileChanged where a file has changed.
     """
     drop_unloaded()  # a CLIP is loaded as soon as it is built
-    opened, guard = Opened(), CopyBeforeWrite()
+    guards, keeps_map = ExitStack(), assign
+    opened = Opened(guards)
     known = {str(disk_map.path): disk_map for disk_map in ready}
 
     def make_patcher(_: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,17 +132,15 @@ def building(
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path).lower().endswith(PICKLES):
             return load(path, *args, **kwargs)
-        disk_map = known.get(str(Path(path))) or open_map(path)
-        opened.maps += disk_map.files  # checked from here on
+        ready_map = known.get(str(Path(path)))
+        disk_map = open_map(path) if ready_map is None else ready_map
+        opened.use(disk_map)
         opened.sources.append(disk_map)
         check_quantised(disk_map)
         if disk_map.left_out:
             log.warning("[Spillway] %s", f"{disk_map.path}:{_left_out_words([disk_map])}")
         tensors = disk_map.state_dict()
-        if disk_map.read_only:  # ComfyUI's conversions write into some tensors
-            if not guard.watched:
-                guards.enter_context(guard)
-            guard.watch(tensors.values())
+        opened.watch(disk_map, tensors)
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
         return (tensors, disk_map.metadata) if with_metadata else tensors
 
@@ -137,6 +155,9 @@ def building(
     ) -> Any:
         for name, part in module.named_modules():
             _accept_short_table(part, tensors.get(f"{name}.weight"))
+        stays = keeps_map and not assign and not type(module).__module__.startswith(ADAPTERS)
+        if stays:
+            return _assigned(load, module, tensors, strict)
         if not assign:
             # Copying needs memory to copy into. ComfyUI copies small parts, and models that it never offloads.
             for part in module.modules():
@@ -150,7 +171,7 @@ def building(
 
     with (
         CheckBeforeRead(opened.maps),
-        ExitStack() as guards,
+        guards,
         skip_model_initialization(KEEP_BELOW),
         overridden(comfy.model_patcher, "CoreModelPatcher", by=make_patcher),
         overridden(comfy.utils, "load_torch_file", by=load_file),
@@ -160,6 +181,31 @@ def building(
         yield opened
         for disk_map in opened.maps:
             disk_map.check()
+
+
+def _assigned(load: Callable[..., Any], root: torch.nn.Module, tensors: Mapping[str, Any], strict: bool) -> Any:
+    """Assign tensors that ComfyUI would copy into a module's parameters.
+
+    Copying casts to the parameter's dtype, which is noted for the engine. Buffers are copied, as they are small and
+    read by any code. What the file lacks keeps memory of its own.
+    """
+    buffers = {}
+    for name, module in root.named_modules():
+        for attr, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if (f"{name}.{attr}" if name else attr) not in tensors:
+                if parameter.is_meta:
+                    module._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
+            elif getattr(module, f"{attr}_comfy_model_dtype", None) is None:
+                setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
+        buffers.update({(module, attr): buffer for attr, buffer in module._buffers.items() if buffer is not None})
+    result = load(root, tensors, strict, True)
+    for (module, attr), before in buffers.items():
+        now = module._buffers[attr]
+        if now is not before and now is not None:
+            module._buffers[attr] = now.to(dtype=before.dtype, copy=True)
+    return result
 
 
 def _accept_short_table(part: torch.nn.Module, tensor: Any) -> None:

@@ -3,10 +3,14 @@
 import asyncio
 import json
 
+import comfy_extras.nodes_audio
+import comfy_extras.nodes_audio_encoder
 import comfy_extras.nodes_flux
 import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_model_patch
 import comfy_extras.nodes_preview_any
 import comfy_extras.nodes_sd3
+import comfy_extras.nodes_upscale_model
 import nodes as comfyui_nodes
 import pytest
 
@@ -25,6 +29,10 @@ COMFYUI = {
     **comfyui_nodes.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_model_advanced.NODE_CLASS_MAPPINGS,
     **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS,
+    **comfy_extras.nodes_model_patch.NODE_CLASS_MAPPINGS,
+    "AudioEncoderEncode": comfy_extras.nodes_audio_encoder.AudioEncoderEncode,
+    "EmptyAudio": comfy_extras.nodes_audio.EmptyAudio,
+    "ImageUpscaleWithModel": comfy_extras.nodes_upscale_model.ImageUpscaleWithModel,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
 }
@@ -47,6 +55,18 @@ def types_and_options(inputs):
                 yield name, "COMBO", kind, extra
             else:
                 yield name, kind, extra.get("options"), extra
+
+
+def socket_types(node):
+    """The type of every socket by its name in a workflow. Those of an input that grows are named after both."""
+    found = {}
+    for name, kind, _, extra in types_and_options(node.INPUT_TYPES()):
+        found[name] = kind
+        if kind == "COMFY_AUTOGROW_V3":
+            template = extra["template"]
+            one = next(iter(template["input"]["required"].values()))[0]
+            found |= {f"{name}.{template['prefix']}{place}": one for place in range(template["max"])}
+    return found
 
 
 def names_in(node):
@@ -111,7 +131,7 @@ def test_the_english_texts_are_those_of_the_schemas():
 def test_category_and_data_type_have_a_name():
     texts = read(LOCALE / "main.json")
     assert set(texts["nodeCategories"]) == {node.define_schema().category for node in OURS.values()}
-    assert set(texts["dataTypes"]) == {"SPILLWAY_POLICY"}
+    assert set(texts["dataTypes"]) == {"SPILLWAY_LORA", "SPILLWAY_POLICY"}
 
 
 # --- example workflows ------------------------------------------------------------------------------------------------
@@ -164,8 +184,7 @@ def test_a_workflows_links_fit_their_slots(path):
         source, target = by_id[from_id], by_id[to_id]
         output, entry = source["outputs"][from_slot], target["inputs"][to_slot]
         assert link in output["links"] and link == entry["link"]
-        inputs = types_and_options({**OURS, **COMFYUI}[target["type"]].INPUT_TYPES())
-        wanted = dict((name, t) for name, t, *_ in inputs)[entry["name"]]
+        wanted = socket_types({**OURS, **COMFYUI}[target["type"]])[entry["name"]]
         given = {**OURS, **COMFYUI}[source["type"]].RETURN_TYPES[from_slot]
         assert output["type"] == given and entry["type"] == wanted
         assert len({given, wanted, kind} - {"*"}) <= 1, f"{given} goes into {wanted}"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import comfy.sd
 import pytest
+from comfy.sd1_clip import SDTokenizer
+from comfy.text_encoders import hunyuan_video, long_clipl
 
 from kit.comfyui import checkpoints, sampling
 from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
@@ -78,6 +80,32 @@ def test_two_text_encoders_load_as_one(file, checkpoint, monkeypatch):
     first, second = (file("text_encoders", kind) for kind in kinds)
     (clip,) = SpillwayLoadCLIP.execute(clip_name1=first, clip_name2=second, type="flux").args
     assert_same(sampling.text_encode(clip, "a red house"), sampling.text_encode(wanted, "a red house"))
+
+
+def test_four_text_encoders_load_as_one(file, checkpoint, monkeypatch):
+    """As for HiDream: two CLIPs, a T5 and a Llama, all but one of them narrow."""
+    load_clip = comfy.sd.load_clip
+    # Llama's own tokenizer is a file of megabytes, which a ComfyUI may lack. CLIP's tokens are rows of its table too.
+    monkeypatch.setattr(hunyuan_video, "LLAMA3Tokenizer", lambda min_length, pad_token, **o: SDTokenizer(**o))
+    made = [("clip_l", {}), ("clip_g_small", {}), ("t5xxl_small", {}), ("small_llama", {"name": "llama"})]
+
+    # It would replace the options of a narrow CLIP by those of a Long-CLIP.
+    monkeypatch.setattr(long_clipl, "model_options_long_clip", lambda _, tokenizer, options: (tokenizer, options))
+
+    def options():
+        sizes = {**checkpoints.T5XXL_SMALL_OPTIONS, **checkpoints.small_llama_options("llama")}
+        return {**sizes, "clip_g_model_config": checkpoints.CLIP_G_SMALL}
+
+    kind = comfy.sd.CLIPType.HIDREAM
+    wanted = load_clip([checkpoint(name, **rest) for name, rest in made], clip_type=kind, model_options=options())
+    monkeypatch.setattr(comfy.sd, "load_clip", functools.partial(load_clip, model_options=options()))
+    names = {f"clip_name{place}": file("text_encoders", name, **rest) for place, (name, rest) in enumerate(made, 1)}
+    (clip,) = SpillwayLoadCLIP.execute(**names, type="hidream", policy=policy_of(vram_gb=0.0)).args
+    encoded = [one.encode_from_tokens(one.tokenize("a red house"), return_dict=True) for one in (clip, wanted)]
+    for name in ("cond", "pooled_output", "conditioning_llama3"):
+        assert encoded[1][name].std() > 0
+        assert_same(encoded[0][name], encoded[1][name])
+    assert clip.patcher.dynamic.peak_resident_bytes == 0
 
 
 def test_text_encoders_that_do_not_belong_together_are_an_error(file):

@@ -8,6 +8,17 @@ norm weights near 1, small biases) keep the activations finite and let the outpu
 Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
 """
 
+from .companions import (
+    SIGLIP,
+    SMALL_SIGLIP,
+    compact,
+    encoders_as,
+    redux,
+    sd15_controlnet,
+    siglip,
+    two_layers_of_audio,
+    wav2vec,
+)
 from .diffusion_models import flux, flux_as_diffusers, lumina2, qwen_image, sd15_unet, wan, z_image
 from .loras import lora
 from .model_patches import (
@@ -20,8 +31,10 @@ from .model_patches import (
 )
 from .small_lumina import accept_small_lumina
 from .text_encoders import (
+    CLIP_G_SMALL,
     T5XXL_SMALL_OPTIONS,
     UMT5_SMALL,
+    clip_g_small,
     clip_l,
     qwen3_06b,
     small_llama,
@@ -37,11 +50,17 @@ from .writing import Noise, read_header, write
 from .wrong_files import missing_key, not_a_model, truncated, wrong_header
 
 __all__ = [
+    "CLIP_G_SMALL",
+    "SIGLIP",
+    "SMALL_SIGLIP",
     "T5XXL_SMALL_OPTIONS",
     "UMT5_SMALL",
     "Noise",
     "accept_small_lumina",
+    "clip_g_small",
     "clip_l",
+    "compact",
+    "encoders_as",
     "flux",
     "flux_as_diffusers",
     "flux_vae",
@@ -57,9 +76,12 @@ __all__ = [
     "qwen3_06b",
     "qwen_image",
     "read_header",
+    "redux",
     "sd15",
+    "sd15_controlnet",
     "sd15_unet",
     "sd_vae",
+    "siglip",
     "small_clip_vision",
     "small_llama",
     "small_llama_options",
@@ -68,10 +90,12 @@ __all__ = [
     "t5_base",
     "t5xxl_small",
     "truncated",
+    "two_layers_of_audio",
     "umt5_small",
     "unclip",
     "wan",
     "wan_vae",
+    "wav2vec",
     "write",
     "wrong_header",
     "z_image",

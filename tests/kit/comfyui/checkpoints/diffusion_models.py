@@ -157,12 +157,11 @@ def z_image(path, dtype=torch.bfloat16, dim=256, layers=3, context=128, prefix="
     return write(path, entries_of(module, dtype, prefix), seed, metadata, drop)
 
 
-def sd15_unet_entries(dtype, mult, blocks, **others):
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
+def sd15_config(mult, blocks):
+    """The options of ComfyUI's U-Net class for SD 1.5."""
     # attention on every level but the deepest, as in the real one
     attention = [1] * (len(mult) - 1) + [0] if len(mult) > 1 else [1]
-    config = {
+    return {
         "image_size": 32,
         "in_channels": 4,
         "out_channels": 4,
@@ -180,9 +179,13 @@ def sd15_unet_entries(dtype, mult, blocks, **others):
         "device": "meta",
         "dtype": torch.float32,
         "operations": OPS,
-        **others,
     }
-    return entries_of(UNetModel(**config), dtype)
+
+
+def sd15_unet_entries(dtype, mult, blocks, **others):
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return entries_of(UNetModel(**{**sd15_config(mult, blocks), **others}), dtype)
 
 
 def sd15_unet(path, dtype=torch.float16, mult=(1, 2), blocks=1, seed=0, drop=(), metadata=None):

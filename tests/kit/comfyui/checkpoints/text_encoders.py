@@ -68,6 +68,18 @@ def clip_l(path, dtype=torch.float16, layers=12, seed=0, drop=(), metadata=None)
     return write(path, clip_l_entries(dtype, layers), seed, metadata, drop)
 
 
+# ComfyUI knows a CLIP-G by its 31st layer.
+CLIP_G_SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 31}
+
+
+def clip_g_small(path, dtype=torch.float16, seed=0):
+    """A narrow CLIP-G. Load it with model_options={"clip_g_model_config": CLIP_G_SMALL}."""
+    from comfy.clip_model import CLIPTextModel
+
+    config = {**CLIP_L, **CLIP_G_SMALL, "hidden_act": "gelu"}
+    return write(path, entries_of(CLIPTextModel(config, torch.float32, "meta", OPS), dtype), seed)
+
+
 def _t5(config, dtype):
     from comfy.text_encoders.t5 import T5
 
