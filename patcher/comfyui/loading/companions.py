@@ -13,7 +13,6 @@ import comfy.utils
 import torch
 
 from ....ops.files.disk_map import SourceError
-from ....ops.files.safetensors_header import shard_words
 from ...dynamic_model import DynamicModel
 from ...policy import Policy
 from ..model_state import model_dtype
@@ -38,7 +37,6 @@ def _load(path: str, policy: Policy | None, load: Callable[[], Any], what: str) 
                 raise
             raise SourceError(
                 f"{path}: no {what} that ComfyUI knows was found in this file ({type(error).__name__}: {error})."
-                + shard_words(path)
             ) from error
 
 
