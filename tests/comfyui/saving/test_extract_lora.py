@@ -39,6 +39,7 @@ def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
     """Of the rank that was put in; on three matrices, and on no other."""
     path = checkpoint("flux", **SMALL)
     classic, ours = comfy.sd.load_diffusion_model(path), load_diffusion_model(path)
+    exact = compute_dtype(ours.model) == torch.float32  # else patched weights are rounded to 16 bit
     tuned = with_lora(ours, forms("lora"), 1.0)
     file, tensors = extract(tuned, ours)
     assert set(tensors) == {f"{stem}.lora_{side}.weight" for stem in (QKV, LINEAR, MLP) for side in ("up", "down")}
@@ -46,11 +47,10 @@ def test_a_lora_that_was_put_in_comes_back(checkpoint, caplog):
     for stem in (QKV, LINEAR, MLP):
         difference = forms("lora")[f"{stem}.lora_up.weight"] @ forms("lora")[f"{stem}.lora_down.weight"] * 0.5
         found = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
-        rounded = 1e-4 if compute_dtype(ours.model) == torch.float32 else 0.02  # as the patched weights are
-        assert (found - difference).norm() < rounded * difference.norm()
+        assert (found - difference).norm() < (1e-4 if exact else 0.02) * difference.norm()
     again = with_lora(classic, comfy.utils.load_torch_file(file))
     assert "NOT LOADED" not in caplog.text.upper()
-    near(run(again), run(tuned), run(classic))
+    near(run(again), run(tuned), run(classic), 0.01 if exact else 0.5)
     assert open(extract(tuned, classic)[0], "rb").read() == open(file, "rb").read()  # noqa: SIM115
 
 

@@ -83,7 +83,7 @@ MODELS = {
         latent_shapes=SPLAT,
         ref_latents=lambda: [tensor(1, 128, 32, 32)],
     ),
-    "Trellis2": Entry(dict(resolution=64, num_blocks=2), (1, 8, 16, 16, 16), (1, 1029, 1024), embeds=(1, 1029, 1024)),
+    "Trellis2": Entry(dict(resolution=64, num_blocks=2), (1, 32, 16, 16, 16), (1, 1029, 1024), embeds=(1, 1029, 1024)),
     "ACEStep": Entry(
         dict(num_layers=2),
         (1, 8, 16, 128),
