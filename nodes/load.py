@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..ops.gguf.header import is_gguf
-from ..ops.parts.folder import PIPELINE
+from ..ops.parts.folder import PIPELINE, may_be_model
 from ..ops.parts.index import files_of, is_index, model_of, part_of
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
 from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
@@ -44,7 +44,7 @@ def _folder(folder: str, name: str) -> str | None:
     if inside == "." or "\0" in name:
         return None
     paths = (os.path.join(place, inside) for place in (*folder_paths.get_folder_paths(folder), *_diffusers()))
-    return next((path for path in paths if os.path.isdir(path)), None)
+    return next((path for path in paths if may_be_model(path)), None)
 
 
 def _diffusers() -> list[str]:

@@ -24,6 +24,11 @@ def is_pipeline(path: str | os.PathLike[str]) -> bool:
     return (folder / PIPELINE).is_file() or any((folder / name).is_dir() for name in (*MODEL, *VAE, *TEXT))
 
 
+def may_be_model(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path is of a folder that may hold a model. One that is named as a file is a mistake."""
+    return Path(path).suffix.lower() not in (".safetensors", ".sft", ".gguf", *PICKLES) and Path(path).is_dir()
+
+
 def files_for(path: str | os.PathLike[str], names: tuple[str, ...]) -> list[Path]:
     """Return what a loader opens: the file itself, the one of a model's folder, or those of a pipeline's.
 
@@ -33,7 +38,7 @@ def files_for(path: str | os.PathLike[str], names: tuple[str, ...]) -> list[Path
     path = Path(path)
     if path.name == PIPELINE:
         path = path.parent
-    if not path.is_dir():
+    if not may_be_model(path):
         return [path]
     found = _weights(path)
     if found is not None:
