@@ -85,7 +85,8 @@ class Reading:
             if not self.pins.hold(self.bundle, self.pin):
                 return False
             self._sends = True
-        loan.reading, loan.job = self, self.job.then(partial(self._send, loan, backend, copy, stream))
+        loan.reading = self  # first, as the transfer may fail at once
+        loan.job = self.job.then(partial(self._send, loan, backend, copy, stream))
         return True
 
     def _send(self, loan: Loan, backend: Backend, copy: Copy, stream: Any) -> None:
