@@ -28,9 +28,6 @@ class ReadAhead:
         self._up_to: Bundle | None = None  # the last bundle that needs no reading
         self._doubted = False  # some of them may have been guessed wrongly
 
-    def __contains__(self, bundle: Bundle) -> bool:
-        return bundle in self._readings
-
     def take(self, bundle: Bundle) -> Reading | None:
         """Hand the reading of a bundle over; None where there is none."""
         return self._readings.pop(bundle, None)
