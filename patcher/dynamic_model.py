@@ -145,7 +145,7 @@ class DynamicModel(Figures):
         if self.residency is None:
             self._heed_first_use()
             if self.pins is None:
-                self.pins = Pins(self._device, self._pin_budget(), self._remembered.order, room_for_pins)
+                self.pins = Pins(self._device, self._pin_budget(), room_for_pins)
             try:
                 self.place_buffers()
                 residency = Residency(

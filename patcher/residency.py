@@ -215,6 +215,8 @@ class Residency:
         stay = set(stays)
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         self._coming = any(bundle.views is None for bundle in stays)
+        brought = set(offloaded)
+        self.pins.expect([bundle for bundle in self.remembered.order if bundle in brought])
         arena = self.costs.arena(stays, offloaded, plan, self.window, room)
         room += self.costs.rows(self._all) if is_streamed else 0
         sizes = [bundle.source_bytes for bundle in self.bundles]

@@ -37,11 +37,11 @@ def limits(work: Work, machine: Machine, ram_gb: int, budget: int) -> Limits:
     pinned = min(offloaded, ram)
     left = offloaded - pinned
     # What has no place in RAM comes as the file has it, and is made again at each use.
-    growth = work.source / work.nbytes
+    first_bytes = sum(op.source * op.asked / op.nbytes for op in work.ops)
+    growth = first_bytes / needed
     making = sum(op.making for op in work.ops)
     compute = work.compute + making * left / work.nbytes
     step = max(compute, (pinned + left * growth) / machine.bus, left * growth / machine.disk)
-    first_bytes = needed * growth
     reads = machine.memcpy_all if work.source <= ram else machine.disk
     first = max(work.compute + making, first_bytes / machine.bus, first_bytes / reads)
     return Limits(step, first, pinned)

@@ -38,19 +38,13 @@ class Pin:
 
 
 class Pins:
-    """The pins of one model under a budget in bytes. bundles: in the order in which they will ask for one.
+    """The pins of one model under a budget in bytes.
 
     room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Locking memory
-    takes time, so a thread of its own does that, block by block, and until one is there a bundle goes without.
+    takes time, so a thread of its own does that, block after block, and until one is there a bundle goes without.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        budget: int,
-        bundles: Sequence[Bundle] = (),
-        room: Callable[[], int] = lambda: 1 << 62,
-    ) -> None:
+    def __init__(self, backend: Backend, budget: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
         self.backend = backend
         self.budget = budget
         self.room = room
@@ -59,8 +53,8 @@ class Pins:
         self._blocks = PinBlocks()
         self._coming: Later[torch.Tensor] | None = None  # the next block
         self._reserved = 0  # its bytes
-        self._bundles = list(bundles)
-        self._position = {bundle: index for index, bundle in enumerate(self._bundles)}
+        self._expected: list[Bundle] = []
+        self._position: dict[Bundle, int] = {}
         self._pins: dict[Bundle, Pin] = {}
         self._changed = threading.Condition()
 
@@ -68,6 +62,12 @@ class Pins:
     def held(self) -> int:
         """Return the bytes of host memory that the pins cost."""
         return self._blocks.nbytes + self._reserved
+
+    def expect(self, bundles: Sequence[Bundle]) -> None:
+        """Note which bundles will ask for a pin, in the order of their use, so that memory comes ahead of them."""
+        with self._changed:
+            self._expected = list(bundles)
+            self._position = {bundle: index for index, bundle in enumerate(self._expected)}
 
     def set_budget(self, nbytes: int) -> None:
         """Change the bytes that the pins may hold. Pins above the budget are freed at once."""
@@ -136,16 +136,14 @@ class Pins:
         if self._coming is not None and self._coming.ready():
             self._add(self._coming)
         extent = self._blocks.cut(nbytes)
-        if extent is None and self._coming is None:
-            size = self._blocks.room_for(nbytes, self._block_bytes(bundle, nbytes), self.budget, self.room)
+        if self._coming is None:
+            size = self._next_block(bundle, nbytes, found=extent is not None)
             if size:
-                self._reserved, self._coming = (
-                    size,
-                    self.backend.readers().aside(partial(self.backend.host_empty, size)),
-                )
-                if self._coming.ready():
-                    self._add(self._coming)
-                    extent = self._blocks.cut(nbytes)
+                coming = self.backend.readers().aside(partial(self.backend.host_empty, size))
+                self._reserved, self._coming = size, coming
+                if coming.ready():
+                    self._add(coming)
+                    extent = extent or self._blocks.cut(nbytes)
         return extent
 
     def _add(self, coming: Later[torch.Tensor]) -> None:
@@ -164,17 +162,30 @@ class Pins:
                     return extent
         return None
 
-    def _block_bytes(self, bundle: Bundle, nbytes: int) -> int:
-        """Return the bytes of a block for this bundle and those that will ask next. It ends where a bundle ends."""
-        total = nbytes
-        for following in self._bundles[self._position.get(bundle, len(self._bundles)) + 1 :]:
+    def _next_block(self, bundle: Bundle, nbytes: int, found: bool) -> int:
+        """Return the bytes of the block that is to come; 0 for none. It ends where a bundle ends.
+
+        found: the bundle has its `nbytes`, and the block is for those that ask after it, as far as what is there does
+        not do for them.
+        """
+        if self._blocks.nbytes >= self.budget:
+            return 0
+        total = least = 0 if found else nbytes
+        there = self._blocks.nbytes - self.used - nbytes if found else 0
+        at = self._position.get(bundle, -1) + 1
+        for following in (*self._expected[at:], *self._expected[: max(0, at - 1)]):
             if following.offload_to in ("disk", "ram") or following in self._pins:
                 continue
             more = following.nbytes if following.worth_keeping else min(following.nbytes, following.source_bytes)
-            if total + more > BLOCK_BYTES:
+            if more <= there:
+                there -= more
+                continue
+            there = 0
+            if total + more > BLOCK_BYTES and total:
                 break
             total += more
-        return total
+            least = least or more
+        return self._blocks.room_for(least, total, self.budget, self.room) if total else 0
 
     def drop(self, bundle: Bundle) -> int:
         """Free a bundle's pin for other pins to use. Return its bytes."""
