@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from kit.earlier_devices import forget
 from kit.nets import DEPTH, Stack, dynamic
 from kit.pack import ROOT
 from kit.sim_device import SimDevice
@@ -31,6 +32,7 @@ def ram(monkeypatch):
         monkeypatch.setattr(place, "available_ram", recent)
     monkeypatch.setattr("spillway.ops.device.backend.recent_ram", recent)
     monkeypatch.setattr(ram_pressure, "ram_reserve", lambda: 0)
+    forget(torch.device("cpu"))  # what was seen of the RAM a moment ago
     return state
 
 
