@@ -100,6 +100,11 @@ def pin_budget(policy: Policy, wanted: int, held: int, in_place: bool) -> int:
     return min(wanted + wanted // 16, held + _left_to_pins(available_ram()))
 
 
+def is_short_of(nbytes: int) -> bool:
+    """Say whether the system has not `nbytes` of RAM for us beside what it leaves to others."""
+    return available.recent_ram().available - ram_reserve() < nbytes
+
+
 def room_for_staging(sizes: Iterable[int], count: int, held: int) -> int:
     """Count the bytes that bundles on their way may be gathered in. One of them must pass, however short RAM is.
 

@@ -22,7 +22,7 @@ from .headroom import GIB, headroom_bytes
 from .layout import GAIN, Held, Layouts, evicted, execution_order
 from .load_plan import LoadPlan, LoadState, Window, budget_in_words, by_bytes, plan_load, plan_unload
 from .policy import Policy
-from .ram_pressure import room_for_staging
+from .ram_pressure import is_short_of, room_for_staging
 from .remembered import Remembered
 from .use_costs import UseCosts
 
@@ -215,13 +215,19 @@ class Residency:
         stay = set(stays)
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         self._coming = any(bundle.views is None for bundle in stays)
-        brought = set(offloaded)
-        self.pins.expect([bundle for bundle in self.remembered.order if bundle in brought])
+        self._expect_pins(offloaded)
         arena = self.costs.arena(stays, offloaded, plan, self.window, room)
         room += self.costs.rows(self._all) if is_streamed else 0
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
         self.caster.set_room(room, arena, staging, max(sizes, default=0))
+
+    def _expect_pins(self, offloaded: Sequence[Bundle]) -> None:
+        """Tell the pins who will ask for one, and whether RAM has room for the file beside them."""
+        brought = set(offloaded)
+        self.pins.expect([bundle for bundle in self.remembered.order if bundle in brought])
+        to_come = sum(bundle.nbytes for bundle in offloaded) - self.pins.used
+        self.pins.outgrow_ram = is_short_of(to_come + sum(bundle.source_bytes for bundle in self.bundles))
 
     def _raise_limit(self) -> None:
         """Use memory that was set aside for computing patches that are now computed and pinned.

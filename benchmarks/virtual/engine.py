@@ -38,13 +38,18 @@ class Steps:
 
 
 @contextmanager
-def virtual_ram(total: int, free: int, pinned: partial[int]) -> Iterator[None]:
-    """Let the engine see a machine of `total` bytes of RAM, of which pins have taken some, and the page cache none."""
+def virtual_ram(total: int, free: int, pinned: partial[int], clock: Clock) -> Iterator[None]:
+    """Let the engine see a machine of `total` bytes of RAM, of which pins have taken some, and the page cache too."""
 
     def seen() -> available.Available:
         return available.Available(max(0, free - pinned()), total, "the virtual machine's RAM", of_machine=True)
 
+    def unused() -> int:
+        assert clock.pages is not None
+        return free - pinned() - clock.pages.nbytes
+
     with (
+        patch.object(available, "unused_ram", unused),
         patch.object(available, "available_ram", seen),
         patch.object(available, "recent_ram", seen),
         patch.object(available, "total_ram", lambda: total),
@@ -72,7 +77,7 @@ def run_engine(
     ram = ram_for_weights(ram_gb)
     with ExitStack() as stack:
         stack.enter_context(virtual_math(clock))
-        stack.enter_context(virtual_ram(ram_gb << 30, ram, partial(getattr, backend, "locked_bytes")))
+        stack.enter_context(virtual_ram(ram_gb << 30, ram, partial(getattr, backend, "locked_bytes"), clock))
         int8 = Int8Layers(model.kind, "cuda") if dtype == "int8" else None
         dynamic = DynamicModel(model, policy=Policy(vram_bytes=budget, **policy), backend=backend, int8=int8)
         stack.callback(dynamic.close)

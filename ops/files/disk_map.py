@@ -187,6 +187,7 @@ class DiskMap(Mapping[str, torch.Tensor]):
         with open_file(path, pickles=self.pickles) as file:
             watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
             self.check, self.check_often = watched.check, watched.check_often
+            self._leave_cache = watched.leave_cache
             self._specs = self._describe(file, keep, rename)
             self._map, self.read_only = obtain(
                 lambda: _map(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
@@ -283,8 +284,10 @@ class DiskMap(Mapping[str, torch.Tensor]):
                 return True
         return False
 
-    def drop(self, offset: int, nbytes: int) -> None:
+    def drop(self, offset: int, nbytes: int, from_cache: bool = False) -> None:
         """Give the whole pages of a range of bytes back to the system. A later read brings them again.
+
+        from_cache: the page cache need not keep them for that read, which is not to be expected.
 
         A range that was written into stays. Writes that torch does not count (through `.data`, numpy or an address)
         are seen where the kernel tells of them, which Linux does.
@@ -297,6 +300,8 @@ class DiskMap(Mapping[str, torch.Tensor]):
         if end <= start or self.written(offset, nbytes) or has_private_pages(self.address + start, end - start):
             return
         self._map.madvise(option, start, end - start)
+        if from_cache:
+            self._leave_cache(start, end - start)
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Ask the system to read a range of bytes ahead."""

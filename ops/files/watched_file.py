@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from .safetensors_header import SourceError
@@ -44,6 +45,16 @@ class WatchedFile:
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != self._opened:
             raise changed(self.path, self._opened[0], status.st_size)
+
+    def leave_cache(self, offset: int, nbytes: int) -> None:
+        """Let the system's page cache forget a range of the file, so that its memory goes to something else first.
+
+        Pages that somebody has mapped stay. Nothing happens where the system takes no such advice.
+        """
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError):  # a file system that takes no advice
+                advise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def check_often(self) -> None:
         """Do what `check` does, at most once in INTERVAL. Resident weights are lent in a few microseconds."""

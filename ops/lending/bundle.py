@@ -327,11 +327,11 @@ class Bundle:
         for disk_map in self._files:
             disk_map.check_often()
 
-    def drop_pages(self) -> None:
-        """Give the pages of the memory map behind this bundle back to the system."""
+    def drop_pages(self, from_cache: bool = False) -> None:
+        """Give the pages of the memory map behind this bundle back to the system, its page cache's too on request."""
         for param in self.params:
             for disk_map, offset, nbytes in param.where:
-                disk_map.drop(offset, nbytes)
+                disk_map.drop(offset, nbytes, from_cache)
 
     def read_ahead(self) -> None:
         """Ask the system to read this bundle's part of the map."""

@@ -12,6 +12,7 @@ import torch
 
 from ..device.backend import Backend, Event
 from ..device.readers import Later
+from ..ram import available
 from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
 
@@ -48,6 +49,7 @@ class Pins:
         self.backend = backend
         self.budget = budget
         self.room = room
+        self.outgrow_ram = False  # they and the file are more than RAM has room for
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
         self.changes = 0  # how often a final form came or went: costs are not what they were
         self._blocks = PinBlocks()
@@ -98,6 +100,13 @@ class Pins:
             self.used += nbytes
             self.changes += bundle.pin_changed(version)
             return pin
+
+    def displace_pages(self) -> bool:
+        """Say whether what is read from a file now should leave the page cache at once.
+
+        Memory that is locked would take the place of what was read longest ago, and that is what is read next.
+        """
+        return self.outgrow_ram and self._coming is not None and available.unused_ram() < 2 * BLOCK_BYTES
 
     def make_room(self, bundle: Bundle, nbytes: int) -> None:
         """See to it that memory comes for a pin that is taken later."""
@@ -168,10 +177,10 @@ class Pins:
         found: the bundle has its `nbytes`, and the block is for those that ask after it, as far as what is there does
         not do for them.
         """
-        if self._blocks.nbytes >= self.budget:
-            return 0
         total = least = 0 if found else nbytes
         there = self._blocks.nbytes - self.used - nbytes if found else 0
+        if self._blocks.nbytes >= self.budget or there >= BLOCK_BYTES:
+            return 0
         at = self._position.get(bundle, -1) + 1
         for following in (*self._expected[at:], *self._expected[: max(0, at - 1)]):
             if following.offload_to in ("disk", "ram") or following in self._pins:

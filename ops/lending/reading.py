@@ -66,7 +66,7 @@ class Reading:
             assert view is not None
             copy_into(view, tensor, alone=True)
         bundle.check_files()  # what was written meanwhile must not be kept
-        bundle.drop_pages()
+        bundle.drop_pages(from_cache=self.pins.displace_pages())
         if self.pin is not None:
             self._fills = False
             self.pins.release(self.pin)

@@ -59,6 +59,13 @@ def available_ram(root: Path = Path("/")) -> Available:
     return least
 
 
+def unused_ram(root: Path = Path("/")) -> int:
+    """Return the bytes of RAM that hold nothing, not even pages of a file. root: as for `available_ram`."""
+    group = cgroup.tightest(root) if sys.platform == "linux" else None
+    free = int(psutil.virtual_memory().free)
+    return free if group is None else max(0, min(free, group.limit - group.used))
+
+
 _recent: tuple[float, Available] = (-RECENT_SECONDS, Available(0, 0, ""))
 
 

@@ -1,6 +1,9 @@
 """The safetensors map: right values for every dtype, an error with advice for everything else."""
 
+import ctypes
 import json
+import mmap
+import os
 import re
 import struct
 import sys
@@ -119,6 +122,36 @@ def test_dropped_and_read_ahead_pages_hold_the_same_values(tmp_path):
         assert torch.equal(tensor, values)
         advise(spec.offset, spec.nbytes)
     assert torch.equal(tensor, values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page cache is asked by mincore, as Linux has it")
+def test_what_leaves_the_page_cache_is_read_from_the_disk_again(tmp_path):
+    path = tmp_path / "a.safetensors"
+    values = torch.randn(1 << 20)
+    save_file({"x": values, "y": values.clone()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # a page that is yet to be written stays
+
+    disk_map = DiskMap(path)
+    x, y = disk_map.spec("x"), disk_map.spec("y")
+    assert torch.equal(disk_map.tensor("x"), values) and torch.equal(disk_map.tensor("y"), values)
+    if not cached(disk_map, x) > 0.9:
+        pytest.skip("this file system has no page cache that mincore tells of")
+    disk_map.drop(x.offset, x.nbytes)
+    assert cached(disk_map, x) > 0.9
+    disk_map.drop(x.offset, x.nbytes, from_cache=True)
+    assert cached(disk_map, x) < 0.1 and cached(disk_map, y) > 0.9
+    assert torch.equal(disk_map.tensor("x"), values)
+
+
+def cached(disk_map: DiskMap, spec) -> float:
+    """Return the share of a tensor's pages that are in RAM."""
+    page = mmap.PAGESIZE
+    start, end = -(-spec.offset // page) * page, (spec.offset + spec.nbytes) // page * page
+    pages = (ctypes.c_ubyte * ((end - start) // page))()
+    address, length = ctypes.c_void_p(disk_map.address + start), ctypes.c_size_t(end - start)
+    assert ctypes.CDLL(None, use_errno=True).mincore(address, length, pages) == 0
+    return sum(one & 1 for one in pages) / len(pages)
 
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 0), (1, 1), (4095, 2), (0, 5000)])

@@ -13,6 +13,8 @@ from spillway.ops.device.locked_memory import locked
 from spillway.ops.files.source import StateDict
 from spillway.ops.lending import pins as pins_module
 from spillway.ops.lending.pin_blocks import Block
+from spillway.ops.lending.pins import Pins
+from spillway.ops.ram import available
 
 ALL = 1 << 40
 
@@ -64,6 +66,53 @@ def test_blocks_end_where_a_bundle_ends(path, monkeypatch, per_block):
         DEPTH % per_block > 0
     )
     assert model.pinned_bytes == model.total_bytes  # nothing is wasted at the ends
+
+
+def test_the_next_block_comes_before_it_is_asked_for(path, monkeypatch):
+    device = Counting()
+    model = made(path, device, pinned_bytes=ALL)
+    bundles, size = model.bundles, model.bundles[0].nbytes
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * size)
+    pins = Pins(device, ALL)
+    pins.expect(bundles[1:])
+    assert pins.take(bundles[1], size, None) is not None
+    assert device.asked == [2 * size], "there is room for one more"
+    assert pins.take(bundles[2], size, None) is not None
+    assert device.asked == [2 * size] * 2
+    for bundle in bundles[3:]:
+        assert pins.take(bundle, size, None) is not None
+    assert sum(device.asked) == (len(bundles) - 1) * size, "none for those that stay on the device"
+
+
+class LaterDevice(SimDevice):
+    """Locks memory in a thread of its own, which takes until `now`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = False
+
+    def readers(self):
+        return self
+
+    def aside(self, call):
+        return self
+
+    def ready(self):
+        return self.now
+
+
+@pytest.mark.parametrize("outgrow", [True, False])
+def test_what_is_read_leaves_the_page_cache_where_pins_would_take_its_place(path, monkeypatch, outgrow):
+    model = made(path, SimDevice(), pinned_bytes=ALL)
+    device = LaterDevice()
+    pins = Pins(device, ALL)
+    pins.outgrow_ram = outgrow
+    monkeypatch.setattr(available, "unused_ram", lambda: 0)
+    assert not pins.displace_pages(), "no memory is on its way"
+    assert pins.take(model.bundles[0], model.bundles[0].nbytes, None) is None
+    assert pins.displace_pages() == outgrow
+    monkeypatch.setattr(available, "unused_ram", lambda: 1 << 40)
+    assert not pins.displace_pages(), "nothing has to go"
 
 
 def test_no_block_is_larger_than_what_is_left_of_the_budget(path):

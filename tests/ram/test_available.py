@@ -73,6 +73,7 @@ def test_version_1_in_a_container_whose_path_is_told_from_outside(tmp_path):
     )
     assert cgroup.tightest(root).available == 0
     assert available.available_ram(root).available == 0
+    assert available.unused_ram(root) == 0
     assert "cgroup" in available.available_ram(root).reason
 
 

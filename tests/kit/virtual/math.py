@@ -11,8 +11,8 @@ import torch
 
 from spillway.ops.gather import interpret_gathered_like, is_wrapper, tensor_bytes
 from spillway.ops.int8.weight import Int8Weight
-from spillway.ops.lending import bundle as _bundle  # noqa: F401 - the modules below are looked up in sys.modules
-from spillway.ops.lending import caster as _caster  # noqa: F401
+from spillway.ops.lending import caster as _caster  # noqa: F401 - the modules below are looked up in sys.modules
+from spillway.ops.lending.bundle import Bundle
 
 from .clock import Clock
 from .devices import Machine
@@ -60,10 +60,15 @@ def virtual_math(clock: Clock) -> Iterator[None]:
             counters.quantised += quantised
         return views
 
+    def dropped(bundle, from_cache: bool = False) -> None:
+        for param in bundle.params if from_cache and clock.pages is not None else ():
+            clock.pages.leave(id(param.source))
+
     stand_ins = {"copy_into": copied, "make_final": made}
     engine = [module for name, module in sys.modules.items() if name.startswith("spillway.ops.lending.")]
     places = [(module, name) for module in engine for name in stand_ins if name in vars(module)]
     patches = [patch.object(module, name, stand_ins[name]) for module, name in places]
+    patches.append(patch.object(Bundle, "drop_pages", dropped))
     for one in patches:
         one.start()
     try:

@@ -12,7 +12,7 @@ class PageCache:
     def __init__(self, room: Callable[[], int]) -> None:
         self._room = room
         self._held: OrderedDict[Hashable, int] = OrderedDict()
-        self._bytes = 0
+        self.nbytes = 0
 
     def read(self, key: Hashable, nbytes: int) -> bool:
         """Note that a part of a file is read. Say whether it was there."""
@@ -23,11 +23,15 @@ class PageCache:
         else:
             self._shrink(nbytes)
             self._held[key] = nbytes
-            self._bytes += nbytes
+            self.nbytes += nbytes
         return found
+
+    def leave(self, key: Hashable) -> None:
+        """Forget a part of a file."""
+        self.nbytes -= self._held.pop(key, 0)
 
     def _shrink(self, coming: int) -> None:
         room = self._room() - coming
-        while self._held and self._bytes > room:
+        while self._held and self.nbytes > room:
             _, nbytes = self._held.popitem(last=False)
-            self._bytes -= nbytes
+            self.nbytes -= nbytes
