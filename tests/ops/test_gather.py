@@ -80,7 +80,7 @@ def test_views_share_the_buffer():
     assert buffer[:12].view(torch.float32).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("alone", (False, True))
+@pytest.mark.parametrize("alone", [False, True])
 def test_shapes_without_bytes_are_copied_as_torch_copies_them(alone):
     with FakeTensorMode():
         source, target = torch.ones(7, 1), torch.empty(7, 1)

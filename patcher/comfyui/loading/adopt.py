@@ -13,6 +13,7 @@ from ....ops.files.disk_map import SourceError
 from ...attach import Unsupported
 from ...policy import Policy
 from ..compile.dynamic_models import refuse_compiled
+from ..model_state import source_of
 from ..patcher import DynamicModelPatcher
 from .ggml import comfyui_classes, compute_dtype, is_ggml, own_form
 from .loader_overrides import building
@@ -59,7 +60,7 @@ def _loaded_again(patcher: Any, policy: Policy | None) -> DynamicModelPatcher | 
 
 def _copied(patcher: Any) -> DynamicModelPatcher:
     """Copy the model's structure. The copy shares its tensors, so it takes no memory, and has no module in common."""
-    if patcher.is_dynamic():
+    if patcher.is_dynamic() and not isinstance(patcher, DynamicModelPatcher):
         raise Unsupported(
             f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
             f"way to load it again. {ADVICE}"
@@ -68,8 +69,7 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
     memo: dict[int, Any] = {id(value): value for name, value in vars(patcher.model).items() if name in OWN}
     modules, computes_in = dict(patcher.model.named_modules()), compute_dtype(patcher.model)
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
-        original = patcher.backup[name].weight if name in patcher.backup else tensor
-        shared = original.detach().to("cpu")
+        shared = source_of(patcher, name, tensor).to("cpu")
         if is_ggml(shared):
             shared = own_form(shared, modules[name.rpartition(".")[0]], computes_in)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -99,6 +99,13 @@ def dynamic_model(patcher: Any, policy: Policy | None = None) -> Any:
         if policy is not None:
             clone.set_policy(policy)
         return clone
+    return separate_model(patcher, policy)
+
+
+def separate_model(patcher: Any, policy: Policy | None = None) -> Any:
+    """Do so with a model of its own, also of one that Spillway manages already. That one is not changed."""
+    if isinstance(patcher, DynamicModelPatcher) and policy is None:
+        policy = patcher.policy
     if not hasattr(patcher, "model") or not hasattr(patcher, "object_patches"):
         raise Unsupported(f"a {type(patcher).__name__} is no model patcher that Spillway knows. {ADVICE}")
     ours = _loaded_again(patcher, policy) or _copied(patcher)

@@ -16,8 +16,10 @@ from ....ops.files.disk_map import DiskMap, SourceError
 from ....ops.files.safetensors_header import shard_words
 from ....ops.gguf.gguf_map import GgufMap, add_vision, check_text_encoder, open_map
 from ...policy import Policy
-from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
+from ..quantise.choose import AUTO, DEFAULT, quantise_model
+from ..quantise.formats import FORMATS
+from ..quantise.int8 import INT8, INT8_AUTO
 from .loader_overrides import building, check_complete, detected, refuse_pickle
 from .op_classes import operations
 
@@ -30,9 +32,11 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
     # Loaded as the file has them. Each weight is quantised when it is brought.
-    INT8: {},
-    INT8_AUTO: {},
+    **{name: {} for name in (INT8, INT8_AUTO, *FORMATS, AUTO)},
 }
+# Of the models in a checkpoint, and of text encoders, which ComfyUI computes in floating point.
+CHECKPOINT_DTYPES = (DEFAULT, INT8, INT8_AUTO, *FORMATS, AUTO)
+TEXT_DTYPES = (DEFAULT, *FORMATS, AUTO)
 QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 
@@ -67,11 +71,12 @@ def load_diffusion_model(
     disable_dynamic: give ComfyUI's classic patcher instead, for nodes that ask for one.
     """
     if disable_dynamic:
-        if weight_dtype in (INT8, INT8_AUTO):
+        if weight_dtype in CHECKPOINT_DTYPES[1:]:
             log.warning(
-                "[Spillway] %s: another node asked for ComfyUI's classic model, which is not in INT8. INT8 Lazy Torch "
+                "[Spillway] %s: another node asked for ComfyUI's classic model, which is not in %s. INT8 Lazy Torch "
                 "Compile compiles the model that is.",
                 path,
+                weight_dtype,
             )
         return comfy.sd.load_diffusion_model(
             path, model_options=dict(WEIGHT_DTYPES[weight_dtype]), disable_dynamic=True
@@ -82,9 +87,9 @@ def load_diffusion_model(
     with building(DynamicModelPatcher, policy, [source]):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
     check_complete(patcher.model)
-    if weight_dtype in (INT8, INT8_AUTO):
-        choose_int8(patcher, weight_dtype)
     patcher.cached_patcher_init = (load_diffusion_model, (path, weight_dtype, policy))
+    if weight_dtype in CHECKPOINT_DTYPES[1:]:
+        quantise_model(patcher, weight_dtype)
     return patcher
 
 
@@ -106,12 +111,51 @@ def _keep_dynamic(patcher: Any, policy: Policy | None) -> None:
         patcher.cached_patcher_init = (load_again, (*way[:2], policy), *way[2:])
 
 
+def load_quantised(
+    factory: Any,
+    arguments: tuple,
+    wanted: str,
+    leave_out: tuple[str, ...],
+    part: int | None,
+    disable_dynamic: bool = False,
+) -> Any:
+    """Load a patcher once more and have it quantised. part: which of several that the factory gives."""
+    if disable_dynamic:
+        return factory(*arguments, disable_dynamic=True)
+    loaded = factory(*arguments)
+    quantise_model(loaded if part is None else loaded[part], wanted, leave_out)
+    return loaded
+
+
+def quantise_loaded(
+    patcher: Any, wanted: str, known: Sequence[str] = CHECKPOINT_DTYPES, leave_out: Sequence[str] = ()
+) -> str:
+    """Have a patcher that was just loaded quantised, again whenever ComfyUI loads it again. Returns words, or ''.
+
+    known: the names that may be asked for. Raises ValueError for another.
+    """
+    if wanted not in known:
+        raise ValueError(f"weight_dtype '{wanted}' is not one of {', '.join(known)}.")
+    if wanted == DEFAULT:
+        return ""
+    way = getattr(patcher, "cached_patcher_init", None)
+    if way is not None:
+        part = way[2] if len(way) > 2 else None
+        patcher.cached_patcher_init = (load_quantised, (*way[:2], wanted, tuple(leave_out), part), *way[2:])
+    return quantise_model(patcher, wanted, leave_out)
+
+
 def load_checkpoint(
-    path: str, policy: Policy | None = None, embedding_directory: Any = None
+    path: str,
+    policy: Policy | None = None,
+    embedding_directory: Any = None,
+    weight_dtype: str = DEFAULT,
+    clip_dtype: str = DEFAULT,
 ) -> tuple[Any, Any, Any, Any]:
     """Load a checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION), with None for what the file does not have.
 
-    Raises SourceError for a file that holds no model.
+    weight_dtype, clip_dtype: formats of the MODEL and of the CLIP, in CHECKPOINT_DTYPES and TEXT_DTYPES. Raises
+    SourceError for a file that holds no model.
     """
     refuse_pickle(path)
     options = {"offload_device": torch.device("cpu")}
@@ -129,6 +173,10 @@ def load_checkpoint(
         vae = None
     for patcher in (model, getattr(clip, "patcher", None), getattr(vae, "patcher", None)):
         _keep_dynamic(patcher, policy)
+    if model is not None:
+        quantise_loaded(model, weight_dtype, CHECKPOINT_DTYPES)
+    if clip is not None:
+        quantise_loaded(clip.patcher, clip_dtype, TEXT_DTYPES)
     return model, clip, vae, clip_vision
 
 
@@ -137,8 +185,9 @@ def load_clip(
     clip_type: str = "stable_diffusion",
     policy: Policy | None = None,
     embedding_directory: Any = None,
+    weight_dtype: str = DEFAULT,
 ) -> Any:
-    """Load one to three text encoder files -> CLIP with a dynamic patcher.
+    """Load one to three text encoder files -> CLIP with a dynamic patcher. weight_dtype: one of TEXT_DTYPES.
 
     Raises SourceError for files that are none, ValueError for an unknown type.
     """
@@ -168,6 +217,7 @@ def load_clip(
             + shard_words(unused[0])
         )
     _keep_dynamic(clip.patcher, policy)
+    quantise_loaded(clip.patcher, weight_dtype, TEXT_DTYPES)
     return clip
 
 
