@@ -27,6 +27,7 @@ from .merge import SpillwayMergeModels
 from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
+from .quantise import SpillwayQuantiseModel
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .self_test import SpillwaySelfTest
 from .vae import SpillwayVAEDecode, SpillwayVAEEncode
@@ -57,6 +58,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadCLIP,
             SpillwayLoadVAE,
             SpillwayMakeDynamic,
+            SpillwayQuantiseModel,
             SpillwayLoraLoader,
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,

@@ -11,7 +11,15 @@ from comfy_api.latest import io, ui
 
 from ..ops.gguf.header import is_gguf
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
-from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
+from ..patcher.comfyui.loading.load import (
+    CHECKPOINT_DTYPES,
+    TEXT_DTYPES,
+    WEIGHT_DTYPES,
+    load_checkpoint,
+    load_clip,
+    load_diffusion_model,
+    load_vae,
+)
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice, policy_input
 
@@ -39,6 +47,12 @@ def model_names(folder: str) -> list[str]:
     return sorted(found)
 
 
+def shown(*patchers: Any) -> Any:
+    """Return what was decided while they were loaded, for the node to show. None where nothing was."""
+    noted = [words for patcher in patchers for words, _ in getattr(getattr(patcher, "state", None), "notes", ())]
+    return ui.PreviewText("\n".join(noted)) if noted else None
+
+
 def file_stamps(folder: str, *names: str) -> list[str]:
     """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
 
@@ -63,7 +77,15 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             category=CATEGORY,
             description="Loads a diffusion model almost at once and with almost no memory. Each weight is read when it "
             "is first used, and gives way when the memory is needed elsewhere.",
-            search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "dynamic vram", "gguf"],
+            search_aliases=[
+                "load unet",
+                "unet loader",
+                "load diffusion model",
+                "low vram",
+                "dynamic vram",
+                "gguf",
+                "4 bit",
+            ],
             inputs=[
                 OpenChoice(
                     "unet_name",
@@ -76,9 +98,9 @@ class SpillwayLoadDiffusionModel(CheckedNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="The number format that the weights are kept in. 'default' follows the file and the "
-                    "device; the fp8 and int8 choices halve the size of a 16-bit model and cost some quality. int8 "
-                    "also computes in INT8; int8_auto does so only where a measurement says that it is faster. A GGUF "
-                    "file stays in its own blocks with 'default'.",
+                    "device. The fp8, mxfp8 and int8 choices halve the size of a 16-bit model, w4a8 and nvfp4 quarter "
+                    "it. int8_auto is int8 only where that is faster. 'auto' takes the most exact with which all "
+                    "weights fit, and says why. A GGUF file stays in its own blocks with 'default'.",
                 ),
                 policy_input(),
             ],
@@ -93,8 +115,7 @@ class SpillwayLoadDiffusionModel(CheckedNode):
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
         model = load_diffusion_model(path, weight_dtype, policy)
-        notes = "\n".join(words for words, _ in model.state.notes)
-        return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
+        return io.NodeOutput(model, ui=shown(model))
 
 
 class SpillwayLoadCheckpoint(CheckedNode):
@@ -113,6 +134,22 @@ class SpillwayLoadCheckpoint(CheckedNode):
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="A safetensors file in models/checkpoints. Other formats must be converted first.",
                 ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(CHECKPOINT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers of the MODEL are kept in. 'default' follows the "
+                    "file. 'auto' takes the most exact with which all weights fit, and says why.",
+                ),
+                io.Combo.Input(
+                    "clip_dtype",
+                    options=list(TEXT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers of the CLIP are kept in. They are dequantised "
+                    "where they are used.",
+                ),
                 policy_input(),
             ],
             outputs=[
@@ -128,9 +165,13 @@ class SpillwayLoadCheckpoint(CheckedNode):
         return file_stamps("checkpoints", ckpt_name)
 
     @classmethod
-    def execute(cls, ckpt_name: str, policy: Any = None) -> io.NodeOutput:
-        path = model_path("checkpoints", ckpt_name)
-        return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
+    def execute(
+        cls, ckpt_name: str, weight_dtype: str = "default", clip_dtype: str = "default", policy: Any = None
+    ) -> io.NodeOutput:
+        path, embeddings = model_path("checkpoints", ckpt_name), folder_paths.get_folder_paths("embeddings")
+        parts = load_checkpoint(path, policy, embeddings, weight_dtype, clip_dtype)
+        model, clip = parts[:2]
+        return io.NodeOutput(*parts, ui=shown(model, getattr(clip, "patcher", None)))
 
 
 class SpillwayLoadCLIP(CheckedNode):
@@ -166,6 +207,15 @@ class SpillwayLoadCLIP(CheckedNode):
                     optional=True,
                     tooltip="A third file, if the model needs one.",
                 ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(TEXT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers are kept in. They are dequantised where they are "
+                    "used. 'default' follows the files. 'auto' takes the most exact with which all weights fit, and "
+                    "says why.",
+                ),
                 policy_input(),
             ],
             outputs=[io.Clip.Output(tooltip="A CLIP for the text encode nodes.")],
@@ -177,11 +227,18 @@ class SpillwayLoadCLIP(CheckedNode):
 
     @classmethod
     def execute(
-        cls, clip_name1: str, type: str, clip_name2: str = NONE, clip_name3: str = NONE, policy: Any = None
+        cls,
+        clip_name1: str,
+        type: str,
+        clip_name2: str = NONE,
+        clip_name3: str = NONE,
+        weight_dtype: str = "default",
+        policy: Any = None,
     ) -> io.NodeOutput:
         names = [clip_name1, *(name for name in (clip_name2, clip_name3) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
-        return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
+        clip = load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings"), weight_dtype)
+        return io.NodeOutput(clip, ui=shown(clip.patcher))
 
 
 class SpillwayLoadVAE(CheckedNode):

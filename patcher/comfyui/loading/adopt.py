@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..compile.dynamic_models import refuse_compiled
 from ..model_state import source_of
 from ..patcher import DynamicModelPatcher
 from .ggml import comfyui_classes, compute_dtype, is_ggml, own_form
+from .load import CHECKPOINT_DTYPES, TEXT_DTYPES, quantise_loaded
 from .loader_overrides import building
 
 # Attributes that a patcher carries beside its model and its devices.
@@ -127,6 +129,29 @@ def dynamic_clip(clip: Any, policy: Policy | None = None) -> Any:
     copied.patcher = dynamic_model(clip.patcher, policy)
     copied.cond_stage_model = copied.patcher.model
     return copied
+
+
+def quantised_model(
+    patcher: Any, wanted: str, leave_out: Sequence[str] = (), policy: Policy | None = None
+) -> tuple[Any, str]:
+    """Make a patcher that Spillway manages, of a model of its own that is quantised. Returns it, and what was decided.
+
+    wanted: one of CHECKPOINT_DTYPES. leave_out: more parts of layers' names that keep their dtype. Raises Unsupported
+    as dynamic_model does.
+    """
+    ours = separate_model(patcher, policy)
+    return ours, quantise_loaded(ours, wanted, CHECKPOINT_DTYPES, leave_out)
+
+
+def quantised_clip(
+    clip: Any, wanted: str, leave_out: Sequence[str] = (), policy: Policy | None = None
+) -> tuple[Any, str]:
+    """Do so with a CLIP. wanted: one of TEXT_DTYPES."""
+    copied = clip.clone()
+    copied.patcher = separate_model(clip.patcher, policy)
+    words = quantise_loaded(copied.patcher, wanted, TEXT_DTYPES, leave_out)
+    copied.cond_stage_model = copied.patcher.model
+    return copied, words
 
 
 def dynamic_vae(vae: Any, policy: Policy | None = None) -> Any:

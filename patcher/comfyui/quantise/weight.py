@@ -184,18 +184,23 @@ class KitchenFormat(Form):
     def template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> KitchenWeight:
         """Return a weight without memory. rank: of its branch; 0 for none."""
         pieces = {suffix: piece.empty("meta") for suffix, piece in self.pieces(shape).items()}
-        stored = self.stored(pieces, shape, dtype)
         if not rank:
-            return KitchenWeight(stored, self)
+            return self.view(pieces, shape, dtype)
         rows, columns = shape
         down = torch.empty(rank, columns, dtype=dtype, device="meta")
-        return KitchenWeight(stored, self, down, torch.empty(rows, rank, dtype=dtype, device="meta"))
+        return KitchenWeight(
+            self.stored(pieces, shape, dtype), self, down, torch.empty(rows, rank, dtype=dtype, device="meta")
+        )
+
+    def view(self, pieces: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> KitchenWeight:
+        """Return a weight around its tensors, by suffix."""
+        return KitchenWeight(self.stored(pieces, shape, dtype), self)
 
     def restored(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows in fp32 as they are once they have been quantised."""
         count = rows.shape[0]
         rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % MULTIPLE))
         made = {suffix: piece.empty(rows.device) for suffix, piece in self.pieces(tuple(rows.shape)).items()}
-        weight = KitchenWeight(self.stored(made, tuple(rows.shape), torch.float32), self)
+        weight = self.view(made, rows.shape, torch.float32)
         weight.quantise_(rows)
         return weight.dequantize()[:count]
