@@ -1,7 +1,7 @@
 """Decides whether LoRAs on quantised weights are merged and quantised once more, or stay beside as a low-rank branch.
 
 A merged LoRA costs nothing at any step, and is rounded with the weight. A branch is exact, and costs its arithmetic at
-every step. Beside weights of 4 bits it always stays: merged, it would lose more than it brings.
+every step. Beside weights of 4 bits it stays, unless a policy says otherwise.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .weight_patch import WeightPatch
 ERROR_BOUND = 0.009
 # Rounding with the LoRA counts as no worse while its error grows by no more than this factor.
 NO_WORSE = 1.05
-# Fewer bits than this leave a LoRA beside the weight.
-WIDEST_BESIDE = 8
+# Weights of fewer bits leave a LoRA beside them, unless a policy says otherwise.
+FEWEST_MERGED = 8
 # How many weights are looked at, the largest first, and how many rows of each.
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
 
@@ -118,12 +118,13 @@ def place_loras(
     numbers, or no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
     """
     branches = {key: branch for key, patch in patches.items() if (branch := branch_of(patch)) is not None}
-    few_bits = any(params[key].quantisation.bits < WIDEST_BESIDE for key in branches)  # type: ignore[union-attr]
-    if not branches or (mode == "merge" and not few_bits):
+    if not branches or mode == "merge":
         return patches
     name = next(iter(params.values())).quantisation.name  # type: ignore[union-attr]
-    reason = "a weight of 4 bits rounds it away" if few_bits else "as the policy says"
-    if mode == "auto" and not few_bits:
+    reason = "as the policy says"
+    if mode == "auto" and any(params[key].quantisation.bits < FEWEST_MERGED for key in branches):  # type: ignore[union-attr]
+        reason = "weights of 4 bits round it too coarsely"
+    elif mode == "auto":
         worst = (0.0, 0.0)
         with torch.no_grad():
             for key in sorted(branches, key=lambda key: -params[key].final.numel())[:SAMPLED_WEIGHTS]:

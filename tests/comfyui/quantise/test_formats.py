@@ -120,17 +120,20 @@ def test_a_saved_format_is_what_is_multiplied_on_the_fly(name, flux):
 
 @pytest.mark.parametrize("name", [name for name, known in FORMATS.items() if known.bits < 8])
 def test_a_lora_stays_beside_four_bits(name, flux, tmp_path):
-    """Merged, it multiplies the error of the weights' own rounding."""
+    """Unless the policy says otherwise."""
     lora = comfy.utils.load_torch_file(checkpoints.lora(tmp_path / "lora.safetensors", flux))
-    model = load_diffusion_model(flux, name, Policy(int8_lora="merge"))
+    model = load_diffusion_model(flux, name, Policy(vram_bytes=0))
     without = run(model, STEPS)
     patched = with_lora(model, lora, 0.7)
     got = run(patched, STEPS)
     assert {param.final.rank for param in quantised(model)} == {4}
-    assert any("4 bits" in words and words.startswith(f"LoRA on {name}") for words in model.dynamic.ledger.decisions)
+    assert any("of 4 bits" in words and words.startswith(f"LoRA on {name}") for words in model.dynamic.ledger.decisions)
     wanted = run(with_lora(load_diffusion_model(flux), lora, 0.7), STEPS)
     assert cosine(got, wanted) > COSINES[name] > cosine(without, wanted)
     assert_same(run(model, STEPS), without)
+    patched.set_policy(Policy(int8_lora="merge"))
+    assert cosine(run(patched, STEPS), wanted) > COSINES[name]
+    assert {param.final.rank for param in quantised(model)} == {0}
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
