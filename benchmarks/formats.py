@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> co
 
 def main() -> int:
     parser = comfyui.parser(__doc__)
-    comfyui.add_flux(parser, 512, "512 is 37 MB (default)", size=64)
+    comfyui.add_flux(parser, 512, "512 is 73 MB (default)", size=64)
     parser.add_argument("--steps", type=int, default=4)
     return comfyui.run(parser.parse_args(), run_contestant, measure, write=write_files)
 

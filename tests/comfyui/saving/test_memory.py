@@ -14,6 +14,7 @@ from spillway.nodes.merge import SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.ops.files.disk_map import DiskMap
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
+from spillway.patcher.comfyui.saving.save import SAVE_DTYPES
 
 LARGE = {"hidden": 2048, "depth": 1, "depth_single": 1}  # 0.46 GB in bf16, of which one tensor has 59 MB
 SHARES = dict.fromkeys(("early", "middle", "late", "other"), -1.0)
@@ -43,7 +44,9 @@ class Peak:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["as loaded", "fp8_e4m3fn scaled"])
+@pytest.mark.parametrize(
+    "dtype", ["as loaded", "fp8_e4m3fn scaled", *(name for name in ("w4a8", "nvfp4") if name in SAVE_DTYPES)]
+)
 def test_saving_takes_a_few_parts_of_one_weight(dtype, checkpoint, tmp_path, monkeypatch):
     """With a LoRA on every layer, merged with a second model; ComfyUI would hold both twice, in fp32."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
