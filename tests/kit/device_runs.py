@@ -14,7 +14,7 @@ STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
 PATCHER = f"{COMFYUI}/patcher"
 # Folders whose tests all run on the device with --slow.
-FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "loading", "saving")]
+FOLDERS = [f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "int8", "quantise", "loading", "saving")]
 # Of them, what a device is most likely to break: where weights lie, who moves them, and what makes them.
 HOST = (
     *(f"{PATCHER}/test_{name}.py" for name in ("loads", "full_card", "other_devices", "patcher")),
@@ -22,6 +22,7 @@ HOST = (
     f"{COMFYUI}/nodes/test_memory.py",
     f"{COMFYUI}/loading/test_quantised_matmul.py",
     f"{COMFYUI}/int8",
+    f"{COMFYUI}/quantise/test_formats.py::test_a_saved_format_is_what_is_multiplied_on_the_fly",
 )
 # The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
 BUT = (

@@ -14,10 +14,13 @@ from comfy.quant_ops import get_layout_class
 from ..patches.rows import ROUNDED_AT_RANDOM
 from .layouts import W4A8_GROUP, Form
 
-# Bytes of fp32 rows that are quantised at a time. Rows come by 128, as scales of blocks lie.
+# Bytes of fp32 rows that are quantised at a time, and fewest rows: scales of blocks lie in tiles of 128.
 PART_BYTES, ROWS = 4 << 20, 128
-# comfy-kitchen chooses a codebook by as many numbers, of rows that are spread evenly.
-SAMPLED = 1 << 22
+# W4A8 is searched for among 16 levels for each number, which takes many times the memory of the rows.
+W4A8_PART_BYTES, W4A8_ROWS = 1 << 19, 32
+# Numbers, of rows that are spread evenly, by which comfy-kitchen chooses a codebook. Its own sample is larger, and
+# would take half a GB. The choice differs for weights alone that are not normal numbers once they are rotated.
+SAMPLED = 1 << 17
 
 
 class Making:
@@ -41,7 +44,9 @@ class Making:
 
     def edges(self) -> list[int]:
         """Return the rows at which parts begin, and the number of all rows."""
-        step = max(ROWS, PART_BYTES // (4 * self.columns) // ROWS * ROWS)
+        few = self.algorithm == "asym_w4a8_int8"
+        nbytes, rows = (W4A8_PART_BYTES, W4A8_ROWS) if few else (PART_BYTES, ROWS)
+        step = max(rows, nbytes // (4 * self.columns) // rows * rows)
         return [*range(0, self.rows, step), self.rows]
 
     def look(self, start: int, rows: torch.Tensor) -> None:
