@@ -63,8 +63,8 @@ class SpillwayPolicy(CheckedNode):
                     default="auto",
                     optional=True,
                     tooltip="LoRAs on a model that is quantised as it is loaded. merge: rounded together with the "
-                    "weight, free at every step. side branch: kept beside it, exact, a little slower. auto: merge where that "
-                    "rounds no worse, and keep it beside weights of 4 bits.",
+                    "weight, free at every step. side branch: kept beside it, exact, a little slower. auto: merge "
+                    "where that rounds no worse, and keep it beside weights of 4 bits.",
                 ),
             ],
             outputs=[
