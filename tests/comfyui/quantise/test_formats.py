@@ -111,7 +111,8 @@ def test_a_saved_format_is_what_is_multiplied_on_the_fly(name, flux):
         again = load_diffusion_model(flux, name, Policy(vram_bytes=int(fraction * model.dynamic.total_bytes)))
         for _ in range(2):
             assert_same(run(again, STEPS), wanted)
-        assert again.dynamic.ledger.counters.quantised == 10
+        if again.dynamic.backend.in_place:  # on a device a layer is made again until its pin has come
+            assert again.dynamic.ledger.counters.quantised == 10
     saved = save(load_diffusion_model(flux), name)
     assert len([key for key in read(saved)[0] if key.endswith(".comfy_quant")]) == 10
     assert_same(run(comfy.sd.load_diffusion_model(saved), STEPS), wanted)
