@@ -40,7 +40,7 @@ def attach_patches(
         bundle = dynamic.by_key.get(key)
         if bundle is not None:
             param = next(param for param in bundle.params if param.key == key)
-            if param.int8:
+            if param.quantisation is not None:
                 quantised[key] = param
             patch = WeightPatch(
                 patcher.model,
@@ -49,11 +49,11 @@ def attach_patches(
                 param.final.dtype,
                 patcher.patches.get(key, []),
                 hooked.get(key, []),
-                rounded=not param.int8,
+                rounded=param.quantisation is None,
             )
             if isinstance(bundle, Table):
                 patch = TablePatch(patch, param.final)
-            beside = branch_of(patch) if isinstance(param.source, GgufWeight) and not param.int8 else None
+            beside = branch_of(patch) if isinstance(param.source, GgufWeight) and param.quantisation is None else None
             patches[key] = patch if beside is None else beside
     if quantised and not hooked:
         chosen = {key: patches[key] for key in quantised}
@@ -88,13 +88,13 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
     for bundle in dynamic.bundles:
         for param in bundle.params:
             module, name = param.owner, f"{param.attr}_function"
-            if param.int8 and getattr(module, "layout_type", None) is not None:
+            if param.quantisation is not None and getattr(module, "layout_type", None) is not None:
                 # ComfyUI's op would quantise the input for a weight in the file's format, and the lent one is in ours.
                 bundle.lent_attributes.append((module, "layout_type", module.layout_type, None))
             if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
                 continue
             wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
-            if param.attr == "weight" and not param.int8 and multiplies_wrongly(module, verdict):
+            if param.attr == "weight" and param.quantisation is None and multiplies_wrongly(module, verdict):
                 wrappers.append(as_it_is)
             if param.key in state.patches and stays_quantised(param.source):
                 idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]
