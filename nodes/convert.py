@@ -12,9 +12,9 @@ from ..ops.files.safetensors_header import PICKLES
 from ..ops.pickles.convert import convert
 from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.target import journal
+from .any_folder import files_in, path_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
-from .load import file_stamps, model_names, model_path
 
 log = logging.getLogger("spillway")
 
@@ -34,7 +34,7 @@ FOLDERS = (
 
 
 def _files() -> list[str]:
-    return [f"{folder}/{name}" for folder in FOLDERS for name in model_names(folder) if name.lower().endswith(PICKLES)]
+    return files_in(FOLDERS, lambda name: name.lower().endswith(PICKLES))
 
 
 def _place(folder: str) -> str:
@@ -75,15 +75,12 @@ class SpillwayConvertToSafetensors(CheckedNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, folder: str = BESIDE) -> list[str]:
-        kind, _, name = file.partition("/")
-        return file_stamps(kind, name) if kind in FOLDERS else []
+        return stamps_of(file, FOLDERS)
 
     @classmethod
     def execute(cls, file: str, folder: str = BESIDE) -> io.NodeOutput:
-        kind, _, name = file.partition("/")
-        if kind not in FOLDERS:
-            raise ValueError(f"Convert to Safetensors: '{file}' is in none of the folders {', '.join(FOLDERS)}.")
+        path = path_of("Convert to Safetensors", file, FOLDERS)
         target = None if folder == BESIDE else _place(folder)
-        done = convert(model_path(kind, name), target, progress=Progress(), journal=journal())
+        done = convert(path, target, progress=Progress(), journal=journal())
         log.info("[Spillway] %s", done.words)
         return io.NodeOutput(str(done.path), ui=ui.PreviewText(done.words))

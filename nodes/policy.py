@@ -12,10 +12,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..cache.comfyui.install import current_cache
 from ..ops.ledger import in_words
 from ..patcher.comfyui import graph_policy
-from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy
 from .checked_node import CheckedNode
 from .inputs import AUTO, CATEGORY, PolicyType, gigabytes_input, given
+from .ours import check_ours
 
 log = logging.getLogger("spillway")
 
@@ -139,11 +139,7 @@ class SpillwayPolicy(CheckedNode):
         if model is None:
             missing = "Spillway Policy: its MODEL output is used, but no model is connected to its input."
             return io.NodeOutput(ExecutionBlocker(missing), policy)
-        if not is_ours(model):
-            raise ValueError(
-                "Spillway Policy: this MODEL is not managed by Spillway. Load it with a Spillway loader, or put a "
-                "Make Dynamic (Spillway) node before this one."
-            )
+        check_ours("Spillway Policy", model)
         model = model.clone()
         model.set_policy(policy)
         return io.NodeOutput(model, policy)

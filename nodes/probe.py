@@ -8,9 +8,9 @@ from comfy_api.latest import io, ui
 
 from ..ops.parts.index import is_index
 from ..patcher.comfyui.loading.probe import probe_file
+from .any_folder import files_in, path_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
-from .load import file_stamps, model_names, model_path
 
 log = logging.getLogger("spillway")
 
@@ -18,12 +18,7 @@ FOLDERS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "
 
 
 def _files() -> list[str]:
-    return [
-        f"{folder}/{name}"
-        for folder in FOLDERS
-        for name in model_names(folder)
-        if name.lower().endswith((".safetensors", ".sft", ".gguf")) or is_index(name)
-    ]
+    return files_in(FOLDERS, lambda name: name.lower().endswith((".safetensors", ".sft", ".gguf")) or is_index(name))
 
 
 class SpillwayProbeModel(CheckedNode):
@@ -50,15 +45,11 @@ class SpillwayProbeModel(CheckedNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> list[str]:
-        folder, _, name = file.partition("/")
-        return file_stamps(folder, name) if folder in FOLDERS else []
+        return stamps_of(file, FOLDERS)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        folder, _, name = file.partition("/")
-        if folder not in FOLDERS:
-            raise ValueError(f"Probe Model: '{file}' is in none of the folders {', '.join(FOLDERS)}.")
-        contents, comfyui_name = probe_file(model_path(folder, name))
+        contents, comfyui_name = probe_file(path_of("Probe Model", file, FOLDERS))
         words = contents.words + (f"\nComfyUI loads it as: {comfyui_name}" if comfyui_name else "")
         log.info("[Spillway] %s", words)
         return io.NodeOutput(words, ui=ui.PreviewText(words))

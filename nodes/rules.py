@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.policy import Policy, Rule
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, PolicyType
+from .ours import check_ours
 
 AS_IT_IS = "as it is"
 DTYPES = {
@@ -101,11 +101,8 @@ class SpillwayPlacementRules(CheckedNode):
 
     @classmethod
     def execute(cls, model: Any = None, policy: Policy | None = None, **given: Any) -> io.NodeOutput:
-        if model is not None and not is_ours(model):
-            raise ValueError(
-                "Placement Rules (Spillway): this MODEL is not managed by Spillway. Load it with a Spillway loader, or "
-                "put a Make Dynamic (Spillway) node before this one."
-            )
+        if model is not None:
+            check_ours("Placement Rules (Spillway)", model)
         made = cls.made(policy=policy, **given)
         if model is not None:
             model = model.clone()

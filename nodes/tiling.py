@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patcher.comfyui.loading.load import is_ours
 from ..patcher.comfyui.patches.tiling import AXES, tiled
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
+from .ours import check_ours
 
 
 class SpillwaySeamlessTiling(CheckedNode):
@@ -44,11 +44,8 @@ class SpillwaySeamlessTiling(CheckedNode):
         if model is None and vae is None:
             raise ValueError("Seamless Tiling (Spillway): connect a MODEL or a VAE.")
         for name, patcher in (("MODEL", model), ("VAE", getattr(vae, "patcher", None))):
-            if patcher is not None and not is_ours(patcher):
-                raise ValueError(
-                    f"Seamless Tiling (Spillway): this {name} is not managed by Spillway. Load it with a Spillway "
-                    "loader, or put a Make Dynamic (Spillway) node before this one."
-                )
+            if patcher is not None:
+                check_ours("Seamless Tiling (Spillway)", patcher, name)
         tiling_vae = None
         if vae is not None:
             tiling_vae = copy.copy(vae)

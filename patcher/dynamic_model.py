@@ -248,15 +248,12 @@ class DynamicModel(Figures):
             raise ValueError(
                 "the rules of a policy are read when the model is made: load the model again with the new ones."
             )
-        asked, policy = policy, self._in_bytes(policy)
-        residency = self.residency
+        in_bytes, residency = self._in_bytes(policy), self.residency
         if residency is not None:
-            residency.set_policy(policy)
-        self.asked = asked
+            residency.set_policy(in_bytes)
+        self.asked, self.policy = policy, in_bytes
         if residency is None:
-            self.policy = policy
             return
-        self.policy = policy
         residency.pins.set_budget(self._pin_budget())
         residency.follow_policy()
         self._prioritize(residency)

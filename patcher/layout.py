@@ -72,19 +72,26 @@ class Layouts:
 
     def expected(self, addresses: Sequence[Bundle], window: int, pace: Pace) -> Layout:
         """Return a layout with the seconds that a step is expected to take."""
-        count = self.plan(addresses, self.fixed or by_bytes(window)).resident
+        count = self._resident(addresses, window)
         return Layout(addresses, window, self._seconds(addresses, window, count, pace))
 
     def _seconds(self, addresses: Sequence[Bundle], window: int, count: int, pace: Pace) -> float:
         """Return the seconds of a step in which the first `count` bundles are resident."""
         stays = set(addresses[:count])
         on_its_way = [bundle.transfer_bytes for bundle in self.order if bundle not in stays]
-        return step_seconds(self.order, stays, (self.fixed or by_bytes(window))(on_its_way), pace)
+        return step_seconds(self.order, stays, self._rule(window)(on_its_way), pace)
+
+    def _rule(self, window: int) -> Window:
+        return self.fixed or by_bytes(window)
+
+    def _resident(self, addresses: Sequence[Bundle], window: int) -> int:
+        """Count the bundles that stay resident in that layout."""
+        return self.plan(addresses, self._rule(window)).resident
 
     def missing_bytes(self, layout: Layout, pace: Pace) -> int:
         """Return how many more bytes of the device would hide the transfers behind the computation."""
         addresses, enough = layout.addresses, (1 + SHORT) * sum(map(pace.compute, self.order))
-        now = self.plan(addresses, self.fixed or by_bytes(layout.window)).resident
+        now = self._resident(addresses, layout.window)
         hidden = bisect_left(
             range(now, len(addresses)),
             True,

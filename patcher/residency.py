@@ -248,7 +248,8 @@ class Residency:
 
     def _claim(self) -> None:
         """Let models of lower rank give way to what is yet to come, and to the computation."""
-        self.vbar.claim(self.kept_free + self._to_come(), self._to_come())
+        to_come = self._to_come()
+        self.vbar.claim(self.kept_free + to_come, to_come)
 
     def free_for_computation(self, free: int, expected: int) -> int:
         """Count the bytes that a computation may take. expected: what it was promised, for which weights give way."""

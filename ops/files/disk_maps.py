@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .disk_map import DiskMap
+from .disk_map import DiskMap, TensorSpec
 from .safetensors_header import MissingTensor, SourceError
 
 
@@ -20,17 +20,24 @@ class DiskMaps(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]], **options: Any) -> None:
-        self.maps = [DiskMap(path, **options) for path in paths]
-        self.path = ", ".join(str(disk_map.path) for disk_map in self.maps)
+        self.maps: list[DiskMap] = []
         self._holder: dict[str, DiskMap] = {}
-        for disk_map in self.maps:
-            for key in disk_map:
-                other = self._holder.setdefault(key, disk_map)
-                if other is not disk_map:
-                    raise SourceError(
-                        f"tensor '{key}' is in two files, {other.path} and {disk_map.path}. Name only the files of one "
-                        "model."
-                    )
+        for path in paths:
+            self._add(DiskMap(path, **options))
+        self.path: Any = ", ".join(str(disk_map.path) for disk_map in self.maps)
+
+    def _add(self, disk_map: DiskMap) -> None:
+        for key in disk_map:
+            other = self._holder.setdefault(key, disk_map)
+            if other is not disk_map:
+                raise SourceError(self._twice(key, other, disk_map))
+        self.maps.append(disk_map)
+
+    def _twice(self, key: str, one: DiskMap, other: DiskMap) -> str:
+        return f"tensor '{key}' is in two files, {one.path} and {other.path}. Name only the files of one model."
+
+    def _missing(self, key: str) -> str:
+        return f"{self.path}: no tensor '{key}' in any of these files."
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -39,10 +46,14 @@ class DiskMaps(Mapping[str, torch.Tensor]):
         try:
             return self._holder[key]
         except KeyError:
-            raise MissingTensor(f"{self.path}: no tensor '{key}' in any of these files.") from None
+            raise MissingTensor(self._missing(key)) from None
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._map_of(key)[key]
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return dtype, shape and place of a tensor. Raises MissingTensor for a key that is not there."""
+        return self._map_of(key).spec(key)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return the tensor as a view of its map. Nothing is read until its elements are."""
@@ -56,6 +67,10 @@ class DiskMaps(Mapping[str, torch.Tensor]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._holder
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all tensors as views of their files' maps."""
+        return {key: disk_map.tensor(key) for key, disk_map in self._holder.items()}
 
     def check(self) -> None:
         """Raise FileChanged where one of the files has changed since it was opened."""

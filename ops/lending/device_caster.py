@@ -1,21 +1,20 @@
 """The caster of devices with their own memory: gathered transfers on offload streams, ahead of their use.
 
-The thread that launches kernels copies nothing. It chooses where a bundle goes and starts its transfer, for which a pin
-needs no more. Whatever has no pin is read into host memory by a reader, further ahead than the device has room for, and
-sent by whoever is later: that reader, or this thread.
+The thread that launches kernels copies nothing. Readers bring what has no pin, further ahead than the device has room.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..device.backend import Backend, Event
-from ..device.readers import Inline, Readers
+from ..device.readers import Inline
 from ..files.disk_map import SourceError
 from ..gather import interpret_gathered_like
 from ..ledger import Ledger
@@ -52,19 +51,17 @@ class DeviceCaster(Caster):
         super().__init__(backend, vbar, pins, ledger)
         count = min(streams, backend.streams)
         self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
-        readers: Readers = backend.readers() if count else Inline()
         self.most_ahead = (MOST_AHEAD if prefetch is None else prefetch) if count else 0
         self.reads_ahead = prefetch is None and count > 0  # further than transfers are begun
         self.turn = 0
         self.arena = Arena(backend.empty, born=partial(backend.record, None))
         self.staging = Arena(backend.host_empty, later=True)  # host memory that unpinned bundles are read into
-        # A model may be dropped, by any thread, while transfers into its memory are under way. Without the wait they
-        # would write into what the memory is used for next.
+        # Any thread may drop a model. Without the wait, transfers under way would write into what others get there.
         self._settle = weakref.finalize(self, backend.settle)
         self._settle.atexit = False
         self.prefetched: dict[Bundle, Loan] = {}
         self._looked_at: Bundle | None = None  # the last bundle that is resident or on its way
-        self.read_ahead = ReadAhead(readers, pins, self.staging, self.prefetched)
+        self.read_ahead = ReadAhead(backend.readers() if count else Inline(), pins, self.staging, self.prefetched)
         self._trusted = LEAST_AHEAD  # bundles that may be on their way in an order that is guessed
         self._loading = 0  # bytes on their way to slices of the VBAR, ahead of their use
         self.write_backs = WriteBacks(backend, pins)
@@ -96,9 +93,7 @@ class DeviceCaster(Caster):
         if self.buffer_bytes + nbytes > self.room:
             self.write_backs.finish()
         if self.buffer_bytes + nbytes > self.room:
-            for bundle in [bundle for bundle, loan in self.prefetched.items() if loan.extent is not None]:
-                self._end_ahead(bundle)
-            self._looked_at = None
+            self._end_those_in_the_arena()
             self.arena.clear()
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes + nbytes)
 
@@ -135,11 +130,14 @@ class DeviceCaster(Caster):
         self._trusted = min(2 * self._trusted, MOST_AHEAD)
 
     def doubt(self, bundle: Bundle) -> None:
-        self._looked_at, self._trusted = None, LEAST_AHEAD
+        self._trusted = LEAST_AHEAD
         self.read_ahead.doubt()
-        wanted = chain(bundle)
-        for other in [b for b, loan in self.prefetched.items() if loan.extent is not None and b not in wanted]:
-            self._end_ahead(other)
+        self._end_those_in_the_arena(but=chain(bundle))
+
+    def _end_those_in_the_arena(self, but: Collection[Bundle] = ()) -> None:
+        for bundle in [b for b, loan in self.prefetched.items() if loan.extent is not None and b not in but]:
+            self._end_ahead(bundle)
+        self._looked_at = None
 
     def request_aside(self, bundle: Bundle) -> Loan:
         return self._no_longer_ahead(bundle) if bundle in self.prefetched else super().request(bundle)
@@ -376,10 +374,10 @@ class DeviceCaster(Caster):
         self.end(loan)
 
     def cancel_prefetch(self) -> None:
-        with self.lock:
-            while self.prefetched:
-                self._end_ahead(next(iter(self.prefetched)))
-            self.read_ahead.end()
+        with self.lock, ExitStack() as stack:  # all are ended, whatever fails, or pins would be held for ever
+            stack.callback(self.read_ahead.end)
+            for bundle in reversed(self.prefetched):
+                stack.callback(self._end_ahead, bundle)
             self._looked_at = None
 
     def settle_prefetch(self) -> None:
@@ -396,5 +394,7 @@ class DeviceCaster(Caster):
 
     def close(self) -> None:
         self._settle.detach()
-        self.backend.synchronize()
-        self.free_buffers()
+        try:
+            self.backend.synchronize()
+        finally:
+            self.free_buffers()

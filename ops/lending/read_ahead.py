@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from ..device.readers import Readers
 from ..files.disk_map import SourceError
@@ -27,9 +27,6 @@ class ReadAhead:
         self._readings: dict[Bundle, Reading] = {}
         self._up_to: Bundle | None = None  # the last bundle that needs no reading
         self._doubted = False  # some of them may have been guessed wrongly
-
-    def __contains__(self, bundle: Bundle) -> bool:
-        return bundle in self._readings
 
     def take(self, bundle: Bundle) -> Reading | None:
         """Hand the reading of a bundle over; None where there is none."""
@@ -147,10 +144,11 @@ class ReadAhead:
             self._end(first)
 
     def end(self) -> None:
-        """End all of them."""
-        while self._readings:
-            self._end(next(iter(self._readings)))
+        """End all of them, whatever fails."""
         self._up_to = None
+        with ExitStack() as stack:
+            for bundle in reversed(self._readings):
+                stack.callback(self._end, bundle)
 
     def _end(self, bundle: Bundle) -> None:
         self._readings.pop(bundle).end()

@@ -44,7 +44,8 @@ class Reading:
         self.is_sent = False
         self._fills = pin is not None  # holds the pin, which is yet to be filled
         self._sends = False  # holds the pin, for a transfer that is yet to be started
-        self.job: Job = readers.submit(self)
+        # None once it is of no use. A job keeps what follows it, and with that the loan's memory.
+        self.job: Job | None = readers.submit(self)
 
     # -- what a reader does
 
@@ -85,7 +86,9 @@ class Reading:
             if not self.pins.hold(self.bundle, self.pin):
                 return False
             self._sends = True
-        loan.reading, loan.job = self, self.job.then(partial(self._send, loan, backend, copy, stream))
+        assert self.job is not None
+        loan.reading = self  # first, as the transfer may fail at once
+        loan.job = self.job.then(partial(self._send, loan, backend, copy, stream))
         return True
 
     def _send(self, loan: Loan, backend: Backend, copy: Copy, stream: Any) -> None:
@@ -102,6 +105,7 @@ class Reading:
         elif self.extent is None:
             loan.keep = buffer  # until the transfer is done
         self.is_sent = True
+        self.job = None
         self._give_back(loan.event)
 
     def keep(self) -> None:
@@ -113,7 +117,9 @@ class Reading:
 
     def end(self) -> None:
         """Give back what it holds. Nothing is read or sent any more."""
-        self.job.cancel()
+        job, self.job = self.job, None
+        if job is not None:
+            job.cancel()
         self.undo()
 
     def _give_back(self, done: Event | None) -> None:

@@ -113,7 +113,7 @@ class AimdoVBAR:
 
     def _is_under_cap(self, vbar_slice: AimdoSlice) -> bool:
         """Say whether the pages that a fault would map fit under the cap of all models together."""
-        if cap.cap_of(self.device) is None:
+        if not cap.holds(self.device):
             return True
         pages = self._residency()[vbar_slice.offset // PAGE : -(-(vbar_slice.offset + vbar_slice.nbytes) // PAGE)]
         return cap.make_room(self, sum(not page & RESIDENT for page in pages) * PAGE)

@@ -141,11 +141,7 @@ class SoftwareVBAR:
         self._gave_way += before - self.used
 
     def _make_room(self, vbar_slice: SoftwareSlice) -> bool:
-        while self.limit is not None and self.used + vbar_slice.nbytes > self.limit:
-            if not self._evict_top(above=vbar_slice.offset):
-                self.watermark = vbar_slice.offset
-                return False
-        while not cap.make_room(self, vbar_slice.nbytes):
+        while self._is_above_limit(vbar_slice) or not cap.make_room(self, vbar_slice.nbytes):
             if not self._evict_top(above=vbar_slice.offset):
                 self.watermark = vbar_slice.offset
                 return False
@@ -154,6 +150,9 @@ class SoftwareVBAR:
                 self.watermark = vbar_slice.offset
                 return False
         return True
+
+    def _is_above_limit(self, vbar_slice: SoftwareSlice) -> bool:
+        return self.limit is not None and self.used + vbar_slice.nbytes > self.limit
 
     def _evict_lower_priority(self) -> bool:
         for vbar in self.device_memory.vbars:

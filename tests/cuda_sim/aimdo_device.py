@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from kit.earlier_devices import forget
 from kit.sim_device import Hazard
 from spillway.ops.device.backend import Backend
 from spillway.ops.device.locked_memory import locked
-from spillway.ops.vbar import software as software_vbar
 
 from .aimdo import Aimdo
 from .sim import NOT_READY, OUT_OF_MEMORY, POISON, Driver, DriverError, pointer
@@ -99,7 +99,7 @@ class AimdoDevice(Backend):
         if aimdo is not None:
             self.aimdo_device = 0
             aimdo.on_tensor = self._use
-        software_vbar._devices.pop(self.device, None)  # not the memory of an earlier simulated device
+        forget(self.device)
         self.clock = self.host_saw = (
             0  # of the main stream: how much it has been given, and how much is known to be done
         )

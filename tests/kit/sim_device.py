@@ -16,6 +16,7 @@ from collections import deque
 
 import torch
 
+from kit.earlier_devices import forget
 from spillway.ops.device.backend import Backend
 from spillway.ops.device.readers import Returned, do
 from spillway.ops.vbar import software as software_vbar
@@ -218,7 +219,7 @@ class SimDevice(Backend):
         # when it was last copied from, and by whom.
         self.busy: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        software_vbar._devices.pop(self.device, None)  # not the memory of an earlier simulated device
+        forget(self.device)
 
     def identity(self):
         return self.name

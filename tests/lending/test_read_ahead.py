@@ -1,5 +1,6 @@
 """What readers bring ahead: further than the device has room for, once each, and no longer once a guess has failed."""
 
+import gc
 import random
 from collections import Counter
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from kit.nets import dynamic, plain, same, write
 from kit.sim_device import SimDevice
+from kit.threaded_device import Threaded
 from spillway.ops.lending.reading import Reading
 
 DEPTH = 24
@@ -139,3 +141,21 @@ def test_a_large_bundle_that_stays_does_not_size_the_memory_for_transfers(tmp_pa
     assert offloaded and all(bundle.nbytes < model.total_bytes // 4 for bundle in offloaded)
     casts = max(bundle.offload_cost() - bundle.source_bytes for bundle in offloaded)
     assert model.caster.arena.capacity + casts <= model.caster.room
+
+
+def test_memory_that_was_freed_is_held_by_nobody(path):
+    """Nor by a cycle that only the collector would find, which may not run before the next model needs the memory."""
+    device = Threaded()
+    model = dynamic(lambda: Shuffled(3), path, device=device, pinned_bytes=0)
+    gc.collect()
+    gc.disable()
+    try:
+        for share in (1.0, 0.5):
+            model.set_policy(model.policy.with_changes(vram_bytes=int(share * model.total_bytes)))
+            for _ in range(2):
+                model(model.module.input())
+            model.free()
+            device.synchronize()
+            assert device.held() == 0
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit.nets import Stack, dynamic, plain, same, write
-from kit.sim_device import SimDevice
+from kit.threaded_device import Threaded
 from spillway.ops.device import readers
 from spillway.ops.lending import reading
 from spillway.ops.lending.reading import Reading
@@ -16,30 +16,6 @@ from spillway.patcher.policy import Rule
 
 DEPTH = 8
 ALL = 1 << 40
-
-
-class Threaded(SimDevice):
-    """Whose readers are threads. Its streams run at once, as they are not made for several threads."""
-
-    def __init__(self, count=3, **options):
-        super().__init__(eager=True, **options)
-        self.threads = readers.Threads(count)
-        self.lock = threading.RLock()
-
-    def readers(self):
-        return self.threads
-
-    def copy(self, *arguments):
-        with self.lock:
-            super().copy(*arguments)
-
-    def record(self, stream):
-        with self.lock:
-            return super().record(stream)
-
-    def wait(self, event, stream):
-        with self.lock:
-            super().wait(event, stream)
 
 
 @pytest.fixture

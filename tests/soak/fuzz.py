@@ -143,7 +143,7 @@ class Fuzz:
         if kind == "COMBO":
             # A move needs another device than there is.
             choices = [one for one in options.get("options", []) if "large" not in str(one) and "move" not in str(one)]
-            return self.rng.choice(choices)
+            return self.rng.choice(choices or ["a file of an empty folder"])
         if kind == "BOOLEAN":
             return self.rng.random() < 0.5
         if kind == "STRING":

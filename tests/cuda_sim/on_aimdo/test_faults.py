@@ -171,7 +171,8 @@ def check_losses(machine, function, failed):
 def test_a_failing_driver_function(machine, model_file, fault, times, when, after, deferred):
     run = Run(machine, model_file, deferred)
     if when != START:
-        assert not run.errors(2, 2)
+        # A model that fits whole has no pins that could go.
+        assert not run.errors(*((1, 1, 1) if fault.function == "cuMemHostUnregister" else (2, 2)))
     machine.driver.fail(fault.function, times, after=after, error=fault.error)
     raised = run.errors(1, 0, 2, 1) if when != END else run.close()
     failed = machine.driver.failed(fault.function)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kit.earlier_devices import forget
 from spillway.ops.device.backend import Backend
 from spillway.ops.vbar import software as software_vbar
 
@@ -46,7 +47,7 @@ class VirtualBackend(Backend):
         self._locked: weakref.WeakSet = weakref.WeakSet()  # storages
         self._own: weakref.WeakSet = weakref.WeakSet()  # storages of the device
         self.all_streams: list[Stream] = []
-        software_vbar._devices.pop(self.device, None)  # not the memory of an earlier device
+        forget(self.device)
 
     def identity(self) -> None:
         return None

@@ -1,0 +1,26 @@
+"""Inputs that name a file and the folder of models that it lies in, as `loras/style.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .load import file_stamps, model_names, model_path
+
+
+def files_in(folders: Sequence[str], accepts: Callable[[str], bool]) -> list[str]:
+    """List the files of ComfyUI's folders whose name is accepted."""
+    return [f"{folder}/{name}" for folder in folders for name in model_names(folder) if accepts(name)]
+
+
+def stamps_of(file: str, folders: Sequence[str]) -> list[str]:
+    """Say which file it is, as `file_stamps` does. Nothing for one that is in none of the folders."""
+    folder, _, name = file.partition("/")
+    return file_stamps(folder, name) if folder in folders else []
+
+
+def path_of(node: str, file: str, folders: Sequence[str]) -> str:
+    """Return the file's path. Raises ValueError, which names the node, for one that is in none of the folders."""
+    folder, _, name = file.partition("/")
+    if folder not in folders:
+        raise ValueError(f"{node}: '{file}' is in none of the folders {', '.join(folders)}.")
+    return model_path(folder, name)
