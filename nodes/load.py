@@ -281,6 +281,14 @@ class SpillwayLoadCLIP(CheckedNode):
                     optional=True,
                     tooltip="A third file, if the model needs one.",
                 ),
+                policy_input(),
+                OpenChoice(
+                    "clip_name4",
+                    options=[NONE, *files],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A fourth file, if the model needs one, as HiDream does.",
+                ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(TEXT_DTYPES),
@@ -289,14 +297,6 @@ class SpillwayLoadCLIP(CheckedNode):
                     tooltip="The number format that the large layers are kept in. They are dequantised where they are "
                     "used. 'default' follows the files. 'auto' takes the most exact with which all weights fit, and "
                     "says why.",
-                ),
-                policy_input(),
-                OpenChoice(
-                    "clip_name4",
-                    options=[NONE, *files],
-                    default=NONE,
-                    optional=True,
-                    tooltip="A fourth file, if the model needs one, as HiDream does.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="A CLIP for the text encode nodes.")],
@@ -315,9 +315,9 @@ class SpillwayLoadCLIP(CheckedNode):
         type: str,
         clip_name2: str = NONE,
         clip_name3: str = NONE,
-        weight_dtype: str = "default",
         policy: Any = None,
         clip_name4: str = NONE,
+        weight_dtype: str = "default",
     ) -> io.NodeOutput:
         names = [clip_name1, *(name for name in (clip_name2, clip_name3, clip_name4) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
