@@ -5,9 +5,10 @@
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench formats --json result.json
 
 Runs in ComfyUI's own Python, found as for its tests; on a CPU ComfyUI computes in fp32. Latents are compared with those
-of the file as it is. With a LoRA they are compared with those of the file as it is with that LoRA,
-which is merged into the original weights before they are rounded, or stays beside the rounded ones. A file that was
-saved in the format is sampled by ComfyUI itself, which merges the LoRA into the rounded weights and rounds them again.
+of the file as it is. With a LoRA they are compared with those of the file as it is with that LoRA, which is merged into
+the original weights before they are rounded, or stays beside the rounded ones. A file that was saved in the format is
+sampled by ComfyUI itself, which merges the LoRA into the rounded weights and rounds them again, and here with the LoRA
+beside them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
             of_comfyui = comfy.sd.load_diffusion_model(saved)
             rows[name]["file"] = off(sampled(of_comfyui), wanted)
             rows[name]["into file"] = off(sampled(with_lora(of_comfyui)), patched)
+            ours = load_diffusion_model(saved, policy=Policy(int8_lora="side branch"))
+            rows[name]["beside file"] = off(sampled(with_lora(ours)), patched)
     (args.base / FOUND).write_text(json.dumps(rows))
 
 
@@ -99,14 +102,15 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     head = ("", "bytes", "error of a weight", "1 - cosine", "LoRA beside", "LoRA merged", "saved, in ComfyUI")
-    columns = (*head, "LoRA on that", "that / beside")
+    columns = (*head, "LoRA on that", "that / beside", "LoRA beside that, here")
     lines = []
     for name, row in rows.items():
         grows = f"{row['into file'] / row['beside']:.1f}" if "into file" in row else ""
         size = f"{row['bytes'] / 1e6:.1f} MB" if "bytes" in row else ""
         error = f"{100 * row['weights']:.2f} %" if "weights" in row else ""
         far = [f"{row[key]:.1e}" if key in row else "" for key in ("alone", "beside", "merged", "file", "into file")]
-        lines.append((name, size, error, *far, grows))
+        here = f"{row['beside file']:.1e}" if "beside file" in row else ""
+        lines.append((name, size, error, *far, grows, here))
     return report.table(columns, lines)
 
 

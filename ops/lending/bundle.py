@@ -212,7 +212,7 @@ class Bundle:
         extra = 0 if self.source_is_final else self.nbytes
         for param in self.params:
             numel = param.source.numel()
-            if isinstance(param.final, GgufWeight):
+            if param.quantisation is None and hasattr(param.final, "down"):  # numbers are made by the op alone
                 continue
             if isinstance(param.source, GgufWeight):
                 extra += param.source.making_bytes()

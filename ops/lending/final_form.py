@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..gather import copy_into, interpret_gathered_like
+from ..gather import copy_into, inner_tensors, interpret_gathered_like
 from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
 from ..ledger import Counters
 from ..quantisation import QuantisedForm
@@ -29,9 +29,10 @@ def make_final(
             _quantise(param, view, tensor, counters, in_place)  # type: ignore[arg-type]
         elif param.patch is None:
             copy_into(view, tensor)
-        elif isinstance(view, GgufWeight):
-            view.blocks.copy_(tensor.blocks)  # type: ignore[attr-defined]
-            _fill_branch(view, param.patch)
+        elif getattr(view, "down", None) is not None:
+            for to, part in zip(inner_tensors(view), inner_tensors(tensor), strict=False):
+                to.copy_(part)  # the branch comes after them
+            _fill_branch(view, param.patch)  # type: ignore[arg-type]
             counters.patched += 1
         else:
             # A patch gets the weight in the dtype that the op computes in, and may write into it.

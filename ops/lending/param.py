@@ -68,6 +68,8 @@ class Param:
             return self.quantisation.template(shape, dtype, rank)
         if isinstance(self.source, GgufWeight) and (rank or self.patch is None):
             return self.source.template(rank)
+        if rank:
+            return self.patch.beside(self.source, rank)  # type: ignore[union-attr, no-any-return]
         if isinstance(self.source, GgufWeight):  # a patched weight is not made blocks of again
             return torch.empty(shape, dtype=self.dtype, device="meta")
         if shape == self.source.shape:
@@ -77,19 +79,15 @@ class Param:
     def set_patch(self, patch: Patch | None) -> None:
         """Attach a patch, or None. A patch with a `shape` attribute may give the weight another shape.
 
-        A patch with a `rank` stays beside a weight that may have a branch.
+        A patch with a `rank` stays beside the weight as a low-rank branch of it. Where the weight is neither in blocks
+        nor quantised here, the patch's `beside` makes the template of the two.
         """
         self.patch = patch
         shape = torch.Size(getattr(patch, "shape", self.source.shape))
-        rank = getattr(patch, "rank", 0) if self.has_branches else 0
-        in_blocks = isinstance(self.source, GgufWeight) and self.quantisation is None
-        if in_blocks or shape != self.final.shape or rank != getattr(self.final, "rank", 0):
+        rank = getattr(patch, "rank", 0)
+        of_the_patch = self.quantisation is None and (rank > 0 or isinstance(self.source, GgufWeight))
+        if of_the_patch or shape != self.final.shape or rank != getattr(self.final, "rank", 0):
             self.final = self._template(shape, self.final.dtype, rank)
-
-    @property
-    def has_branches(self) -> bool:
-        """Say whether a low-rank patch may stand beside the weight."""
-        return self.quantisation is not None or isinstance(self.source, GgufWeight)
 
     @property
     def is_cast(self) -> bool:
@@ -101,10 +99,10 @@ class Param:
 
         A lookup makes hardly any.
         """
-        in_blocks = isinstance(self.final, GgufWeight) and not isinstance(self.owner, torch.nn.Embedding)
-        if not in_blocks and self.quantisation is None:
+        making = getattr(self.final, "making_bytes", None)
+        if making is None or isinstance(self.owner, torch.nn.Embedding):
             return 0
-        return self.final.making_bytes(self.op_dtype)  # type: ignore[attr-defined, no-any-return]
+        return making(self.op_dtype)  # type: ignore[no-any-return]
 
     def usable_in_place(self) -> bool:
         """Say whether a CPU op can read the source's own memory."""

@@ -1,7 +1,8 @@
 """Decides whether LoRAs on quantised weights are merged and quantised once more, or stay beside as a low-rank branch.
 
 A merged LoRA costs nothing at any step, and is rounded with the weight. A branch is exact, and costs its arithmetic at
-every step. Beside weights of 4 bits it stays, unless a policy says otherwise.
+every step. Beside weights of 4 bits it stays, unless a policy says otherwise, and so it does beside those that a file
+has in 4 bits, which merging would round a second time.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 
 from ....ops.gather import is_wrapper
 from ....ops.ledger import Ledger
-from ....ops.lending.param import Param
 from ....ops.quantisation import Quantisation
+from ..quantise.layouts import Form
+from ..quantise.weight import with_branch
 from .weight_patch import WeightPatch
 
 # The relative error of a quantised weight. Rounding normal numbers costs 0.8 %, and as much again for the input.
@@ -32,12 +34,25 @@ SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
 
 
 class BranchPatch(WeightPatch):
-    """Holds patches that are all low-rank as one branch beside the weight. rank: of all of them together."""
+    """Holds patches that are all low-rank as one branch beside the weight.
+
+    rank: of all of them together. form: of a weight that a file has in one of ComfyUI's formats; None for others.
+    """
 
     def __init__(self, patch: WeightPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
         self.__dict__.update(patch.__dict__)
         self.factors = factors
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
+        self.form: Form | None = None
+
+    def beside(self, source: torch.Tensor, rank: int) -> torch.Tensor:
+        """Make the template of a weight from a file with the branch beside it."""
+        assert self.form is not None
+        return with_branch(source, self.form, rank)
+
+    def same_as(self, other: Any) -> bool:
+        """Whether two patches give the same weight."""
+        return super().same_as(other) and self.form == other.form
 
     def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included.
@@ -110,27 +125,33 @@ def _error(rows: torch.Tensor, quantisation: Quantisation) -> float:
 
 
 def place_loras(
-    patches: dict[str, WeightPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
+    patches: dict[str, WeightPatch],
+    forms: Mapping[str, Quantisation | Form],
+    mode: str,
+    device: torch.device,
+    ledger: Ledger,
 ) -> dict[str, WeightPatch]:
     """Put branches in the place of patches that are to stay beside their quantised weights.
 
-    mode: 'merge', 'side branch' or 'auto'. 'auto' merges where rounding the sum is no worse than rounding normal
-    numbers, or no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
+    forms: of those weights, a Form for one that a file has. mode: 'merge', 'side branch' or 'auto'. 'auto' merges where
+    rounding the sum is no worse than rounding normal numbers, or no worse than without the LoRA. The choice is one for
+    the whole model, and goes to the ledger.
     """
     branches = {key: branch for key, patch in patches.items() if (branch := branch_of(patch)) is not None}
     if not branches or mode == "merge":
         return patches
-    name = next(iter(params.values())).quantisation.name  # type: ignore[union-attr]
+    for key, branch in branches.items():
+        form = forms[key]
+        branch.form = form if type(form) is Form else None
+    name = next(iter(forms.values())).name
     reason = "as the policy says"
-    if mode == "auto" and any(params[key].quantisation.bits < FEWEST_MERGED for key in branches):  # type: ignore[union-attr]
+    if mode == "auto" and any(forms[key].bits < FEWEST_MERGED for key in branches):
         reason = "weights of 4 bits round it too coarsely"
     elif mode == "auto":
         worst = (0.0, 0.0)
         with torch.no_grad():
-            for key in sorted(branches, key=lambda key: -params[key].final.numel())[:SAMPLED_WEIGHTS]:
-                form = params[key].quantisation
-                assert form is not None
-                worst = max(worst, merge_errors(branches[key], form, device), key=_excess)
+            for key in sorted(branches, key=lambda key: -branches[key].weight.numel())[:SAMPLED_WEIGHTS]:
+                worst = max(worst, merge_errors(branches[key], forms[key], device), key=_excess)
         reason = f"rounding changes the weights by {100 * worst[0]:.2f} %, with the LoRA by {100 * worst[1]:.2f} %"
         if _excess(worst) <= 0:
             ledger.decide_once(f"LoRA on {name}: merged and quantised once more; {reason}", level=logging.INFO)

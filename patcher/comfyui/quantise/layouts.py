@@ -86,12 +86,14 @@ class Format:
 class Form:
     """A format for one weight. rotation: columns that are rotated together; 0 for none.
 
-    multiplies: whether the device multiplies in it.
+    multiplies: whether the device multiplies in it. input_scale: what the file says that the input is divided by; None
+    where it is found anew each time.
     """
 
     format: Format
     rotation: int
     multiplies: bool = False
+    input_scale: float | None = None
 
     @property
     def name(self) -> str:

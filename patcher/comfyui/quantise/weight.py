@@ -7,10 +7,11 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.quant_ops
 import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ....ops.gather import is_wrapper
+from ....ops.lending.idle_weight import as_stored
 from ....ops.subclasses import linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
 from .making import Making
@@ -98,7 +99,9 @@ class KitchenWeight(torch.Tensor):
             result = torch.nn.functional.linear(x, weight.dequantize(), bias)
         elif self.form.quantises_input:
             flat = x.reshape(-1, x.shape[-1])
-            quantised = comfy.quant_ops.QuantizedTensor.from_float(flat, weight._layout_cls)
+            given = self.form.input_scale
+            scale = None if given is None else torch.full((), given, dtype=torch.float32, device=x.device)
+            quantised = QuantizedTensor.from_float(flat, weight._layout_cls, scale=scale)
             result = torch.nn.functional.linear(quantised, weight, bias).reshape(*x.shape[:-1], -1)
         else:
             result = torch.nn.functional.linear(x, weight, bias)
@@ -149,12 +152,35 @@ class KitchenWeight(torch.Tensor):
         return f"KitchenWeight({tuple(self.shape)}, {name} as {self.dtype}, {self.device}, rank={self.rank})"
 
 
+def form_of(module: torch.nn.Module, multiplies: bool) -> Form | None:
+    """Return the form of a linear layer's weight from a quantised file. None for other weights.
+
+    multiplies: whether the device multiplies in it.
+    """
+    algorithm, weight = getattr(module, "quant_format", None), module._parameters.get("weight")
+    if algorithm not in QUANT_ALGOS or not isinstance(weight, QuantizedTensor) or not hasattr(module, "in_features"):
+        return None
+    bits = 8 * QUANT_ALGOS[algorithm]["storage_t"].itemsize
+    halves = weight._qdata.shape[-1] < weight.shape[-1]
+    scale = module._parameters.get("input_scale")
+    given = None if scale is None else float(as_stored(scale))
+    return Form(Format(algorithm, algorithm, bits // 2 if halves else bits), 0, multiplies, given)
+
+
+def with_branch(stored: Stored, form: Form, rank: int) -> KitchenWeight:
+    """Return a template of a weight from a file with a branch beside it."""
+    rows, columns = stored.shape
+    dtype = stored._params.orig_dtype
+    down = torch.empty(rank, columns, dtype=dtype, device="meta")
+    return KitchenWeight(stored, form, down, torch.empty(rows, rank, dtype=dtype, device="meta"))
+
+
 def _in_dtype(stored: Stored, dtype: torch.dtype) -> Stored:
     """Return a quantised tensor around the same memory that behaves like one in a dtype."""
     if stored._params.orig_dtype == dtype:
         return stored
     params = dataclasses.replace(stored._params, orig_dtype=dtype)
-    return comfy.quant_ops.QuantizedTensor(stored._qdata, stored._layout_cls, params)
+    return QuantizedTensor(stored._qdata, stored._layout_cls, params)
 
 
 def _copied(func: Any, weight: KitchenWeight, kwargs: dict[str, Any]) -> KitchenWeight:
