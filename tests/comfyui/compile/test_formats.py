@@ -24,16 +24,15 @@ def each(quick):
 
 @pytest.mark.parametrize("name", each("nvfp4"))
 def test_a_model_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, checkpoint, lora_path):
-    check(checkpoint("flux", **SMALL), name, lora_path, FORMATS[name].bits < 8)
+    check(checkpoint("flux", **SMALL), name, name, lora_path)
 
 
 @pytest.mark.parametrize("name", each("w4a8"))
 def test_a_file_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, checkpoint, lora_path):
-    path = save(load_diffusion_model(checkpoint("flux", **SMALL)), name)
-    check(path, "default", lora_path, FORMATS[name].bits < 8)
+    check(save(load_diffusion_model(checkpoint("flux", **SMALL)), name), "default", name, lora_path)
 
 
-def check(path, weight_dtype, lora_path, branches):
+def check(path, weight_dtype, name, lora_path):
     """The latents are those of the model that is not compiled, at any budget, size and strength."""
     lora = comfy.utils.load_torch_file(lora_path)
     plain, model = load_diffusion_model(path, weight_dtype), compiled(load_diffusion_model(path, weight_dtype))
@@ -44,8 +43,9 @@ def check(path, weight_dtype, lora_path, branches):
         got = run(with_strength(with_budget(model, fraction), lora, strength), **size)
         assert_same(got, run(with_strength(plain, lora, strength), **size))
         counts.append(engine.compile_count())
-    print(counts)
-    assert not torch._dynamo.utils.counters["graph_break"], dict(torch._dynamo.utils.counters["graph_break"])
-    assert not said(model, "uncompiled"), said(model, "uncompiled")
-    assert 0 < counts[0] <= 4 and (branches or set(counts) == {counts[0]})
-    assert counts[-1] <= counts[0] * (2 if branches else 1)
+    if name == "w4a8" and model.load_device.type == "cpu":  # comfy-kitchen's product for a CPU cannot be traced
+        assert counts[-1] == 0 and said(model, "compile failed; running uncompiled")
+        return
+    assert not torch._dynamo.utils.counters["graph_break"] and not said(model, "uncompiled")
+    first, last = counts[0], counts[-1]
+    assert 0 < first <= 4 and (set(counts) == {first} if FORMATS[name].bits == 8 else first < last <= 8)
