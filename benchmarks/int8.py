@@ -32,8 +32,8 @@ from spillway.ops.int8.linear import group_count
 from spillway.ops.int8.weight import Int8Weight
 from spillway.ops.skip_init import skip_model_initialization
 from spillway.patcher.dynamic_model import DynamicModel
-from spillway.patcher.int8_layers import Int8Layers
 from spillway.patcher.policy import Policy
+from spillway.patcher.quantised_layers import Int8Layers
 
 # Columns and rows of weights: Flux, Wan 14B, SDXL.
 SHAPES = ((3072, 3072), (3072, 12288), (12288, 3072), (5120, 5120), (1280, 5120), (1024, 4096))
@@ -95,7 +95,7 @@ def whole_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         with skip_model_initialization():
             module = Flux(config).to(torch.bfloat16)
         int8 = Int8Layers("Flux", args.device.type) if "INT8" in name else None
-        model = DynamicModel(module, DiskMap(path), args.device, int8=int8)
+        model = DynamicModel(module, DiskMap(path), args.device, quantise=int8)
         total = model.total_bytes
         model.set_policy(Policy(vram_bytes=None if share is None else int(share * total), pinned_bytes=2 * total))
         models[name] = model

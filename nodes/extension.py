@@ -32,6 +32,7 @@ from .merge_blocks import BLOCK_MERGES
 from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
+from .quantise import SpillwayQuantiseModel
 from .rules import SpillwayPlacementRules
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .scan import SpillwayScanModels
@@ -68,6 +69,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayLoadVAE,
             *LOADERS,
             SpillwayMakeDynamic,
+            SpillwayQuantiseModel,
             SpillwayLoraLoader,
             SpillwayLoraLoaderModelOnly,
             SpillwayLoraStack,

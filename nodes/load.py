@@ -13,7 +13,15 @@ from ..ops.gguf.header import is_gguf
 from ..ops.parts.folder import PIPELINE, may_be_model
 from ..ops.parts.index import files_of, is_index, model_of, part_of
 from ..patcher.comfyui.loading.adopt import dynamic_clip, dynamic_model, dynamic_vae
-from ..patcher.comfyui.loading.load import WEIGHT_DTYPES, load_checkpoint, load_clip, load_diffusion_model, load_vae
+from ..patcher.comfyui.loading.load import (
+    CHECKPOINT_DTYPES,
+    TEXT_DTYPES,
+    WEIGHT_DTYPES,
+    load_checkpoint,
+    load_clip,
+    load_diffusion_model,
+    load_vae,
+)
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice, policy_input
 
@@ -81,6 +89,12 @@ def files_below(place: str) -> list[str]:
     return list(folder_paths.recursive_search(place, excluded_dir_names=[".git"])[0])
 
 
+def shown(*patchers: Any) -> Any:
+    """Return what was decided while they were loaded, for the node to show. None where nothing was."""
+    noted = [words for patcher in patchers for words, _ in getattr(getattr(patcher, "state", None), "notes", ())]
+    return ui.PreviewText("\n".join(noted)) if noted else None
+
+
 def file_stamps(folder: str, *names: str) -> list[str]:
     """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
 
@@ -124,7 +138,15 @@ class SpillwayLoadDiffusionModel(CheckedNode):
             category=CATEGORY,
             description="Loads a diffusion model almost at once and with almost no memory. Each weight is read when it "
             "is first used, and gives way when the memory is needed elsewhere.",
-            search_aliases=["load unet", "unet loader", "load diffusion model", "low vram", "dynamic vram", "gguf"],
+            search_aliases=[
+                "load unet",
+                "unet loader",
+                "load diffusion model",
+                "low vram",
+                "dynamic vram",
+                "gguf",
+                "4 bit",
+            ],
             inputs=[
                 OpenChoice(
                     "unet_name",
@@ -137,9 +159,9 @@ class SpillwayLoadDiffusionModel(CheckedNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="The number format that the weights are kept in. 'default' follows the file and the "
-                    "device; the fp8 and int8 choices halve the size of a 16-bit model and cost some quality. int8 "
-                    "also computes in INT8; int8_auto does so only where a measurement says that it is faster. A GGUF "
-                    "file stays in its own blocks with 'default'.",
+                    "device. The fp8, mxfp8 and int8 choices halve the size of a 16-bit model, w4a8 and nvfp4 quarter "
+                    "it. int8_auto is int8 only where that is faster. 'auto' takes the most exact with which all "
+                    "weights fit, and says why. A GGUF file stays in its own blocks with 'default'.",
                 ),
                 policy_input(),
             ],
@@ -154,8 +176,7 @@ class SpillwayLoadDiffusionModel(CheckedNode):
     def execute(cls, unet_name: str, weight_dtype: str, policy: Any = None) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
         model = load_diffusion_model(path, weight_dtype, policy)
-        notes = "\n".join(words for words, _ in model.state.notes)
-        return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
+        return io.NodeOutput(model, ui=shown(model))
 
 
 class SpillwayLoadCheckpoint(CheckedNode):
@@ -175,6 +196,22 @@ class SpillwayLoadCheckpoint(CheckedNode):
                     tooltip="A safetensors file in models/checkpoints, the index of a model in several files, or a "
                     "diffusers folder. Pickles must be converted first.",
                 ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(CHECKPOINT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers of the MODEL are kept in. 'default' follows the "
+                    "file. 'auto' takes the most exact with which all weights fit, and says why.",
+                ),
+                io.Combo.Input(
+                    "clip_dtype",
+                    options=list(TEXT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers of the CLIP are kept in. They are dequantised "
+                    "where they are used.",
+                ),
                 policy_input(),
             ],
             outputs=[
@@ -190,9 +227,13 @@ class SpillwayLoadCheckpoint(CheckedNode):
         return file_stamps("checkpoints", ckpt_name)
 
     @classmethod
-    def execute(cls, ckpt_name: str, policy: Any = None) -> io.NodeOutput:
-        path = model_path("checkpoints", ckpt_name)
-        return io.NodeOutput(*load_checkpoint(path, policy, folder_paths.get_folder_paths("embeddings")))
+    def execute(
+        cls, ckpt_name: str, weight_dtype: str = "default", clip_dtype: str = "default", policy: Any = None
+    ) -> io.NodeOutput:
+        path, embeddings = model_path("checkpoints", ckpt_name), folder_paths.get_folder_paths("embeddings")
+        parts = load_checkpoint(path, policy, embeddings, weight_dtype, clip_dtype)
+        model, clip = parts[:2]
+        return io.NodeOutput(*parts, ui=shown(model, getattr(clip, "patcher", None)))
 
 
 class SpillwayLoadCLIP(CheckedNode):
@@ -248,6 +289,15 @@ class SpillwayLoadCLIP(CheckedNode):
                     optional=True,
                     tooltip="A fourth file, if the model needs one, as HiDream does.",
                 ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(TEXT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="The number format that the large layers are kept in. They are dequantised where they are "
+                    "used. 'default' follows the files. 'auto' takes the most exact with which all weights fit, and "
+                    "says why.",
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="A CLIP for the text encode nodes.")],
         )
@@ -267,10 +317,12 @@ class SpillwayLoadCLIP(CheckedNode):
         clip_name3: str = NONE,
         policy: Any = None,
         clip_name4: str = NONE,
+        weight_dtype: str = "default",
     ) -> io.NodeOutput:
         names = [clip_name1, *(name for name in (clip_name2, clip_name3, clip_name4) if name != NONE)]
         paths = [model_path("text_encoders", name) for name in names]
-        return io.NodeOutput(load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings")))
+        clip = load_clip(paths, type, policy, folder_paths.get_folder_paths("embeddings"), weight_dtype)
+        return io.NodeOutput(clip, ui=shown(clip.patcher))
 
 
 class SpillwayLoadVAE(CheckedNode):

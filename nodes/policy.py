@@ -77,8 +77,9 @@ class SpillwayPolicy(CheckedNode):
                     options=["auto", "merge", "side branch"],
                     default="auto",
                     optional=True,
-                    tooltip="LoRAs on a model in INT8. merge: rounded together with the weight, free at every step. "
-                    "side branch: kept beside it, exact, a little slower. auto: merge where that rounds no worse.",
+                    tooltip="LoRAs on a quantised model. merge: rounded together with the weight, free at every step. "
+                    "side branch: kept beside it, exact, a little slower. auto: merge where that rounds no worse, and "
+                    "into weights of 8 bits from a file as ComfyUI does; keep it beside weights of 4 bits.",
                 ),
                 PolicyType.Input(
                     "policy",

@@ -39,7 +39,8 @@ def dtype_input() -> io.Input:
         options=SAVE_DTYPES,
         default=AS_LOADED,
         tooltip="'as loaded' keeps what the file had, quantisation included. bf16 and fp16 take 2 bytes for a number, "
-        "fp32 takes 4. fp8 and int8 halve a 16-bit model: its repeated layers are quantised, the rest is as loaded.",
+        "fp32 takes 4. fp8, mxfp8 and int8 halve a 16-bit model, w4a8 and nvfp4 quarter it: its large repeated layers "
+        "are quantised, the rest is as loaded.",
     )
 
 
@@ -57,7 +58,16 @@ class SpillwaySaveDiffusionModel(CheckedNode):
             category=CATEGORY,
             description="Saves a MODEL with the LoRAs, merges and other patches that it carries. Each weight is "
             "patched when it is written, so it takes hardly any memory.",
-            search_aliases=["save model", "export model", "bake lora", "model save", "quantize model", "convert fp8"],
+            search_aliases=[
+                "save model",
+                "export model",
+                "bake lora",
+                "model save",
+                "quantize model",
+                "convert fp8",
+                "nvfp4",
+                "mxfp8",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to save, from any loader, with whatever patches it has."),
                 prefix_input("diffusion_models/Spillway"),

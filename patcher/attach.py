@@ -16,11 +16,12 @@ from ..ops.lending.bundle import Bundle
 from ..ops.lending.layer import dynamic_class, has_forward
 from ..ops.lending.param import Param
 from ..ops.lending.table import Table, is_table
+from ..ops.quantisation import Quantisation
 from .policy import Policy
 
 ModelDtype = Callable[[torch.nn.Module, str, torch.Tensor], torch.dtype]
-# (module, its name, its weight) -> the number of scales per row of that weight in INT8, or 0 to keep its dtype.
-Int8Choice = Callable[[torch.nn.Module, str, torch.Tensor], int]
+# (module, its name, its weight) -> how that weight is quantised, or None to keep its dtype.
+Quantise = Callable[[torch.nn.Module, str, torch.Tensor], Quantisation | None]
 
 
 class Unsupported(SpillwayError, TypeError):
@@ -57,7 +58,7 @@ def collect_bundles(
     source: Source | None,
     policy: Policy,
     model_dtype: ModelDtype | None = None,
-    int8: Int8Choice | None = None,
+    quantise: Quantise | None = None,
     blocks: Collection[str] = (),
 ) -> list[Bundle]:
     """Make the bundles of a module tree, in registration order.
@@ -65,9 +66,9 @@ def collect_bundles(
     A module that can be called gets a bundle of its own parameters, a large embedding a table. Parameters of a
     container that cannot be called (a ParameterList) go to the nearest module above that can. `source` has parameters
     by name. Without it, each parameter is its own source.
-    model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's. int8: which weights
-    are quantised. blocks: names of modules that get one bundle for all that is in them. Residency rules go by the
-    block's name alone.
+    model_dtype(module, attr, parameter): the dtype of the final form, by default the parameter's. quantise: which
+    weights are quantised, and how. blocks: names of modules that get one bundle for all that is in them. Residency
+    rules go by the block's name alone.
     Raises SourceError where the source lacks a parameter or has another shape. Raises Unsupported for recurrent layers
     and for unknown tensor classes.
     """
@@ -116,7 +117,7 @@ def collect_bundles(
             if rule is not None and data.is_floating_point():
                 compute = rule.compute_dtype or (dtype if rule.storage_dtype is not None else None)
                 dtype = rule.storage_dtype or dtype
-            quantised = int8(module, name, data) if int8 is not None and attr == "weight" else 0
+            quantised = quantise(module, name, data) if quantise is not None and attr == "weight" else None
             params.setdefault(owner, []).append(
                 Param(module, attr, key, idle, _form_dtype(data, dtype), compute, quantised)
             )

@@ -23,7 +23,7 @@ from ..ops.lending.table import leave_order, note_tables
 from ..ops.ram import shortage
 from ..ops.ram.available import total_ram
 from ..ops.vbar.aimdo import serves
-from .attach import Int8Choice, ModelDtype, attach, collect_bundles, detach, load_buffers
+from .attach import ModelDtype, Quantise, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
 from .figures import Figures
 from .first_forward import FirstForward
@@ -56,7 +56,7 @@ class DynamicModel(Figures):
     """Runs `module` with weights from `source` on `device`, within `policy`.
 
     The constructor reads and maps nothing. The first forward reserves memory. `source` None takes the module's own
-    parameters. A call of the model calls the module. model_dtype, int8, blocks: see `collect_bundles`. backend: a
+    parameters. A call of the model calls the module. model_dtype, quantise, blocks: see `collect_bundles`. backend: a
     device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. first_use_file: keeps what the
     check of a device found (see `first_use`) from one process to the next. None keeps it for this one. Raises
     SourceError, Unsupported or DeviceError where module, source and device do not fit together.
@@ -73,7 +73,7 @@ class DynamicModel(Figures):
         *,
         name: str | None = None,
         model_dtype: ModelDtype | None = None,
-        int8: Int8Choice | None = None,
+        quantise: Quantise | None = None,
         backend: Backend | None = None,
         may_init: bool = True,
         blocks: Collection[str] = (),
@@ -85,7 +85,7 @@ class DynamicModel(Figures):
         self.policy = self._in_bytes(self.asked)
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__)
-        self.bundles = collect_bundles(module, source, self.policy, model_dtype, int8, blocks)
+        self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
         self._files = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:

@@ -48,8 +48,9 @@ class Policy:
     headroom_bytes: kept free on the device for the computation.
     pinned_bytes: host memory for pins. prefetch: bundles begun ahead at most. streams: offload streams.
     keep: 'always' never gives way to other models, 'free after use' gives everything back after each run.
-    priority: models of higher priority are evicted later. int8_lora: LoRAs on INT8 weights are merged and quantised
-    once more, or stay beside them in floating point. 'auto' merges while that rounds no worse.
+    priority: models of higher priority are evicted later. int8_lora: LoRAs on quantised weights are merged
+    before those are rounded, or stay beside them in floating point. 'auto' never merges into 4 bits, into a file's 8
+    bits as ComfyUI does, and into others while that rounds no worse.
     Raises ValueError for a value that a field does not take.
     """
 

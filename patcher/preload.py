@@ -32,7 +32,7 @@ def load_now(model: DynamicModel, progress: Progress = _ignore) -> int:
 
 
 def quantise_now(model: DynamicModel, progress: Progress = _ignore) -> int:
-    """Make every INT8 weight that can stay on the device or in a pin. Returns the number of bundles made.
+    """Make every quantised weight that can stay on the device or in a pin. Returns the number of bundles made.
 
     The others are made at each use. At most one bundle is held beside those that stay. progress(done, total): told
     counts of bundles before each bundle. An error that it raises passes, with the model in order.
@@ -40,7 +40,7 @@ def quantise_now(model: DynamicModel, progress: Progress = _ignore) -> int:
     caster = model.prepare().caster
     model.rebuild_if_resized()
     quantised, homeless = 0, False
-    wanted = [bundle for bundle in model.bundles if any(param.int8 for param in bundle.params)]
+    wanted = [bundle for bundle in model.bundles if any(param.quantisation for param in bundle.params)]
     wanted = [bundle for bundle in wanted if not bundle.pin_is_current and bundle.views is None]
     with model.backend.current(), torch.no_grad():
         for done, bundle in enumerate(wanted):

@@ -18,8 +18,8 @@ from spillway.ops.gather import tensor_bytes
 from spillway.ops.ram import available
 from spillway.patcher import ram_pressure
 from spillway.patcher.dynamic_model import DynamicModel
-from spillway.patcher.int8_layers import Int8Layers
 from spillway.patcher.policy import Policy
+from spillway.patcher.quantised_layers import Int8Layers
 
 from .limits import ram_for_weights
 
@@ -79,7 +79,7 @@ def run_engine(
         stack.enter_context(virtual_math(clock))
         stack.enter_context(virtual_ram(ram_gb << 30, ram, partial(getattr, backend, "locked_bytes"), clock))
         int8 = Int8Layers(model.kind, "cuda") if dtype == "int8" else None
-        dynamic = DynamicModel(model, policy=Policy(vram_bytes=budget, **policy), backend=backend, int8=int8)
+        dynamic = DynamicModel(model, policy=Policy(vram_bytes=budget, **policy), backend=backend, quantise=int8)
         stack.callback(dynamic.close)
         model.run_on(clock, dtype)
         _prepare(dynamic, model, lora)

@@ -9,7 +9,7 @@ import torch
 from kit.virtual.devices import Machine
 from kit.virtual.layers import Block, Model, narrow, seconds_on
 from kit.virtual.math import math_seconds
-from spillway.patcher.int8_layers import Int8Layers
+from spillway.patcher.quantised_layers import Int8Layers
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,6 +90,10 @@ class Int8Weight(torch.Tensor):
             self.qdata[part] = quantised
             self.scale[part] = scale
 
+    def making_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Return 0. Products are rescaled in small parts, and none needs the weight's numbers."""
+        return 0
+
     def dequantize(self) -> torch.Tensor:
         """Return the weight that the INT8 weight stands for, in `dtype`."""
         if self.down is None:
@@ -145,6 +150,23 @@ class Int8Weight(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, groups={self.scale.shape[1]})"
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """INT8 with `groups` scales for each row, multiplied by this pack's own products."""
+
+    groups: int = 1
+    name = "INT8"
+    bits = 8
+
+    def template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> Int8Weight:
+        """Return a weight without memory."""
+        return Int8Weight.template(shape, dtype, self.groups, rank)
+
+    def restored(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows in fp32 as they are once they have been quantised."""
+        return dequantise_rows(*quantise_rows(rows, self.groups), torch.float32)
 
 
 def _copied(func: Any, weight: Int8Weight, kwargs: dict[str, Any]) -> Int8Weight:

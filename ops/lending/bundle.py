@@ -142,14 +142,14 @@ class Bundle:
         self.in_place = all(param.usable_in_place() for param in self.params)
         self.casts_at_use = any(param.compute_dtype is not None for param in self.params)
         # The host can make the final form, with the same bits.
-        self.only_cast = not self.patched and not any(p.int8 or is_wrapper(p.source) for p in self.params)
+        self.only_cast = not self.patched and not any(p.quantisation or is_wrapper(p.source) for p in self.params)
         # Patches change numbers and nothing else, so they may be applied where the source has arrived.
         self.only_patched = not any(
-            p.int8 or p.is_cast or p.compute_dtype or is_wrapper(p.source) or p.final.shape != p.source.shape
+            p.quantisation or p.is_cast or p.compute_dtype or is_wrapper(p.source) or p.final.shape != p.source.shape
             for p in self.params
         )
         # Making the final form costs more than bringing it.
-        self.worth_keeping = self.patched or any(param.int8 for param in self.params)
+        self.worth_keeping = self.patched or any(param.quantisation for param in self.params)
 
     # -- transitions
 
@@ -212,11 +212,11 @@ class Bundle:
         extra = 0 if self.source_is_final else self.nbytes
         for param in self.params:
             numel = param.source.numel()
-            if isinstance(param.final, GgufWeight):
+            if param.quantisation is None and hasattr(param.final, "down"):  # numbers are made by the op alone
                 continue
             if isinstance(param.source, GgufWeight):
                 extra += param.source.making_bytes()
-            if param.int8:  # quantised in parts; nothing casts it afterwards
+            if param.quantisation is not None:  # quantised in parts; nothing casts it afterwards
                 extra += 3 * min(PART_BYTES, 4 * numel) + (2 * numel * 4 if param.patch is not None else 0)
                 continue
             final_bytes = numel * param.final.dtype.itemsize
@@ -239,7 +239,7 @@ class Bundle:
         return casts + self._making_bytes()
 
     def _making_bytes(self) -> int:
-        """Return the most that one of the weights in blocks takes for its numbers. They are used one by one."""
+        """Return the most that one of the quantised weights takes for its numbers. They are used one by one."""
         return max((param.making_bytes() for param in self.params), default=0)
 
     def load_cost(self) -> int:

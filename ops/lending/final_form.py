@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..gather import copy_into, interpret_gathered_like
+from ..gather import copy_into, inner_tensors, interpret_gathered_like
 from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
-from ..int8.weight import Int8Weight
 from ..ledger import Counters
+from ..quantisation import QuantisedForm
 from .bundle import Bundle
 from .param import Param
 
@@ -25,13 +25,14 @@ def make_final(
     views = interpret_gathered_like(bundle.final, memory)
     for param, view, tensor in zip(bundle.params, views, source, strict=True):
         assert view is not None
-        if isinstance(view, Int8Weight):
-            _quantise(param, view, tensor, counters, in_place)
+        if param.quantisation is not None:
+            _quantise(param, view, tensor, counters, in_place)  # type: ignore[arg-type]
         elif param.patch is None:
             copy_into(view, tensor)
-        elif isinstance(view, GgufWeight):
-            view.blocks.copy_(tensor.blocks)  # type: ignore[attr-defined]
-            _fill_branch(view, param.patch)
+        elif getattr(view, "down", None) is not None:
+            for to, part in zip(inner_tensors(view), inner_tensors(tensor), strict=False):
+                to.copy_(part)  # the branch comes after them
+            _fill_branch(view, param.patch)  # type: ignore[arg-type]
             counters.patched += 1
         else:
             # A patch gets the weight in the dtype that the op computes in, and may write into it.
@@ -48,7 +49,7 @@ def _writable(tensor: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch
     return numbers.to(dtype, copy=in_place and numbers is tensor)
 
 
-def _quantise(param: Param, view: Int8Weight, tensor: torch.Tensor, counters: Counters, in_place: bool) -> None:
+def _quantise(param: Param, view: QuantisedForm, tensor: torch.Tensor, counters: Counters, in_place: bool) -> None:
     if param.patch is None:
         view.quantise_(tensor)
     elif view.down is not None:
@@ -60,7 +61,7 @@ def _quantise(param: Param, view: Int8Weight, tensor: torch.Tensor, counters: Co
     counters.quantised += 1
 
 
-def _fill_branch(view: Int8Weight | GgufWeight, patch: Any) -> None:
+def _fill_branch(view: QuantisedForm | GgufWeight, patch: Any) -> None:
     """Write the matrices of a low-rank patch into the branch of a weight."""
     assert view.down is not None and view.up is not None
     down, up = patch.low_rank(view.device)

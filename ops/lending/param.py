@@ -9,8 +9,8 @@ import torch
 from ..files.disk_map import locate
 from ..gather import inner_tensors, is_wrapper, like, memory_of
 from ..gguf.weight import GgufWeight
-from ..int8.weight import Int8Weight
 from ..joined_weight import JoinedWeight
+from ..quantisation import Quantisation
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,7 +22,7 @@ class Param:
     idle: what stands in the module while nothing is lent, see idle_weight.py.
     final: template of the final form, without memory. dtype: the model's, that a patched weight has.
     compute_dtype: dtype that the op is given; None for the final form's. op_dtype: dtype that the op itself casts to,
-    which costs temporary memory. int8: scales per row of an INT8 weight; 0 for a weight that is not quantised here.
+    which costs temporary memory. quantisation: of a weight that is quantised here; None for others.
     """
 
     __slots__ = (
@@ -31,12 +31,12 @@ class Param:
         "dtype",
         "final",
         "idle",
-        "int8",
         "key",
         "op_dtype",
         "original",
         "owner",
         "patch",
+        "quantisation",
         "source",
         "where",
     )
@@ -49,12 +49,12 @@ class Param:
         idle: torch.nn.Parameter,
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
-        int8: int = 0,
+        quantisation: Quantisation | None = None,
     ) -> None:
         self.owner, self.attr, self.key = owner, attr, key
         self.idle = self.original = idle
         self.source = idle.detach()
-        self.int8, self.dtype = int8, dtype
+        self.quantisation, self.dtype = quantisation, dtype
         self.patch: Patch | None = None
         self.final = self._template(self.source.shape, dtype)
         wanted = compute_dtype if compute_dtype != self.final.dtype and not is_wrapper(self.final) else None
@@ -64,10 +64,12 @@ class Param:
         self.where = [place for part in memory_of(self.source) if (place := locate(part)) is not None]
 
     def _template(self, shape: torch.Size, dtype: torch.dtype, rank: int = 0) -> torch.Tensor:
-        if self.int8:
-            return Int8Weight.template(shape, dtype, self.int8, rank)
+        if self.quantisation is not None:
+            return self.quantisation.template(shape, dtype, rank)
         if isinstance(self.source, GgufWeight) and (rank or self.patch is None):
             return self.source.template(rank)
+        if rank:
+            return self.patch.beside(self.source, rank)  # type: ignore[union-attr, no-any-return]
         if isinstance(self.source, GgufWeight):  # a patched weight is not made blocks of again
             return torch.empty(shape, dtype=self.dtype, device="meta")
         if shape == self.source.shape:
@@ -77,33 +79,30 @@ class Param:
     def set_patch(self, patch: Patch | None) -> None:
         """Attach a patch, or None. A patch with a `shape` attribute may give the weight another shape.
 
-        A patch with a `rank` stays beside a weight that may have a branch.
+        A patch with a `rank` stays beside the weight as a low-rank branch of it. Where the weight is neither in blocks
+        nor quantised here, the patch's `beside` makes the template of the two.
         """
         self.patch = patch
         shape = torch.Size(getattr(patch, "shape", self.source.shape))
-        rank = getattr(patch, "rank", 0) if self.has_branches else 0
-        in_blocks = isinstance(self.source, GgufWeight) and not self.int8
-        if in_blocks or shape != self.final.shape or rank != getattr(self.final, "rank", 0):
+        rank = getattr(patch, "rank", 0)
+        of_the_patch = self.quantisation is None and (rank > 0 or isinstance(self.source, GgufWeight))
+        if of_the_patch or shape != self.final.shape or rank != getattr(self.final, "rank", 0):
             self.final = self._template(shape, self.final.dtype, rank)
-
-    @property
-    def has_branches(self) -> bool:
-        """Say whether a low-rank patch may stand beside the weight."""
-        return bool(self.int8) or isinstance(self.source, GgufWeight)
 
     @property
     def is_cast(self) -> bool:
         """Say whether the final form has other numbers than the source even without a patch."""
-        return bool(self.int8) or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
+        return self.quantisation is not None or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
 
     def making_bytes(self) -> int:
-        """Return the bytes of temporary memory in which the op makes numbers of a weight in blocks. 0 for others.
+        """Return the bytes of temporary memory in which the op makes numbers of a quantised weight. 0 for others.
 
         A lookup makes hardly any.
         """
-        if not isinstance(self.final, GgufWeight) or isinstance(self.owner, torch.nn.Embedding):
+        making = getattr(self.final, "making_bytes", None)
+        if making is None or isinstance(self.owner, torch.nn.Embedding):
             return 0
-        return self.final.making_bytes(self.op_dtype)
+        return making(self.op_dtype)  # type: ignore[no-any-return]
 
     def usable_in_place(self) -> bool:
         """Say whether a CPU op can read the source's own memory."""

@@ -33,7 +33,7 @@ def is_table(module: torch.nn.Module, params: Sequence[Param]) -> bool:
     if not isinstance(module, torch.nn.Embedding) or module.max_norm is not None or len(params) != 1:
         return False
     (param,) = params
-    if param.owner is not module or param.attr != "weight" or param.int8:
+    if param.owner is not module or param.attr != "weight" or param.quantisation is not None:
         return False
     return tensor_bytes(param.source) >= LARGE_BYTES and has_rows(param.source)
 

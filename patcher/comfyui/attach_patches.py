@@ -10,12 +10,15 @@ from comfy.model_patcher import ModelPatcher
 from ...ops.gguf.weight import GgufWeight, stays_quantised
 from ...ops.lending.param import Param
 from ...ops.lending.table import Table
+from ...ops.quantisation import Quantisation
 from ..dynamic_model import DynamicModel
 from .first_use import as_it_is, multiplies_wrongly
 from .model_state import ModelState
-from .patches.int8_lora import branch_of, place_loras
+from .patches.int8_lora import FEWEST_MERGED, branch_of, place_loras
 from .patches.rows import TablePatch
 from .patches.weight_patch import WeightPatch, idle_function
+from .quantise.layouts import Form
+from .quantise.weight import form_of
 
 HookPatches = dict[str, list[tuple]]
 
@@ -35,13 +38,14 @@ def attach_patches(
     int8_lora: as in Policy.
     """
     patches = {}
-    quantised: dict[str, Param] = {}
+    forms: dict[str, Quantisation | Form] = {}
     for key in {*patcher.patches, *hooked}:
         bundle = dynamic.by_key.get(key)
         if bundle is not None:
             param = next(param for param in bundle.params if param.key == key)
-            if param.int8:
-                quantised[key] = param
+            form = param.quantisation or form_in_file(patcher, dynamic, param, int8_lora)
+            if form is not None:
+                forms[key] = form
             patch = WeightPatch(
                 patcher.model,
                 key,
@@ -49,15 +53,15 @@ def attach_patches(
                 param.final.dtype,
                 patcher.patches.get(key, []),
                 hooked.get(key, []),
-                rounded=not param.int8,
+                rounded=param.quantisation is None,
             )
             if isinstance(bundle, Table):
                 patch = TablePatch(patch, param.final)
-            beside = branch_of(patch) if isinstance(param.source, GgufWeight) and not param.int8 else None
+            beside = branch_of(patch) if isinstance(param.source, GgufWeight) and param.quantisation is None else None
             patches[key] = patch if beside is None else beside
-    if quantised and not hooked:
-        chosen = {key: patches[key] for key in quantised}
-        patches.update(place_loras(chosen, quantised, int8_lora, dynamic.device, dynamic.ledger))
+    if forms and not hooked:
+        chosen = {key: patches[key] for key in forms}
+        patches.update(place_loras(chosen, forms, int8_lora, dynamic.device, dynamic.ledger))
     changed = [
         key
         for key in {*patches, *state.patches}
@@ -76,6 +80,19 @@ def attach_patches(
     set_weight_functions(patcher, state, dynamic)
 
 
+def form_in_file(patcher: ModelPatcher, dynamic: DynamicModel, param: Param, int8_lora: str) -> Form | None:
+    """Return the form that a file has a weight in, where a LoRA may stay beside it. None for other weights.
+
+    ComfyUI merges into weights of 8 bits and rounds them again, and so do we unless the policy says 'side branch'.
+    """
+    if param.attr != "weight" or int8_lora == "merge":
+        return None
+    module = param.owner
+    plainly = getattr(module, "_full_precision_mm", True) or patcher.force_cast_weights
+    form = form_of(module, not plainly and not multiplies_wrongly(module, dynamic.first_use()))
+    return form if form is not None and (form.bits < FEWEST_MERGED or int8_lora == "side branch") else None
+
+
 def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: DynamicModel) -> None:
     """Give ComfyUI's op classes their weight functions.
 
@@ -88,13 +105,14 @@ def set_weight_functions(patcher: ModelPatcher, state: ModelState, dynamic: Dyna
     for bundle in dynamic.bundles:
         for param in bundle.params:
             module, name = param.owner, f"{param.attr}_function"
-            if param.int8 and getattr(module, "layout_type", None) is not None:
-                # ComfyUI's op would quantise the input for a weight in the file's format, and the lent one is in ours.
+            ours = param.quantisation is not None or getattr(state.patches.get(param.key), "form", None) is not None
+            if ours and getattr(module, "layout_type", None) is not None:
+                # ComfyUI's op would quantise the input for a weight in the file's format, and ours does so itself.
                 bundle.lent_attributes.append((module, "layout_type", module.layout_type, None))
             if not hasattr(module, "comfy_cast_weights") or not hasattr(module, name):
                 continue
             wrappers = list(patcher.weight_wrapper_patches.get(param.key, []))
-            if param.attr == "weight" and not param.int8 and multiplies_wrongly(module, verdict):
+            if param.attr == "weight" and not ours and multiplies_wrongly(module, verdict):
                 wrappers.append(as_it_is)
             if param.key in state.patches and stays_quantised(param.source):
                 idle = [idle_function(param.key, {param.key: state.patches[param.key].all_patches}), *wrappers]

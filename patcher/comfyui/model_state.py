@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ops.device.backend import backend_for
 from ...ops.overrides import SavedAttributes
-from ..attach import Int8Choice
+from ..attach import Quantise
 from ..dynamic_model import DynamicModel
 from ..policy import Policy
 from .compile.blocks import block_names
@@ -38,7 +38,7 @@ class ModelState:
         self.attributes = SavedAttributes()
         self.patchers: set[int] = set()
         self.patches: dict[str, WeightPatch] = {}
-        self.int8: Int8Choice | None = None
+        self.quantise: Quantise | None = None
         self.notes: list[tuple[str, int]] = []  # decisions of the load, and their level: for the ledger
         # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
         self.lends_blocks = False
@@ -47,7 +47,7 @@ class ModelState:
 
     def __deepcopy__(self, memo: dict) -> ModelState:
         copied = ModelState()
-        copied.int8, copied.notes = self.int8, list(self.notes)
+        copied.quantise, copied.notes = self.quantise, list(self.notes)
         return copied
 
     def join(self, patcher: object) -> None:
@@ -79,7 +79,7 @@ class ModelState:
                 policy,
                 name=type(model).__name__,
                 model_dtype=model_dtype,
-                int8=self.int8,
+                quantise=self.quantise,
                 backend=heed_flags(backend_for(device, memory_figures)),
                 may_init=False,
                 blocks=block_names(model) if blocks else (),

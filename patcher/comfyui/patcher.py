@@ -246,7 +246,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
-            if self.state.int8 is not None:
+            if self.state.quantise is not None:
                 quantise_now(dynamic, Progress())
 
     def _take_over(self) -> None:

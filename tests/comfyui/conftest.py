@@ -7,6 +7,7 @@ be a lie.
 
 import gc
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,15 @@ def quantised_file(checkpoint, models_dir):
         return scaled_fp8(path, base) if kind == "scaled_fp8" else quantised(path, base, kind)
 
     return make
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    import folder_paths
+
+    from spillway.patcher.comfyui.saving.target import journal
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    yield tmp_path
+    left = [path.name for path in tmp_path.rglob("*") if "spillway-" in path.name]
+    assert not left and not (journal().is_dir() and os.listdir(journal()))

@@ -8,6 +8,7 @@ import torch
 from kit.nets import Blocks, Stack, budget, plain, random_state, same
 from spillway.ops.device.backend import backend_for
 from spillway.ops.files.source import StateDict
+from spillway.ops.int8.weight import Int8Rows
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
@@ -20,7 +21,7 @@ def stack():
 
 
 def int8(module, name, weight):
-    return int(weight.dim() == 2)
+    return Int8Rows() if weight.dim() == 2 else None
 
 
 class Linear(torch.nn.Linear):
@@ -131,7 +132,7 @@ def test_int8_is_near_and_the_same_at_any_residency(device, fraction):
     state = random_state(Stack(3, 256, Linear), torch.float32)
     reference, x = on(device, plain(lambda: Stack(3, 256, Linear), state, torch.float32))
     exact = run(reference, x)
-    model = model_on(device, lambda: Stack(3, 256, Linear), state, torch.float32, int8=int8)
+    model = model_on(device, lambda: Stack(3, 256, Linear), state, torch.float32, quantise=int8)
     limit(model, fraction, 2.0)
     first = run(model, x)
     assert float((first - exact).norm() / exact.norm()) < 0.1

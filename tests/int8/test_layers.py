@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spillway.ops.int8.measure import measure
-from spillway.patcher.int8_layers import Int8Layers
+from spillway.patcher.quantised_layers import Int8Layers
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from kit.int8 import normal, relative
 from kit.nets import Stack, budget, dynamic, plain, same, write
 from kit.sim_device import SimDevice
+from spillway.ops.int8.weight import Int8Rows
 from spillway.patcher.preload import quantise_now
 
 DEPTH = 8
@@ -27,12 +28,12 @@ def build():
 
 
 def every_linear(module, name, weight):
-    return int(isinstance(module, torch.nn.Linear))
+    return Int8Rows() if isinstance(module, torch.nn.Linear) else None
 
 
 def int8_model(tmp_path, device=None, fraction=None, pins=2.0, dtype=torch.float32, **policy):
     state = write(tmp_path / "m.safetensors", build(), dtype)
-    model = dynamic(build, tmp_path / "m.safetensors", dtype, device=device, int8=every_linear, **policy)
+    model = dynamic(build, tmp_path / "m.safetensors", dtype, device=device, quantise=every_linear, **policy)
     model.set_policy(model.policy.with_changes(vram_bytes=budget(model, fraction), pinned_bytes=budget(model, pins)))
     return model, state
 

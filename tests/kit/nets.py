@@ -106,11 +106,11 @@ def plain(build, state, dtype):
     return module
 
 
-def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, int8=None, **policy_fields):
+def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, quantise=None, **policy_fields):
     """Make a dynamic model of `source`: a path, a Source, or None for the module's own parameters.
 
-    device: a simulated one, else the CPU. dtype: None leaves the module as it is built. int8: which weights are
-    quantised.
+    device: a simulated one, else the CPU. dtype: None leaves the module as it is built. quantise: which weights
+    are quantised, and how.
     """
     if source is None:
         module = build()
@@ -118,7 +118,7 @@ def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, int
         with skip_model_initialization():
             module = build() if dtype is None else build().to(dtype)
         source = source if hasattr(source, "keys") else DiskMap(source)
-    return DynamicModel(module, source, "cpu", policy or Policy(**policy_fields), int8=int8, backend=device)
+    return DynamicModel(module, source, "cpu", policy or Policy(**policy_fields), quantise=quantise, backend=device)
 
 
 def bits(tensor):

@@ -11,6 +11,7 @@ from kit.nets import AnyLinear, Stack, budget, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.int8 import linear
+from spillway.ops.int8.weight import Int8Rows
 from spillway.ops.vbar import software
 from spillway.patcher import choose_vbar
 from spillway.patcher.dynamic_model import DynamicModel
@@ -202,7 +203,10 @@ def test_wrong_int8_products_are_computed_in_floating_point(tmp_path, monkeypatc
 
     def run(name):
         model = dynamic(
-            lambda: Stack(1, layer=Linear), tmp_path / "m.safetensors", device=SimDevice(name=name), int8=lambda *_: 1
+            lambda: Stack(1, layer=Linear),
+            tmp_path / "m.safetensors",
+            device=SimDevice(name=name),
+            quantise=lambda *_: Int8Rows(),
         )
         return model, model(model.module.input())
 

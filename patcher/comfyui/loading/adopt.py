@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from ....ops.files.disk_map import SourceError
 from ...attach import Unsupported
 from ...policy import Policy
 from ..compile.dynamic_models import refuse_compiled
+from ..model_state import source_of
 from ..patcher import DynamicModelPatcher
 from .ggml import comfyui_classes, compute_dtype, is_ggml, own_form
+from .load import CHECKPOINT_DTYPES, TEXT_DTYPES, quantise_loaded
 from .loader_overrides import building
 
 # Attributes that a patcher carries beside its model and its devices.
@@ -59,7 +62,7 @@ def _loaded_again(patcher: Any, policy: Policy | None) -> DynamicModelPatcher | 
 
 def _copied(patcher: Any) -> DynamicModelPatcher:
     """Copy the model's structure. The copy shares its tensors, so it takes no memory, and has no module in common."""
-    if patcher.is_dynamic():
+    if patcher.is_dynamic() and not isinstance(patcher, DynamicModelPatcher):
         raise Unsupported(
             f"{type(patcher.model).__name__}: ComfyUI's own dynamic VRAM has mapped this model and its loader keeps no "
             f"way to load it again. {ADVICE}"
@@ -68,8 +71,7 @@ def _copied(patcher: Any) -> DynamicModelPatcher:
     memo: dict[int, Any] = {id(value): value for name, value in vars(patcher.model).items() if name in OWN}
     modules, computes_in = dict(patcher.model.named_modules()), compute_dtype(patcher.model)
     for name, tensor in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
-        original = patcher.backup[name].weight if name in patcher.backup else tensor
-        shared = original.detach().to("cpu")
+        shared = source_of(patcher, name, tensor).to("cpu")
         if is_ggml(shared):
             shared = own_form(shared, modules[name.rpartition(".")[0]], computes_in)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -99,6 +101,13 @@ def dynamic_model(patcher: Any, policy: Policy | None = None) -> Any:
         if policy is not None:
             clone.set_policy(policy)
         return clone
+    return separate_model(patcher, policy)
+
+
+def separate_model(patcher: Any, policy: Policy | None = None) -> Any:
+    """Do so with a model of its own, also of one that Spillway manages already. That one is not changed."""
+    if isinstance(patcher, DynamicModelPatcher) and policy is None:
+        policy = patcher.policy
     if not hasattr(patcher, "model") or not hasattr(patcher, "object_patches"):
         raise Unsupported(f"a {type(patcher).__name__} is no model patcher that Spillway knows. {ADVICE}")
     ours = _loaded_again(patcher, policy) or _copied(patcher)
@@ -120,6 +129,29 @@ def dynamic_clip(clip: Any, policy: Policy | None = None) -> Any:
     copied.patcher = dynamic_model(clip.patcher, policy)
     copied.cond_stage_model = copied.patcher.model
     return copied
+
+
+def quantised_model(
+    patcher: Any, wanted: str, leave_out: Sequence[str] = (), policy: Policy | None = None
+) -> tuple[Any, str]:
+    """Make a patcher that Spillway manages, of a model of its own that is quantised. Returns it, and what was decided.
+
+    wanted: one of CHECKPOINT_DTYPES. leave_out: more parts of layers' names that keep their dtype. Raises Unsupported
+    as dynamic_model does.
+    """
+    ours = separate_model(patcher, policy)
+    return ours, quantise_loaded(ours, wanted, CHECKPOINT_DTYPES, leave_out)
+
+
+def quantised_clip(
+    clip: Any, wanted: str, leave_out: Sequence[str] = (), policy: Policy | None = None
+) -> tuple[Any, str]:
+    """Do so with a CLIP. wanted: one of TEXT_DTYPES."""
+    copied = clip.clone()
+    copied.patcher = separate_model(clip.patcher, policy)
+    words = quantise_loaded(copied.patcher, wanted, TEXT_DTYPES, leave_out)
+    copied.cond_stage_model = copied.patcher.model
+    return copied, words
 
 
 def dynamic_vae(vae: Any, policy: Policy | None = None) -> Any:

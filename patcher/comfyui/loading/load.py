@@ -20,8 +20,10 @@ from ....ops.parts.folder import MODEL, PIPELINE, TEXT, VAE, files_for, is_pipel
 from ....ops.parts.open_map import open_map
 from ....ops.parts.sharded_map import ShardedMap
 from ...policy import Policy
-from ..int8 import INT8, INT8_AUTO, choose_int8
 from ..patcher import DynamicModelPatcher
+from ..quantise.choose import AUTO, DEFAULT, quantise_model
+from ..quantise.formats import FORMATS
+from ..quantise.int8 import INT8, INT8_AUTO
 from .checkpoint import load_checkpoint_guess_config
 from .load_again import keep_dynamic
 from .loader_overrides import building, check_complete, detected, opening_indexes, refuse_pickle
@@ -36,9 +38,11 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
     # Loaded as the file has them. Each weight is quantised when it is brought.
-    INT8: {},
-    INT8_AUTO: {},
+    **{name: {} for name in (INT8, INT8_AUTO, *FORMATS, AUTO)},
 }
+# Of the models in a checkpoint, and of text encoders, which ComfyUI computes in floating point.
+CHECKPOINT_DTYPES = (DEFAULT, INT8, INT8_AUTO, *FORMATS, AUTO)
+TEXT_DTYPES = (DEFAULT, *FORMATS, AUTO)
 QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 
@@ -75,11 +79,12 @@ def load_diffusion_model(
     """
     (path,) = map(str, files_for(path, MODEL))
     if disable_dynamic:
-        if weight_dtype in (INT8, INT8_AUTO):
+        if weight_dtype in CHECKPOINT_DTYPES[1:]:
             log.warning(
-                "[Spillway] %s: another node asked for ComfyUI's classic model, which is not in INT8. INT8 Lazy Torch "
+                "[Spillway] %s: another node asked for ComfyUI's classic model, which is not in %s. INT8 Lazy Torch "
                 "Compile compiles the model that is.",
                 path,
+                weight_dtype,
             )
         with opening_indexes():
             return comfy.sd.load_diffusion_model(
@@ -91,23 +96,69 @@ def load_diffusion_model(
     with building(DynamicModelPatcher, policy, [source]):
         patcher = detected(lambda: comfy.sd.load_diffusion_model(path, model_options=options), path)
     check_complete(patcher.model)
-    if weight_dtype in (INT8, INT8_AUTO):
-        choose_int8(patcher, weight_dtype)
     patcher.cached_patcher_init = (load_diffusion_model, (path, weight_dtype, policy))
+    if weight_dtype in CHECKPOINT_DTYPES[1:]:
+        quantise_model(patcher, weight_dtype)
     return patcher
 
 
+def load_quantised(
+    factory: Any,
+    arguments: tuple,
+    wanted: str,
+    leave_out: tuple[str, ...],
+    part: int | None,
+    disable_dynamic: bool = False,
+) -> Any:
+    """Load a patcher once more and have it quantised. part: which of several that the factory gives."""
+    if disable_dynamic:
+        return factory(*arguments, disable_dynamic=True)
+    loaded = factory(*arguments)
+    quantise_model(loaded if part is None else loaded[part], wanted, leave_out)
+    return loaded
+
+
+def quantise_loaded(
+    patcher: Any, wanted: str, known: Sequence[str] = CHECKPOINT_DTYPES, leave_out: Sequence[str] = ()
+) -> str:
+    """Have a patcher that was just loaded quantised, again whenever ComfyUI loads it again. Returns words, or ''.
+
+    known: the names that may be asked for. Raises ValueError for another.
+    """
+    if wanted not in known:
+        raise ValueError(f"weight_dtype '{wanted}' is not one of {', '.join(known)}.")
+    if wanted == DEFAULT:
+        return ""
+    way = getattr(patcher, "cached_patcher_init", None)
+    if way is not None:
+        part = way[2] if len(way) > 2 else None
+        patcher.cached_patcher_init = (load_quantised, (*way[:2], wanted, tuple(leave_out), part), *way[2:])
+    return quantise_model(patcher, wanted, leave_out)
+
+
 def load_checkpoint(
-    path: str, policy: Policy | None = None, embedding_directory: Any = None
+    path: str,
+    policy: Policy | None = None,
+    embedding_directory: Any = None,
+    weight_dtype: str = DEFAULT,
+    clip_dtype: str = DEFAULT,
 ) -> tuple[Any, Any, Any, Any]:
     """Load a checkpoint -> (MODEL, CLIP, VAE, CLIP_VISION), with None for what the file does not have.
 
-    path: of a file, or of a folder of diffusers with several models. Raises SourceError for a file that holds no model,
-    or not all of one.
+    path: of a file, or of a folder of diffusers with several models. weight_dtype, clip_dtype: formats of the MODEL and
+    of the CLIP, in CHECKPOINT_DTYPES and TEXT_DTYPES. Raises SourceError for a file that holds no model, or not all of
+    one.
     """
-    if is_pipeline(path):
-        return load_pipeline(path, policy, embedding_directory)
+    load = load_pipeline if is_pipeline(path) else _load_checkpoint_file
+    model, clip, vae, clip_vision = load(path, policy, embedding_directory)
+    if model is not None:
+        quantise_loaded(model, weight_dtype, CHECKPOINT_DTYPES)
+    if clip is not None:
+        quantise_loaded(clip.patcher, clip_dtype, TEXT_DTYPES)
+    return model, clip, vae, clip_vision
 
+
+def _load_checkpoint_file(path: str, policy: Policy | None, embedding_directory: Any) -> tuple[Any, Any, Any, Any]:
     def load() -> Any:
         return load_checkpoint_guess_config(
             path, output_clipvision=True, embedding_directory=embedding_directory, policy=policy
@@ -175,8 +226,11 @@ def load_clip(
     clip_type: str = "stable_diffusion",
     policy: Policy | None = None,
     embedding_directory: Any = None,
+    weight_dtype: str = DEFAULT,
 ) -> Any:
     """Load one to four text encoder files, indexes or folders -> CLIP with a dynamic patcher.
+
+    weight_dtype: one of TEXT_DTYPES.
 
     Raises SourceError for files that are none, ValueError for an unknown type.
     """
@@ -206,6 +260,7 @@ def load_clip(
             f"{unused[0]}: no text encoder that ComfyUI knows was found in this file, or none of type '{clip_type}'."
         )
     keep_dynamic(clip.patcher, policy)
+    quantise_loaded(clip.patcher, weight_dtype, TEXT_DTYPES)
     return clip
 
 

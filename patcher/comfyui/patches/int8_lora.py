@@ -1,7 +1,8 @@
-"""Decides whether LoRAs on INT8 weights are merged and quantised once more, or stay beside as a low-rank branch.
+"""Decides whether LoRAs on quantised weights are merged and quantised once more, or stay beside as a low-rank branch.
 
 A merged LoRA costs nothing at any step, and is rounded with the weight. A branch is exact, and costs its arithmetic at
-every step.
+every step. Beside weights of 4 bits it stays, unless a policy says otherwise, and so it does beside those that a file
+has in 4 bits, which merging would round a second time.
 """
 
 from __future__ import annotations
@@ -16,26 +17,42 @@ import comfy.weight_adapter
 import torch
 
 from ....ops.gather import is_wrapper
-from ....ops.int8.linear import dequantise_rows, quantise_rows
 from ....ops.ledger import Ledger
-from ....ops.lending.param import Param
+from ....ops.quantisation import Quantisation
+from ..quantise.layouts import Form
+from ..quantise.weight import with_branch
 from .weight_patch import WeightPatch
 
 # The relative error of a quantised weight. Rounding normal numbers costs 0.8 %, and as much again for the input.
 ERROR_BOUND = 0.009
 # Rounding with the LoRA counts as no worse while its error grows by no more than this factor.
 NO_WORSE = 1.05
+# Weights of fewer bits leave a LoRA beside them, unless a policy says otherwise.
+FEWEST_MERGED = 8
 # How many weights are looked at, the largest first, and how many rows of each.
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 64
 
 
 class BranchPatch(WeightPatch):
-    """Holds patches that are all low-rank as one branch beside the weight. rank: of all of them together."""
+    """Holds patches that are all low-rank as one branch beside the weight.
+
+    rank: of all of them together. form: of a weight that a file has in one of ComfyUI's formats; None for others.
+    """
 
     def __init__(self, patch: WeightPatch, factors: list[tuple[torch.Tensor, torch.Tensor, float, Any]]) -> None:
         self.__dict__.update(patch.__dict__)
         self.factors = factors
         self.rank = sum(down.shape[0] for _, down, _, _ in factors)
+        self.form: Form | None = None
+
+    def beside(self, source: torch.Tensor, rank: int) -> torch.Tensor:
+        """Make the template of a weight from a file with the branch beside it."""
+        assert self.form is not None
+        return with_branch(source, self.form, rank)
+
+    def same_as(self, other: Any) -> bool:
+        """Whether two patches give the same weight."""
+        return super().same_as(other) and self.form == other.form
 
     def low_rank(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Build the matrices (rank, columns) and (rows, rank) in fp32, strengths included.
@@ -93,44 +110,54 @@ def _product_fits(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, ...], 
     return math.prod(ups) == rank and [rows, math.prod(columns)] == part
 
 
-def merge_errors(patch: BranchPatch, groups: int, device: torch.device) -> tuple[float, float]:
+def merge_errors(patch: BranchPatch, quantisation: Quantisation, device: torch.device) -> tuple[float, float]:
     """Measure by how much rounding changes some rows of a weight, relative: (without, with the LoRA)."""
     step = max(1, patch.shape[0] // SAMPLED_ROWS)
     weight = patch.weight
     weight = weight.dequantize()[::step] if is_wrapper(weight) else weight[::step]  # type: ignore[operator]
     rows = weight.to(device, torch.float32)
     down, up = patch.low_rank(device)
-    return _error(rows, groups), _error(rows + up[::step] @ down, groups)
+    return _error(rows, quantisation), _error(rows + up[::step] @ down, quantisation)
 
 
-def _error(rows: torch.Tensor, groups: int) -> float:
-    restored = dequantise_rows(*quantise_rows(rows, groups), torch.float32)
-    return float((restored - rows).norm() / rows.norm().clamp_(min=1e-30))
+def _error(rows: torch.Tensor, quantisation: Quantisation) -> float:
+    return float((quantisation.restored(rows) - rows).norm() / rows.norm().clamp_(min=1e-30))
 
 
 def place_loras(
-    patches: dict[str, WeightPatch], params: Mapping[str, Param], mode: str, device: torch.device, ledger: Ledger
+    patches: dict[str, WeightPatch],
+    forms: Mapping[str, Quantisation | Form],
+    mode: str,
+    device: torch.device,
+    ledger: Ledger,
 ) -> dict[str, WeightPatch]:
-    """Put branches in the place of patches that are to stay beside their INT8 weights.
+    """Put branches in the place of patches that are to stay beside their quantised weights.
 
-    mode: 'merge', 'side branch' or 'auto'. 'auto' merges where rounding the sum is no worse than rounding normal
-    numbers, or no worse than without the LoRA. The choice is one for the whole model, and goes to the ledger.
+    forms: of those weights, a Form for one that a file has. mode: 'merge', 'side branch' or 'auto'. 'auto' merges where
+    rounding the sum is no worse than rounding normal numbers, or no worse than without the LoRA. The choice is one for
+    the whole model, and goes to the ledger.
     """
     branches = {key: branch for key, patch in patches.items() if (branch := branch_of(patch)) is not None}
     if not branches or mode == "merge":
         return patches
+    for key, branch in branches.items():
+        form = forms[key]
+        branch.form = form if type(form) is Form else None
+    name = next(iter(forms.values())).name
     reason = "as the policy says"
-    if mode == "auto":
+    if mode == "auto" and any(forms[key].bits < FEWEST_MERGED for key in branches):
+        reason = "weights of 4 bits round it too coarsely"
+    elif mode == "auto":
         worst = (0.0, 0.0)
         with torch.no_grad():
-            for key in sorted(branches, key=lambda key: -params[key].final.numel())[:SAMPLED_WEIGHTS]:
-                worst = max(worst, merge_errors(branches[key], params[key].int8, device), key=_excess)
+            for key in sorted(branches, key=lambda key: -branches[key].weight.numel())[:SAMPLED_WEIGHTS]:
+                worst = max(worst, merge_errors(branches[key], forms[key], device), key=_excess)
         reason = f"rounding changes the weights by {100 * worst[0]:.2f} %, with the LoRA by {100 * worst[1]:.2f} %"
         if _excess(worst) <= 0:
-            ledger.decide_once(f"LoRA on INT8: merged and quantised once more; {reason}", level=logging.INFO)
+            ledger.decide_once(f"LoRA on {name}: merged and quantised once more; {reason}", level=logging.INFO)
             return patches
     ledger.decide_once(
-        f"LoRA on INT8: a side branch beside {len(branches)} weights, exact, with some arithmetic at every step; "
+        f"LoRA on {name}: a side branch beside {len(branches)} weights, exact, with some arithmetic at every step; "
         + reason,
         level=logging.INFO,
     )

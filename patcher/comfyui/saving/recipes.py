@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from comfy.quant_ops import get_layout_class
 
 from ....ops.files.deferred import Part, Recipe, drop_pages, row_ranges
 from ....ops.files.disk_map import check_files
@@ -16,8 +15,10 @@ from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import is_wrapper, memory_of, tensor_bytes
 from ....ops.gguf.weight import numbers_of
 from ....ops.ram.available import available_ram
-from ..patches.rows import ROUNDED_AT_RANDOM, rows_of, tensors_read
+from ..patches.rows import rows_of, tensors_read
 from ..patches.weight_patch import WeightPatch
+from ..quantise.layouts import Form
+from ..quantise.making import Making, regrouped
 
 
 class FinalWeight:
@@ -123,41 +124,40 @@ class Requantised(Recipe):
 
 
 class Quantised(Recipe):
-    """Quantises a weight with one scale for all of it, in a layout of ComfyUI's. Parts are named by suffix.
+    """Quantises a weight in a format of ComfyUI's, as it would be when it is brought. Parts are named by suffix.
 
-    The scale must be known before the first number is rounded. Rows computed for it are kept while they take no more
-    memory than the stored weight, and half of the RAM that is free. The others are computed again.
+    Where something must be known of the whole weight before the first number is rounded, rows computed for that are
+    kept while they take no more memory than the stored weight, and half of the RAM that is free. The others are
+    computed again.
     """
 
-    def __init__(self, weight: FinalWeight, layout: str) -> None:
-        self.weight, self.layout = weight, get_layout_class(layout)
+    def __init__(self, weight: FinalWeight, form: Form) -> None:
+        self.weight, self.form = weight, form
 
     def parts(self) -> Iterator[Part]:
-        largest, kept, rest = torch.zeros(1, 1), deque(), None
-        room = min(tensor_bytes(self.weight.source), available_ram().available // 2)
+        making = Making(self.form, self.weight.shape)
+        rows = self._looked_at(making) if making.looks else self.weight.parts()
+        for start, part in regrouped(rows, making.edges()):
+            if not torch.isfinite(part).all():
+                raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
+            for suffix, tensor in making.make(part).items():
+                yield Part(suffix, start, tensor.to("cpu").contiguous())
+        for suffix, tensor in making.single.items():
+            yield Part(suffix, 0, tensor.to("cpu").contiguous())
+
+    def _looked_at(self, making: Making) -> Iterator[tuple[int, torch.Tensor]]:
+        kept: deque[tuple[int, torch.Tensor]] = deque()
+        rest, room = None, min(tensor_bytes(self.weight.source), available_ram().available // 2)
         for start, rows in self.weight.parts():
             room -= rows.nbytes
             if room >= 0:
                 kept.append((start, rows))
             elif rest is None:
                 rest = start
-            rows = self._computable(rows)
-            largest = torch.maximum(largest.to(rows), rows.abs().amax().reshape(1, 1))
+            making.look(start, rows)
             del rows
-        if not torch.isfinite(largest).all():
-            raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
-        # The scale depends on the largest number only. That of a matrix of zeros would be zero, and divide to NaN.
-        largest = torch.where(largest == 0, torch.ones_like(largest), largest)
-        _, params = self.layout.quantize(largest, scale="recalculate")
-        again = iter(()) if rest is None else self.weight.parts(rest)
-        for start, rows in itertools.chain(_emptying(kept), again):
-            quantised, _ = self.layout.quantize(self._computable(rows), scale=params.scale)
-            yield Part("", start, quantised.to("cpu").contiguous())
-        yield Part("_scale", 0, params.scale.to("cpu").contiguous())
-
-    @staticmethod
-    def _computable(rows: torch.Tensor) -> torch.Tensor:
-        return rows.float() if rows.dtype in ROUNDED_AT_RANDOM else rows
+        making.found()
+        return itertools.chain(_emptying(kept), iter(()) if rest is None else self.weight.parts(rest))
 
     def sources(self) -> list[torch.Tensor]:
         return self.weight.sources()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.quant_ops
 import torch
 
 from ....ops.files.deferred import Assembling, Deferred
@@ -20,20 +18,15 @@ from ....ops.gguf.weight import stays_quantised
 from ....ops.ram import shortage
 from ..model_state import model_dtype, source_of
 from ..patches.weight_patch import WeightPatch
+from ..quantise.formats import SAVED_FORMATS
+from ..quantise.layers import KitchenLayers
+from ..quantise.weight import KitchenFormat
 from ..running import drop_unloaded
 from .recipes import Cast, FinalWeight, Quantised, Requantised
 
 AS_LOADED = "as loaded"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Name in the node -> ComfyUI's name of the quantisation.
-QUANTISATIONS = {"fp8_e4m3fn scaled": "float8_e4m3fn", "int8_tensorwise": "int8_tensorwise"}
-SAVE_DTYPES = [
-    AS_LOADED,
-    *DTYPES,
-    *(name for name, known in QUANTISATIONS.items() if known in comfy.quant_ops.QUANT_ALGOS),
-]
-# Matrix units take rows and columns by 16. A smaller matrix saves nothing worth its error.
-QUANTISED_MULTIPLE, QUANTISED_NUMEL = 16, 1 << 14
+SAVE_DTYPES = [AS_LOADED, *DTYPES, *SAVED_FORMATS]
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def save_model(
     if dtype not in SAVE_DTYPES:
         raise ValueError(f"dtype '{dtype}' is not one of {', '.join(SAVE_DTYPES)}.")
     begun = time.perf_counter()
-    others = AS_LOADED if dtype in QUANTISATIONS else dtype
+    others = AS_LOADED if dtype in SAVED_FORMATS else dtype
     with Assembling() as assembling:
         unet = deferred_weights(model, model.model.diffusion_model, "diffusion_model.", dtype)
         parts = {}
@@ -124,6 +117,8 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
     tensors: dict[str, torch.Tensor] = {}
     kept = root.state_dict()
     written: set[str] = set()
+    # The layers that a loader of ours would quantise.
+    layers = KitchenLayers(SAVED_FORMATS[dtype], type(root).__name__) if dtype in SAVED_FORMATS else None
     for key, value in kept.items():
         name, _, attr = key.rpartition(".")
         module = modules.get(name)
@@ -147,8 +142,8 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
                 tensors.update(pieces)
         elif not value.dtype.is_floating_point:
             tensors[key] = source_of(patcher, prefix + key, value)
-        elif dtype in QUANTISATIONS and _may_be_quantised(root, name, module, attr, weight):
-            tensors.update(_quantised(name, key, weight, QUANTISATIONS[dtype]))
+        elif layers is not None and (form := _format_of(layers, name, module, attr, weight)) is not None:
+            tensors.update(_quantised(name, key, weight, form))
         else:
             wanted = DTYPES.get(dtype) or _as_loaded(weight)
             tensors[key] = Deferred.of(Cast(weight, wanted), weight.shape, wanted)
@@ -174,23 +169,17 @@ def _as_loaded(weight: FinalWeight) -> torch.dtype:
     return weight.dtype if weight.dtype.itemsize <= stored.itemsize else stored
 
 
-def _may_be_quantised(root: torch.nn.Module, name: str, module: Any, attr: str, weight: FinalWeight) -> bool:
-    """Whether a weight is of a linear layer in a repeated block. Those at a model's ends suffer most and save least."""
+def _format_of(layers: KitchenLayers, name: str, module: Any, attr: str, weight: FinalWeight) -> KitchenFormat | None:
+    """Return the format of a weight; None for one that is no matrix of a layer that ComfyUI reads as quantised."""
     if attr != "weight" or type(module).__name__ != "Linear" or len(weight.shape) != 2:
-        return False
-    steps = name.split(".")
-    above = (root.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps)))
-    if not any(isinstance(part, torch.nn.ModuleList) for part in above):
-        return False
-    return weight.source.numel() >= QUANTISED_NUMEL and all(n % QUANTISED_MULTIPLE == 0 for n in weight.shape)
+        return None
+    return layers(module, name, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
 
 
-def _quantised(name: str, key: str, weight: FinalWeight, algorithm: str) -> dict[str, torch.Tensor]:
-    known = comfy.quant_ops.QUANT_ALGOS[algorithm]
-    recipe = Quantised(weight, known["comfy_tensor_layout"])
-    conf = json.dumps({"format": algorithm}).encode()
-    return {
-        key: Deferred.of(recipe, weight.shape, known["storage_t"]),
-        f"{key}_scale": Deferred.of(recipe, (), torch.float32, "_scale"),
-        f"{name}.comfy_quant": torch.tensor(list(conf), dtype=torch.uint8),
+def _quantised(name: str, key: str, weight: FinalWeight, form: KitchenFormat) -> dict[str, torch.Tensor]:
+    recipe = Quantised(weight, form)
+    pieces = {
+        f"{key}{suffix}": Deferred.of(recipe, piece.shape, piece.dtype, suffix)
+        for suffix, piece in form.pieces(weight.shape).items()
     }
+    return {**pieces, f"{name}.comfy_quant": form.conf()}

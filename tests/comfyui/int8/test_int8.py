@@ -59,7 +59,7 @@ def speed(monkeypatch):
 
 
 def int8_layers(model):
-    return [p.key for bundle in model.dynamic.bundles for p in bundle.params if p.int8]
+    return [p.key for bundle in model.dynamic.bundles for p in bundle.params if p.quantisation]
 
 
 # -- near the original
@@ -120,7 +120,7 @@ def test_checkpoints_of_other_dtypes_are_quantised_too(dtype, checkpoint):
 def test_comfyui_makes_room_for_the_quantised_size(flux):
     plain, model = load_diffusion_model(flux), load_diffusion_model(flux, "int8")
     run(model, 1)
-    weights = [p for b in model.dynamic.bundles for p in b.params if p.int8]
+    weights = [p for b in model.dynamic.bundles for p in b.params if p.quantisation]
     bf16 = sum(2 * p.source.numel() for p in weights)
     int8 = sum(p.final.qdata.nbytes + p.final.scale.nbytes for p in weights)
     assert model.model_size() == model.clone().model_size() == plain.model_size() - bf16 + int8
@@ -205,7 +205,7 @@ def test_a_lora_is_near_the_originals_and_leaves_no_trace(mode, fraction, flux, 
     assert model.dynamic.ledger.counters.quantised == made
     said = [words for words in model.dynamic.ledger.decisions if words.startswith("LoRA on INT8")]
     assert len(said) == (mode != "merge")
-    ranks = {bundle.final[0].rank for bundle in model.dynamic.bundles if bundle.params[0].int8}
+    ranks = {bundle.final[0].rank for bundle in model.dynamic.bundles if bundle.params[0].quantisation}
     assert ranks == ({4} if mode == "side branch" else {0})
     assert_same(run(model, STEPS), without)
 
@@ -307,7 +307,7 @@ def test_a_classic_clone_says_that_it_is_not_in_int8(flux, caplog):
         pytest.skip("this ComfyUI has no such clones")
     classic = model.clone(disable_dynamic=True)
     assert not classic.is_dynamic()
-    assert "not in INT8" in caplog.text and flux in caplog.text
+    assert "not in int8." in caplog.text and flux in caplog.text
     assert_same(run(classic, 1), run(load_diffusion_model(flux), 1))
 
 

@@ -15,7 +15,7 @@ from kit.comfyui.pairs import SMALL, assert_same, comfyui_vae, run
 from spillway.nodes.extension import SpillwayExtension
 from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.policy import GIB, SpillwayPolicy
-from spillway.patcher.comfyui.loading.load import WEIGHT_DTYPES
+from spillway.patcher.comfyui.loading.load import CHECKPOINT_DTYPES, WEIGHT_DTYPES
 
 # Workflow files have this id from another pack's node of the same inputs.
 NAMED_BY_WORKFLOWS = {"INT8LazyTorchCompile"}
@@ -54,7 +54,8 @@ def test_a_schema_explains_every_input_and_has_an_id_of_the_packs_own(node):
     assert schema.outputs
 
 
-@pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_DTYPES if not name.startswith("int8")])
+# "default", and formats that ComfyUI's own node has.
+@pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_DTYPES if name not in CHECKPOINT_DTYPES[1:]])
 def test_a_loaded_diffusion_model_gives_comfyuis_latents(weight_dtype, file, checkpoint):
     name = file("diffusion_models", "flux", **SMALL)
     (model,) = SpillwayLoadDiffusionModel.execute(unet_name=name, weight_dtype=weight_dtype).args

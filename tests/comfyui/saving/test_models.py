@@ -14,7 +14,8 @@ from kit.comfyui.saving import PREFIX, assert_same_tensors, cast, comfyui_save, 
 from spillway.ops.files.disk_map import DiskMap
 from spillway.patcher.comfyui.loading.ggml import compute_dtype
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
-from spillway.patcher.comfyui.saving.save import QUANTISATIONS, SAVE_DTYPES
+from spillway.patcher.comfyui.quantise.formats import SAVED_FORMATS
+from spillway.patcher.comfyui.saving.save import SAVE_DTYPES
 
 pytestmark = pytest.mark.usefixtures("output")
 
@@ -41,7 +42,7 @@ def test_a_saved_model_is_comfyuis_file_at_any_budget(fraction, checkpoint, tmp_
         assert_same(run(load(first)), wanted_run)
 
 
-@pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name not in QUANTISATIONS])
+@pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name not in SAVED_FORMATS])
 def test_a_saved_dtype_rounds_the_patched_weights(dtype, checkpoint, tmp_path, small_parts):
     """The patched weights in the rounding of the dtype; as loaded is the file's, though a CPU computes in fp32."""
     path = checkpoint("flux", **SMALL)

@@ -13,12 +13,12 @@ from kit.comfyui.pairs import SMALL, assert_same, budget, run
 from kit.comfyui.saving import PREFIX, assert_same_tensors, cast, comfyui_save, everywhere, like, read, save
 from spillway.ops.files.disk_map import DiskMap
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
-from spillway.patcher.comfyui.saving.save import QUANTISATIONS, SAVE_DTYPES
+from spillway.patcher.comfyui.quantise.formats import SAVED_FORMATS
 
 pytestmark = pytest.mark.usefixtures("output")
 
 
-@pytest.mark.parametrize("dtype", [name for name in SAVE_DTYPES if name in QUANTISATIONS])
+@pytest.mark.parametrize("dtype", [name for name in ("fp8_e4m3fn scaled", "int8_tensorwise") if name in SAVED_FORMATS])
 def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkpoint, tmp_path, small_parts):
     """ComfyUI's own quantisation of its own patched weights, in the blocks; it loads here and there, and runs."""
     path = checkpoint("flux", **SMALL)
@@ -27,9 +27,9 @@ def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkp
     wanted, _ = read(comfyui_save(classic))
     saved = save(ours, dtype)
     got, _ = read(saved)
-    algorithm = QUANTISATIONS[dtype]
+    algorithm = SAVED_FORMATS[dtype].algorithm
     layers = [key.removesuffix(".comfy_quant") for key in got if key.endswith(".comfy_quant")]
-    assert len(layers) == 13 and all("_blocks.0." in layer for layer in layers)
+    assert len(layers) == 10 and all("_blocks.0." in layer for layer in layers)
     for layer in layers:
         reference = QuantizedTensor.from_float(
             wanted.pop(f"{layer}.weight"), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], scale="recalculate"

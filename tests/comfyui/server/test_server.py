@@ -1,5 +1,6 @@
 """A real ComfyUI server with the pack in its custom_nodes: prompts with the pack's nodes give ComfyUI's pictures."""
 
+import copy
 import json
 import os
 
@@ -9,6 +10,7 @@ import safetensors
 
 from kit.comfyui.running_server import Server, node
 
+FORMAT = "nvfp4"
 FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
 
 
@@ -51,7 +53,7 @@ def graph(loaders):
     """A Flux with text encoder and VAE from files of their own, and a checkpoint; `loaders` are the nodes that load
     them.
     """
-    prompt = dict(loaders)
+    prompt = copy.deepcopy(loaders)
     for name, clip in (("flux", ["clip", 0]), ("sd15", ["checkpoint", 1])):
         prompt[f"{name} positive"] = node("CLIPTextEncode", clip=clip, text="a red house by the sea")
         prompt[f"{name} negative"] = node("CLIPTextEncode", clip=clip, text="")
@@ -153,6 +155,41 @@ def test_a_saved_file_has_the_workflow_and_is_listed(server):
         assert json.loads(file.metadata()["prompt"]) == prompt
     (names,) = server.get("object_info/SpillwayLoadDiffusionModel").values()
     assert path.name in names["input"]["required"]["unet_name"][1]["options"]
+
+
+def test_quantised_models_give_the_pictures_that_comfyui_makes_of_their_files(server):
+    """Quantised by the loaders, by Quantise Model, and saved: those files are loaded by ComfyUI's own nodes."""
+    loaders = copy.deepcopy(OURS)
+    for name in ("model", "clip", "checkpoint"):
+        loaders[name]["inputs"]["weight_dtype"] = FORMAT
+    wanted, plain = server.pictures(graph(loaders)), server.pictures(graph(THEIRS))
+    assert all(not np.array_equal(wanted[name], plain[name]) and wanted[name].std() > 1 for name in plain)
+
+    settings = {"weight_dtype": FORMAT, "clip_dtype": FORMAT, "leave_out": ""}
+    made = graph(THEIRS)
+    made["flux quantised"] = node("SpillwayQuantiseModel", model=["model", 0], clip=["clip", 0], **settings)
+    made["sd15 quantised"] = node("SpillwayQuantiseModel", model=["checkpoint", 0], **settings)
+    for name in ("flux", "sd15"):
+        made[f"{name} sampler"]["inputs"]["model"] = [f"{name} quantised", 0]
+    for name in ("flux positive", "flux negative"):
+        made[name]["inputs"]["clip"] = ["flux quantised", 1]
+    parts = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "vae": ["checkpoint", 2]}
+    made["save model"] = node(
+        "SpillwaySaveDiffusionModel", model=["model", 0], filename_prefix="diffusion_models/four", dtype=FORMAT
+    )
+    made["save checkpoint"] = node("SpillwaySaveCheckpoint", **parts, filename_prefix="checkpoints/four", dtype=FORMAT)
+    by_node = server.pictures(made)
+
+    files = graph(THEIRS)
+    files["model"]["inputs"]["unet_name"] = files["checkpoint"]["inputs"]["ckpt_name"] = "four_00001_.safetensors"
+    files["flux quantised"] = node("SpillwayQuantiseModel", clip=["clip", 0], **settings)
+    for name in ("flux positive", "flux negative"):
+        files[name]["inputs"]["clip"] = ["flux quantised", 1]
+    of_files = server.pictures(files)
+    for got in (by_node, of_files):
+        for name, image in wanted.items():
+            assert np.array_equal(got[name], image), f"{name}: {(got[name] != image).mean():.1%} of the numbers differ"
+    assert f"quantised to {FORMAT}" in server.said()
 
 
 def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
