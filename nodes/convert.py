@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..ops.files.safetensors_header import PICKLES
+from ..ops.files.safetensors_header import is_pickle
+from ..ops.parts.index import index_of
 from ..ops.pickles.convert import convert
 from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.target import journal
-from .any_folder import files_in, path_of, stamps_of
+from .any_folder import path_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
+from .load import files_below
 
 log = logging.getLogger("spillway")
 
@@ -33,8 +36,18 @@ FOLDERS = (
 )
 
 
+# Folders of diffusers models hold pickles too. What is made of them stays there.
+SOURCES = (*FOLDERS, "diffusers")
+
+
 def _files() -> list[str]:
-    return files_in(FOLDERS, lambda name: name.lower().endswith(PICKLES))
+    """List pickles. Those in several files are listed by their index, where it is beside them."""
+    found = []
+    for folder in SOURCES:
+        for place in folder_paths.get_folder_paths(folder):
+            names = (name for name in files_below(place) if is_pickle(name) and index_of(Path(place, name)) is None)
+            found += [f"{folder}/{name}" for name in names]
+    return sorted(set(found))
 
 
 def _place(folder: str) -> str:
@@ -59,7 +72,8 @@ class SpillwayConvertToSafetensors(CheckedNode):
                 OpenChoice(
                     "file",
                     options=_files(),
-                    tooltip="A .ckpt, .pt, .pth or .bin file in ComfyUI's models folder, and the folder that it is in.",
+                    tooltip="A .ckpt, .pt, .pth or .bin file in ComfyUI's models folder, or the index of a model in "
+                    "several, and the folder that it is in.",
                 ),
                 io.Combo.Input(
                     "folder",
@@ -75,11 +89,11 @@ class SpillwayConvertToSafetensors(CheckedNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, folder: str = BESIDE) -> list[str]:
-        return stamps_of(file, FOLDERS)
+        return stamps_of(file, SOURCES)
 
     @classmethod
     def execute(cls, file: str, folder: str = BESIDE) -> io.NodeOutput:
-        path = path_of("Convert to Safetensors", file, FOLDERS)
+        path = path_of("Convert to Safetensors", file, SOURCES)
         target = None if folder == BESIDE else _place(folder)
         done = convert(path, target, progress=Progress(), journal=journal())
         log.info("[Spillway] %s", done.words)

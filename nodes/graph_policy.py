@@ -1,4 +1,4 @@
-"""Finds in a prompt what its policy nodes say for the whole graph, also where their outputs are cached."""
+"""Finds what holds for a whole graph: in its policy nodes, also where their outputs are cached, and in the settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
+from ..cache.comfyui.settings import models_cap
 from ..patcher.policy import Policy
 from .inputs import AUTO
 
@@ -17,8 +18,13 @@ RULES_NODE = "SpillwayPlacementRules"
 
 
 def read(prompt: dict[str, Any]) -> tuple[Policy | None, list[int]]:
-    """Return (the policy for the whole graph or None, caps in bytes) of a prompt. A wrong value is left to its node."""
-    policy, caps = None, []
+    """Return (the policy for the whole graph or None, caps in bytes) of a prompt, with the cap of the settings.
+
+    A wrong value is left to its node.
+    """
+    policy: Policy | None = None
+    of_settings = models_cap()
+    caps = [] if of_settings is None else [of_settings]
     for name, node in prompt.items():
         if node.get("class_type") != POLICY_NODE:
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .files.probe import Probe
-from .files.safetensors_header import PICKLES, SourceError
+from .files.safetensors_header import PICKLES, SourceError, is_pickle
 from .ledger import in_words
 from .parts.index import files_of, index_of, is_index, part_words
 from .parts.probe import probe
@@ -49,7 +49,7 @@ class Scanned:
 
 def is_model_file(name: str) -> bool:
     """Say whether a file is one that may hold a model, by its name."""
-    return name.lower().endswith(SUFFIXES) or is_index(name)
+    return name.lower().endswith(SUFFIXES) or is_index(name) or is_pickle(name)
 
 
 def scan(
@@ -85,13 +85,14 @@ def _look(name: str, path: Path) -> Scanned:
 
 
 def _describe(one: Scanned) -> None:
-    pickle = one.path.suffix.lower() in PICKLES
+    pickle = is_pickle(one.path)
     result = probe_pickle(one.path) if pickle else probe(one.path)
     one.kind, one.architecture, one.formats = result.kind, result.architecture, _formats(result)
-    if pickle:
-        one.note = "a pickle: convert it to safetensors"
     if result.files > 1:
         one.note = f"in {result.files} files"
+    if pickle:
+        several = f" in {result.files} files" if result.files > 1 else ""
+        one.note = f"a pickle{several}: convert it to safetensors"
     if part_words(one.path):
         one.loads, one.note = False, part_words(one.path)
 

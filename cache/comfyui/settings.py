@@ -1,4 +1,4 @@
-"""The pack's settings in ComfyUI: what its default user set, and whether the output cache is turned off."""
+"""The pack's settings in ComfyUI: what its default user set, and the variables that go before it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,19 @@ def setting(kind: settings.Number | settings.Switch) -> Any:
 
 def ram_cap() -> int | None:
     """Return the most bytes of RAM that outputs may hold. None where only the headroom counts, as by default."""
-    gigabytes = settings.variable(settings.CACHE_GB)
+    return _cap(settings.CACHE_GB, settings.CACHE_RAM_GB)
+
+
+def models_cap() -> int | None:
+    """Return the most bytes of a device that all models may hold together. None for no cap, as by default."""
+    return _cap(settings.MODELS_GB, settings.MODELS_DEVICE_GB)
+
+
+def _cap(variable: settings.Number, in_comfyui: settings.Number) -> int | None:
+    """Read a cap in bytes, of which 0 is none. The variable goes before the setting."""
+    gigabytes = settings.variable(variable)
     if gigabytes is None:
-        gigabytes = setting(settings.CACHE_RAM_GB)
+        gigabytes = setting(in_comfyui)
     return int(gigabytes * (1 << 30)) if gigabytes else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..errors import SpillwayError
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Of a model in several of them: pytorch_model.bin.index.json, and pytorch_model.bin.index.fp16.json for a variant.
+PICKLED_INDEX = re.compile(r"\.bin\.index(\.\w+)?\.json$", re.IGNORECASE)
 AGAIN = "Download or copy the file again."
 
 
@@ -89,6 +92,19 @@ class Header:
             )
 
 
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is a pickle, or the index of several, by its name."""
+    name = Path(path).name
+    return name.lower().endswith(PICKLES) or PICKLED_INDEX.search(name) is not None
+
+
+def converted(path: Path) -> Path:
+    """Return the safetensors file beside a pickle, or the index of several, that it is converted to."""
+    index = PICKLED_INDEX.search(path.name)
+    stem = path.stem if index is None else f"{path.name[: index.start()]}{index[1] or ''}"
+    return path.with_name(f"{stem}.safetensors")
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read a file's header, and nothing else of it. Raises SourceError for a file of another format."""
     with open_file(path) as file:
@@ -98,13 +114,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryIO:
     """Open a file to read. Raises SourceError for a folder, or nothing, and for a pickle unless `pickles`."""
     path = Path(path)
-    if path.suffix.lower() in PICKLES and not pickles:
-        converted = path.with_suffix(".safetensors")
+    if is_pickle(path) and not pickles:
+        what = "this is the index of" if path.suffix.lower() == ".json" else f"{path.suffix} files are"
         raise SourceError(
-            f"{path}: {path.suffix} files are pickles, which may run code. "
+            f"{path}: {what} pickles, which may run code. "
             + (
-                f"'{converted.name}' lies beside it: choose that one."
-                if converted.is_file()
+                f"'{converted(path).name}' lies beside it: choose that one."
+                if converted(path).is_file()
                 else "Convert it once, without running it, with the node Convert to Safetensors (Spillway) or `python "
                 "dev.py convert FILE`. Then load the safetensors file."
             )

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from ..files.safetensors_header import PICKLES, SourceError
-from .index import NAME, part_of
+from ..files.safetensors_header import PICKLES, SourceError, is_pickle
+from .index import NAME, index_of, part_of
 
 PIPELINE = "model_index.json"
 # What a loader takes out of a pipeline's folder.
@@ -57,7 +57,7 @@ def weights_of(folder: Path) -> Path:
     found = _weights(folder)
     if found is not None:
         return found
-    pickles = sorted(name for name in os.listdir(folder) if name.lower().endswith(PICKLES))
+    pickles = sorted(name for name in os.listdir(folder) if is_pickle(name) and index_of(folder / name) is None)
     if pickles:
         raise SourceError(
             f"{folder}: only pickles here, such as '{pickles[0]}', which may run code. Convert it once, with the node "

@@ -8,7 +8,7 @@ import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, SourceError
+from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, PICKLED_INDEX, SourceError, is_pickle
 from ..gguf.header import is_gguf
 
 # model.safetensors.index.json; model.safetensors.index.fp16.json for a variant.
@@ -26,6 +26,11 @@ class Index(NamedTuple):
 def is_index(path: str | os.PathLike[str]) -> bool:
     """Say whether a file is such an index by its name."""
     return NAME.search(Path(path).name) is not None
+
+
+def is_pickled_index(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is the index of a model in several pickles by its name."""
+    return PICKLED_INDEX.search(Path(path).name) is not None
 
 
 def read_index(path: str | os.PathLike[str]) -> Index:
@@ -99,19 +104,23 @@ def part_of(path: str | os.PathLike[str]) -> Part | None:
 def model_of(index: str | os.PathLike[str]) -> str:
     """Return what the names of a model's parts begin with, by the name of its index."""
     name = Path(index).name
-    found = NAME.search(name)
-    stem = name[: found.start()] if found is not None else name
-    return f"{stem}{found[1]}" if found is not None and found[1] else stem
+    found = NAME.search(name) or PICKLED_INDEX.search(name)
+    return name if found is None else f"{name[: found.start()]}{found[1] or ''}"
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """Return a file, and with an index all parts of its model that lie beside it, by their names alone."""
     path = Path(path)
-    if not is_index(path):
+    if not (is_index(path) or is_pickled_index(path)):
         return [path]
-    model = model_of(path)
     names = sorted(os.listdir(path.parent))
-    return [path, *(path.with_name(name) for name in names if (part := part_of(name)) and part.model == model)]
+    return [path, *(path.with_name(name) for name in names if is_part_of(name, path))]
+
+
+def is_part_of(name: str, index: str | os.PathLike[str]) -> bool:
+    """Say whether a file is a part of the model that an index beside it is of, by their names."""
+    part = part_of(name)
+    return part is not None and part.model == model_of(index) and is_pickle(name) == is_pickled_index(index)
 
 
 def index_of(path: str | os.PathLike[str]) -> Path | None:
@@ -120,9 +129,10 @@ def index_of(path: str | os.PathLike[str]) -> Path | None:
     if part is None:
         return None
     stem, _, variant = part.model.rpartition(".")
-    names = [f"{part.model}.safetensors.index.json"]
+    kind = _kind(path)
+    names = [f"{part.model}{kind}.index.json"]
     if stem:
-        names += [f"{stem}.safetensors.index.{variant}.json"]
+        names += [f"{stem}{kind}.index.{variant}.json"]
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
 
@@ -143,11 +153,16 @@ def part_words(path: str | os.PathLike[str]) -> str:
             f"this is part {part.number} of {part.total} of '{part.model}', which is no model by itself. Join the "
             "parts with llama.cpp's `llama-gguf-split --merge`."
         )
-    index = index_of(path)
+    index, kind = index_of(path), _kind(path)
+    how = ", and convert it with the node Convert to Safetensors (Spillway)" if is_pickle(path) else ""
     words = f"this is part {part.number} of {part.total} of '{part.model}', which is no model by itself."
     if index is not None:
-        return f"{words} Choose '{index.name}' beside it, which loads all parts."
-    return (
-        f"{words} Put the other parts and the model's index, '{part.model}.safetensors.index.json', beside it, and "
-        "choose the index."
+        return f"{words} Choose '{index.name}' beside it, which stands for all parts{how}."
+    return f"{words} Put the other parts and the model's index, '{part.model}{kind}.index.json', beside it, and " + (
+        f"choose the index{how}."
     )
+
+
+def _kind(part: str | os.PathLike[str]) -> str:
+    """Return what stands before `.index` in the name of a part's index."""
+    return ".bin" if is_pickle(part) else ".safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..files.disk_map import DiskMap, SourceError
@@ -17,10 +18,11 @@ class ShardedMap(DiskMaps):
     another part has too.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], opens: Callable[[Path], DiskMap] = DiskMap) -> None:
+        """opens: what makes a map of each part."""
         super().__init__(())
         index = read_index(path)
-        self.path = Path(path)
+        self.path, self._opens = Path(path), opens
         self.metadata: dict[str, str] = {}
         for number, (name, keys) in enumerate(index.parts.items(), 1):
             part = self._open(name, keys, number, len(index.parts))
@@ -49,7 +51,7 @@ class ShardedMap(DiskMaps):
                 f"{self.path}: part {number} of {count}, '{name}', is missing. It has {len(keys)} tensors, such as "
                 f"'{keys[0]}'. Put it beside the index."
             )
-        return DiskMap(path)
+        return self._opens(path)
 
     def _twice(self, key: str, one: DiskMap, other: DiskMap) -> str:
         return (

@@ -12,9 +12,11 @@ import torch
 
 from ..files.deferred import Deferred, Stored
 from ..files.disk_map import SourceError
-from ..files.safetensors_header import PICKLES, open_file, read_header
+from ..files.safetensors_header import PICKLES, converted, is_pickle, open_file, read_header
 from ..files.save_pipeline import save
 from ..ledger import in_words
+from ..parts.index import is_pickled_index, refuse_part
+from ..parts.sharded_map import ShardedMap
 from ..ram.available import available_ram
 from .archive import is_archive
 from .pickle_map import PickleMap, check_growth
@@ -48,14 +50,18 @@ def convert(
 ) -> Converted:
     """Write the tensors of a pickle as a safetensors file of the same name. folder: to write to; None for beside it.
 
-    A file that was converted there before is left as it is. Shared tensors are written once for each of their names.
+    path: of a file, or of the index of a model in several, of which all become one. A file that was converted there
+    before is left as it is. Shared tensors are written once for each of their names.
     progress, journal: as for `save`. Raises SourceError for a pickle that is not a file of tensors or would run
     something, SaveError, and FileExistsError where another file has the name.
     """
     path = Path(path)
-    if path.suffix.lower() not in PICKLES:
-        raise SourceError(f"{path}: only {', '.join(PICKLES)} files are converted. Choose one of these.")
-    target = (path.parent if folder is None else Path(folder)) / f"{path.stem}.safetensors"
+    if not is_pickle(path):
+        raise SourceError(
+            f"{path}: only {', '.join(PICKLES)} files are converted, and their indexes. Choose one of these."
+        )
+    refuse_part(path)
+    target = (path.parent if folder is None else Path(folder)) / converted(path).name
     tensors, digest = _opened(path)
     there = _made_before(target, digest)
     if there is not None:
@@ -68,14 +74,23 @@ def convert(
 
 def _opened(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """Return the tensors, in the file's map where it can be mapped, and a digest of the file."""
+    if is_pickled_index(path):
+        maps: list[PickleMap] = ShardedMap(path, PickleMap).maps  # type: ignore[assignment]
+        digests = "".join(f"{source.path.name}\0{source.digest}\0" for source in maps)
+        digest = hashlib.sha256(digests.encode("utf-8", "surrogateescape")).hexdigest()
+        return {key: value for source in maps for key, value in _mapped(source).items()}, digest
     with open_file(path, pickles=True) as file:
         if not is_archive(file):
             return _read_whole(path)
     source = PickleMap(path)
+    return _mapped(source), source.digest
+
+
+def _mapped(source: PickleMap) -> dict[str, torch.Tensor]:
     tensors = source.state_dict()
     for tensor in tensors.values():
         tensor.disk_map = source  # type: ignore[attr-defined]  # known as a map for as long as a tensor is used
-    return tensors, source.digest
+    return tensors
 
 
 def _read_whole(path: Path) -> tuple[dict[str, torch.Tensor], str]:

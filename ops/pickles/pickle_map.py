@@ -32,7 +32,7 @@ class PickleMap(DiskMap):
         if not is_archive(file):
             raise SourceError(
                 f"{self.path}: this is no zip archive, as torch.save has written since 2020. An older file cannot be "
-                "mapped: convert it."
+                "mapped. Convert it where it is the whole model, or get the model as safetensors."
             )
         self.file_bytes, self.metadata, self.left_out = file.seek(0, 2), {}, []
         archive = check_archive(self.path, file, self.file_bytes)

@@ -17,7 +17,6 @@ NOTHING_SAID = Policy()
 
 _policy: Policy | None = None
 _caps: list[int] = []
-_base_cap: int | None = None
 
 
 def in_force(own: Policy) -> Policy:
@@ -26,7 +25,7 @@ def in_force(own: Policy) -> Policy:
 
 
 def begin(policy: Policy | None, caps: list[int]) -> None:
-    """Begin a graph. Of several caps, and that of the settings, the smallest holds."""
+    """Begin a graph. Of several caps the smallest holds, on each device by itself."""
     global _policy
     _policy, _caps[:] = policy, caps
     _apply_caps()
@@ -41,16 +40,10 @@ def add(policy: Policy | None, cap: int | None) -> None:
         _apply_caps()
 
 
-def set_base_cap(nbytes: int | None) -> None:
-    """Set the cap that holds whatever graph runs, in bytes; None for no cap."""
-    global _base_cap
-    _base_cap = nbytes
-    _apply_caps()
-
-
 def _apply_caps() -> None:
-    caps = _caps if _base_cap is None else [*_caps, _base_cap]
-    set_cap(comfy.model_management.get_torch_device(), min(caps, default=None))
+    every = getattr(comfy.model_management, "get_all_torch_devices", None)  # older versions know one
+    for device in {comfy.model_management.get_torch_device(), *(every() if every is not None else ())}:
+        set_cap(device, min(_caps, default=None))
 
 
 def install(read: Callable[[dict[str, Any]], tuple[Policy | None, list[int]]]) -> None:

@@ -1,8 +1,10 @@
 """Variables and settings that make no sense: named once, with what is accepted, and as good as not set."""
 
 import ast
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -95,6 +97,18 @@ def test_no_other_file_reads_a_variable_of_ours():
                 found[path.name] = path.read_text("utf-8")
     assert set(found) == {"settings.py", "allocator.py"}
     assert "environ.get(name)" in found["allocator.py"] and found["allocator.py"].count("environ") == 1
+
+
+def test_the_settings_page_has_what_the_pack_reads_with_its_english_texts():
+    """An id that differs in one place would be a setting without effect."""
+    page = (ROOT / "web" / "js" / "settings.js").read_text("utf-8")
+    texts = json.loads((ROOT / "locales" / "en" / "settings.json").read_text("utf-8"))
+    ids = re.findall(r'id: "([^"]+)"', page)
+    assert sorted(ids) == sorted(kind.name for kind in settings.IN_COMFYUI)
+    assert list(texts) == [name.replace(".", "_") for name in ids]
+    assert re.findall(r'\bname: "(.*)",', page)[1:] == [text["name"] for text in texts.values()]
+    tooltips = re.findall(r"tooltip:\s+(.*?),\n      category", page, re.S)
+    assert ["".join(re.findall(r'"([^"]*)"', words)) for words in tooltips] == [t["tooltip"] for t in texts.values()]
 
 
 def test_a_warning_is_logged_as_one(monkeypatch, caplog):

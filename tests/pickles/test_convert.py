@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 
 from kit.nets import same
 from kit.pickles import MARK, compressed, forms, malicious, model
+from kit.shards import write_shards
 from spillway.ops.files.disk_map import SourceError
+from spillway.ops.files.safetensors_header import converted
 from spillway.ops.files.safetensors_writer import SaveError
+from spillway.ops.parts.folder import weights_of
+from spillway.ops.parts.open_map import open_map
 from spillway.ops.pickles.convert import convert
+from spillway.ops.pickles.probe import probe
 
 CONVERT = Path(__file__).resolve().parents[1] / "kit" / "processes" / "convert_pickle.py"
 
@@ -29,10 +34,10 @@ def test_the_tensors_of_a_pickle(form, old, tmp_path):
     saved = model(old=old)
     torch.save(forms(saved)[form], path, _use_new_zipfile_serialization=not old)
     wanted = {key: value.detach() for key, value in saved.items() if isinstance(value, torch.Tensor)}
-    converted = convert(path)
-    assert converted.path == tmp_path / "m.safetensors" and converted.new and converted.tensors == len(wanted)
+    done = convert(path)
+    assert done.path == tmp_path / "m.safetensors" and done.new and done.tensors == len(wanted)
     prefix = "module." if form == "parallel" else ""
-    found = load_file(converted.path)
+    found = load_file(done.path)
     assert set(found) == {prefix + key for key in wanted}
     assert all(same(found[prefix + key], value) for key, value in wanted.items())
     assert sorted(os.listdir(tmp_path)) == ["m.ckpt", "m.safetensors"]
@@ -79,6 +84,52 @@ def test_a_file_that_wants_to_run_something_is_refused_and_not_run(tmp_path):
         assert str(path) in str(error.value), name
         assert not (tmp_path / MARK).exists(), name
     assert not list(files.glob("*.safetensors")) and len(list(files.iterdir())) > 20
+
+
+def test_all_parts_of_a_pickled_model_become_one_file(tmp_path):
+    """By its index. A part alone is named as one, and the loaders say what to convert."""
+    tensors = {key: value.detach() for key, value in model().items() if isinstance(value, torch.Tensor)}
+    index = write_shards(tmp_path, tensors, stem="pytorch_model", pickled=True)
+    assert probe(index).words.count("in 3 files")
+    with pytest.raises(SourceError, match=r"index\.json: this is the index of pickles.*Convert it once"):
+        open_map(index)
+    part = tmp_path / "pytorch_model-00002-of-00003.bin"
+    for use in (convert, open_map):
+        words = r"part 2 of 3 of 'pytorch_model'.*Choose 'pytorch_model\.bin\.index\.json'.*Convert to Safetensors"
+        with pytest.raises(SourceError, match=words):
+            use(part)
+    with pytest.raises(SourceError, match=r"only pickles here, such as 'pytorch_model\.bin\.index\.json'"):
+        weights_of(tmp_path)
+    done = [convert(index) for _ in range(2)]
+    assert [one.new for one in done] == [True, False]
+    found = load_file(tmp_path / "pytorch_model.safetensors")
+    assert set(found) == set(tensors) and all(same(found[key], tensors[key]) for key in tensors)
+    assert weights_of(tmp_path) == done[0].path == converted(index)
+    with pytest.raises(SourceError, match=r"'pytorch_model\.safetensors' lies beside it: choose that one"):
+        open_map(index)
+    torch.save({"base": torch.zeros(1)}, part)  # another file under the name of a part
+    with pytest.raises(SourceError, match=r"is not in 'pytorch_model-00002|is in 'pytorch"):
+        convert(index)
+    part.unlink()
+    with pytest.raises(SourceError, match=r"part \d of 3, 'pytorch_model-00002-of-00003\.bin', is missing"):
+        convert(index)
+    index.unlink()
+    with pytest.raises(SourceError, match=r"other parts and the model's index, 'pytorch_model\.bin\.index\.json'"):
+        convert(tmp_path / "pytorch_model-00001-of-00003.bin")
+
+
+def test_no_part_of_a_pickled_model_is_run_or_read_outside_of_its_folder(tmp_path):
+    for number, (name, (data, words)) in enumerate(malicious(tmp_path).items()):
+        folder = tmp_path / str(number)
+        index = write_shards(folder, {"a": torch.zeros(2), "b": torch.ones(2)}, count=2, stem="m", pickled=True)
+        (folder / "m-00002-of-00002.bin").write_bytes(data)
+        with pytest.raises(SourceError, match=f"{words}|no zip archive") as error:
+            convert(index)
+        assert "m-00002-of-00002.bin" in str(error.value) and not (tmp_path / MARK).exists(), name
+        assert not (folder / "m.safetensors").exists()
+    index = write_shards(tmp_path / "x", {"a": torch.zeros(2)}, count=1, pickled=True, a="../0/m-00001-of-00002.bin")
+    with pytest.raises(SourceError, match="It is not opened"):
+        convert(index)
 
 
 WRONG = {

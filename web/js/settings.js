@@ -45,5 +45,17 @@ app.registerExtension({
       attrs: { min: 0, max: 100000, step: 1 },
       defaultValue: 10,
     },
+    {
+      id: "Spillway.Models.DeviceGB",
+      name: "Most device memory for all models together, in GB",
+      tooltip:
+        "The most memory of a device that the weights of all Spillway models may hold. Models that were used longest " +
+        "ago give way. On a CPU the device is RAM. 0 sets no limit, so that what is free decides. Takes effect with " +
+        "the next prompt. A Spillway Policy node may set a smaller limit for its workflow.",
+      category: ["Spillway", "Models", "DeviceGB"],
+      type: "number",
+      attrs: { min: 0, max: 10000, step: 1 },
+      defaultValue: 0,
+    },
   ],
 });

@@ -20,7 +20,7 @@ from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.check_before_read import CheckBeforeRead
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
-from ....ops.files.safetensors_header import PICKLES
+from ....ops.files.safetensors_header import PICKLES, is_pickle
 from ....ops.gather import memory_of
 from ....ops.overrides import overridden
 from ....ops.parts.index import is_index
@@ -254,8 +254,8 @@ def opening_indexes() -> Iterator[None]:
 
 def refuse_pickle(path: str) -> None:
     """Raises SourceError, with the way to convert, for a file that cannot be mapped; before anything is built."""
-    if path.lower().endswith(PICKLES):
-        DiskMap(path)
+    if is_pickle(path):
+        open_map(path)
 
 
 def detected(make: Callable[[], Any], path: str) -> Any:

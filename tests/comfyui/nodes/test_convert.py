@@ -1,6 +1,7 @@
 """The node that converts pickles: ComfyUI finds the same in both files, and Spillway loads the new one lazily."""
 
 import os
+import shutil
 
 import comfy.model_management
 import comfy.sd
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 from kit.comfyui.pairs import SMALL, assert_same, run
 from kit.nets import same
 from kit.pickles import MARK, forms, malicious, model
+from kit.shards import write_shards
 from spillway.nodes.convert import FOLDERS, SpillwayConvertToSafetensors, _files
 from spillway.nodes.load import SpillwayLoadDiffusionModel
+from spillway.nodes.scan import SpillwayScanModels
 from spillway.ops.files.disk_map import SourceError, locate
+from spillway.ops.gather import memory_of
 
 
 @pytest.fixture
@@ -66,6 +70,29 @@ def test_a_converted_model_is_the_pickles_and_stays_in_its_file(checkpoint, fold
 def link(path, models_dir):
     os.link(path, models_dir / "diffusion_models" / path.name)
     return path.name
+
+
+def test_a_diffusers_folder_of_pickled_parts_is_converted_in_one_go_and_loaded(checkpoint, models_dir):
+    """The list has the index and not the parts. The loader takes the folder afterwards."""
+    folder = models_dir / "diffusers" / "pickled" / "transformer"
+    tensors = load_file(checkpoint("flux_as_diffusers", **SMALL))
+    index = write_shards(folder, tensors, count=2, stem="diffusion_pytorch_model", pickled=True)
+    name = f"diffusers/pickled/transformer/{index.name}"
+    assert [one for one in _files() if one.startswith("diffusers/")] == [name]
+    with pytest.raises(SourceError, match=f"only pickles here, such as '{index.name}'"):
+        SpillwayLoadDiffusionModel.execute(unet_name="pickled", weight_dtype="default")
+    before = SpillwayConvertToSafetensors.fingerprint_inputs(file=name)
+    assert len(before) == 3
+    path = SpillwayConvertToSafetensors.execute(file=name).args[0]
+    assert path == str(folder / "diffusion_pytorch_model.safetensors")
+    ours = SpillwayLoadDiffusionModel.execute(unet_name="pickled", weight_dtype="default").args[0]
+    weights = [piece for weight in ours.model.diffusion_model.parameters() for piece in memory_of(weight.detach())]
+    assert all(locate(piece) is not None for piece in weights)
+    assert_same(run(ours), run(comfy.sd.load_diffusion_model(checkpoint("flux", **SMALL))))
+    rows = SpillwayScanModels.execute(folder="diffusers", name_contains="pickled").args[0].splitlines()
+    (row,) = [row for row in rows if index.name in row]
+    assert "a pickle in 2 files: convert it" in row and len(rows) == 5
+    shutil.rmtree(folder.parent)
 
 
 def test_an_interrupt_leaves_no_file(folder):

@@ -2,6 +2,7 @@
 
 import comfy.model_management as mm
 import execution
+import folder_paths
 import pytest
 import torch
 
@@ -29,7 +30,6 @@ PLAIN = {
 @pytest.fixture(autouse=True)
 def nothing_is_said_afterwards():
     yield
-    graph_policy.set_base_cap(None)
     graph_policy.begin(None, [])
 
 
@@ -124,8 +124,10 @@ def test_a_prompt_is_read_before_it_runs():
     assert read({"9": prompt["9"], "8": prompt["8"]}) == (None, [])
 
 
-def test_the_executor_begins_each_prompt_with_what_it_says(model):
-    device = mm.get_torch_device()
+def test_the_executor_begins_each_prompt_with_what_it_says(model, tmp_path, monkeypatch):
+    """On all devices. The setting holds for all prompts, and the variable goes before it."""
+    devices = mm.get_torch_device(), torch.device("cuda", 7)
+    monkeypatch.setattr(mm, "get_all_torch_devices", lambda: list(devices), raising=False)
     graph_policy.install(read)
     begun = execution.PromptExecutor.execute
     graph_policy.install(read)
@@ -137,14 +139,35 @@ def test_the_executor_begins_each_prompt_with_what_it_says(model):
             pass
 
         async def execute_async(self, prompt, *_, **__):
-            seen.append((model.policy, cap_of(device)))
+            cap, other = map(cap_of, devices)
+            assert cap == other
+            seen.append((model.policy, cap))
 
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     prompt = {"1": node("SpillwayPolicy", **{**AUTO, "vram_gb": 1.0}, whole_graph=True, all_models_gb=2.0)}
     Executor().execute(prompt, "id")
-    graph_policy.set_base_cap(GIB)
+    settings.write_text('{"Spillway.Models.DeviceGB": 1.5}')
+    for given in ({}, {"1": {"class_type": "SpillwayPolicy", "inputs": {"whole_graph": True}}}, prompt):
+        Executor().execute(given, "id")
+    monkeypatch.setenv("SPILLWAY_MODELS_GB", "1")
+    Executor().execute(prompt, "id")
+    monkeypatch.setenv("SPILLWAY_MODELS_GB", "0")
     Executor().execute({}, "id")
-    Executor().execute({"1": {"class_type": "SpillwayPolicy", "inputs": {"whole_graph": True}}}, "id")
-    assert seen == [(Policy(vram_bytes=GIB), 2 * GIB), (Policy(), GIB), (Policy(), GIB)]
+    settings.write_text('{"Spillway.Models.DeviceGB": 0}')
+    monkeypatch.delenv("SPILLWAY_MODELS_GB")
+    Executor().execute({}, "id")
+    own, half_more = Policy(vram_bytes=GIB), GIB * 3 // 2
+    assert seen == [
+        (own, 2 * GIB),
+        (Policy(), half_more),
+        (Policy(), half_more),
+        (own, half_more),
+        (own, GIB),
+        (Policy(), None),
+        (Policy(), None),
+    ]
 
 
 def test_a_policy_for_the_whole_graph_holds_for_models_without_one_of_their_own(model, checkpoint):

@@ -231,6 +231,24 @@ def test_memory_is_told_and_freed(server):
     assert all(np.array_equal(again[name], image) for name, image in wanted.items())
 
 
+def test_a_cap_over_all_models_is_set_while_the_server_runs(server):
+    """As the settings' page sets it. It holds from the next prompt on, and until it is set back."""
+    prompt = graph({**OURS, "policy": node("SpillwayPolicy", **{**POLICY["inputs"], "vram_gb": -1.0})})
+    prompt = {name: part for name, part in prompt.items() if not name.startswith(("sd15", "checkpoint"))}
+
+    def held(gigabytes):
+        server.get("settings/Spillway.Models.DeviceGB", gigabytes)
+        assert status_of(server, {"cache": True, "models": True})[0] == 200
+        images = server.pictures(prompt)
+        models = [model for model in server.get("spillway/memory")["models"] if model["by"] == "Spillway"]
+        return images, sum(model["bytes"]["ram"] for model in models), str(models)
+
+    (wanted, without, _), (images, within, words), (_, afterwards, _) = held(0), held(0.02), held(0)
+    assert 0 < within <= 0.02 * (1 << 30) < without == afterwards
+    assert "20.5 MiB for all models together" in words
+    assert all(np.array_equal(images[name], image) for name, image in wanted.items())
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
