@@ -45,8 +45,13 @@ def available_ram() -> int:
 
 @functools.cache
 def ram_reserve() -> int:
-    """Count the bytes that pins leave to everybody else: a sixteenth of all RAM, between 0.5 and 2 GiB."""
-    return min(max(available.total_ram() // 16, GIB // 2), 2 * GIB)
+    """Count the bytes that pins leave to everybody else here."""
+    return ram_reserve_of(available.total_ram())
+
+
+def ram_reserve_of(total: int) -> int:
+    """Count the bytes that pins leave to everybody else of `total` bytes: a sixteenth, between 0.5 and 2 GiB."""
+    return min(max(total // 16, GIB // 2), 2 * GIB)
 
 
 def relieve(models: Iterable[PinHolder]) -> int:

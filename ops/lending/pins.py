@@ -86,14 +86,15 @@ class Pins:
     def take(self, bundle: Bundle, nbytes: int, version: int | None) -> Pin | None:
         """Replace a bundle's pin by a new one of `nbytes`. Return None where the budget has no room for it.
 
-        Access is cyclic, so evicting another bundle's pin would only move the miss. Other pins stay, but a final form
-        (`version` is set) displaces bytes of the source. A pin without a version is held until `release`.
+        Access is cyclic, so evicting another bundle's pin would only move the miss. But pins of bundles that stay on
+        the device by now give way, and a final form (`version` is set) displaces bytes of the source. A pin without a
+        version is held until `release`.
         """
         with self._changed:
             self.drop(bundle)
             extent = self._find(bundle, nbytes)
-            if extent is None and version is not None:
-                extent = self._displace(nbytes)
+            if extent is None and self._coming is None:
+                extent = self._displace(bundle, nbytes, version)
             if extent is None:
                 return None
             pin = self._pins[bundle] = Pin(extent, version, holders=int(version is None), used=next(_uses))
@@ -160,12 +161,17 @@ class Pins:
         self._coming, self._reserved = None, 0
         self._blocks.add(coming.result())
 
-    def _displace(self, nbytes: int) -> Extent | None:
-        """Free pins of source bytes, which can be read again, until a final form fits; None where it never does."""
-        for bundle, pin in list(self._pins.items()):
-            if pin.version is None and not pin.holders:
+    def _displace(self, bundle: Bundle, nbytes: int, version: int | None) -> Extent | None:
+        """Free pins that are of less use until this one fits; None where it never does."""
+        if bundle not in self._position:
+            return None
+        idle = [other for other in self._pins if other not in self._position]
+        raw = [other for other, pin in self._pins.items() if pin.version is None] if version is not None else []
+        for other in dict.fromkeys((*idle, *raw)):
+            pin = self._pins.get(other)
+            if pin is not None and not pin.holders:
                 block = pin.extent.block
-                self.drop(bundle)
+                self.drop(other)
                 extent = block.cut(nbytes)
                 if extent is not None:
                     return extent

@@ -84,6 +84,23 @@ def test_the_next_block_comes_before_it_is_asked_for(path, monkeypatch):
     assert sum(device.asked) == (len(bundles) - 1) * size, "none for those that stay on the device"
 
 
+def test_pins_of_what_stays_on_the_device_give_way(path):
+    device = SimDevice()
+    model = made(path, device, pinned_bytes=ALL)
+    bundles, size = model.bundles, model.bundles[0].nbytes
+    pins = Pins(device, 2 * size)
+    pins.expect(bundles[:2])
+    first, second = (pins.take(bundle, size, None) for bundle in bundles[:2])
+    assert first is not None and second is not None
+    for pin in (first, second):
+        pins.release(pin)
+    assert pins.take(bundles[2], size, None) is None, "nothing is known of it"
+    pins.expect(bundles[1:3])  # the first has come to stay
+    assert pins.take(bundles[2], size, None) is not None
+    assert pins.get(bundles[0]) is None and pins.get(bundles[1]) is second
+    assert pins.take(bundles[3], size, None) is None, "to evict what is asked for as often would only move the miss"
+
+
 class LaterDevice(SimDevice):
     """Locks memory in a thread of its own, which takes until `now`."""
 
