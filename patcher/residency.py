@@ -216,8 +216,10 @@ class Residency:
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         self._coming = any(bundle.views is None for bundle in stays)
         self._expect_pins(offloaded)
-        arena = self.costs.arena(stays, offloaded, plan, self.window, room)
-        room += self.costs.rows(self._all) if is_streamed else 0
+        # Without room for the rows of tables beside it, each look-up would end what is on its way.
+        rows = self.costs.rows(self._all)
+        room += rows if is_streamed else 0
+        arena = self.costs.arena(stays, offloaded, plan, self.window, max(0, room - rows))
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
         self.caster.set_room(room, arena, staging, max(sizes, default=0))
