@@ -82,8 +82,6 @@ class Caster:
                 if not self.make_room(bundle, error):
                     raise
                 loan = self._bring(bundle)
-            if self.watch is not None:
-                self.watch.begin(bundle)
             bundle.loan = loan
             bundle.depth = 1
             previous = self.previous
@@ -100,6 +98,8 @@ class Caster:
             except BaseException:
                 self.exit(bundle)
                 raise
+            if self.watch is not None:
+                self.watch.begin(bundle)  # what this thread waits for above is no part of the computation
         return self
 
     def _bring(self, bundle: Bundle) -> Loan:
