@@ -70,6 +70,8 @@ def main() -> int:
     took = f"{time.monotonic() - begun:.0f} s, {time.process_time():.0f} s of CPU"
     print(f"\n{len(rows)} rows in {took}; {len(missed)} miss a bound: {dict(counts)}")
     print(f"Bounds: later steps {LATER}, the second {SECOND}, the first {FIRST}, and no slower than any peer.")
+    again = sum(row["first_again_over_limit"] > FIRST for row in rows)
+    print(f"Again: the first step of another process, which knows in which order layers ran; {again} above {FIRST}.")
     print(LEFT_OUT)
     if args.json is not None:
         args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
@@ -113,12 +115,13 @@ def worst(rows: list[dict[str, Any]], count: int) -> str:
     """List the rows whose later steps are furthest from the ideal."""
     peers = list(rows[0]["peers"])
     columns = ["model", "card", "RAM", "dtype", "share", "step, s", "compute", "bus", "reads"]
-    columns += ["later", "second", "first", *peers]
+    columns += ["later", "second", "first", "again", *peers]
     lines = []
     for row in sorted(rows, key=lambda row: -row["step_over_ideal"])[:count]:
         form = row["dtype"] + (" + LoRA" if row["lora"] else "")
         times = [f"{row[name]:.2f}" for name in ("step_s", "compute_s", "bus_s", "reader_s")]
-        ratios = [f"{row[name]:.2f}" for name in ("step_over_ideal", "second_over_ideal", "first_over_limit")]
+        names = ("step_over_ideal", "second_over_ideal", "first_over_limit", "first_again_over_limit")
+        ratios = [f"{row[name]:.2f}" for name in names]
         others = [f"{row['peers'][peer]:.2f}" for peer in peers]
         what = [row["model"], row["gpu"], str(row["ram_gb"]), form, f"{row['share']:.2f}"]
         lines.append([*what, *times, *ratios, *others])

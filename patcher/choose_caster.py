@@ -29,8 +29,11 @@ def choose_caster(
     order = [bundle for bundle in remembered.order if not bundle.by_rows]
     caster.traced = remembered.traced
     caster.guess = None if remembered.traced else OrderGuess(order)
-    for bundle, following in pairwise(order):
-        bundle.successor = bundle.successor or following
+    for bundle, following in pairwise([*order, *order[:1]] if remembered.foreseen else order):
+        bundle.successor = following if remembered.foreseen else bundle.successor or following
+    if remembered.foreseen:
+        caster.trust(wholly=True)
+        remembered.foreseen = False  # from now on what runs counts
     return caster
 
 

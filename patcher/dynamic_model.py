@@ -23,6 +23,7 @@ from ..ops.lending.table import leave_order, note_tables
 from ..ops.ram import shortage
 from ..ops.ram.available import total_ram
 from ..ops.vbar.aimdo import serves
+from . import order_record
 from .attach import ModelDtype, Quantise, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
 from .figures import Figures
@@ -58,8 +59,9 @@ class DynamicModel(Figures):
     The constructor reads and maps nothing. The first forward reserves memory. `source` None takes the module's own
     parameters. A call of the model calls the module. model_dtype, quantise, blocks: see `collect_bundles`. backend: a
     device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. first_use_file: keeps what the
-    check of a device found (see `first_use`) from one process to the next. None keeps it for this one. Raises
-    SourceError, Unsupported or DeviceError where module, source and device do not fit together.
+    check of a device found (see `first_use`) from one process to the next. None keeps it for this one. orders_file:
+    keeps in which order layers ran (see `order_record`). Raises SourceError, Unsupported or DeviceError where module,
+    source and device do not fit together.
 
     residency: set while the model is prepared, that is from its first forward until `release`.
     """
@@ -78,6 +80,7 @@ class DynamicModel(Figures):
         may_init: bool = True,
         blocks: Collection[str] = (),
         first_use_file: Path | None = None,
+        orders_file: Path | None = None,
     ) -> None:
         self.module = module
         self.backend = backend if backend is not None else backend_for(device)
@@ -94,7 +97,9 @@ class DynamicModel(Figures):
         self._device = self.backend if self.backend.in_place else CarefulBackend(self.backend, self.ledger)
         self._may_init = may_init
         self._first_use_file = first_use_file
-        self._remembered = Remembered(self.bundles)
+        ran = order_record.read(orders_file, self.bundles)
+        self._remembered = Remembered(ran or self.bundles, foreseen=ran is not None)
+        self._remembered.note_order = partial(order_record.write, orders_file, self.bundles)
         self.residency: Residency | None = None
         self.pins: Pins | None = None  # may outlive a residency
         self._unused_pins = 0  # bytes of their blocks that no bundle may fit into

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..ops.device.backend import Backend
@@ -20,15 +20,18 @@ SAME = 0.05  # of a step's computing: choosing a layout takes tens of millisecon
 class Remembered:
     """What a model knows from one residency to the next.
 
-    order: the bundles as they run, or as registered until a step was traced. aimdo_failure: why this model has given
+    order: the bundles as they run, or as registered until a step was traced. foreseen: the order is one in which they
+    ran in an earlier process. aimdo_failure: why this model has given
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
     to need. learnt: bytes that it was seen to need beyond that. window: bundles on their way, at their largest, that
     the device keeps room for. pace: of the last step that was timed. timed: steps that were timed since the model was
     told to be used. chosen_for: the plan's limit and the seconds of computing that the layout was chosen for.
+    note_order: keeps the order for another process.
     """
 
     order: Sequence[Bundle]
     traced: bool = False
+    foreseen: bool = False
     aimdo_failure: str | None = None
     plan: LoadPlan | None = None
     expected: int = 0
@@ -37,6 +40,7 @@ class Remembered:
     pace: Pace | None = None
     timed: int = 0
     chosen_for: tuple[int, float] | None = None
+    note_order: Callable[[Sequence[Bundle]], object] = lambda order: None
 
     def expect(self, nbytes: int) -> bool:
         """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""

@@ -336,6 +336,7 @@ class Residency:
         guessed = [bundle for bundle in self.remembered.order if not bundle.by_rows]
         self.remembered.order = execution_order(self.caster.first, self.bundles)
         self.remembered.traced = True
+        self.remembered.note_order(self.remembered.order)
         self.caster.follow_trace(self.bundles)
         if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL and self.remembered.pace is None:
             self.ledger.decide(

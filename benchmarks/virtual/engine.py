@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 from kit.virtual.backend import VirtualBackend
@@ -69,9 +70,15 @@ def run_engine(
     lora: bool,
     budget: int | None,
     spans: bool = False,
+    orders_file: Path | None = None,
+    most: int = MOST,
     **policy: object,
 ) -> Steps:
-    """Run some steps. budget: bytes that weights may hold; None for all that they are. spans: keep the last step's."""
+    """Run `most` steps, or fewer once two take the same time.
+
+    budget: bytes that weights may hold; None for all that they are. spans: keep the last step's. orders_file: see
+    DynamicModel.
+    """
     clock = Clock(machine)
     backend = VirtualBackend(clock)
     ram = ram_for_weights(ram_gb)
@@ -79,7 +86,8 @@ def run_engine(
         stack.enter_context(virtual_math(clock))
         stack.enter_context(virtual_ram(ram_gb << 30, ram, partial(getattr, backend, "locked_bytes"), clock))
         int8 = Int8Layers(model.kind, "cuda") if dtype == "int8" else None
-        dynamic = DynamicModel(model, policy=Policy(vram_bytes=budget, **policy), backend=backend, quantise=int8)
+        limits = Policy(vram_bytes=budget, **policy)
+        dynamic = DynamicModel(model, policy=limits, backend=backend, quantise=int8, orders_file=orders_file)
         stack.callback(dynamic.close)
         model.run_on(clock, dtype)
         _prepare(dynamic, model, lora)
@@ -88,7 +96,7 @@ def run_engine(
             for param in bundle.params:
                 clock.pages.read(id(param.source), tensor_bytes(param.source))
         seconds: list[float] = []
-        while len(seconds) < MOST and not (len(seconds) >= FEWEST and abs(seconds[-1] / seconds[-2] - 1) < 1e-3):
+        while len(seconds) < most and not (len(seconds) >= FEWEST and abs(seconds[-1] / seconds[-2] - 1) < 1e-3):
             clock.spans = [] if spans else None
             mark = Mark.now(clock)
             dynamic(None)

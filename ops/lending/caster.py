@@ -91,6 +91,8 @@ class Caster:
                     self.guess.learn(previous, bundle)
                     self.doubt(bundle)
             elif self.guess is not None:
+                if previous is not None:
+                    self.guess.confirm(previous)
                 self.trust()
             self.previous = bundle
             try:
@@ -328,8 +330,8 @@ class Caster:
     def prefetch_after(self, bundle: Bundle) -> None:
         """Start the loans that will be asked for after `bundle`."""
 
-    def trust(self) -> None:
-        """Note that the order in which bundles are begun ahead was guessed rightly."""
+    def trust(self, wholly: bool = False) -> None:
+        """Note that the order in which bundles are begun ahead was guessed rightly. wholly: until it proves wrong."""
 
     def doubt(self, bundle: Bundle) -> None:
         """Note that the order in which bundles were begun ahead, to be used after this one, was a wrong guess."""

@@ -126,8 +126,8 @@ class DeviceCaster(Caster):
             self._end_ahead(next(iter(self.prefetched)))
         self.read_ahead.pass_over(bundle)
 
-    def trust(self) -> None:
-        self._trusted = min(2 * self._trusted, MOST_AHEAD)
+    def trust(self, wholly: bool = False) -> None:
+        self._trusted = MOST_AHEAD if wholly else min(2 * self._trusted, MOST_AHEAD)
 
     def doubt(self, bundle: Bundle) -> None:
         self._trusted = LEAST_AHEAD

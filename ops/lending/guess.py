@@ -24,10 +24,16 @@ class OrderGuess:
     def __init__(self, bundles: Iterable[Bundle]) -> None:
         self._places = {bundle: kind_and_number(bundle) for bundle in bundles}
         self._bundles = {place: bundle for bundle, place in self._places.items()}
+        self._ran: set[Bundle] = set()  # whose successors are known
         self._known: set[tuple[str, str, int]] = set()
 
+    def confirm(self, before: Bundle) -> None:
+        """Note that a bundle was followed by its successor."""
+        self._ran.add(before)
+
     def learn(self, before: Bundle, bundle: Bundle) -> None:
-        """Note that one bundle followed another."""
+        """Note that one bundle followed another, which was not expected."""
+        self._ran.add(before)
         if before not in self._places or bundle not in self._places:
             return
         (kind, number), (following, next_number) = self._places[before], self._places[bundle]
@@ -37,5 +43,6 @@ class OrderGuess:
         self._known.add((kind, following, step))
         later = number + 1
         while (other := self._bundles.get((kind, later))) is not None:
-            other.successor = self._bundles.get((following, later + step), other.successor)
+            if other not in self._ran:
+                other.successor = self._bundles.get((following, later + step), other.successor)
             later += 1

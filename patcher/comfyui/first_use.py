@@ -16,6 +16,11 @@ def record_file() -> Path:
     return Path(folder_paths.get_user_directory()) / "__spillway" / "first_use.json"
 
 
+def orders_file() -> Path:
+    """Where it is kept in which order the layers of models ran."""
+    return record_file().with_name("orders.json")
+
+
 def multiplies_wrongly(module: torch.nn.Module, verdict: Verdict) -> bool:
     """Whether ComfyUI would compute this layer in a quantised product that is wrong on its device."""
     kind = str(getattr(module, "quant_format", None))

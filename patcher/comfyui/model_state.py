@@ -19,7 +19,7 @@ from ..dynamic_model import DynamicModel
 from ..policy import Policy
 from .compile.blocks import block_names
 from .compile.dynamic_models import SharedCompilers
-from .first_use import record_file
+from .first_use import orders_file, record_file
 from .flags import heed_flags
 from .kitchen import register_kitchen
 from .patches.weight_patch import WeightPatch
@@ -84,6 +84,7 @@ class ModelState:
                 may_init=False,
                 blocks=block_names(model) if blocks else (),
                 first_use_file=record_file(),
+                orders_file=orders_file(),
             )
             for words, level in self.notes:
                 self.dynamic.ledger.decide(words, level=level)

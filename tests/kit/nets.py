@@ -106,11 +106,13 @@ def plain(build, state, dtype):
     return module
 
 
-def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, quantise=None, **policy_fields):
+def dynamic(
+    build, source, dtype=torch.float32, policy=None, *, device=None, quantise=None, orders_file=None, **policy_fields
+):
     """Make a dynamic model of `source`: a path, a Source, or None for the module's own parameters.
 
     device: a simulated one, else the CPU. dtype: None leaves the module as it is built. quantise: which weights
-    are quantised, and how.
+    are quantised, and how. orders_file: keeps the order in which layers ran.
     """
     if source is None:
         module = build()
@@ -118,7 +120,8 @@ def dynamic(build, source, dtype=torch.float32, policy=None, *, device=None, qua
         with skip_model_initialization():
             module = build() if dtype is None else build().to(dtype)
         source = source if hasattr(source, "keys") else DiskMap(source)
-    return DynamicModel(module, source, "cpu", policy or Policy(**policy_fields), quantise=quantise, backend=device)
+    policy = policy or Policy(**policy_fields)
+    return DynamicModel(module, source, "cpu", policy, quantise=quantise, backend=device, orders_file=orders_file)
 
 
 def bits(tensor):
