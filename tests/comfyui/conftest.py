@@ -94,7 +94,6 @@ def checkpoint(models_dir):
 
     The name is a function of checkpoints, the keywords are that function's.
     """
-    from fake_device.comfyui import weights_at_once
     from kit.comfyui import checkpoints
 
     folder = models_dir / "checkpoints"
@@ -104,8 +103,7 @@ def checkpoint(models_dir):
         digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:10]
         path = folder / f"{kind}-{digest}.safetensors"
         if not path.exists():
-            with weights_at_once():
-                getattr(checkpoints, kind)(path, **options)
+            getattr(checkpoints, kind)(path, **options)
         return str(path)
 
     return make

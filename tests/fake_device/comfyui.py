@@ -64,6 +64,7 @@ def finish() -> None:
     import comfy.memory_management
     import comfy.model_management
     import comfy.sd
+    import comfy.utils
     import comfy_aimdo.control
 
     devices = [device.index for device in comfy.model_management.get_all_torch_devices()]
@@ -76,6 +77,7 @@ def finish() -> None:
         (comfy.sd, "load_state_dict_guess_config"),
         (comfy.sd, "load_text_encoder_state_dicts"),
         (comfy.sd.VAE, "__init__"),
+        (comfy.utils, "load_torch_file"),
     ):
         setattr(owner, name, _classic_at_once(getattr(owner, name)))
 
