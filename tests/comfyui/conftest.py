@@ -110,6 +110,16 @@ def checkpoint(models_dir):
 
 
 @pytest.fixture
+def in_fp32(monkeypatch):
+    """Let models compute in fp32 on a device that would take 16 bit, for tests in which a file's numbers come out."""
+    import comfy.model_management
+    import torch
+
+    for name in ("unet_dtype", "lora_compute_dtype"):
+        monkeypatch.setattr(comfy.model_management, name, lambda *_, **__: torch.float32)
+
+
+@pytest.fixture
 def flux(checkpoint):
     """A Flux of 2 MB."""
     from kit.comfyui.pairs import SMALL

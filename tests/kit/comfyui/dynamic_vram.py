@@ -10,6 +10,11 @@ software = pytest.mark.skipif(wants_aimdo(), reason="comfy-aimdo maps pages of 3
 told = pytest.mark.skipif(wants_aimdo(), reason="comfy-aimdo sees allocations, and gives way without being told")
 
 
+def in_pieces(nbytes):
+    """Round up to whole pieces, which are what counts as resident."""
+    return -(-nbytes // PIECE) * PIECE
+
+
 def holds_some(policy):
     """Say whether a policy's budget has room for any weight. One that has none is kept as if it were 0."""
     return policy.vram_bytes >= PIECE
