@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...ops.gather import is_wrapper
-from .model_state import source_of
+from .model_state import model_dtype, source_of
+from .patches.weight_patch import rounded
 
 log = logging.getLogger("spillway")
 
@@ -74,12 +75,19 @@ def _unwrapped(weight: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 def key_patches(patcher: Any) -> dict[str, list[Any]]:
-    """Make a model's floating-point weights patches for another: [(weight, its conversion), own patches...]."""
+    """Make a model's floating-point weights patches for another: [(weight, its conversion), own patches...].
+
+    Each is as it is in the model's dtype, whatever the file has.
+    """
     patches = {}
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         key = f"{ROOT}{name}"
         if parameter.dtype.is_floating_point and not name.endswith("_scale"):
-            patches[key] = [(source_of(patcher, key, parameter), _unwrapped), *patcher.patches.get(key, [])]
+            weight = source_of(patcher, key, parameter)
+            owner, _, attr = key.rpartition(".")
+            dtype = model_dtype(patcher.model.get_submodule(owner), attr, weight)
+            cast = dtype != weight.dtype and weight.is_floating_point() and not is_wrapper(weight)
+            patches[key] = [(weight, rounded(dtype) if cast else _unwrapped), *patcher.patches.get(key, [])]
     return patches
 
 

@@ -95,7 +95,6 @@ def checkpoint(models_dir):
 
     The name is a function of checkpoints, the keywords are that function's.
     """
-    from fake_device.comfyui import weights_at_once
     from kit.comfyui import checkpoints
 
     folder = models_dir / "checkpoints"
@@ -105,11 +104,20 @@ def checkpoint(models_dir):
         digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:10]
         path = folder / f"{kind}-{digest}.safetensors"
         if not path.exists():
-            with weights_at_once():
-                getattr(checkpoints, kind)(path, **options)
+            getattr(checkpoints, kind)(path, **options)
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def in_fp32(monkeypatch):
+    """Let models compute in fp32 on a device that would take 16 bit, for tests in which a file's numbers come out."""
+    import comfy.model_management
+    import torch
+
+    for name in ("unet_dtype", "lora_compute_dtype"):
+        monkeypatch.setattr(comfy.model_management, name, lambda *_, **__: torch.float32)
 
 
 @pytest.fixture

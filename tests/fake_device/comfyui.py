@@ -7,10 +7,12 @@ SPILLWAY_COMFYUI_OPTIONS     command line options of ComfyUI, for example "--for
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .device import start, wanted
 
@@ -54,20 +56,61 @@ def read_options() -> None:
 
 
 def finish() -> None:
-    """Turns dynamic VRAM on."""
+    """Turns dynamic VRAM on. What ComfyUI loads has its classic patcher all the same, as every picture is compared with
+    that one's: a dynamic one rounds patched weights otherwise. `comfyuis_dynamic_models` gives its dynamic one.
+    """
     if not wants_aimdo():
         return
     import comfy.memory_management
     import comfy.model_management
-    import comfy.model_patcher
+    import comfy.sd
+    import comfy.utils
     import comfy_aimdo.control
 
     devices = [device.index for device in comfy.model_management.get_all_torch_devices()]
     if not comfy_aimdo.control.init_devices(devices):
         raise RuntimeError("comfy-aimdo does not initialise the fake device")
     comfy_aimdo.control.set_log_critical()
-    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
+    for owner, name in (
+        (comfy.sd, "load_diffusion_model_state_dict"),
+        (comfy.sd, "load_state_dict_guess_config"),
+        (comfy.sd, "load_text_encoder_state_dicts"),
+        (comfy.sd.VAE, "__init__"),
+        (comfy.utils, "load_torch_file"),
+    ):
+        setattr(owner, name, _classic_at_once(getattr(owner, name)))
+
+
+def _classic_at_once(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets models with a classic patcher have their weights in the model's dtype, as they do without dynamic VRAM. With
+    it, ComfyUI leaves a cast to a dynamic patcher, and an fp32 file ends in an error where it computes in fp16.
+    """
+
+    @functools.wraps(load)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        import comfy.model_patcher
+
+        if comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher:
+            return load(*args, **kwargs)
+        with weights_at_once():
+            return load(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def comfyuis_dynamic_models() -> Iterator[None]:
+    """Lets what ComfyUI loads be what it is to users: dynamic where dynamic VRAM is on."""
+    import comfy.model_patcher
+
+    before = comfy.model_patcher.CoreModelPatcher
+    if wants_aimdo():
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    try:
+        yield
+    finally:
+        comfy.model_patcher.CoreModelPatcher = before
 
 
 @contextmanager

@@ -116,6 +116,7 @@ def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 @functools.lru_cache
+@functools.cache  # the same function each time, or patches that hold it would not be the same
 def rounded(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """Make a merge patch's conversion, which rounds another model's weight to the dtype that it computes in."""
     return lambda weight, **_: weight.to(dtype).to(weight.dtype)

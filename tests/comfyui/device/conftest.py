@@ -4,10 +4,18 @@ import gc
 
 import pytest
 
+from fake_device.comfyui import comfyuis_dynamic_models
 from fake_device.device import start, wanted
 
 collect_ignore_glob = [] if wanted() else ["test_*.py"]
 CAPACITY = 8 << 30
+
+
+@pytest.fixture(autouse=True)
+def beside_comfyuis_dynamic_models():
+    """Where dynamic VRAM is on, ComfyUI's own models are dynamic too and take turns with ours."""
+    with comfyuis_dynamic_models():
+        yield
 
 
 @pytest.fixture

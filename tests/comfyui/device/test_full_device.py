@@ -9,8 +9,8 @@ import comfy.utils
 import pytest
 import torch
 
-from fake_device.comfyui import wants_aimdo
 from kit.comfyui import sampling
+from kit.comfyui.dynamic_vram import software
 from kit.comfyui.loras import forms, with_lora
 from kit.comfyui.pairs import assert_same, comfyui_vae, run
 from spillway.nodes.vae import SpillwayVAEDecode
@@ -20,7 +20,6 @@ from spillway.patcher.policy import Policy
 CUDA = torch.device("cuda", 0)
 MIB = 1 << 20
 EAGER = Policy(headroom_bytes=0)  # takes whatever is free
-software = pytest.mark.skipif(wants_aimdo(), reason="comfy-aimdo maps pages of 32 MiB, more than these models")
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ LORAS = f"{HERE}::test_loras_come_and_go"
 
 FAULTS = {
     "memory is filled that kernels may still read": Fault(
-        f"{CASTER}._send", "self.backend.wait(event, stream)", "pass", (LORAS,)
+        "ops.lending.reading:_start", "backend.wait(event, stream)", "pass", (LORAS,)
     ),
     "nobody waits for a transfer": Fault(f"{CASTER}.complete", "self.backend.wait(loan.event, None)", "pass", (LORAS,)),
     "what is not made yet is written back": Fault(
-        f"{CASTER}._write_back", "self.backend.wait(self.backend.record(None), stream)", "pass", (LORAS,)
+        "ops.lending.write_backs:WriteBacks.begin",
+        "self.backend.wait(self.backend.record(None), stream)",
+        "pass",
+        (LORAS,),
     ),
     "nobody waits for a reader": Fault(f"{CASTER}.complete", "loan.job.wait()", "pass", (LORAS,)),
     "buffers stay where they are": Fault(

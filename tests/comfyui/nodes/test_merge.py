@@ -2,6 +2,7 @@
 
 import os
 
+import comfy.model_management as mm
 import comfy.sd
 import folder_paths
 import pytest
@@ -66,13 +67,24 @@ def test_a_weighted_sum_is_comfyuis_bit_for_bit(fraction, paths):
     got = merged(*ours, ratio=0.3)
     wanted_run = run(wanted)
     assert not torch.equal(wanted_run, run(classic[0]))
-    assert torch.allclose(run(got), wanted_run, rtol=1e-4, atol=1e-5)  # 1 - 0.7 is not quite 0.3
+    near = 1e-4 if ours[0].model.get_dtype() is torch.float32 else 0.1  # 1 - 0.7 is not quite 0.3
+    assert torch.allclose(run(got), wanted_run, rtol=near, atol=near)
     exact = comfyui_merged(ModelMergeSimple, *classic, ratio=0.75)
     assert_same(run(merged(*ours, ratio=0.25)), run(exact))
     assert_same_weights(merged(*ours, ratio=0.25), exact)
     assert_same_weights(merged(ours[0], classic[1], ratio=0.25), exact)
     assert_same_weights(merged(classic[0], ours[1], ratio=0.25), exact)
     assert_same(run(merged(*ours, ratio=0.0)), run(classic[0]))
+
+
+def test_weights_of_another_model_are_merged_as_that_model_computes_with_them(paths, monkeypatch):
+    """A device takes fp32 files in 16 bit: what is merged in is rounded before it is multiplied, as ComfyUI's is."""
+    monkeypatch.setattr(mm, "unet_dtype", lambda *_, **__: torch.bfloat16)
+    classic, ours = (
+        [load(path) for path in paths[:2]] for load in (comfy.sd.load_diffusion_model, load_diffusion_model)
+    )
+    wanted = run(comfyui_merged(ModelMergeSimple, *classic, ratio=0.75))
+    assert_same(run(merged(*ours, ratio=0.25)), wanted)
 
 
 def test_the_groups_of_a_u_net_are_those_of_comfyuis_node(checkpoint):
@@ -96,6 +108,7 @@ def test_the_groups_of_other_models_are_thirds_of_their_blocks(checkpoint):
     assert group("img_in.weight") == group("final_layer.linear.weight") == "other"
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_three_models_are_summed_by_their_ratios(paths):
     ours = [load_diffusion_model(path) for path in paths]
     got = saved(merged(*ours, ratio=0.25, ratio3=0.5))
@@ -107,6 +120,7 @@ def test_three_models_are_summed_by_their_ratios(paths):
         merged(*ours, ratio=0.75, ratio3=0.5)
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_an_added_difference_is_near_comfyuis(paths):
     classic, ours = ([load(path) for path in paths] for load in (comfy.sd.load_diffusion_model, load_diffusion_model))
     wanted = comfyui_merged(ModelAdd, classic[0], comfyui_merged(ModelSubtract, *classic[1:], multiplier=0.5))
@@ -118,6 +132,7 @@ def test_an_added_difference_is_near_comfyuis(paths):
         merged(*ours[:2], mode=DIFFERENCE)
 
 
+@pytest.mark.usefixtures("in_fp32")
 @pytest.mark.parametrize("both", [True, False])
 def test_quantised_models(both, paths):
     """Merged as plain numbers; a quantised first model is quantised again, as with a LoRA."""
@@ -137,7 +152,8 @@ def test_quantised_models(both, paths):
     one, two = (side[f"diffusion_model.{key}"] for side in weights)
     wanted = (one.dequantize() if both else one).float().cpu() * 0.75 + two.dequantize().float() * 0.25
     error = (got[f"model.diffusion_model.{key}"] - wanted).norm() / wanted.norm()
-    assert error < (0.05 if both else 1e-6)
+    exact = two.dequantize().dtype is torch.float32
+    assert error < (0.05 if both else 1e-6 if exact else 1e-3)
     # What was saved is what ran.
     path = SpillwaySaveDiffusionModel.execute(model=model, filename_prefix="m", dtype="as loaded").args[0]
     assert_same(run(load_diffusion_model(path)), result)
@@ -163,6 +179,7 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(checkpoint, paths):
         merged(first, load_diffusion_model(checkpoint("wan", layers=1)))
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_a_weight_that_only_one_model_has_is_kept(checkpoint, paths, caplog):
     """Flux dev and schnell: the guidance embedding is dev's alone."""
     dev, schnell = load_diffusion_model(paths[0]), load_diffusion_model(checkpoint("flux", **SMALL, guidance=False))

@@ -61,6 +61,7 @@ def test_curves_are_flat_or_steep_at_their_ends():
     assert CURVES["linear"](0.3) == 0.3
 
 
+@pytest.mark.usefixtures("in_fp32")
 @pytest.mark.parametrize("mode", ["sigmoid", "inverse sigmoid"])
 def test_a_merge_along_a_curve_is_its_formula(mode, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))

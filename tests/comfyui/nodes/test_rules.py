@@ -60,6 +60,7 @@ def test_rules_chain_and_a_policy_keeps_them():
     assert said() == Policy() == ruled(pattern="")
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_a_model_obeys_its_rules(model, checkpoint):
     wanted = run(model)
     blocks = "diffusion_model.double_blocks.*"

@@ -8,6 +8,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
+from kit.comfyui.dynamic_vram import told
 from kit.comfyui.loras import QKV, forms, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
@@ -98,6 +99,7 @@ def test_a_callback_of_a_clone_is_called(flux, full):
     assert full[-1] < 0 and called == [other]
 
 
+@told
 def test_a_shrunk_model_gives_back_what_it_was_asked_for(flux):
     _, ours = pair(flux, 1.0)
     run(ours)

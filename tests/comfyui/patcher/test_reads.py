@@ -8,6 +8,7 @@ import pytest
 import torch
 from nodes import ControlNetApplyAdvanced
 
+from fake_device.comfyui import weights_at_once
 from kit.comfyui import sampling
 from kit.comfyui.pairs import assert_same, counters, pair, run
 from kit.comfyui.quantised import quantised
@@ -24,8 +25,9 @@ class Fused(torch.nn.Module):
     def __init__(self):
         super().__init__()
         ops = comfy.ops.manual_cast
-        self.norm = ops.RMSNorm(64, dtype=torch.bfloat16)
-        self.embedding = ops.Linear(64, 256, bias=False, dtype=torch.bfloat16)
+        with weights_at_once():
+            self.norm = ops.RMSNorm(64, dtype=torch.bfloat16)
+            self.embedding = ops.Linear(64, 256, bias=False, dtype=torch.bfloat16)
         torch.nn.init.normal_(self.norm.weight)
         torch.nn.init.normal_(self.embedding.weight)
 

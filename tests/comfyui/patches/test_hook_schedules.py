@@ -3,6 +3,7 @@
 import itertools
 
 import comfy.hooks
+import comfy.model_management as mm
 import comfy.sd
 import nodes as comfyui_nodes
 import pytest
@@ -156,8 +157,10 @@ def test_the_same_hooks_on_all_conditions_are_put_on_once_a_run(flux):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise", "scaled_fp8"])
-def test_hooks_on_a_quantised_file_give_what_the_same_lora_gives(kind, fraction, quantised_file):
+def test_hooks_on_a_quantised_file_give_what_the_same_lora_gives(kind, fraction, quantised_file, monkeypatch):
     """ComfyUI cannot do this. Hooks on every condition are to give what the same LoRA on the model gives."""
+    # As ComfyUI has it for hooks. A LoRA is computed in 16 bit where the device computes in that.
+    monkeypatch.setattr(mm, "lora_compute_dtype", lambda _: torch.float32)
     classic, ours = pair(quantised_file(kind), fraction)
     conds = with_hooks(ours)
     plain = run(ours, steps=STEPS, cfg=2.0, cond=conds)

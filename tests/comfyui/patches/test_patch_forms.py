@@ -3,6 +3,7 @@
 import logging
 
 import comfy.hooks
+import comfy.model_management as mm
 import comfy.sd
 import pytest
 import torch
@@ -91,6 +92,8 @@ def no_error_in_the_log(caplog):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", low_rank(8, 8))
 def test_every_form_of_patch_gives_comfyuis_latents(form, dtype, checkpoint, monkeypatch):
+    if form == "boft" and mm.lora_compute_dtype(mm.get_torch_device()) is not torch.float32:
+        pytest.skip("ComfyUI multiplies two dtypes there, which is an error in its log")
     classic, ours = in_dtype(dtype, checkpoint("flux", **SMALL), 0.25, monkeypatch)
     lora = file_of(form)
     plain = run(classic, steps=1)

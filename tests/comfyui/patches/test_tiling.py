@@ -63,8 +63,9 @@ def test_the_edges_of_a_picture_meet(checkpoint):
     _, tiling = SpillwaySeamlessTiling.execute(axes="x", vae=vae).args
     latent = sampling.latent(4, 64, 64)
     picture, rolled = (sampling.vae_decode(tiling, one) for one in (latent, latent.roll(3, -1)))
-    assert torch.allclose(picture.roll(24, 2), rolled, atol=1e-3)
-    assert not torch.allclose(sampling.vae_decode(vae, latent).roll(24, 2), rolled, atol=1e-3)
+    off = 1e-3 if vae.vae_dtype is torch.float32 else 3e-2
+    assert torch.allclose(picture.roll(24, 2), rolled, atol=off)
+    assert not torch.allclose(sampling.vae_decode(vae, latent).roll(24, 2), rolled, atol=off)
 
 
 def test_it_stays_on_clones_and_copies_hold_no_weight(checkpoint):

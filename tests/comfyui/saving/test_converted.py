@@ -2,6 +2,7 @@
 
 import mmap
 
+import comfy.memory_management
 import comfy.sd
 import pytest
 import safetensors.torch
@@ -21,7 +22,8 @@ FLUX = {**SMALL, "dtype": torch.float32}
 
 @pytest.fixture
 def in_place(monkeypatch):
-    """Let ComfyUI convert the tensors themselves, as it does those of other architectures."""
+    """Let ComfyUI convert the tensors themselves, as it does those of other architectures, and no copies of them."""
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", False, raising=False)
     monkeypatch.setattr(loader_overrides, "convert_lazily", lambda convert, *args, **kwargs: convert(*args, **kwargs))
 
 

@@ -7,6 +7,7 @@ import comfy.utils
 import torch
 
 from kit.comfyui import sampling
+from kit.comfyui.dynamic_vram import in_pieces
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 
@@ -15,8 +16,9 @@ SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
 
 
 def budget(reference, fraction):
-    """Make a policy whose budget is a fraction of what ComfyUI's patcher `reference` takes."""
-    return Policy(vram_bytes=int(fraction * reference.model_size()))
+    """Make a policy whose budget is a fraction of what ComfyUI's patcher `reference` takes, and room for all at 1.0."""
+    nbytes = int(fraction * reference.model_size())
+    return Policy(vram_bytes=nbytes if fraction < 1 else in_pieces(nbytes))
 
 
 def pair(path, fraction=0.5, weight_dtype="default"):

@@ -8,6 +8,10 @@ norm weights near 1, small biases) keep the activations finite and let the outpu
 Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave out), and returns ``str(path)``.
 """
 
+import functools
+
+from fake_device.comfyui import weights_at_once
+
 from .companions import (
     SIGLIP,
     SMALL_SIGLIP,
@@ -100,3 +104,17 @@ __all__ = [
     "wrong_header",
     "z_image",
 ]
+
+
+def _with_weights(build):
+    @functools.wraps(build)
+    def wrapped(*args, **kwargs):
+        with weights_at_once():  # the module that names and shapes are read off
+            return build(*args, **kwargs)
+
+    return wrapped
+
+
+for _name in __all__:
+    if "path" in getattr(getattr(globals()[_name], "__code__", None), "co_varnames", ()):
+        globals()[_name] = _with_weights(globals()[_name])
