@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from ...attach import Quantise
 from ...quantised_layers import TEXT_ENCODER, Int8Layers, QuantisedLayers
 from .layouts import MULTIPLE, Format
 from .weight import KitchenFormat
+
+# ComfyUI knows models of these classes by the widths of such layers. In a file of 4 bits, two numbers of which lie in a
+# byte, they would look half as wide, and ComfyUI would not load it.
+KNOWN_BY_WIDTH = {
+    "AudioDiffusionTransformer": "*transformer.layers.0.self_attn.to_qkv",
+    "LTXAVModel": "*transformer_blocks.0.attn2.to_k",
+    "LTXVModel": "*transformer_blocks.0.attn2.to_k",
+    "StageB": "*down_blocks.1.0.channelwise.0",
+    "UNetModel": "*transformer_blocks.0.attn2.to_k",
+}
 
 
 def layout_of(weight: Any) -> str:
@@ -63,6 +74,11 @@ class KitchenLayers(QuantisedLayers):
         return (
             KitchenFormat.of(self.known, weight.shape[1], self.multiplies) if self.take(module, name, weight) else None
         )
+
+    def covers(self, name: str) -> bool:
+        """Say whether a layer of that name stands rounding, and packing."""
+        known_by = KNOWN_BY_WIDTH.get(self.architecture, "")
+        return super().covers(name) and not (self.known.bits < 8 and fnmatchcase(name, known_by))
 
 
 def rule_of(model: torch.nn.Module) -> tuple[str, str]:
