@@ -2,7 +2,6 @@
 
 import itertools
 
-import comfy.sd
 import comfy.utils
 import pytest
 import torch
@@ -10,7 +9,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from kit.comfyui import checkpoints
 from kit.comfyui.loras import forms, with_lora
-from kit.comfyui.pairs import FRACTIONS, assert_same, run
+from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS, SAVED_FORMATS
@@ -115,7 +114,7 @@ def test_a_saved_format_is_what_is_multiplied_on_the_fly(name, flux):
             assert again.dynamic.ledger.counters.quantised == 10
     saved = save(load_diffusion_model(flux), name)
     assert len([key for key in read(saved)[0] if key.endswith(".comfy_quant")]) == 10
-    assert_same(run(comfy.sd.load_diffusion_model(saved), STEPS), wanted)
+    assert_same(run(classic_model(saved), STEPS), wanted)
     assert_same(run(load_diffusion_model(saved, policy=Policy(vram_bytes=0)), STEPS), wanted)
 
 
@@ -146,7 +145,7 @@ def test_a_lora_on_eight_bits_is_merged_where_it_rounds_no_worse(name, kind, flu
     assert cosine(got, run(with_lora(load_diffusion_model(flux), lora, 0.6), STEPS)) > COSINES[name]
     saved = save(with_lora(load_diffusion_model(flux), lora, 0.6), name)
     if {param.final.rank for param in quantised(model)} == {0}:
-        assert cosine(run(comfy.sd.load_diffusion_model(saved), STEPS), got) > COSINES[name]
+        assert cosine(run(classic_model(saved), STEPS), got) > COSINES[name]
 
 
 def test_what_this_comfyui_has_not_is_not_offered(flux):

@@ -1,14 +1,13 @@
 """LoRAs on files in ComfyUI's formats stay beside weights of 4 bits, exact, and beside others if a policy says so."""
 
 import comfy.model_management
-import comfy.sd
 import comfy.utils
 import pytest
 import torch
 
 from kit.comfyui import checkpoints
 from kit.comfyui.loras import forms, with_lora
-from kit.comfyui.pairs import FRACTIONS, assert_same, run
+from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import assert_same_tensors, read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS
@@ -51,7 +50,7 @@ def test_a_lora_beside_a_file_is_as_exact_as_on_the_fly(name, products, flux, on
     assert any(words.startswith("LoRA on ") and "side branch" in words for words in model.dynamic.ledger.decisions)
     quantised = load_diffusion_model(flux, name, Policy(int8_lora="side branch"))
     assert_same(got, run(with_lora(quantised, lora, STRENGTH), STEPS))
-    merged = run(with_lora(comfy.sd.load_diffusion_model(path), lora, STRENGTH), STEPS)
+    merged = run(with_lora(classic_model(path), lora, STRENGTH), STEPS)
     wanted = run(with_lora(load_diffusion_model(flux), lora, STRENGTH), STEPS)
     times = far(merged, wanted) / far(got, wanted)
     assert times > (WORSE if FORMATS[name].bits < 8 else 1), times
@@ -72,7 +71,7 @@ def test_the_scale_of_an_input_that_a_file_has_holds_with_a_lora(name, products,
     path = checkpoints.write(tmp_path / "scales.safetensors", tensors)
     model = load_diffusion_model(path, policy=Policy(int8_lora="side branch", vram_bytes=0))
     without = run(model, STEPS)
-    assert_same(without, run(comfy.sd.load_diffusion_model(path), STEPS))
+    assert_same(without, run(classic_model(path), STEPS))
     assert_same(run(with_lora(model, forms("lora"), 1e-30), STEPS), without)
     assert [param.final.rank for param in patched(model)] == [4, 4, 4]
 
@@ -89,4 +88,4 @@ def test_what_is_more_than_a_low_rank_product_is_merged(flux):
     path = save(load_diffusion_model(flux), "nvfp4")
     for kind in ("dora", "loha"):
         model = with_lora(load_diffusion_model(path), forms(kind), STRENGTH)
-        assert_same(run(model, 1), run(with_lora(comfy.sd.load_diffusion_model(path), forms(kind), STRENGTH), 1))
+        assert_same(run(model, 1), run(with_lora(classic_model(path), forms(kind), STRENGTH), 1))

@@ -1,6 +1,7 @@
 """Load a file twice, by ComfyUI with everything in memory and by the pack on a budget, and compare the outputs."""
 
 import dataclasses
+import inspect
 
 import comfy.sd
 import comfy.utils
@@ -13,6 +14,15 @@ from spillway.patcher.policy import Policy
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.0)
 SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
+
+# ComfyUI's dynamic patcher gives other latents than its classic one: with 4 bits, and with LoRAs on quantised weights.
+KNOWN = inspect.signature(comfy.sd.load_diffusion_model).parameters
+CLASSIC = {"disable_dynamic": True} if "disable_dynamic" in KNOWN else {}
+
+
+def classic_model(path):
+    """Load a diffusion model as ComfyUI does without dynamic VRAM."""
+    return comfy.sd.load_diffusion_model(path, **CLASSIC)
 
 
 def budget(reference, fraction):
