@@ -22,13 +22,13 @@ SLOTS = 6
 CLIP_IN = "The text encoder that the LoRA is also for. Leave it unconnected for LoRAs of the model alone."
 
 
-def _lora_choice() -> io.Input:
+def lora_choice() -> io.Input:
     return OpenChoice(
         "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A LoRA file in models/loras."
     )
 
 
-def _strength(name: str, part: str) -> io.Input:
+def strength_input(name: str, part: str) -> io.Input:
     return io.Float.Input(
         name,
         default=1.0,
@@ -39,7 +39,23 @@ def _strength(name: str, part: str) -> io.Input:
     )
 
 
-def _applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tuple[Any, Any, Any]:
+def stack_inputs() -> list[io.Input]:
+    """Make the inputs for what a stack of LoRAs is put on."""
+    return [
+        io.Model.Input("model", tooltip="A MODEL from any loader."),
+        io.Clip.Input("clip", optional=True, tooltip=CLIP_IN.replace("LoRA is", "LoRAs are")),
+    ]
+
+
+def stack_outputs() -> list[io.Output]:
+    """Make the outputs of a stack of LoRAs."""
+    return [
+        io.Model.Output(tooltip="The model with all LoRAs. The one that came in is not changed."),
+        io.Clip.Output(tooltip="The text encoder with all LoRAs. Empty if none was connected."),
+    ]
+
+
+def applied(model: Any, clip: Any, loras: list[tuple[str, float, float]]) -> tuple[Any, Any, Any]:
     """Apply each (name, strength for the model, strength for the CLIP). Returns (model, clip, warnings to show)."""
     # Look for all files before reading one. A missing last file would else cost the time of all the others.
     chosen = [(model_path("loras", name), *strengths) for name, *strengths in loras]
@@ -69,9 +85,9 @@ class SpillwayLoraLoader(CheckedNode):
             inputs=[
                 io.Model.Input("model", tooltip="A MODEL from any loader."),
                 io.Clip.Input("clip", optional=True, tooltip=CLIP_IN),
-                _lora_choice(),
-                _strength("strength_model", "model"),
-                _strength("strength_clip", "text encoder"),
+                lora_choice(),
+                strength_input("strength_model", "model"),
+                strength_input("strength_clip", "text encoder"),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRA. The one that came in is not changed."),
@@ -87,7 +103,7 @@ class SpillwayLoraLoader(CheckedNode):
     def execute(
         cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
     ) -> io.NodeOutput:
-        model, clip, shown = _applied(model, clip, [(lora_name, strength_model, strength_clip)])
+        model, clip, shown = applied(model, clip, [(lora_name, strength_model, strength_clip)])
         return io.NodeOutput(model, clip, ui=shown)
 
 
@@ -103,8 +119,8 @@ class SpillwayLoraLoaderModelOnly(CheckedNode):
             search_aliases=[*ALIASES, "lora model only"],
             inputs=[
                 io.Model.Input("model", tooltip="A MODEL from any loader."),
-                _lora_choice(),
-                _strength("strength_model", "model"),
+                lora_choice(),
+                strength_input("strength_model", "model"),
             ],
             outputs=[io.Model.Output(tooltip="The model with the LoRA. The one that came in is not changed.")],
         )
@@ -115,7 +131,7 @@ class SpillwayLoraLoaderModelOnly(CheckedNode):
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
-        model, _, shown = _applied(model, None, [(lora_name, strength_model, 0.0)])
+        model, _, shown = applied(model, None, [(lora_name, strength_model, 0.0)])
         return io.NodeOutput(model, ui=shown)
 
 
@@ -149,14 +165,10 @@ class SpillwayLoraStack(CheckedNode):
             "computes only the weights again that it changes.",
             search_aliases=[*ALIASES, "lora stack", "multi lora", "several loras", "power lora"],
             inputs=[
-                io.Model.Input("model", tooltip="A MODEL from any loader."),
-                io.Clip.Input("clip", optional=True, tooltip=CLIP_IN.replace("LoRA is", "LoRAs are")),
+                *stack_inputs(),
                 *slots,
             ],
-            outputs=[
-                io.Model.Output(tooltip="The model with all LoRAs. The one that came in is not changed."),
-                io.Clip.Output(tooltip="The text encoder with all LoRAs. Empty if none was connected."),
-            ],
+            outputs=stack_outputs(),
         )
 
     @classmethod
@@ -168,5 +180,5 @@ class SpillwayLoraStack(CheckedNode):
         numbers = range(1, SLOTS + 1)
         chosen = [(slots.get(f"lora_{number}", NONE), slots.get(f"strength_{number}", 1.0)) for number in numbers]
         loras = [(name, strength, strength) for name, strength in chosen if name != NONE and strength != 0]
-        model, clip, shown = _applied(model, clip, loras)
+        model, clip, shown = applied(model, clip, loras)
         return io.NodeOutput(model, clip, ui=shown)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
 from .checked_node import CheckedNode
-from .inputs import CATEGORY, ChosenLora, LoraType, OpenChoice
+from .inputs import CATEGORY, ChosenLora, LoraType
 from .load import file_stamps
-from .lora import ALIASES, CLIP_IN, _applied, _strength
+from .lora import ALIASES, applied, lora_choice, stack_inputs, stack_outputs, strength_input
 
 MOST = 50
 # Versions of ComfyUI without io.Autogrow show this many inputs from the beginning.
@@ -27,13 +26,9 @@ class SpillwayLora(CheckedNode):
             description="Chooses a LoRA and its strengths for a Growing LoRA Stack. It reads nothing.",
             search_aliases=["lora", "choose lora", "lora for stack"],
             inputs=[
-                OpenChoice(
-                    "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A LoRA file in models/loras.",
-                ),
-                _strength("strength_model", "model"),
-                _strength("strength_clip", "text encoder"),
+                lora_choice(),
+                strength_input("strength_model", "model"),
+                strength_input("strength_clip", "text encoder"),
             ],
             outputs=[LoraType.Output("lora", display_name="lora", tooltip="For a Growing LoRA Stack.")],
         )
@@ -69,14 +64,10 @@ class SpillwayGrowingLoraStack(CheckedNode):
             f"as soon as the last one is connected; older versions of ComfyUI show {FIXED} inputs instead.",
             search_aliases=[*ALIASES, "lora stack", "growing stack", "multi lora", "several loras"],
             inputs=[
-                io.Model.Input("model", tooltip="A MODEL from any loader."),
-                io.Clip.Input("clip", optional=True, tooltip=CLIP_IN.replace("LoRA is", "LoRAs are")),
+                *stack_inputs(),
                 *_slots(),
             ],
-            outputs=[
-                io.Model.Output(tooltip="The model with all LoRAs. The one that came in is not changed."),
-                io.Clip.Output(tooltip="The text encoder with all LoRAs. Empty if none was connected."),
-            ],
+            outputs=stack_outputs(),
         )
 
     @classmethod
@@ -90,7 +81,7 @@ class SpillwayGrowingLoraStack(CheckedNode):
                     "SPILLWAY_LORA. Connect it to a LoRA (Spillway) node."
                 )
         wanted = [tuple(lora) for lora in chosen if lora.strength_model or lora.strength_clip]
-        model, clip, shown = _applied(model, clip, wanted)
+        model, clip, shown = applied(model, clip, wanted)
         return io.NodeOutput(model, clip, ui=shown)
 
 

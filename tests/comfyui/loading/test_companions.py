@@ -146,8 +146,9 @@ def test_an_upscale_model_gives_comfyuis_picture(checkpoint, models_dir):
     assert_same(got, wanted)
     assert lies_in_its_file(ours.patcher.dynamic)
     # As other packs use it.
-    moved = ours.to(ours.patcher.load_device).eval()
-    assert_same(moved(picture.movedim(-1, 1)), wanted_model(picture.movedim(-1, 1)))
+    there = picture.movedim(-1, 1).to(ours.patcher.load_device)
+    moved = ours.to(there.device).eval()
+    assert_same(moved(there), wanted_model.to(there.device)(there))
     assert ours.to("meta") is ours and ours.model.training is False
 
 

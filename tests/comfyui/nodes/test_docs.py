@@ -149,6 +149,13 @@ def test_a_workflow_has_a_small_preview(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_an_output_so_that_it_can_be_run(path):
+    """ComfyUI refuses a prompt without one."""
+    known = {**OURS, **COMFYUI}
+    assert any(getattr(known.get(node["type"]), "OUTPUT_NODE", False) for node in read(path)["nodes"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
     for node in read(path)["nodes"]:
         if node["type"] in NOTES:
