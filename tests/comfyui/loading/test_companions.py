@@ -147,7 +147,8 @@ def test_an_upscale_model_gives_comfyuis_picture(checkpoint, models_dir):
     assert lies_in_its_file(ours.patcher.dynamic)
     # As other packs use it.
     moved = ours.to(ours.patcher.load_device).eval()
-    assert_same(moved(picture.movedim(-1, 1)), wanted_model(picture.movedim(-1, 1)))
+    channels_first = picture.movedim(-1, 1).to(ours.patcher.load_device)
+    assert_same(moved(channels_first), wanted_model.to(channels_first.device)(channels_first))
     assert ours.to("meta") is ours and ours.model.training is False
 
 
