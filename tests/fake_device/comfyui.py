@@ -61,6 +61,7 @@ def finish() -> None:
     """
     if not wants_aimdo():
         return
+    import comfy.controlnet
     import comfy.memory_management
     import comfy.model_management
     import comfy.sd
@@ -77,6 +78,7 @@ def finish() -> None:
         (comfy.sd, "load_state_dict_guess_config"),
         (comfy.sd, "load_text_encoder_state_dicts"),
         (comfy.sd.VAE, "__init__"),
+        (comfy.controlnet, "load_controlnet_state_dict"),
         (comfy.utils, "load_torch_file"),
     ):
         setattr(owner, name, _classic_at_once(getattr(owner, name)))

@@ -39,6 +39,7 @@ HOST = (
 )
 # What is decided by the dtype that a device computes in.
 IN_16_BIT = tuple(f"{COMFYUI}/{folder}" for folder in ("int8", "saving"))
+IN_16_BIT_WITH_DYNAMIC_VRAM = tuple(f"{COMFYUI}/{folder}" for folder in ("patcher", "patches", "nodes", "saving"))
 # The slowest of them, each of which has a sister that stays, and what is decided before a device is used.
 BUT = (
     f"{PATCHER}/test_patcher.py::test_a_vae_in_tiles",
@@ -53,7 +54,7 @@ BUT = (
 
 class DeviceRun(NamedTuple):
     """options: of ComfyUI's command line. aimdo: dynamic VRAM, by real comfy-aimdo. quick, slow: arguments of pytest,
-    without and with --slow.
+    without and with --slow. A run without quick ones is one of --slow alone, and of tests that are named.
     """
 
     options: str
@@ -79,5 +80,7 @@ RUNS = {
         (DEVICE, *FOLDERS),
     ),
     "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    # As most users have it.
+    "device, dynamic VRAM, 16 bit": DeviceRun("", True, (), IN_16_BIT_WITH_DYNAMIC_VRAM),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),
 }

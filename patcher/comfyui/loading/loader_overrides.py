@@ -31,6 +31,7 @@ from ...policy import Policy
 from ..running import drop_unloaded
 from .check_quantised import check_quantised
 from .diffusers_names import convert_lazily
+from .lazy_layers import check_shapes
 
 log = logging.getLogger("spillway")
 
@@ -155,6 +156,7 @@ def building(
     ) -> Any:
         for name, part in module.named_modules():
             _accept_short_table(part, tensors.get(f"{name}.weight"))
+        check_shapes(module, tensors)
         stays = keeps_map and not assign and not type(module).__module__.startswith(ADAPTERS)
         if stays:
             return _assigned(load, module, tensors, strict)

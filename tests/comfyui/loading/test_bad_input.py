@@ -2,6 +2,7 @@
 
 import os
 
+import comfy.memory_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -157,11 +158,15 @@ def test_a_part_may_lack_a_weight_until_that_is_used(checkpoint, folder):
         sampling.vae_encode(vae, image)
 
 
-def test_a_weight_of_another_shape_is_an_error_that_names_it(good, folder):
+@pytest.mark.parametrize("dynamic_vram", [False, True])
+def test_a_weight_of_another_shape_is_an_error_that_names_it(dynamic_vram, good, folder, monkeypatch):
+    """With dynamic VRAM on, ComfyUI's layers take a weight of any shape."""
     path = folder("diffusion_models", "shape.safetensors")
     entries = comfy.utils.load_torch_file(good[0])
     entries["double_blocks.0.img_mlp.2.weight"] = torch.zeros(128, 500)
     checkpoints.write(path, entries)
+    if dynamic_vram:
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True, raising=False)
     with pytest.raises(ValueError, match=r"(?s)shape\.safetensors: .*double_blocks\.0\.img_mlp\.2\.weight.*another"):
         load_model(path)
 

@@ -1,5 +1,6 @@
 """What one use of an offloaded layer costs, for each kind of model: the dtype that ComfyUI's ops cast to counts."""
 
+import comfy.model_management as mm
 import comfy.sd
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_a_vae_costs_a_cast_where_its_file_has_another_dtype(checkpoint):
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
-def test_a_diffusion_model_costs_its_cast_and_a_patched_weight_twice_that(weight_dtype, checkpoint):
+def test_a_diffusion_model_costs_its_cast_and_a_patched_weight_twice_that(weight_dtype, checkpoint, monkeypatch):
+    monkeypatch.setattr(mm, "unet_manual_cast", lambda *_, **__: torch.float32)  # as on a CPU
     model = comfy_load.load_diffusion_model(checkpoint("flux", **SMALL), weight_dtype)
     run(model, steps=1)
     bundle = bundle_of(model, f"{LINEAR}.weight")
