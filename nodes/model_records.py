@@ -16,7 +16,7 @@ from ..patcher.comfyui.run_record import last_run
 DECISIONS = 5
 
 # Looking at every weight takes a millisecond, and the answer stays.
-_formats: weakref.WeakKeyDictionary[dynamic.DynamicModel, str] = weakref.WeakKeyDictionary()
+_descriptions: weakref.WeakKeyDictionary[dynamic.DynamicModel, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 def model_records() -> list[dict[str, Any]]:
@@ -53,8 +53,8 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
     mapped = sum(bundle.source_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
     on_device = model.device_bytes
     in_place = model.backend.in_place
-    if model not in _formats:
-        _formats[model] = model.number_format
+    if model not in _descriptions:
+        _descriptions[model] = {"file": model.file_name, "format": model.number_format}
     return {
         "id": model.ledger.number,
         "name": model.ledger.name,
@@ -69,7 +69,7 @@ def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
             "disk": mapped,
         },
         "own_ram": model.resident_ram_bytes,
-        "format": _formats[model],
+        **_descriptions[model],
         "vbar": model.vbar_kind,
         "decisions": list(model.ledger.decisions)[-DECISIONS:],
         "residency": [[name, nbytes, resident] for name, nbytes, resident in model.bundle_report()],
@@ -87,6 +87,7 @@ def _node(model: dynamic.DynamicModel) -> dict[str, Any]:
     running = run.running if run is not None else None
     return {
         "node": None if loaded_by is None else {"id": loaded_by[0], "kind": loaded_by[1]},
+        "samples": state is not None and state.samples,
         "running": running is not None and model.last_used >= running[2],
     }
 

@@ -116,6 +116,13 @@ class Figures:
         return self.residency.kept_free if self.residency is not None else 0
 
     @property
+    def file_name(self) -> str:
+        """Name the file of the largest weight. Empty for a model that was made in memory."""
+        largest = max(self.bundles, key=lambda bundle: bundle.source_bytes, default=None)
+        maps = iter(()) if largest is None else iter(largest.maps())
+        return next((disk_map.path.name for disk_map in maps), "")
+
+    @property
     def number_format(self) -> str:
         """Name the format of most of the weights where they stay: 'bf16', 'fp8_e4m3fn', 'int8', 'Q4_K'."""
         sizes: dict[str, int] = {}
@@ -140,11 +147,11 @@ class Figures:
 
     def places(self) -> str:
         """Say where each bundle of `bundle_report` is: (r)esident, (p)inned in RAM, or (f) in its file alone."""
-        residency = self.residency
+        residency, pins = self.residency, self.pins
 
         def place(bundle: Bundle) -> str:
             if residency is not None and residency.is_resident(bundle):
                 return "r"
-            return "f" if bundle.pinned_version is None else "p"
+            return "p" if pins is not None and pins.holds(bundle) else "f"
 
         return "".join(map(place, self.execution_order()))

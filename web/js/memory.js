@@ -28,7 +28,10 @@ async function act(words, path, body) {
   try {
     const done = await post(path, body);
     const late = done.put_off ?? [];
-    toast(late.length ? "info" : "success", late.length ? `${words}: ${t(path === "model" ? "later.model" : "later.free")}` : doneWords(words, done));
+    toast(
+      late.length ? "info" : "success",
+      late.length ? `${words}: ${t(path === "model" ? "later.model" : "later.free")}` : doneWords(words, done),
+    );
     return done;
   } catch (error) {
     toast("error", error.message);
@@ -59,10 +62,10 @@ const model = (card, action, rest = {}) => ({ model: card.id, action, ...rest })
 const actions = {
   nodeTitle,
   goTo: (node) => goTo(node) || toast("info", t("card.gone")),
-  free: (card) => act(`${card.name}, ${t("card.free.label")}`, "model", model(card, "free_vram")),
-  drop: (card) => act(`${card.name}, ${t("card.drop.label")}`, "model", model(card, "drop_ram")),
-  keep: (card, value) => act(`${card.name}, ${t("card.keep.label")}`, "model", model(card, "keep", { value })),
-  limit: (card, value) => act(`${card.name}, ${t("card.limit.none")}`, "model", model(card, "limit", { value })),
+  free: (card) => act(`${card.title}: ${t("card.free.label")}`, "model", model(card, "free_vram")),
+  drop: (card) => act(`${card.title}: ${t("card.drop.label")}`, "model", model(card, "drop_ram")),
+  keep: (card, value) => act(`${card.title}: ${t("card.keep.label")}`, "model", model(card, "keep", { value })),
+  limit: (card, value) => act(`${card.title}: ${t("card.limit.none")}`, "model", model(card, "limit", { value })),
   freeAll: () => act(t("models.free.label"), "free", { models: true }),
   clearCache: () => act(t("cache.clear.label"), "free", { cache: true }),
   async copy() {
@@ -87,7 +90,8 @@ app.registerExtension({
     {
       id: "Spillway.Panel.Badges",
       name: "Show seconds, peaks and shares on nodes",
-      tooltip: "A badge on each node that took time in the last run, and on loaders how much of the model stays on the GPU.",
+      tooltip:
+        "A badge on each node that took time in the last run, and on loaders how much of the model stays on the GPU.",
       category: ["Spillway", "Memory panel", "Badges"],
       type: "boolean",
       defaultValue: true,
@@ -95,20 +99,33 @@ app.registerExtension({
     {
       id: "Spillway.Panel.Toasts",
       name: "Say when something had to give way",
-      tooltip: "A message when a device fails and Spillway does with less, and when outputs are evicted that took long to make.",
+      tooltip:
+        "A message when a device fails and Spillway does with less, and when outputs are evicted that took long to make.",
       category: ["Spillway", "Memory panel", "Toasts"],
       type: "boolean",
       defaultValue: true,
     },
   ],
   commands: [
-    command("ShowMemory", "mdi mdi-memory", "Show memory", () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${ID}`)),
+    command("ShowMemory", "mdi mdi-memory", "Show memory", () =>
+      app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${ID}`),
+    ),
     command("FreeVRAM", "mdi mdi-eject", "Free VRAM of all models", () => actions.freeAll()),
     command("ClearCache", "mdi mdi-broom", "Clear the output cache", () => actions.clearCache()),
     command("CopyReport", "mdi mdi-content-copy", "Copy the memory report", () => actions.copy()),
   ],
-  keybindings: [binding("ShowMemory", "u"), binding("FreeVRAM", "v"), binding("ClearCache", "x"), binding("CopyReport", "y")],
-  menuCommands: [{ path: ["Extensions", "Spillway"], commands: ["ShowMemory", "FreeVRAM", "ClearCache", "CopyReport"].map((id) => `Spillway.${id}`) }],
+  keybindings: [
+    binding("ShowMemory", "u"),
+    binding("FreeVRAM", "v"),
+    binding("ClearCache", "x"),
+    binding("CopyReport", "y"),
+  ],
+  menuCommands: [
+    {
+      path: ["Extensions", "Spillway"],
+      commands: ["ShowMemory", "FreeVRAM", "ClearCache", "CopyReport"].map((id) => `Spillway.${id}`),
+    },
+  ],
 
   async setup() {
     const style = document.createElement("link");
@@ -136,11 +153,16 @@ app.registerExtension({
         connection.stop();
       },
     });
-    for (const event of ["execution_success", "execution_error", "execution_interrupted"]) api.addEventListener(event, () => state.root || quietly());
+    for (const event of ["execution_success", "execution_error", "execution_interrupted"])
+      api.addEventListener(event, () => state.root || quietly());
     quietly();
   },
 
   nodeCreated(node) {
-    addBadge(node, { get report() { return setting("Badges") ? state.report : null; } });
+    addBadge(node, {
+      get report() {
+        return setting("Badges") ? state.report : null;
+      },
+    });
   },
 });

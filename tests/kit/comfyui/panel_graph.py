@@ -5,11 +5,10 @@ from kit.comfyui.running_server import node
 FLUX = {"hidden": 256, "depth": 2, "depth_single": 4, "context": 768, "pooled": 768}  # as wide as CLIP-L
 
 
-def graph(vram_gb=-1.0, steps=4):
+def graph(steps=4):
     """A Flux with its text encoder and VAE, with the ids that a page gives."""
     return {
-        "1": node("SpillwayPolicy", vram_gb=vram_gb, headroom_gb=-1.0, pinned_gb=-1.0, keep="auto", priority=0),
-        "2": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default", policy=["1", 1]),
+        "2": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default"),
         "3": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion"),
         "4": node("SpillwayLoadVAE", vae_name="flux.safetensors"),
         "5": node("CLIPTextEncode", clip=["3", 0], text="a red house by the sea"),

@@ -10,7 +10,7 @@ ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--ena
 
 
 class Page:
-    """page: playwright's. said: errors of the console that concern the pack. states: what the server sent unasked."""
+    """page: playwright's. said: errors of the console that concern the pack. states: (time, report), as sent."""
 
     def __init__(self, context, server):
         self.server = server
@@ -32,7 +32,7 @@ class Page:
 
     def _received(self, data):
         if isinstance(data, str) and data.startswith('{"type": "spillway.state"'):
-            self.states.append(json.loads(data)["data"])
+            self.states.append((time.monotonic(), json.loads(data)["data"]))
 
     @property
     def is_open(self):
@@ -67,23 +67,41 @@ class Page:
         ended = self.server.wait(lambda: set(self.server.get("history")) - before, 120)
         return self.server.get(f"history/{(number := ended.pop())}")[number]
 
-    def button(self, name, card=None):
-        """A button of the panel by its name; of one model's card."""
-        within = self.page.locator(f'{PANEL} article[aria-label="{card}"]') if card else self.page.locator(PANEL)
+    def card(self, title):
+        return self.page.locator(f'{PANEL} article[aria-label="{title}"]')
+
+    def button(self, name, card=None, role="button"):
+        """A button of the panel by its name; of one model's card. role: "summary" for what unfolds."""
+        within = self.card(card) if card else self.page.locator(PANEL)
+        if role == "summary":
+            return within.locator("summary").filter(has_text=name).first
         return within.get_by_role("button", name=name, exact=True).first
+
+    def icon_number(self):
+        tabs = "window.app.extensionManager.sidebarTab.sidebarTabs"
+        return self.page.evaluate(f"{tabs}.find((tab) => tab.id === 'spillway-memory').iconBadge")
+
+    def badges(self):
+        """Kind and text of each node that has a badge of ours, one that says more than the pack's name."""
+        return self.page.evaluate(
+            """() => window.app.graph.nodes.flatMap((node) => node.badges
+                .map((badge) => (typeof badge === "function" ? badge() : badge).text)
+                .filter((text) => /^(GPU \\d|[\\d.]+ (s|ms|min))/.test(text))
+                .map((text) => ({ kind: node.type, text })))"""
+        )
 
     def text(self):
         return self.page.locator(PANEL).inner_text()
 
-    def until(self, what, seconds=20):
-        """Wait until `what()` is true, while the page lives on. Returns what it gave."""
+    def until(self, what, seconds=20, panel=True):
+        """Wait until `what()` is true, while the page lives on. Returns what it gave. panel: whether it is open."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = what()
             if found:
                 return found
             self.page.wait_for_timeout(100)
-        raise AssertionError(f"not so after {seconds} s; the panel says:\n{self.text()}")
+        raise AssertionError(f"not so after {seconds} s; the panel says:\n{self.text() if panel else 'it is closed'}")
 
     def set(self, name, value):
         self.page.evaluate("([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value])

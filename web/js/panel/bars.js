@@ -18,10 +18,19 @@ function bar(key, title, subtitle, figures, t) {
   return h(
     "div",
     { class: "sw-bar", key },
-    h("div", { class: "sw-row" }, h("span", { class: "sw-name", title }, title), h("span", { class: "sw-figure" }, sizeOf(figures.used, figures.total, t))),
     h(
       "div",
-      { class: "sw-track", role: "img", "aria-label": `${title}, ${sizeOf(figures.used, figures.total, t)}: ${barInWords(figures, t)}` },
+      { class: "sw-row" },
+      h("span", { class: "sw-name", title }, title),
+      h("span", { class: "sw-figure" }, sizeOf(figures.used, figures.total, t)),
+    ),
+    h(
+      "div",
+      {
+        class: "sw-track",
+        role: "img",
+        "aria-label": `${title}, ${sizeOf(figures.used, figures.total, t)}: ${barInWords(figures, t)}`,
+      },
       shown.map((one) =>
         h("span", {
           class: `sw-part sw-${one.kind}`,
@@ -29,13 +38,24 @@ function bar(key, title, subtitle, figures, t) {
           title: `${label(one, t)} ${size(one.bytes)}`,
         }),
       ),
-      peak && h("span", { class: "sw-peak", style: `left: ${part(figures.peakAt, figures.total)}`, title: t("peak", { size: size(figures.peak) }) }),
+      peak &&
+        h("span", {
+          class: "sw-peak",
+          style: `left: ${part(figures.peakAt, figures.total)}`,
+          title: t("peak", { size: size(figures.peak) }),
+        }),
     ),
     h(
       "ul",
       { class: "sw-legend", "aria-hidden": "true" },
       shown.map((one) =>
-        h("li", {}, h("i", { class: `sw-dot sw-${one.kind}`, style: shade(shown, one) }), `${label(one, t)} `, h("b", {}, size(one.bytes))),
+        h(
+          "li",
+          {},
+          h("i", { class: `sw-dot sw-${one.kind}`, style: shade(shown, one) }),
+          `${label(one, t)} `,
+          h("b", {}, size(one.bytes)),
+        ),
       ),
       figures.peak > 0 && h("li", {}, h("i", { class: "sw-dot sw-peakdot" }), t("peak", { size: size(figures.peak) })),
     ),

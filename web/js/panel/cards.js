@@ -8,29 +8,49 @@ const GB = 2 ** 30;
 /** `actions`: free(card), drop(card), keep(card, on), limit(card, bytes or null), goTo(node), nodeTitle(node). */
 export function cardView(card, actions, t) {
   const where = card.node && actions.nodeTitle(card.node);
-  const place = card.device === "cpu" ? t("card.ram") : t("card.device");
+  const place = t(`place.${card.onCpu ? "ram" : "resident"}`);
   return h(
     "article",
-    { class: `sw-card${card.running ? " sw-live" : ""}`, key: `model ${card.id ?? `${card.name} ${card.device}`}`, "aria-label": card.name },
+    {
+      class: `sw-card${card.running ? " sw-live" : ""}`,
+      key: `model ${card.id ?? `${card.name} ${card.device}`}`,
+      "aria-label": card.title,
+    },
     h(
       "header",
       { class: "sw-row" },
-      h("span", { class: "sw-name", title: card.name }, card.name),
+      h("span", { class: "sw-name", title: card.file || card.name }, card.title),
       card.running && h("span", { class: "sw-chip sw-on" }, t("card.running")),
+      card.title !== card.name && h("span", { class: "sw-chip", title: t("card.kind") }, card.name),
       card.format && h("span", { class: "sw-chip", title: t("card.format") }, card.format),
       h("span", { class: "sw-chip" }, card.device),
       !card.ours && h("span", { class: "sw-chip" }, "ComfyUI"),
     ),
-    where && h("button", { class: "sw-link", type: "button", title: t("card.goto"), onclick: () => actions.goTo(card.node) }, `${where} →`),
+    where &&
+      h(
+        "button",
+        { class: "sw-link", type: "button", title: t("card.goto"), onclick: () => actions.goTo(card.node) },
+        `${where} →`,
+      ),
     card.layers.length > 0 && stripView(card, t),
-    h("p", { class: "sw-figures" }, h("b", {}, `${sizeOf(card.resident, card.total, t)}`), ` ${place}`, stepWords(card, t)),
+    h(
+      "p",
+      { class: "sw-figures" },
+      h("b", {}, `${sizeOf(card.resident, card.total, t)}`),
+      ` ${place}`,
+      stepWords(card, t),
+    ),
     card.ours && buttons(card, actions, t),
     card.decisions.length > 0 &&
       h(
         "details",
         { class: "sw-details" },
         h("summary", {}, t("card.decisions")),
-        h("ul", {}, [...card.decisions].reverse().map((text) => h("li", {}, text))),
+        h(
+          "ul",
+          {},
+          [...card.decisions].reverse().map((text) => h("li", {}, text)),
+        ),
       ),
   );
 }
@@ -38,16 +58,22 @@ export function cardView(card, actions, t) {
 function stepWords(card, t) {
   if (!card.ours || !card.steps) return "";
   const brought = perStep(card);
-  const words = brought > 0 ? ` · ${t("card.step", { size: size(brought) })}` : "";
-  const taken = card.step.seconds ? ` · ${t("card.seconds", { seconds: seconds(card.step.seconds) })}` : "";
+  const words = brought > 0 ? ` · ${t(card.samples ? "card.step" : "card.use", { size: size(brought) })}` : "";
+  const taken =
+    card.samples && card.step.seconds ? ` · ${t("card.seconds", { seconds: seconds(card.step.seconds) })}` : "";
   const wait = waiting(card);
-  return `${words}${taken}${typeof wait === "number" ? ` (${t("card.waits", { seconds: seconds(wait) })})` : ""}`;
+  return `${words}${taken}${typeof wait === "number" && card.samples ? ` (${t("card.waits", { seconds: seconds(wait) })})` : ""}`;
 }
 
 function stripView(card, t) {
-  const stops = card.strip.map(({ place, from, to }) => `var(--sw-${place}) ${(100 * from).toFixed(2)}% ${(100 * to).toFixed(2)}%`);
-  const words = ["resident", "pinned", "file"].map((place) => [place, card.inPlace[place]]).filter(([, bytes]) => bytes > 0);
-  const said = words.map(([place, bytes]) => `${t(`place.${place}`)} ${size(bytes)}`).join(", ");
+  const stops = card.strip.map(
+    ({ place, from, to }) => `var(--sw-${place}) ${(100 * from).toFixed(2)}% ${(100 * to).toFixed(2)}%`,
+  );
+  const words = ["resident", "pinned", "file"]
+    .map((place) => [place, card.inPlace[place]])
+    .filter(([, bytes]) => bytes > 0);
+  const name = (place) => t(`place.${place === "resident" && card.onCpu ? "ram" : place}`);
+  const said = words.map(([place, bytes]) => `${name(place)} ${size(bytes)}`).join(", ");
   return [
     h("div", {
       class: "sw-strip",
@@ -57,22 +83,22 @@ function stripView(card, t) {
       onpointermove: (event) => {
         const box = event.currentTarget.getBoundingClientRect();
         const layer = layerAt(card, (event.clientX - box.left) / box.width);
-        event.currentTarget.title = layer ? `${layer.name}: ${size(layer.bytes)}, ${t(`place.${layer.place}`)}` : "";
+        event.currentTarget.title = layer ? `${layer.name}: ${size(layer.bytes)}, ${name(layer.place)}` : "";
       },
     }),
     h(
       "ul",
       { class: "sw-legend", "aria-hidden": "true" },
-      words.map(([place, bytes]) => h("li", {}, h("i", { class: `sw-dot sw-at-${place}` }), `${t(`place.${place}`)} `, h("b", {}, size(bytes)))),
+      words.map(([place, bytes]) =>
+        h("li", {}, h("i", { class: `sw-dot sw-at-${place}` }), `${name(place)} `, h("b", {}, size(bytes))),
+      ),
     ),
   ];
 }
 
 function buttons(card, actions, t) {
   const kept = card.keep === "always";
-  const limited = card.limit !== null && card.limit !== undefined;
-  const onCard = card.device !== "cpu";
-  const id = `sw-limit-${card.id}`;
+  const onCard = !card.onCpu;
   const set = (event) => {
     event.preventDefault();
     const given = Number.parseFloat(event.currentTarget.elements.gb.value);
@@ -82,24 +108,58 @@ function buttons(card, actions, t) {
     h(
       "div",
       { class: "sw-buttons" },
-      h("button", { type: "button", onclick: () => actions.free(card), title: t(onCard ? "card.free.tip" : "card.free.tipcpu") }, t(onCard ? "card.free.label" : "card.freecpu")),
-      h("button", { type: "button", onclick: () => actions.drop(card), title: t("card.drop.tip") }, t("card.drop.label")),
-      h("button", { type: "button", "aria-pressed": String(kept), onclick: () => actions.keep(card, !kept), title: t("card.keep.tip") }, t("card.keep.label")),
-    ),
-    h(
-      "details",
-      { class: "sw-details sw-limit" },
-      h("summary", { title: t("card.limit.tip") }, limited ? t("card.limit.now", { size: size(card.limit) }) : t("card.limit.none")),
       h(
-        "form",
-        { class: "sw-form", onsubmit: set },
-        h("label", { for: id }, t("card.limit.label")),
-        h("input", { id, name: "gb", type: "number", min: "0", step: "any", required: true, placeholder: (card.total / GB).toFixed(1) }),
-        h("button", { type: "submit" }, t("card.limit.set")),
-        card.chosen.includes("vram_bytes") &&
-          h("button", { type: "button", onclick: () => actions.limit(card, null) }, t("card.limit.clear")),
+        "button",
+        { type: "button", onclick: () => actions.free(card), title: t(onCard ? "card.free.tip" : "card.free.tipcpu") },
+        t(onCard ? "card.free.label" : "card.freecpu"),
       ),
+      h(
+        "button",
+        { type: "button", onclick: () => actions.drop(card), title: t("card.drop.tip") },
+        t("card.drop.label"),
+      ),
+      h(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(kept),
+          onclick: () => actions.keep(card, !kept),
+          title: t("card.keep.tip"),
+        },
+        t("card.keep.label"),
+      ),
+      limitForm(card, set, actions, t),
     ),
   ];
 }
 
+function limitForm(card, set, actions, t) {
+  const limited = card.limit !== null && card.limit !== undefined;
+  const id = `sw-limit-${card.id}`;
+  return h(
+    "details",
+    { class: "sw-limit" },
+    h(
+      "summary",
+      { title: t("card.limit.tip") },
+      limited ? t("card.limit.now", { size: size(card.limit) }) : t("card.limit.none"),
+    ),
+    h(
+      "form",
+      { class: "sw-form", onsubmit: set },
+      h("label", { for: id }, t("card.limit.label")),
+      h("input", {
+        id,
+        name: "gb",
+        type: "number",
+        min: "0",
+        step: "any",
+        required: true,
+        placeholder: (card.total / GB).toFixed(1),
+      }),
+      h("button", { type: "submit" }, t("card.limit.set")),
+      card.chosen.includes("vram_bytes") &&
+        h("button", { type: "button", onclick: () => actions.limit(card, null) }, t("card.limit.clear")),
+    ),
+  );
+}

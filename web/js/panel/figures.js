@@ -20,7 +20,15 @@ export function deviceBars(report) {
     parts.push({ kind: "free", bytes: Math.max(0, memory.free - headroom) });
     const peak = Math.max(0, ...(report.run?.nodes ?? []).map((node) => node.peaks[device] ?? 0));
     const beside = Math.max(0, used - process);
-    return { device, name: report.names[device] ?? device, total: memory.total, used, parts, peak, peakAt: peak + beside };
+    return {
+      device,
+      name: report.names[device] ?? device,
+      total: memory.total,
+      used,
+      parts,
+      peak,
+      peakAt: peak + beside,
+    };
   });
 }
 
@@ -61,8 +69,20 @@ export function modelCards(report) {
     const inPlace = { resident: 0, pinned: 0, file: 0 };
     for (const layer of layers) inPlace[layer.place] += layer.bytes;
     const ours = model.by === "Spillway";
+    const title = (model.file ?? "").replace(/\.(safetensors|gguf|sft)$/, "") || model.name;
     const resident = ours ? inPlace.resident : model.bytes.vram;
-    return { ...model, ours, layers, total, resident, inPlace, share: total ? resident / total : 0, strip: strip(layers, total) };
+    return {
+      ...model,
+      title,
+      ours,
+      onCpu: model.device === "cpu",
+      layers,
+      total,
+      resident,
+      inPlace,
+      share: total ? resident / total : 0,
+      strip: strip(layers, total),
+    };
   });
 }
 
@@ -89,10 +109,10 @@ export function layerAt(card, part) {
   return card.layers.at(-1) ?? null;
 }
 
-/** The model that a person asks about: the one that runs, or else the largest that has run, or else the largest. */
+/** The model that a person asks about: of those that sample the one that runs or has run, or else the largest. */
 export function mainCard(cards) {
-  const used = cards.filter((card) => card.steps > 0);
-  return cards.find((card) => card.running) ?? used[0] ?? cards[0] ?? null;
+  const samplers = cards.filter((card) => card.samples);
+  return samplers.find((card) => card.running) ?? samplers[0] ?? cards.find((card) => card.running) ?? cards[0] ?? null;
 }
 
 /** The last run: its nodes with seconds, and `part` of the slowest one; its peaks by device. */
@@ -105,7 +125,8 @@ export function runRows(report, most = 12) {
     part: node.seconds / slowest,
     peak: Math.max(0, ...Object.values(node.peaks)),
   }));
-  const shown = new Set([...rows].sort((a, b) => b.seconds - a.seconds).slice(0, most));
+  const slow = rows.filter((row) => row.seconds >= 0.01).sort((a, b) => b.seconds - a.seconds);
+  const shown = new Set(slow.slice(0, most));
   return {
     ...run,
     rows: rows.filter((row) => shown.has(row)),

@@ -45,7 +45,8 @@ export function addBadge(node, state) {
   let known = { report: null, badge: null };
   node.badges.push(() => {
     const { report } = state;
-    if (known.report !== report) known = { report, badge: new Badge({ text: words(node, report), fgColor: "#e8eaf0", bgColor: "#31584a" }) };
+    if (known.report !== report)
+      known = { report, badge: new Badge({ text: words(node, report), fgColor: "#e8eaf0", bgColor: "#31584a" }) };
     return known.badge ?? new Badge({ text: "" });
   });
 }

@@ -4,7 +4,12 @@
 /** A node of a tree. Children may be nested lists; null and false are left out. `key` names a node among its siblings. */
 export function h(tag, props, ...children) {
   const { key, ...rest } = props ?? {};
-  return { tag, key, props: rest, children: children.flat(Infinity).filter((child) => child != null && child !== false) };
+  return {
+    tag,
+    key,
+    props: rest,
+    children: children.flat(Infinity).filter((child) => child != null && child !== false),
+  };
 }
 
 /** All text of a tree, for tests and screen readers. */

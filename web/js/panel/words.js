@@ -19,7 +19,11 @@ export function sizeOf(part, whole, t) {
 
 export function seconds(value) {
   if (value >= 60) return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
-  return value >= 10 ? `${Math.round(value)} s` : value >= 0.095 ? `${value.toFixed(1)} s` : `${Math.round(value * 1000)} ms`;
+  return value >= 10
+    ? `${Math.round(value)} s`
+    : value >= 0.095
+      ? `${value.toFixed(1)} s`
+      : `${Math.round(value * 1000)} ms`;
 }
 
 export const percent = (part) => `${Math.round(100 * part)} %`;
@@ -46,7 +50,9 @@ export function summary(report, t) {
   if (!card) return t("sum.none");
   const names = { name: card.name, total: size(card.total), device: card.device, percent: percent(card.share) };
   if (!card.ours) return t("sum.comfyui", names);
-  if (card.device === "cpu") return t(card.steps ? "sum.cpu" : "sum.waiting", { ...names, copies: size(card.own_ram) });
+  if (card.onCpu && card.steps)
+    return t(card.own_ram ? "sum.cpucopies" : "sum.cpu", { ...names, copies: size(card.own_ram) });
+  if (card.onCpu) return t("sum.waiting", names);
   if (!card.steps && !card.resident) return t("sum.waiting", names);
   const brought = perStep(card);
   if (card.share > 0.995) return t("sum.all", names);
@@ -75,13 +81,18 @@ export function asText(report, t) {
   for (const card of modelCards(report)) {
     const places = Object.entries(card.bytes).filter(([, bytes]) => bytes);
     const where = places.map(([place, bytes]) => `${place} ${size(bytes)}`).join(", ");
-    lines.push(`- **${card.name}** (${[card.by, card.device, card.format].filter(Boolean).join(", ")}): ${where}`);
+    const kind = card.title !== card.name && card.name;
+    lines.push(
+      `- **${card.title}** (${[kind, card.by, card.device, card.format].filter(Boolean).join(", ")}): ${where}`,
+    );
     lines.push(...card.decisions.map((decision) => `  - ${decision}`));
   }
   const run = runRows(report);
   if (run) {
     lines.push("", `### ${t("run.title")}: ${seconds(run.seconds)}`, "");
-    const rows = run.rows.map((row) => `| ${row.kind} (${row.id}) | ${seconds(row.seconds)} | ${size(row.peak || row.rss)} |`);
+    const rows = run.rows.map(
+      (row) => `| ${row.kind} (${row.id}) | ${seconds(row.seconds)} | ${size(row.peak || row.rss)} |`,
+    );
     lines.push(`| ${t("run.node")} | ${t("run.seconds")} | ${t("run.peak")} |`, "| --- | --- | --- |", ...rows);
   }
   const { cache } = report;
