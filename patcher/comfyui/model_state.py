@@ -117,7 +117,10 @@ class ModelState:
 
     def heed(self, policy: Policy) -> Policy:
         """Put what the user chose by hand in the place of what a policy says."""
-        return policy.with_changes(**self.chosen) if self.chosen else policy
+        if not self.chosen:
+            return policy
+        share = {"vram_share": None} if "vram_bytes" in self.chosen else {}
+        return policy.with_changes(**self.chosen, **share)
 
     def choose(self, at_once: bool, **fields: Any) -> None:
         """Set fields of the policy by hand, whatever nodes say, until the model is loaded anew. None gives one back.

@@ -148,6 +148,7 @@ def test_the_parts_of_a_bar_add_up_to_the_whole():
         for bar in (*one["devices"], one["ram"]):
             assert sum(part["bytes"] for part in bar["parts"]) == pytest.approx(bar["total"]), bar
             assert all(part["bytes"] >= 0 for part in bar["parts"])
+    assert seen(odd[:1])[0]["devices"][0]["parts"][0]["name"] == "flux1-dev"
     first = {part["kind"]: part["bytes"] / GIB for part in seen(odd[:1])[0]["devices"][0]["parts"]}
     assert first == {"weights": 6, "working": 2, "others": 1, "headroom": 1, "free": 2}
     ram = {part["kind"]: part["bytes"] / GIB for part in seen(odd[:1])[0]["ram"]["parts"]}

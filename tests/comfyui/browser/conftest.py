@@ -1,6 +1,7 @@
 """Two servers, one on the CPU and one on the fake device, and a Chromium that looks at them."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def models(tmp_path_factory, checkpoint):
     files = {
         "diffusion_models/flux": checkpoint("flux", **FLUX),
         "text_encoders/clip": checkpoint("clip_l"),
-        "vae/flux": checkpoint("flux_vae"),
+        "vae/ae": checkpoint("flux_vae"),
     }
     for name, path in files.items():
         (folder / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,20 @@ def start(tmp_path_factory, models):
 
 
 @pytest.fixture(scope="session")
+def servers(start):
+    """``servers("device")``: the server on the fake device, or on the "cpu". Started once."""
+    with ExitStack() as running:
+        known = {}
+
+        def server(where):
+            if where not in known:
+                known[where] = running.enter_context(start(on_device=where == "device"))
+            return known[where]
+
+        yield server
+
+
+@pytest.fixture(scope="session")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = os.environ.get("SPILLWAY_CHROMIUM")
@@ -56,11 +71,11 @@ def browser():
 
 @pytest.fixture(scope="session")
 def visit(browser):
-    """``visit(server, width=..., theme=...)``: a page of the server. Closes with the browser."""
+    """``visit(server, height=...)``: a page of the server. Closes with the browser."""
 
-    def make(server, **options):
+    def make(server, width=1400, height=1000):
         context = browser.new_context(
-            viewport={"width": options.get("width", 1400), "height": options.get("height", 1000)},
+            viewport={"width": width, "height": height},
             permissions=["clipboard-read", "clipboard-write"],
         )
         return Page(context, server)
@@ -73,7 +88,7 @@ def shots():
     """``shots(page, name)``: keep a picture of the panel where SPILLWAY_SHOTS names a folder."""
     folder = os.environ.get("SPILLWAY_SHOTS")
 
-    def keep(page, name, whole=False):
+    def keep(page, name):
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             page.page.screenshot(path=str(Path(folder) / f"{name}.png"))

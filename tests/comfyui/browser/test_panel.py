@@ -1,7 +1,6 @@
 """The panel in a browser: it shows what runs, its buttons do what they say, and it costs nothing while it is closed."""
 
-import itertools
-import json
+import time
 
 import pytest
 
@@ -9,7 +8,7 @@ from kit.comfyui.panel_graph import graph
 
 MIB = 1 << 20
 NAME = "flux"
-LEAST_SECONDS = 0.2  # between two messages, where the server sends four a second at most
+MOST_A_SECOND = 4
 
 
 @pytest.fixture(scope="module", params=["cpu", "device"])
@@ -18,24 +17,18 @@ def where(request):
 
 
 @pytest.fixture(scope="module")
-def server(where, start):
-    with start(on_device=where == "device") as running:
-        yield running
+def server(where, servers):
+    return servers(where)
 
 
 @pytest.fixture(scope="module")
 def page(server, visit):
     """The panel, open, after a first run."""
     page = visit(server)
-    page.load(graph())
+    page.load(graph(steps=40))
     page.open()
-    succeed(page)
+    page.succeed()
     return page
-
-
-def succeed(page):
-    history = page.run()
-    assert history["status"]["status_str"] == "success", json.dumps(history["status"])
 
 
 def flux(server):
@@ -49,6 +42,8 @@ def test_it_shows_a_run_with_the_numbers_of_the_route(page, server, where, shots
     said = page.text()
     assert all(name in said for name in ("Flux", NAME, "clip", "Load Diffusion Model (Spillway) #2", "KSampler #7"))
     assert f"Flux ({'36' if where == 'cpu' else '18'} MB)" in said or "Flux lies on the GPU as a whole" in said
+    lived = [model for _, state in page.states for model in state["models"] if model.get("running")]
+    assert "Flux" in {model["name"] for model in lived}, "it was marked while it sampled"
     told = server.get("spillway/memory")
     sent = page.until(lambda: next((state for _, state in page.states if state["number"] == told["number"]), None))
     assert sent == told
@@ -60,10 +55,14 @@ def test_it_shows_a_run_with_the_numbers_of_the_route(page, server, where, shots
 
 
 def test_it_is_live_and_sends_no_more_than_it_may(page):
-    first = len(page.states)
-    page.until(lambda: len(page.states) >= first + 4)
-    times = [when for when, _ in page.states]
-    assert min(b - a for a, b in itertools.pairwise(times)) > LEAST_SECONDS
+    """A busy page takes what has come meanwhile at once, so the mean counts."""
+    page.page.wait_for_timeout(100)
+    first, began = len(page.states), time.monotonic()
+    page.until(lambda: len(page.states) >= first + 3)
+    page.page.wait_for_timeout(1000)
+    assert len(page.states) - first <= MOST_A_SECOND * (time.monotonic() - began) + 1
+    numbers = [state["number"] for _, state in page.states]
+    assert numbers == sorted(set(numbers))
 
 
 def test_a_limit_holds_and_shows(page, server, where, shots):
@@ -71,7 +70,7 @@ def test_a_limit_holds_and_shows(page, server, where, shots):
     page.card(NAME).get_by_label("At most, in GB").fill("0.0078125")
     page.button("Set", NAME).click()
     page.until(lambda: flux(server)["limit"] == 8 * MIB)
-    succeed(page)
+    page.succeed()
     record = flux(server)
     resident = sum(size for _, size, here in record["residency"] if here)
     assert 0 < resident <= 8 * MIB < record["total"] and len(set(record["places"])) > 1
@@ -94,14 +93,14 @@ def test_keep_lets_a_model_stay(page, server):
 
 
 def test_freeing_and_dropping_give_memory_back(page, server, where):
-    succeed(page)
+    page.succeed()
     assert any(here for _, _, here in flux(server)["residency"])
     page.button("Free VRAM" if where == "device" else "Free weights", NAME).click()
     page.until(lambda: not any(here for _, _, here in flux(server)["residency"]))
-    succeed(page)
+    page.succeed()
     page.button("Drop RAM", NAME).click()
     page.until(lambda: sum(flux(server)["bytes"][place] for place in ("vram", "pins", "ram")) == 0)
-    succeed(page)
+    page.succeed()
     page.button("Free VRAM of all").click()
     page.until(lambda: all(model["bytes"]["vram"] < MIB for model in server.get("spillway/memory")["models"]))
 
@@ -137,7 +136,7 @@ def test_nothing_is_sent_while_it_is_closed(page, server, where, shots):
     page.close()
     page.page.wait_for_timeout(1000)
     before = len(page.states)
-    succeed(page)
+    page.succeed()
     page.page.wait_for_timeout(1500)
     assert len(page.states) == before
     ours = server.get("spillway/memory")["run"]

@@ -6,10 +6,11 @@ import threading
 from types import SimpleNamespace
 
 import execution
+import nodes as comfyui_nodes
 import pytest
 
 from kit.comfyui import sampling
-from kit.comfyui.executor import RAN, Executor, prompt
+from kit.comfyui.executor import NODES, RAN, Executor, prompt
 from spillway.nodes import model_actions, watchers
 from spillway.nodes.memory_report import memory_report
 from spillway.nodes.model_actions import Action, act

@@ -10,7 +10,7 @@ def graph(steps=4):
     return {
         "2": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default"),
         "3": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion"),
-        "4": node("SpillwayLoadVAE", vae_name="flux.safetensors"),
+        "4": node("SpillwayLoadVAE", vae_name="ae.safetensors"),
         "5": node("CLIPTextEncode", clip=["3", 0], text="a red house by the sea"),
         "6": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
         "7": node(

@@ -67,6 +67,10 @@ class Page:
         ended = self.server.wait(lambda: set(self.server.get("history")) - before, 120)
         return self.server.get(f"history/{(number := ended.pop())}")[number]
 
+    def succeed(self):
+        history = self.run()
+        assert history["status"]["status_str"] == "success", json.dumps(history["status"])
+
     def card(self, title):
         return self.page.locator(f'{PANEL} article[aria-label="{title}"]')
 

@@ -14,6 +14,7 @@ function shade(parts, one) {
 
 function bar(key, title, subtitle, figures, t) {
   const shown = figures.parts.filter((one) => one.bytes > 0);
+  const unused = shown.every((one) => one.kind === "free");
   const peak = figures.peakAt > figures.used * 1.02 && figures.peakAt <= figures.total;
   return h(
     "div",
@@ -21,7 +22,7 @@ function bar(key, title, subtitle, figures, t) {
     h(
       "div",
       { class: "sw-row" },
-      h("span", { class: "sw-name", title }, title),
+      h("span", { class: "sw-name", title }, title, figures.device && h("small", {}, ` ${figures.device}`)),
       h("span", { class: "sw-figure" }, sizeOf(figures.used, figures.total, t)),
     ),
     h(
@@ -45,20 +46,22 @@ function bar(key, title, subtitle, figures, t) {
           title: t("peak", { size: size(figures.peak) }),
         }),
     ),
-    h(
-      "ul",
-      { class: "sw-legend", "aria-hidden": "true" },
-      shown.map((one) =>
-        h(
-          "li",
-          {},
-          h("i", { class: `sw-dot sw-${one.kind}`, style: shade(shown, one) }),
-          `${label(one, t)} `,
-          h("b", {}, size(one.bytes)),
+    !unused &&
+      h(
+        "ul",
+        { class: "sw-legend", "aria-hidden": "true" },
+        shown.map((one) =>
+          h(
+            "li",
+            {},
+            h("i", { class: `sw-dot sw-${one.kind}`, style: shade(shown, one) }),
+            `${label(one, t)} `,
+            h("b", {}, size(one.bytes)),
+          ),
         ),
+        figures.peak > 0 &&
+          h("li", {}, h("i", { class: "sw-dot sw-peakdot" }), t("peak", { size: size(figures.peak) })),
       ),
-      figures.peak > 0 && h("li", {}, h("i", { class: "sw-dot sw-peakdot" }), t("peak", { size: size(figures.peak) })),
-    ),
     subtitle && h("p", { class: "sw-note" }, subtitle),
   );
 }

@@ -21,22 +21,24 @@ export function cardView(card, actions, t) {
       { class: "sw-row" },
       h("span", { class: "sw-name", title: card.file || card.name }, card.title),
       card.running && h("span", { class: "sw-chip sw-on" }, t("card.running")),
-      card.title !== card.name && h("span", { class: "sw-chip", title: t("card.kind") }, card.name),
-      card.format && h("span", { class: "sw-chip", title: t("card.format") }, card.format),
-      h("span", { class: "sw-chip" }, card.device),
       !card.ours && h("span", { class: "sw-chip" }, "ComfyUI"),
     ),
-    where &&
-      h(
-        "button",
-        { class: "sw-link", type: "button", title: t("card.goto"), onclick: () => actions.goTo(card.node) },
-        `${where} →`,
-      ),
+    h(
+      "div",
+      { class: "sw-row sw-note" },
+      h("span", {}, [card.title !== card.name && card.name, card.format, card.device].filter(Boolean).join(" · ")),
+      where &&
+        h(
+          "button",
+          { class: "sw-link", type: "button", title: t("card.goto"), onclick: () => actions.goTo(card.node) },
+          `${where} →`,
+        ),
+    ),
     card.layers.length > 0 && stripView(card, t),
     h(
       "p",
       { class: "sw-figures" },
-      h("b", {}, `${sizeOf(card.resident, card.total, t)}`),
+      h("b", {}, card.share > 0.995 ? size(card.total) : sizeOf(card.resident, card.total, t)),
       ` ${place}`,
       stepWords(card, t),
     ),

@@ -2,6 +2,9 @@
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
+/** What a person calls a model: its file, or else its class. */
+const titleOf = (model) => (model.file ?? "").replace(/\.(safetensors|gguf|sft)$/, "") || model.name;
+
 /** Of each device: its parts, which add up to its total, and the most that was in use during the last run. */
 export function deviceBars(report) {
   return Object.entries(report.memory.devices).map(([device, memory]) => {
@@ -13,7 +16,7 @@ export function deviceBars(report) {
     const process = Math.min(used, Math.max(memory.reserved + mapped, weights));
     const kept = Math.max(0, ...report.models.filter((m) => m.device === device).map((m) => m.kept_free ?? 0));
     const headroom = Math.min(memory.free, kept);
-    const parts = here.map((model) => ({ kind: "weights", name: model.name, bytes: model.bytes.vram }));
+    const parts = here.map((model) => ({ kind: "weights", name: titleOf(model), bytes: model.bytes.vram }));
     parts.push({ kind: "working", bytes: Math.max(0, process - weights) });
     parts.push({ kind: "others", bytes: Math.max(0, used - process) });
     parts.push({ kind: "headroom", bytes: headroom });
@@ -57,9 +60,10 @@ export function ramBar(report) {
 
 const PLACES = { r: "resident", p: "pinned", f: "file" };
 
-/** Of each model: what a card shows. `strip` joins neighbours that lie in the same place, as parts from 0 to 1. */
+/** Of each model, those that sample first: what a card shows. `strip` joins neighbours that lie in the same place, as parts from 0 to 1. */
 export function modelCards(report) {
-  return report.models.map((model) => {
+  const models = [...report.models].sort((a, b) => Number(b.samples ?? false) - Number(a.samples ?? false));
+  return models.map((model) => {
     const layers = model.residency.map(([name, bytes], index) => ({
       name,
       bytes,
@@ -69,7 +73,7 @@ export function modelCards(report) {
     const inPlace = { resident: 0, pinned: 0, file: 0 };
     for (const layer of layers) inPlace[layer.place] += layer.bytes;
     const ours = model.by === "Spillway";
-    const title = (model.file ?? "").replace(/\.(safetensors|gguf|sft)$/, "") || model.name;
+    const title = titleOf(model);
     const resident = ours ? inPlace.resident : model.bytes.vram;
     return {
       ...model,
