@@ -87,7 +87,7 @@ def seen(reports, language="en"):
         [node, str(folder / "views.mjs"), str(folder / "js"), str(LOCALES / language / "main.json")],
         input=json.dumps(reports),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
     )
     assert done.returncode == 0, done.stderr

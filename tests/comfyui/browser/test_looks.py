@@ -28,9 +28,12 @@ def page(server, visit):
     page.open()
     page.succeed()
     (record,) = [model for model in server.get("spillway/memory")["models"] if model["name"] == "Flux"]
-    server.get("spillway/model", {"model": record["id"], "action": "limit", "value": 8 * MIB})
+    limit = {"model": record["id"], "action": "limit"}
+    server.get("spillway/model", {**limit, "value": 8 * MIB})
     page.succeed()
-    return page
+    yield page
+    server.get("spillway/model", {**limit, "value": None})
+    page.page.context.close()
 
 
 CONTRAST = """() => {
@@ -79,7 +82,7 @@ def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, l
         wanted = [texts["card"]["drop"]["label"], texts["run"]["node"], texts["cache"]["clear"]["label"]]
         said = seen.until(lambda: (text := seen.text()) and all(one in text for one in wanted) and text)
         assert "card." not in said and "{" not in said
-        assert seen.page.evaluate("document.body.classList.contains('dark-theme')") == (theme == "dark")
+        seen.until(lambda: seen.page.evaluate("document.body.classList.contains('dark-theme')") == (theme == "dark"))
         worst = seen.page.evaluate(CONTRAST)
         assert len(worst) > 30 and worst[0][0] >= LEAST_CONTRAST, worst[:3]
         shots(seen, f"{language}-{theme}")

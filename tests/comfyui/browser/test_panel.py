@@ -23,11 +23,12 @@ def server(where, servers):
 
 @pytest.fixture(scope="module")
 def page(server, visit):
-    """The panel, open, after a first run."""
+    """The panel, open, after a first run of many steps, and with a graph of few."""
     page = visit(server)
     page.load(graph(steps=40))
     page.open()
     page.succeed()
+    page.load(graph())
     return page
 
 
