@@ -40,7 +40,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a model. streamed: bytes that were brought for it alone. seconds: until the next step, or the end."""
+    """A step. streamed: bytes brought for it alone, in the mean of this use. seconds: that the last one took."""
 
     streamed: int = 0
     seconds: float = 0.0
@@ -60,7 +60,8 @@ class Ledger:
     number: int = field(default_factory=lambda: next(_numbers))
     notices: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=20))
     step: Step = field(default_factory=Step)
-    _began: tuple[float, int] | None = None  # when the running step began, and the bytes streamed until then
+    _began: float | None = None  # when the running step began
+    _before: tuple[int, int] = (0, 0)  # steps, and bytes streamed, before this use
     _said: set[str] = field(default_factory=set)
     _summarised: Counters = field(default_factory=Counters)
 
@@ -87,17 +88,17 @@ class Ledger:
         """Count a step. The one before has ended."""
         self._end_step()
         self.counters.steps += 1
-        self._began = time.monotonic(), self.counters.bytes_streamed
+        self._began = time.monotonic()
 
     def begin_use(self) -> None:
-        """Let the time until the next step be no step's."""
-        self._began = None
+        """Begin a row of like steps. The time until the first of them is no step's."""
+        self._began, self._before = None, (self.counters.steps, self.counters.bytes_streamed)
 
     def _end_step(self) -> None:
         if self._began is not None:
-            began, streamed = self._began
-            self.step = Step(self.counters.bytes_streamed - streamed, time.monotonic() - began)
-            self._began = None
+            steps, streamed = self._before
+            mean = (self.counters.bytes_streamed - streamed) // (self.counters.steps - steps)
+            self.step, self._began = Step(mean, time.monotonic() - self._began), None
 
     def summarise(self, resident: int, total: int) -> None:
         """Log what was done since the last summary. The last step has ended. Sizes in bytes."""

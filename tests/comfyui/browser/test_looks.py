@@ -82,7 +82,7 @@ def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, l
         wanted = [texts["card"]["drop"]["label"], texts["run"]["node"], texts["cache"]["clear"]["label"]]
         said = seen.until(lambda: (text := seen.text()) and all(one in text for one in wanted) and text)
         assert "card." not in said and "{" not in said
-        seen.until(lambda: seen.page.evaluate("document.body.classList.contains('dark-theme')") == (theme == "dark"))
+        seen.until(lambda: (seen.page.locator(f".dark-theme {PANEL}").count() > 0) == (theme == "dark"))
         worst = seen.page.evaluate(CONTRAST)
         assert len(worst) > 30 and worst[0][0] >= LEAST_CONTRAST, worst[:3]
         shots(seen, f"{language}-{theme}")

@@ -49,7 +49,7 @@ def test_it_shows_a_run_with_the_numbers_of_the_route(page, server, where, shots
     sent = page.until(lambda: next((state for _, state in page.states if state["number"] == told["number"]), None))
     assert sent == told
     ran = {node["kind"] for node in told["run"]["nodes"]}
-    assert ran == {one["class_type"] for one in graph().values()}
+    assert {"KSampler", "VAEDecode", "SaveImage"} <= ran <= {one["class_type"] for one in graph().values()}
     sampled = next(node for node in told["run"]["nodes"] if node["kind"] == "KSampler")
     assert sampled["seconds"] > 0 and (where == "cpu" or sampled["peaks"]["cuda:0"] > 10 * MIB)
     assert page.icon_number().endswith("%")
@@ -78,7 +78,7 @@ def test_a_limit_holds_and_shows(page, server, where, shots):
     if where == "device":
         share = f"{100 * resident / record['total']:.0f} %"
         page.until(lambda: f"Flux runs at {share} on the GPU" in page.text())
-        assert record["step"]["streamed"] >= record["total"] - resident - MIB
+        assert record["step"]["streamed"] >= 0.9 * (record["total"] - resident)
     page.until(lambda: "Limit: 8 MB" in page.text())
     shots(page, f"limited-{where}")
     page.button("As the node says", NAME).click()
