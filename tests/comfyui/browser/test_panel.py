@@ -23,12 +23,12 @@ def server(where, servers):
 
 @pytest.fixture(scope="module")
 def page(server, visit):
-    """The panel, open, after a first run of many steps, and with a graph of few."""
+    """The panel, open, after a first run of many steps, and with a graph of few. Nobody else has run these seeds."""
     page = visit(server)
-    page.load(graph(steps=40))
+    page.load(graph(steps=40, seed=7))
     page.open()
     page.succeed()
-    page.load(graph())
+    page.load(graph(seed=8))
     return page
 
 

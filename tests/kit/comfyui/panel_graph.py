@@ -5,7 +5,7 @@ from kit.comfyui.running_server import node
 FLUX = {"hidden": 256, "depth": 2, "depth_single": 4, "context": 768, "pooled": 768}  # as wide as CLIP-L
 
 
-def graph(steps=4):
+def graph(steps=4, seed=3):
     """A Flux with its text encoder and VAE, with the ids that a page gives."""
     return {
         "2": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default"),
@@ -19,7 +19,7 @@ def graph(steps=4):
             positive=["5", 0],
             negative=["5", 0],
             latent_image=["6", 0],
-            seed=3,
+            seed=seed,
             steps=steps,
             cfg=1.0,
             sampler_name="euler",

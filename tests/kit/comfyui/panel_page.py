@@ -16,12 +16,12 @@ class Page:
         self.server = server
         self.said, self.states = [], []
         self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(90_000)
         self.page.on("console", lambda message: self._note(message.type, message.text, message.location.get("url", "")))
         self.page.on("pageerror", lambda error: self.said.append(f"{error}"))
         self.page.on("websocket", lambda socket: socket.on("framereceived", self._received))
         self.page.goto(f"http://127.0.0.1:{server.port}/")
-        self.page.wait_for_function("window.app?.graph && window.app?.extensionManager?.sidebarTab", timeout=90_000)
+        self.page.wait_for_function("window.app?.graph && window.app?.extensionManager?.sidebarTab", timeout=180_000)
         self.page.wait_for_function(
             "window.app.extensionManager.sidebarTab.sidebarTabs.some((tab) => tab.id === 'spillway-memory')"
         )
@@ -97,7 +97,7 @@ class Page:
     def text(self):
         return self.page.locator(PANEL).inner_text()
 
-    def until(self, what, seconds=20, panel=True):
+    def until(self, what, seconds=60, panel=True):
         """Wait until `what()` is true, while the page lives on. Returns what it gave. panel: whether it is open."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
