@@ -25,7 +25,7 @@ def server(where, servers):
 def page(server, visit):
     """The panel, open, after a first run of many steps, and with a graph of few. Nobody else has run these seeds."""
     page = visit(server)
-    page.load(graph(steps=40, seed=7))
+    page.load(graph(steps=150, seed=7))
     page.open()
     page.succeed()
     page.load(graph(seed=8))
