@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Developer commands of Spillway. They need Python 3.10 or newer and a package index that pip can reach, nothing else.
 
-    python dev.py test [--only engine|comfyui|device|soak] [--slow] [pytest arguments]
+    python dev.py test [--only engine|comfyui|device|browser|soak] [--slow] [pytest arguments]
     python dev.py lint [--fix]
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
@@ -15,7 +15,8 @@ Each sets up what it needs in .venv beside this file, and a second call finds it
 safetensors or GGUF file and needs nothing. `convert` makes safetensors files of pickles (.ckpt, .pt, .pth, .bin), which
 are not run, beside them or in a folder. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
 device of tests/fake_device, which runs a choice of the tests. `--slow` runs all of them there, for an hour or two, and
-everywhere the planted faults. `soak` disturbs real ComfyUI servers and compares what they make with what fresh ones
+everywhere the planted faults. `browser` looks at the panel in Chromium, and with `--slow` in the oldest and the newest
+frontend too. `soak` disturbs real ComfyUI servers and compares what they make with what fresh ones
 make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
 
 Variables:
@@ -45,6 +46,7 @@ ROOT = Path(os.path.abspath(__file__)).parent
 TESTS = ROOT / "tests"
 COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
 SOAK_TESTS = TESTS / "soak"
+BROWSER_TESTS = COMFYUI_TESTS / "browser"
 ENGINE = ("patcher", "ops", "cache")
 NO_TESTS_COLLECTED = 5
 AT_ONCE = 2  # processes of tests; each computes with two threads
@@ -52,9 +54,11 @@ AT_ONCE = 2  # processes of tests; each computes with two threads
 sys.path.append(str(TESTS))
 from kit.device_runs import RUNS, DeviceRun  # noqa: E402
 from kit.environment import (  # noqa: E402
+    add_playwright,
     add_pytest,
     banner,
     fail,
+    find_chromium,
     run,
     say,
     set_up_bench,
@@ -94,12 +98,13 @@ def main() -> int:
 def test(arguments: list[str]) -> int:
     """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
     # The longest first, so that no core is idle at the end.
-    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests, "soak": soak_tests(ONLY_MIX)}
+    parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
+    parts |= {"browser": browser_tests, "soak": soak_tests(ONLY_MIX)}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
-            return fail("--only takes engine, comfyui, device or soak.", 2)
+            return fail("--only takes engine, comfyui, device, browser or soak.", 2)
     commands: dict[str, Command] = {}
     for name, prepare in parts.items():
         if name in wanted:
@@ -211,7 +216,7 @@ def part_of(argument: str) -> str | None:
     path = Path(os.path.abspath(ROOT / argument.split("::")[0]))
     if not path.exists() or TESTS not in path.parents:
         return None
-    parts = {COMFYUI_TESTS: "comfyui", SOAK_TESTS: "soak"}
+    parts = {BROWSER_TESTS: "browser", COMFYUI_TESTS: "comfyui", SOAK_TESTS: "soak"}
     return next((part for folder, part in parts.items() if path.is_relative_to(folder)), "engine")
 
 
@@ -270,7 +275,8 @@ def comfyui_tests(arguments: list[str]) -> dict[str, Command]:
     if found is None:
         return {}
     comfyui, python, environment = found
-    others = [f"--ignore={folder}" for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
+    folders = [folder for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
+    others = [f"--ignore={folder}" for folder in (*folders, BROWSER_TESTS)]
     title = f"tests in ComfyUI: {comfyui}, {python}"
     return {"comfyui": pytest(title, python, [*others, *chosen(arguments, "not planted")], environment)}
 
@@ -292,6 +298,26 @@ def device_tests(arguments: list[str]) -> dict[str, Command]:
         return pytest(title, python, given, {**environment, **run.environment})
 
     return {name: command(name, run) for name, run in RUNS.items() if run.quick or named or slow}
+
+
+def browser_tests(arguments: list[str]) -> dict[str, Command]:
+    """Look at the panel in a Chromium of this machine. Nothing where there is none, which is said loudly."""
+    found = comfyui_and_python()
+    if found is None:
+        return {}
+    chromium = find_chromium()
+    if chromium is None:
+        banner(
+            "NO CHROMIUM FOUND: the tests of the panel in a browser did not run",
+            "Install Chromium (on Debian and Ubuntu: apt-get install chromium), or set SPILLWAY_CHROMIUM to its path.",
+        )
+        return {}
+    _, python, environment = found
+    add_playwright(python, environment)
+    environment["SPILLWAY_CHROMIUM"] = chromium
+    named = any(part_of(argument) == "browser" for argument in arguments)
+    given = [*([] if named else [str(BROWSER_TESTS)]), *chosen(arguments, "not slow and not planted")]
+    return {"browser": pytest(f"tests of the panel in {chromium}", python, given, environment)}
 
 
 def soak_tests(run: SoakRun) -> Callable[[list[str]], dict[str, Command]]:

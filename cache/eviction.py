@@ -33,6 +33,8 @@ class Taken:
     gone: deque[tuple[Entry, Any, int]]
     models: bool
 
+    seconds: float = 0.0  # that making them took
+
     @property
     def words(self) -> str:
         """Say what is evicted, for the log."""

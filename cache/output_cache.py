@@ -16,7 +16,7 @@ from ..ops.ram.arena_log import arenas_logged
 from ..ops.ram.available import Available, available_ram, refusing_limit
 from .choose import Candidates, choose
 from .disk_writer import DiskWriter
-from .eviction import Eviction, Taken
+from .eviction import ALL, Eviction, Taken
 from .expendable import Expendable, Kind
 from .give_up import Grip
 from .holdings import Entry, Holdings, never_equal
@@ -29,6 +29,8 @@ MAX_ENTRIES = 10_000
 # Freed memory shows in the system's figures at once. Where it does not, another process took it. Without this limit the
 # whole cache would go for that process.
 ROUNDS = 3
+# Seconds to make again, from which on a user hears of an eviction.
+COSTS_SOMETHING = 5.0
 # Prompts of which the figures are kept.
 RUNS = 20
 
@@ -328,7 +330,7 @@ class OutputCache:
         self.evicted += len(going)
         self.freed_bytes += freed
         self.run.evicted(len(going), freed)
-        return Taken(short, freed, reason, gone, models)
+        return Taken(short, freed, reason, gone, models, sum(entry.seconds for entry in going))
 
     def let_go(self, taken: Taken) -> Eviction:
         """Give up what was taken, one by one: to `on_evict`, and to the system."""
@@ -344,6 +346,8 @@ class OutputCache:
                 self._give_back(taken.models)
         if count:
             self.ledger.decide(words)
+            if taken.seconds >= COSTS_SOMETHING and taken.short < ALL:  # else somebody asked for it
+                self.ledger.notice(f"{words}. They took {taken.seconds:.0f} s to make")
         return Eviction(taken.short, taken.freed, count, words)
 
     def _tell(self, entry: Entry, value: Any, nbytes: int) -> None:

@@ -10,7 +10,7 @@ from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
-from ..patcher.comfyui import graph_policy, loads
+from ..patcher.comfyui import graph_policy, loads, run_record
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
@@ -57,6 +57,8 @@ class SpillwayExtension(ComfyExtension):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):
             graph_policy.install(read)
+        with never_raises("recording what each node takes"):
+            run_record.install()
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

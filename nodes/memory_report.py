@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+from functools import cache as cache_forever
+from itertools import count
 from typing import Any
 
-import comfy.model_management
 import numpy
 import torch
 from PIL import Image, ImageDraw
 
 from ..cache.comfyui.install import current_cache
-from ..cache.comfyui.models import model_bytes
 from ..cache.runs import Run
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
 from ..patcher import dynamic_model as dynamic
-from ..patcher.comfyui.loading.load import is_ours
+from ..patcher.comfyui.run_record import last_run
+from .model_records import DECISIONS, model_records, notices
 
-DECISIONS = 5
 RUNS = 3
 WIDTH, ROW, BAR, MARGIN = 1024, 52, 24, 12
+_numbers = count(1)
 BACKGROUND, TEXT = (24, 26, 32), (220, 222, 228)
 RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
 
 
 def memory_report() -> dict[str, Any]:
-    """Return memory, models (Spillway's and ComfyUI's) and cache, ready for JSON, with all sizes in bytes."""
+    """Return memory, models (Spillway's and ComfyUI's), cache and the last run, ready for JSON, all sizes in bytes.
+
+    number: counts reports, so that two that are the same one are known as such.
+    """
     models = model_records()
     cache = current_cache()
     figures = cache.engine.as_dict() if cache is not None else None
-    snapshot = take_snapshot()
-    return {"memory": snapshot.as_dict(), "words": snapshot.in_words(), "models": models, "cache": figures}
+    snapshot, run = take_snapshot(), last_run()
+    told = notices()
+    if cache is not None:
+        ledger = cache.engine.ledger
+        told += [{"number": number, "from": ledger.name, "text": text} for number, text in list(ledger.notices)]
+    return {
+        "number": next(_numbers),
+        "memory": snapshot.as_dict(),
+        "words": snapshot.in_words(),
+        "names": {name: _device_name(name) for name in snapshot.devices},
+        "models": models,
+        "cache": figures,
+        "run": run.as_dict() if run is not None else None,
+        "notices": sorted(told, key=lambda notice: notice["number"]),
+    }
+
+
+@cache_forever
+def _device_name(name: str) -> str:
+    kind = torch.device(name).type
+    module = getattr(torch, kind, None)
+    return str(module.get_device_name(name)) if module is not None and hasattr(module, "get_device_name") else name
 
 
 def take_snapshot() -> MemorySnapshot:
@@ -42,48 +66,6 @@ def take_snapshot() -> MemorySnapshot:
         resident=sum(0 if model.backend.in_place else model.device_bytes for model in models),
         cached=cache.engine.ram_bytes() if cache is not None else 0,
     )
-
-
-def model_records() -> list[dict[str, Any]]:
-    """Make a record for each dynamic model that is alive, and for each of ComfyUI's that is loaded."""
-    records = [_ours(model) for model in list(dynamic.models)]
-    for loaded in list(comfy.model_management.current_loaded_models):
-        patcher = loaded.model
-        if patcher is not None and not is_ours(patcher):
-            records.append(
-                {
-                    "name": type(patcher.model).__name__,
-                    "by": "ComfyUI",
-                    "device": str(patcher.load_device),
-                    "total": int(patcher.model_size()),
-                    "bytes": model_bytes(patcher),
-                    "decisions": [],
-                    "residency": [],
-                }
-            )
-    return sorted(records, key=lambda record: -record["total"])
-
-
-def _ours(model: dynamic.DynamicModel) -> dict[str, Any]:
-    mapped = sum(bundle.source_bytes for bundle in model.bundles if next(iter(bundle.maps()), None) is not None)
-    on_device = model.device_bytes
-    in_place = model.backend.in_place
-    return {
-        "name": model.ledger.name,
-        "by": "Spillway",
-        "device": str(model.device),
-        "total": model.total_bytes,
-        # On a CPU, resident weights are pages of RAM.
-        "bytes": {
-            "vram": 0 if in_place else on_device,
-            "pins": model.pinned_bytes + model.staging_bytes,
-            "ram": on_device if in_place else 0,
-            "disk": mapped,
-        },
-        "vbar": model.vbar_kind,
-        "decisions": list(model.ledger.decisions)[-DECISIONS:],
-        "residency": [[name, nbytes, resident] for name, nbytes, resident in model.bundle_report()],
-    }
 
 
 def in_lines(report: dict[str, Any]) -> str:

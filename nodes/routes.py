@@ -1,4 +1,4 @@
-"""Serves GET /spillway/memory and POST /spillway/free, behind ComfyUI's own middleware."""
+"""Serves GET /spillway/memory and POST /spillway/free, /model and /look, behind ComfyUI's own middleware."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from aiohttp import web
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
+from . import model_actions
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
+from .watchers import Watchers
 
 MAX_BODY_BYTES = 4096
 PARTS = ("cache", "models", "pins")
@@ -25,8 +27,16 @@ USAGE = (
 )
 
 
+LOOK_USAGE = 'a JSON object: "client_id" of an open websocket, and "looks" as true or false'
+MOST_ID = 100  # characters
+
+
 class BadRequest(ValueError):
-    """Says what the caller did wrong."""
+    """Says what the caller did wrong. status: of the answer."""
+
+    def __init__(self, words: str, status: int = 400) -> None:
+        super().__init__(words)
+        self.status = status
 
 
 def install() -> bool:
@@ -37,6 +47,7 @@ def install() -> bool:
         return False
 
     report = SharedReport(lambda: memory_report())
+    watchers = Watchers(report, lambda client: running.sockets.get(client))
 
     @running.routes.get("/spillway/memory")
     @never_raises("GET /spillway/memory", failed)
@@ -46,16 +57,54 @@ def install() -> bool:
     @running.routes.post("/spillway/free")
     @never_raises("POST /spillway/free", failed)
     async def post_free(request: web.Request) -> web.Response:
-        if not is_same_origin(request):
-            return web.json_response({"error": "only pages of this server may free its memory."}, status=403)
         try:
-            wanted = parse(request.content_type, await body_of(request))
+            wanted = parse(await json_object(request))
         except BadRequest as error:
-            return web.json_response({"error": f"{error} Expected {USAGE}."}, status=400)
+            return refusal(error, USAGE)
         done = await asyncio.get_running_loop().run_in_executor(None, free, running.prompt_queue, wanted)
         return web.json_response(done)
 
+    @running.routes.post("/spillway/model")
+    @never_raises("POST /spillway/model", failed)
+    async def post_model(request: web.Request) -> web.Response:
+        try:
+            action = model_actions.Action.read(await json_object(request))
+        except ValueError as error:
+            return refusal(error, model_actions.USAGE)
+        loop = asyncio.get_running_loop()
+        done = await loop.run_in_executor(None, model_actions.act, running.prompt_queue, action)
+        if done is None:
+            return web.json_response({"error": f"there is no model {action.model} any more."}, status=404)
+        return web.json_response(done)
+
+    @running.routes.post("/spillway/look")
+    @never_raises("POST /spillway/look", failed)
+    async def post_look(request: web.Request) -> web.Response:
+        try:
+            client, looks = parse_look(await json_object(request))
+            if looks and client not in running.sockets:
+                raise BadRequest("no websocket of this client is open.")
+            if looks and not watchers.look(client):
+                raise BadRequest("too many pages look already.", status=429)
+            if not looks:
+                watchers.leave(client)
+        except BadRequest as error:
+            return refusal(error, LOOK_USAGE)
+        return web.json_response({"looking": watchers.count})
+
     return True
+
+
+def refusal(error: ValueError, usage: str) -> web.Response:
+    """Say what the caller did wrong."""
+    return web.json_response({"error": f"{error} Expected {usage}."}, status=getattr(error, "status", 400))
+
+
+async def json_object(request: web.Request) -> dict[str, Any]:
+    """Read the JSON object that a page of this server sent. Raises BadRequest."""
+    if not is_same_origin(request):
+        raise BadRequest("only pages of this server may do that.", status=403)
+    return read_object(request.content_type, await body_of(request))
 
 
 async def body_of(request: web.Request) -> bytes:
@@ -84,18 +133,33 @@ def is_same_origin(request: web.Request) -> bool:
         return False
 
 
-def parse(content_type: str, body: bytes) -> dict[str, Any]:
-    """Read what to free from a request. Raises BadRequest."""
+def read_object(content_type: str, body: bytes) -> dict[str, Any]:
+    """Read a JSON object. Raises BadRequest."""
     if content_type != "application/json":
         raise BadRequest(f"the content type is {content_type!r}, not application/json.")
     if len(body) > MAX_BODY_BYTES:
         raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes.")
     try:
-        wanted = json.loads(body)
+        found = json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequest("the body is no JSON.") from None
-    if not isinstance(wanted, dict):
+    if not isinstance(found, dict):
         raise BadRequest("the body is no JSON object.")
+    return found
+
+
+def parse_look(asked: dict[str, Any]) -> tuple[str, bool]:
+    """Read (client id, whether it looks) from a request. Raises BadRequest."""
+    client, looks = asked.get("client_id"), asked.get("looks")
+    if not isinstance(client, str) or not 0 < len(client) <= MOST_ID:
+        raise BadRequest('"client_id" is no id.')
+    if not isinstance(looks, bool):
+        raise BadRequest('"looks" is neither true nor false.')
+    return client, looks
+
+
+def parse(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Check what is to be freed. Raises BadRequest."""
     unknown = sorted(set(wanted) - {*PARTS, "bytes"})
     if unknown:
         raise BadRequest(f"there is no {', '.join(unknown)[:100]} to free.")

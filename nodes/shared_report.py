@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-INTERVAL_SECONDS = 2.0
+INTERVAL_SECONDS = 0.25
 # Making reports takes at most this part of one core. It holds Python's lock, which the running prompt needs too.
 SHARE = 1 / 200
 

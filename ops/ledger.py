@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 
 log = logging.getLogger("spillway")
+
+_numbers = count(1)  # of ledgers, and of notices
 
 
 @dataclass
@@ -34,13 +38,30 @@ class Counters:
     compile_seconds: float = 0.0  # calls of blocks in which something was compiled
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step. streamed: bytes brought for it alone, in the mean of this use. seconds: that the last one took."""
+
+    streamed: int = 0
+    seconds: float = 0.0
+
+
 @dataclass
 class Ledger:
-    """Counters and decisions of one model."""
+    """Counters and decisions of one model.
+
+    number: of this ledger in the process. notices: (number, text) of what a user should hear of: warnings, and
+    evictions that cost something. step: the last one that has ended.
+    """
 
     name: str = "model"
     counters: Counters = field(default_factory=Counters)
     decisions: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    number: int = field(default_factory=lambda: next(_numbers))
+    notices: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=20))
+    step: Step = field(default_factory=Step)
+    _began: float | None = None  # when the running step began
+    _before: tuple[int, int] = (0, 0)  # steps, and bytes streamed, before this use
     _said: set[str] = field(default_factory=set)
     _summarised: Counters = field(default_factory=Counters)
 
@@ -49,6 +70,8 @@ class Ledger:
         if self.decisions and self.decisions[-1] == text:
             return
         self.decisions.append(text)
+        if level >= logging.WARNING:
+            self.notice(text)
         log.log(level, "[Spillway] %s: %s", self.name, text)
 
     def decide_once(self, text: str, *, level: int = logging.WARNING) -> None:
@@ -57,8 +80,29 @@ class Ledger:
             self._said.add(text)
             self.decide(text, level=level)
 
+    def notice(self, text: str) -> None:
+        """Keep what a user should hear of, wherever they look."""
+        self.notices.append((next(_numbers), text))
+
+    def begin_step(self) -> None:
+        """Count a step. The one before has ended."""
+        self._end_step()
+        self.counters.steps += 1
+        self._began = time.monotonic()
+
+    def begin_use(self) -> None:
+        """Begin a row of like steps. The time until the first of them is no step's."""
+        self._began, self._before = None, (self.counters.steps, self.counters.bytes_streamed)
+
+    def _end_step(self) -> None:
+        if self._began is not None:
+            steps, streamed = self._before
+            mean = (self.counters.bytes_streamed - streamed) // (self.counters.steps - steps)
+            self.step, self._began = Step(mean, time.monotonic() - self._began), None
+
     def summarise(self, resident: int, total: int) -> None:
-        """Log what was done since the last summary. Sizes in bytes."""
+        """Log what was done since the last summary. The last step has ended. Sizes in bytes."""
+        self._end_step()
         now, before = self.counters, self._summarised
         steps = now.steps - before.steps
         log.info(

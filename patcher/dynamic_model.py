@@ -195,7 +195,7 @@ class DynamicModel(Figures):
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
         self.check_files()
-        self.ledger.counters.steps += 1
+        self.ledger.begin_step()
         self.last_used = time.monotonic()
         relieve(models)
         if follow_writes(self.bundles, residency.caster):
@@ -268,6 +268,7 @@ class DynamicModel(Figures):
 
         nbytes: what its computation is said to need, which weights leave free until the next call. None: as before.
         """
+        self.ledger.begin_use()
         changed = nbytes is not None and self._remembered.expect(nbytes)
         residency = self.residency
         if residency is not None:

@@ -6,12 +6,14 @@ from ..ops.device.backend import Backend
 from ..ops.lending.block import Block
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.caster import Caster
+from ..ops.lending.param import number_format
 from ..ops.lending.pins import Pins
 from .buffers import PlacedBuffers
 from .layout import execution_order
 from .load_plan import LoadPlan
 from .remembered import Remembered
 from .residency import Residency
+from .step_time import Pace
 
 
 class Figures:
@@ -103,6 +105,33 @@ class Figures:
         """List the bundles that are lent as whole blocks."""
         return [bundle for bundle in self.bundles if isinstance(bundle, Block)]
 
+    @property
+    def pace(self) -> Pace | None:
+        """Give what a step's time is made of. None where no step was timed yet, and on devices that tell no times."""
+        return self._remembered.pace
+
+    @property
+    def kept_free(self) -> int:
+        """Count the bytes that the weights leave to the computation and to other programs."""
+        return self.residency.kept_free if self.residency is not None else 0
+
+    @property
+    def file_name(self) -> str:
+        """Name the file of the largest weight. Empty for a model that was made in memory."""
+        largest = max(self.bundles, key=lambda bundle: bundle.source_bytes, default=None)
+        maps = iter(()) if largest is None else iter(largest.maps())
+        return next((disk_map.path.name for disk_map in maps), "")
+
+    @property
+    def number_format(self) -> str:
+        """Name the format of most of the weights where they stay: 'bf16', 'fp8_e4m3fn', 'int8', 'Q4_K'."""
+        sizes: dict[str, int] = {}
+        for bundle in self.bundles:
+            for param in bundle.params:
+                name = number_format(param)
+                sizes[name] = sizes.get(name, 0) + param.source.numel()
+        return max(sizes, key=sizes.__getitem__, default="")
+
     def execution_order(self) -> list[Bundle]:
         """List the bundles in the order of the last step, or as registered before the first step."""
         first = self.residency.caster.first if self.residency is not None else None
@@ -115,3 +144,14 @@ class Figures:
             (bundle.name, bundle.nbytes, residency is not None and residency.is_resident(bundle))
             for bundle in self.execution_order()
         ]
+
+    def places(self) -> str:
+        """Say where each bundle of `bundle_report` is: (r)esident, (p)inned in RAM, or (f) in its file alone."""
+        residency, pins = self.residency, self.pins
+
+        def place(bundle: Bundle) -> str:
+            if residency is not None and residency.is_resident(bundle):
+                return "r"
+            return "p" if pins is not None and pins.holds(bundle) else "f"
+
+        return "".join(map(place, self.execution_order()))

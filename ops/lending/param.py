@@ -14,6 +14,9 @@ from ..quantisation import Quantisation
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8_e4m3fn"}
+SHORT |= {"float8_e5m2": "fp8_e5m2"}
+
 
 class Param:
     """Parameter `attr` of module `owner`, under its name `key` in the model.
@@ -113,3 +116,14 @@ class Param:
         return all(
             part.is_contiguous() and part.data_ptr() % part.element_size() == 0 for part in inner_tensors(self.source)
         )
+
+
+def number_format(param: Param) -> str:
+    """Name the format that a weight stays in, for people: 'bf16', 'int8', 'Q4_K'."""
+    if param.quantisation is not None:
+        return param.quantisation.name
+    if isinstance(param.source, GgufWeight):
+        return param.source.form.kind
+    part = inner_tensors(param.source)[0] if is_wrapper(param.source) else param.final
+    name = str(part.dtype).removeprefix("torch.")
+    return SHORT.get(name, name)

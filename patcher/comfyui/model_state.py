@@ -23,6 +23,7 @@ from .first_use import orders_file, record_file
 from .flags import heed_flags
 from .kitchen import register_kitchen
 from .patches.weight_patch import WeightPatch
+from .run_record import running_node
 
 log = logging.getLogger("spillway")
 
@@ -43,6 +44,9 @@ class ModelState:
         # The engine lends transformer blocks as a whole. Clones that are not compiled do not mind.
         self.lends_blocks = False
         self.compilers = SharedCompilers()
+        self.loaded_by = running_node()  # (id, class) of the node that loaded the model
+        self.chosen: dict[str, Any] = {}  # fields of a policy that the user set by hand, whatever a node says
+        self._base = Policy()  # the policy without them
         self.samples = False  # whether the last load was for a sampler, which batches by the memory that is free
 
     def __deepcopy__(self, memo: dict) -> ModelState:
@@ -111,6 +115,27 @@ class ModelState:
             self.dynamic.set_policy(policy)
         else:
             self.close()
+
+    def heed(self, policy: Policy) -> Policy:
+        """Put what the user chose by hand in the place of what a policy says."""
+        if not self.chosen:
+            return policy
+        share = {"vram_share": None} if "vram_bytes" in self.chosen else {}
+        return policy.with_changes(**self.chosen, **share)
+
+    def choose(self, at_once: bool, **fields: Any) -> None:
+        """Set fields of the policy by hand, whatever nodes say, until the model is loaded anew. None gives one back.
+
+        at_once: no prompt runs. Otherwise it takes effect when the model is next loaded.
+        """
+        dynamic = self.dynamic
+        if not self.chosen and dynamic is not None:
+            self._base = dynamic.asked
+        self.chosen.update(fields)
+        for name in [name for name, value in self.chosen.items() if value is None]:
+            del self.chosen[name]
+        if at_once and dynamic is not None:
+            dynamic.set_policy(self.heed(self._base))
 
     def close(self) -> None:
         """Give all memory back. The modules are as ComfyUI made them."""

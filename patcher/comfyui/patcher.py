@@ -100,8 +100,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     @property
     def policy(self) -> Policy:
-        """Give the policy in force: this patcher's own, or else that of the running graph."""
-        return in_force(self._policy)
+        """Give the policy in force: this patcher's own or else that of the running graph, and what the user set."""
+        return self.state.heed(in_force(self._policy))
 
     @policy.setter
     def policy(self, policy: Policy) -> None:

@@ -14,8 +14,8 @@ DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
 PATCHER = f"{COMFYUI}/patcher"
-# Whose servers are processes of their own, which run on the CPU.
-ON_THE_CPU = ("server",)
+# Whose servers are processes of their own, which run on the CPU or choose the device themselves.
+ON_THE_CPU = ("browser", "server")
 HERE = Path(__file__).resolve().parents[1] / "comfyui"
 # Folders whose tests all run on the device with --slow. A folder that is added is one of them.
 FOLDERS = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ REQUIREMENTS = ROOT / "requirements.txt"
 REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
 REQUIREMENTS_DEMO = ROOT / "benchmarks" / "demo" / "requirements.txt"
 REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
+REQUIREMENTS_BROWSER = ROOT / "tests" / "comfyui" / "browser" / "requirements.txt"
 DEFAULT_TORCH = "torch==2.13.0"
 RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.split('.')[:2]] < [2, 8])"
 
@@ -125,22 +127,42 @@ def write_stamp(folder: Path, text: str) -> None:
 
 def add_pytest(python: Path, environment: dict[str, str]) -> None:
     """Make pytest and hypothesis importable without a change to ComfyUI's own environment."""
-    if succeeds([str(python), "-c", "import pytest, hypothesis"]):
+    lines = REQUIREMENTS_DEV.read_text(encoding="utf-8").splitlines()
+    add_tools(python, environment, [line for line in lines if line.startswith(("pytest", "hypothesis"))])
+
+
+def add_playwright(python: Path, environment: dict[str, str]) -> None:
+    """Make playwright importable likewise."""
+    add_tools(python, environment, REQUIREMENTS_BROWSER.read_text(encoding="utf-8").splitlines(), "browser-")
+
+
+def add_tools(python: Path, environment: dict[str, str], wanted: list[str], prefix: str = "") -> None:
+    """Install requirements into a folder of their own, and put it on the path. Nothing where Python has them.
+
+    prefix: of the folder's name.
+    """
+    names = [re.split("[^a-z]", line)[0] for line in wanted]
+    if succeeds([str(python), "-c", f"import {', '.join(names)}"]):
         return
     # One folder for each Python: hypothesis has compiled parts.
     tag = subprocess.run(
         [str(python), "-c", "import sys; print(sys.implementation.cache_tag)"], capture_output=True, text=True
     ).stdout.strip()
-    folder = HOST_TOOLS / (tag or "unknown")
-    lines = REQUIREMENTS_DEV.read_text(encoding="utf-8").splitlines()
-    wanted = [line for line in lines if line.startswith(("pytest", "hypothesis"))]
+    folder = HOST_TOOLS / f"{prefix}{tag or 'unknown'}"
     fingerprint = digest(*wanted)
     if stamp(folder) != fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
-        words = f"pytest and hypothesis into {folder.relative_to(ROOT)}"
+        words = f"{' and '.join(names)} into {folder.relative_to(ROOT)}"
         pip_install(python, ["--target", str(folder), *wanted], words)
         write_stamp(folder, fingerprint)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    path = [str(folder), environment.get("PYTHONPATH") or os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+
+
+def find_chromium() -> str | None:
+    """Return the path of a Chromium or Chrome on this machine. SPILLWAY_CHROMIUM names another."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("SPILLWAY_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 def test_environment() -> dict[str, str]:

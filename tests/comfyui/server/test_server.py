@@ -274,6 +274,25 @@ def test_a_body_in_another_encoding_than_it_says_is_refused(server, encoding):
     assert status == 400 and (encoding == "deflate" or "Content-Encoding" in json.loads(answer)["error"])
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("model", {"model": 1 << 40, "action": "free_vram"}, 404, "no model"),
+        ("model", {"model": 1, "action": "format"}, 400, "is none of"),
+        ("model", b'{"pad": "' + b"x" * 5000 + b'"}', 400, "larger than 4096"),
+        ("look", {"client_id": "nobody", "looks": True}, 400, "no websocket"),
+        ("look", {"client_id": "x" * 200, "looks": True}, 400, "is no id"),
+        ("look", {"client_id": "nobody", "looks": "yes"}, 400, "neither true nor false"),
+        ("look", {"client_id": "nobody", "looks": False}, 200, "looking"),
+    ],
+)
+def test_the_panels_routes_say_why_not(server, path, body, status, words):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    got, answer = server.ask(f"spillway/{path}", data)
+    assert got == status and words in answer.decode()
+    assert server.ask(f"spillway/{path}", data, Sec_Fetch_Site="cross-site")[0] == 403
+
+
 def test_other_sites_and_other_types_may_not_free(server):
     everything = {"cache": True}
     assert status_of(server, everything, Content_Type="text/plain")[0] == 400

@@ -16,14 +16,16 @@ from PIL import Image
 from kit.find_comfyui import find_comfyui
 from kit.pack import ROOT
 
+ON_DEVICE = Path(__file__).parent / "processes" / "serve_on_fake_device.py"
+
 
 class Server:
     """base: a folder for its models, settings and outputs. Several servers may share it, each with a log of its own.
 
-    arguments: of ComfyUI's command line. variables: of its environment.
+    arguments: of ComfyUI's command line. on_device: of the fake device; else on the CPU. variables: of its environment.
     """
 
-    def __init__(self, base, arguments=(), log="server.log", **variables):
+    def __init__(self, base, arguments=(), log="server.log", on_device=False, **variables):
         self.base = base
         if not (base / "custom_nodes").exists():
             (base / "custom_nodes").mkdir()
@@ -32,9 +34,17 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = open(base / log, "w+b")  # noqa: SIM115 - open as long as the server
-        options = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--disable-auto-launch"]
+        script = str(ON_DEVICE) if on_device else "main.py"
+        options = [
+            "--disable-dynamic-vram" if on_device else "--cpu",
+            "--base-directory",
+            str(base),
+            "--port",
+            str(self.port),
+            "--disable-auto-launch",
+        ]
         self.process = subprocess.Popen(
-            [sys.executable, "main.py", *options, "--database-url", "sqlite:///:memory:", *arguments],
+            [sys.executable, script, *options, "--database-url", "sqlite:///:memory:", *arguments],
             cwd=find_comfyui(),
             env={**os.environ, "PYTHONPATH": "", **variables},
             stdout=self.log,

@@ -1,0 +1,234 @@
+"""What the panel draws and says of a report: its views are pure functions, which run in node without a page."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from kit.pack import ROOT
+from kit.skips import skip_loudly
+
+GIB = 1 << 30
+LANGUAGES = ("en", "zh", "ja")
+LOCALES = ROOT / "locales"
+LAYERS = 40
+
+
+def report(**changes):
+    """A report of a Flux of 12 GB, half on a device of 12 GB, a third of the rest pinned."""
+    residency = [[f"block.{index}", int(0.3 * GIB), index % 2 == 0] for index in range(LAYERS)]
+    places = "".join("r" if index % 2 == 0 else "p" if index % 3 == 0 else "f" for index in range(LAYERS))
+    model = {
+        "id": 1,
+        "name": "Flux",
+        "file": "flux1-dev.safetensors",
+        "by": "Spillway",
+        "device": "cuda:0",
+        "total": 12 * GIB,
+        "bytes": {"vram": 6 * GIB, "pins": 2 * GIB, "ram": 0, "disk": 12 * GIB},
+        "own_ram": 0,
+        "format": "bf16",
+        "vbar": "software",
+        "decisions": ["half of it fits"],
+        "residency": residency,
+        "places": places,
+        "node": {"id": "2", "kind": "SpillwayLoadDiffusionModel"},
+        "samples": True,
+        "running": True,
+        "keep": "auto",
+        "limit": None,
+        "chosen": [],
+        "kept_free": GIB,
+        "steps": 8,
+        "step": {"streamed": 6 * GIB, "seconds": 2.0, "compute": 1.5, "bus": 12.0 * GIB},
+    }
+    memory = {
+        "anonymous": 4 * GIB,
+        "page_cache": 6 * GIB,
+        "pinned": 2 * GIB,
+        "cached": GIB // 2,
+        "available": 14 * GIB,
+        "total": 24 * GIB,
+        "reason": "the machine's 24.0 GiB",
+        "aimdo": 0,
+        "devices": {"cuda:0": {"allocated": 7 * GIB, "reserved": 8 * GIB, "free": 3 * GIB, "total": 12 * GIB}},
+    }
+    node = {"id": "7", "kind": "KSampler", "seconds": 16.2, "peaks": {"cuda:0": 9 * GIB}, "rss": 5 * GIB}
+    cache = {
+        "entries": 4,
+        "ram_bytes": GIB // 2,
+        "headroom_bytes": 2 * GIB,
+        "cap_bytes": None,
+        "run": {"hits": 1, "saved_seconds": 2.0, "misses": 3, "evictions": 0},
+        "largest": [{"id": "8", "node": "VAEDecode", "ram_bytes": GIB // 4, "seconds": 1.0}],
+        "decisions": ["evicted 2 outputs"],
+    }
+    whole = {
+        "number": 1,
+        "names": {"cuda:0": "NVIDIA GeForce RTX 3060"},
+        "memory": memory | changes.pop("memory", {}),
+        "models": [model | changes.pop("model", {})],
+        "cache": cache,
+        "run": {"seconds": 20.0, "ended": True, "running": None, "nodes": [node]},
+        "notices": [],
+    }
+    return whole | changes
+
+
+def seen(reports, language="en"):
+    """What the views make of each report. Fails where a text or a value of one is missing."""
+    node = shutil.which("node")
+    if node is None:
+        skip_loudly("the panel's views: they need node")
+    folder = seen.folder
+    done = subprocess.run(
+        [node, str(folder / "views.mjs"), str(folder / "js"), str(LOCALES / language / "main.json")],
+        input=json.dumps(reports),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["missing"] == []
+    seen.asked |= set(result["asked"])
+    return result["told"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """Copies of the modules where node takes them for modules, whatever lies above the pack."""
+    seen.folder, seen.asked = tmp_path_factory.mktemp("views"), set()
+    shutil.copytree(ROOT / "web" / "js", seen.folder / "js")
+    shutil.copy(ROOT / "tests" / "web" / "views.mjs", seen.folder)
+    (seen.folder / "package.json").write_text('{"type": "module"}')
+
+
+CPU = {"device": "cpu", "bytes": {"vram": 0, "pins": 0, "ram": 0, "disk": 1}, "kept_free": 0}
+SENTENCES = {
+    "costs": ({}, "6.0 of 12.0 GB are brought each step, which costs 0.5 s of the 2.0 s that a step takes."),
+    "hidden": ({"step": {"streamed": 6 * GIB, "seconds": 1.52, "compute": 1.5, "bus": 1.0}}, "hidden behind the"),
+    "untimed": (
+        {"step": {"streamed": 6 * GIB, "seconds": 2.0, "compute": None, "bus": None}},
+        "are brought each step.",
+    ),
+    "whole": ({"residency": [["a", GIB, True]], "places": "r"}, "lies on the GPU as a whole (1.0 GB)"),
+    "not used yet": (
+        {"steps": 0, "residency": [["a", GIB, False]], "places": "f", "running": False},
+        "waits in its file until it is used",
+    ),
+    "on the CPU": (CPU, "used where they lie in the file, and nothing is copied"),
+    "copies on the CPU": (CPU | {"own_ram": GIB}, "1.0 GB of them are copies in RAM"),
+    "ComfyUI's": ({"by": "ComfyUI", "places": None}, "is managed by ComfyUI: 50 % of 12.0 GB on cuda:0"),
+}
+
+
+def test_the_sentence_sums_up():
+    told = seen([report(model=changes) for changes, _ in SENTENCES.values()])
+    for one, (name, (_, words)) in zip(told, SENTENCES.items(), strict=True):
+        assert words in one["sum"], name
+        assert one["sum"] in one["text"]
+    assert "Flux runs at 50 % on the GPU" in told[0]["sum"]
+    (none,) = seen([report(models=[], run=None, cache=None)])
+    assert "No model is loaded" in none["sum"] and "Nothing has run yet" in none["text"]
+
+
+def test_the_parts_of_a_bar_add_up_to_the_whole():
+    odd = [
+        report(),
+        report(memory={"anonymous": 0}),
+        report(memory={"pinned": 30 * GIB, "page_cache": 90 * GIB}),
+        report(model={"kept_free": 40 * GIB}),
+        report(model={"vbar": "aimdo"}),
+        report(memory={"devices": {"cuda:0": {"allocated": 0, "reserved": 0, "free": 1, "total": 12 * GIB}}}),
+    ]
+    for one in seen(odd):
+        for bar in (*one["devices"], one["ram"]):
+            assert sum(part["bytes"] for part in bar["parts"]) == pytest.approx(bar["total"]), bar
+            assert all(part["bytes"] >= 0 for part in bar["parts"])
+    assert seen(odd[:1])[0]["devices"][0]["parts"][0]["name"] == "flux1-dev"
+    first = {part["kind"]: part["bytes"] / GIB for part in seen(odd[:1])[0]["devices"][0]["parts"]}
+    assert first == {"weights": 6, "working": 2, "others": 1, "headroom": 1, "free": 2}
+    ram = {part["kind"]: part["bytes"] / GIB for part in seen(odd[:1])[0]["ram"]["parts"]}
+    assert ram == {"pins": 2, "models": 0, "cache": 0.5, "process": 1.5, "others": 6, "files": 6, "free": 8}
+    mapped = {part["kind"]: part["bytes"] / GIB for part in seen(odd[4:5])[0]["devices"][0]["parts"]}
+    assert mapped["working"] == 3, "what comfy-aimdo maps is not in torch's memory, so all but the weights is at work"
+
+
+def test_a_strip_has_every_layer_where_it_lies():
+    (told,) = seen([report()])
+    (card,) = told["cards"]
+    assert card["title"] == "flux1-dev" and card["share"] == 0.5
+    assert card["strip"][0]["from"] == 0 and card["strip"][-1]["to"] == pytest.approx(1)
+    for place, size in card["inPlace"].items():
+        drawn = sum(part["to"] - part["from"] for part in card["strip"] if part["place"] == place)
+        assert drawn == pytest.approx(size / sum(card["inPlace"].values()))
+
+
+def test_the_icon_and_the_badges():
+    (told,) = seen([report()])
+    assert told["icon"] == "75%" and told["badges"] == [{"share": 0.5}, {"seconds": 16.2, "peak": 9 * GIB}]
+    (on_cpu,) = seen([report(model=CPU, memory={"devices": {}})])
+    assert on_cpu["icon"] == "42%" and on_cpu["badges"][0] is None
+
+
+def test_the_copied_text_has_it_all():
+    (told,) = seen([report()])
+    for words in ("RTX 3060", "flux1-dev", "half of it fits", "| KSampler (7) | 16 s | 9.0 GB |", "4 outputs"):
+        assert words in told["copied"]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def texts(language, name):
+    return json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def flat(table, above=""):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+@pytest.mark.parametrize("name", ["main", "commands", "settings"])
+def test_every_language_has_every_text(language, name):
+    english, other = dict(flat(texts("en", name))), dict(flat(texts(language, name)))
+    assert list(other) == list(english)
+    for key, text in english.items():
+        assert sorted(re.findall(r"\{\w+\}", other[key])) == sorted(re.findall(r"\{\w+\}", text)), key
+    same = [key for key, text in english.items() if other[key] == text]
+    assert set(same) <= {"nodeCategories.spillway", "dataTypes.SPILLWAY_LORA", "spillway.name", *BRIEF}
+
+
+# Words that are the same in other languages.
+BRIEF = {"spillway.ram", "spillway.run.ram"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_text_that_the_code_asks_for_is_there_and_used(language):
+    """Views in their odd states too, and the texts of toasts, which no view shows."""
+    seen([report(model=changes) for changes, _ in SENTENCES.values()], language)
+    seen([report(models=[], run=None, cache=None)], language)
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").rglob("*.js"))
+    known = {key for key, _ in flat(texts(language, "main")["spillway"])}
+    named = set(re.findall(r'"([a-z]+(?:\.[a-z]+)*)"', code))
+    unused = known - named - seen.asked - COMPOSED
+    assert not unused
+
+
+# Keys that the code puts together.
+COMPOSED = {f"{area}.title" for area in ("memory", "models", "run", "cache")}
+
+
+def test_the_english_settings_and_commands_are_those_of_the_code():
+    code = "".join((ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js"))
+    joined = re.sub(r'"\s*\+\s*"', "", code)
+    for table in ("settings", "commands"):
+        for _, text in flat(texts("en", table)):
+            assert f'"{text}"' in joined, text

@@ -1,0 +1,52 @@
+// The whole panel as a tree. Pure: a report, what the buttons do, and the texts go in.
+import { deviceBar, ramBarView } from "./bars.js";
+import { cardView } from "./cards.js";
+import { deviceBars, modelCards, ramBar } from "./figures.js";
+import { cacheView, runView } from "./sections.js";
+import { h } from "./tree.js";
+import { summary } from "./words.js";
+
+const section = (name, t, ...children) =>
+  h(
+    "section",
+    { class: "sw-section", key: name, "aria-labelledby": `sw-${name}` },
+    h("h3", { id: `sw-${name}` }, t(`${name}.title`)),
+    ...children,
+  );
+
+export function panelView(report, actions, t) {
+  if (!report) return [h("p", { class: "sw-sum", role: "status", key: "sum" }, t("wait"))];
+  const cards = modelCards(report);
+  return [
+    h("p", { class: "sw-sum", role: "status", key: "sum" }, summary(report, t)),
+    section(
+      "memory",
+      t,
+      deviceBars(report).map((figures) => deviceBar(figures, t)),
+      ramBarView(ramBar(report), t),
+    ),
+    section(
+      "models",
+      t,
+      cards.length > 1 &&
+        h(
+          "div",
+          { class: "sw-buttons", key: "all" },
+          h(
+            "button",
+            { type: "button", onclick: actions.freeAll, title: t("models.free.tip") },
+            t("models.free.label"),
+          ),
+        ),
+      cards.map((card) => cardView(card, actions, t)),
+      !cards.length && h("p", { class: "sw-note", key: "none" }, t("models.none")),
+    ),
+    section("run", t, runView(report, actions, t)),
+    section("cache", t, cacheView(report, actions, t)),
+    h(
+      "footer",
+      { class: "sw-buttons", key: "foot" },
+      h("button", { type: "button", onclick: actions.copy, title: t("copy.tip") }, t("copy.label")),
+    ),
+  ];
+}
