@@ -34,6 +34,25 @@ def free_by_us(around):
         time.sleep(around.rng.random() / 2)
 
 
+def buttons(around):
+    """Press buttons of the panel, on models of the report or on one that is gone."""
+    server = around.any_server()
+    _, text = server.ask("spillway/memory")
+    alive = [record["id"] for record in json.loads(text)["models"] if "id" in record]
+    for _ in range(around.rng.randint(1, 4)):
+        action = around.rng.choice(("free_vram", "drop_ram", "keep", "limit"))
+        value = {"keep": around.maybe(0.5), "limit": around.rng.choice((None, None, 0, 1 << 20, 1 << 34))}.get(action)
+        number = around.rng.choice([*alive, 0])
+        body = {"model": number, "action": action, "value": value}
+        status, answer = server.post("spillway/model", body)
+        if status not in (200, 404):
+            around.faults.add("button refused", f"{status} {answer} for {body}")
+        time.sleep(around.rng.random() / 3)
+    for number in alive:  # as the nodes say again
+        server.post("spillway/model", {"model": number, "action": "keep", "value": False})
+        server.post("spillway/model", {"model": number, "action": "limit", "value": None})
+
+
 def reports(around):
     for _ in range(5):
         around.any_server().ask("spillway/memory")
@@ -144,6 +163,7 @@ DISTURBANCES = {
     "interrupt": interrupt,
     "free by ComfyUI": free_by_comfyui,
     "free by us": free_by_us,
+    "buttons": buttons,
     "reports": reports,
     "disconnect": disconnect,
     "queue cleared": clear_queue,

@@ -154,7 +154,13 @@ class Fuzz:
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
-PATHS = ("spillway/memory", "spillway/free", "spillway/", "spillway/free/", "spillway/memory?x=%00", "spillway/../free")
+# By path, the names that its body may have.
+NAMES = {
+    "spillway/free": ("cache", "models", "pins", "bytes", "x"),
+    "spillway/model": ("model", "action", "value", "x"),
+    "spillway/look": ("client_id", "looks", "x"),
+}
+PATHS = (*NAMES, "spillway/memory", "spillway/", "spillway/free/", "spillway/memory?x=%00", "spillway/../free")
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")
 HEADERS = (
     {},
@@ -174,6 +180,8 @@ def request(rng):
     path, method = rng.choice(PATHS), rng.choice((*METHODS, "POST", "POST", "POST"))
     body = rng.choice(BODIES)
     if rng.random() < 0.5:
-        keys = rng.sample(("cache", "models", "pins", "bytes", "x"), rng.randint(1, 3))
-        body = json.dumps({key: rng.choice((True, *WRONG)) for key in keys}).encode()
+        names = NAMES.get(path, NAMES["spillway/free"])
+        keys = rng.sample(names, rng.randint(1, len(names)))
+        values = (True, 1, 2, "keep", "limit", "free_vram", "drop_ram", *WRONG)
+        body = json.dumps({key: rng.choice(values) for key in keys}).encode()
     return path, body if method not in ("GET", "HEAD", "OPTIONS") else None, method, rng.choice(HEADERS)
