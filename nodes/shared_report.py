@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 INTERVAL_SECONDS = 0.25
+MOST_SECONDS = 2.0  # that anybody waits for one to be begun, however dear it is
 # Making reports takes at most this part of one core. It holds Python's lock, which the running prompt needs too.
 SHARE = 1 / 200
 
@@ -40,7 +41,7 @@ class SharedReport:
             try:
                 text, cost = await asyncio.get_running_loop().run_in_executor(None, self._text)
             finally:
-                self._due = time.monotonic() + max(INTERVAL_SECONDS, cost / SHARE)
+                self._due = time.monotonic() + min(MOST_SECONDS, max(INTERVAL_SECONDS, cost / SHARE))
             return text
 
     def _text(self) -> tuple[bytes, float]:

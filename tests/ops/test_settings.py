@@ -103,12 +103,22 @@ def test_the_settings_page_has_what_the_pack_reads_with_its_english_texts():
     """An id that differs in one place would be a setting without effect."""
     page = (ROOT / "web" / "js" / "settings.js").read_text("utf-8")
     texts = json.loads((ROOT / "locales" / "en" / "settings.json").read_text("utf-8"))
+    texts = {name: text for name, text in texts.items() if not name.startswith("Spillway_Panel_")}
     ids = re.findall(r'id: "([^"]+)"', page)
     assert sorted(ids) == sorted(kind.name for kind in settings.IN_COMFYUI)
     assert list(texts) == [name.replace(".", "_") for name in ids]
     assert re.findall(r'\bname: "(.*)",', page)[1:] == [text["name"] for text in texts.values()]
     tooltips = re.findall(r"tooltip:\s+(.*?),\n      category", page, re.S)
     assert ["".join(re.findall(r'"([^"]*)"', words)) for words in tooltips] == [t["tooltip"] for t in texts.values()]
+
+
+def test_the_panels_own_settings_have_their_english_texts():
+    page = (ROOT / "web" / "js" / "memory.js").read_text("utf-8")
+    texts = json.loads((ROOT / "locales" / "en" / "settings.json").read_text("utf-8"))
+    found = re.findall(r'id: "(Spillway\.Panel\.\w+)",\s+name: "([^"]+)",\s+tooltip:\s+"([^"]+)"', page)
+    assert found
+    own = {name: text for name, text in texts.items() if name.startswith("Spillway_Panel_")}
+    assert {i.replace(".", "_"): {"name": name, "tooltip": words} for i, name, words in found} == own
 
 
 def test_a_warning_is_logged_as_one(monkeypatch, caplog):

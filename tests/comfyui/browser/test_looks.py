@@ -10,7 +10,7 @@ from kit.pack import ROOT
 
 MIB = 1 << 20
 LANGUAGES = ("en", "zh", "ja")
-QUICK = {("en", "light"), ("zh", "dark"), ("ja", "light")}  # each of both
+QUICK = {("zh", "dark"), ("ja", "light")}  # the others look at English
 NARROW = 320  # pixels
 LEAST_CONTRAST = 4.5  # as WCAG asks for
 
@@ -72,8 +72,8 @@ CONTRAST = """() => {
     ],
 )
 def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, language, theme):
-    page.set("Comfy.Locale", language)
-    page.set("Comfy.ColorPalette", theme)
+    # Not by the page that other tests look at, which would follow.
+    server.get("settings", {"Comfy.Locale": language, "Comfy.ColorPalette": theme})
     seen = visit(server, height=1400)
     try:
         seen.load(graph())
@@ -89,8 +89,7 @@ def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, l
         assert seen.said == []
     finally:
         seen.page.context.close()
-        page.set("Comfy.Locale", "en")
-        page.set("Comfy.ColorPalette", "dark")
+        server.get("settings", {"Comfy.Locale": "en", "Comfy.ColorPalette": "dark"})
 
 
 def test_it_fits_into_a_narrow_place(page, shots):

@@ -47,7 +47,7 @@ def test_a_lora_and_a_quantised_model_are_described(checkpoint, models_dir, monk
     ).args[0]
     report = SpillwayProbeModel.execute(file=f"checkpoints/{os.path.basename(saved)}").args[0]
     os.unlink(saved)
-    assert "quantised: fp8_e4m3fn scaled (13 layers)" in report and "ComfyUI loads it as: Flux" in report
+    assert "quantised: fp8_e4m3fn scaled (10 layers)" in report and "ComfyUI loads it as: Flux" in report
 
 
 def test_a_bad_file_is_an_error_with_its_name(checkpoint, models_dir):
