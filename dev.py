@@ -99,7 +99,7 @@ def test(arguments: list[str]) -> int:
     """Run the engine's tests in .venv, those in ComfyUI in its own Python, and a choice of the latter on a device."""
     # The longest first, so that no core is idle at the end.
     parts = {"comfyui": comfyui_tests, "engine": engine_tests, "device": device_tests}
-    parts |= {"browser": browser_tests, "soak": soak_tests(ONLY_MIX)}
+    parts |= {"soak": soak_tests(ONLY_MIX), "browser": browser_tests}
     wanted = {part_of(argument) for argument in arguments} - {None} or set(parts)
     if arguments[:1] == ["--only"]:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]

@@ -11,9 +11,18 @@ NAME = "flux"
 MOST_A_SECOND = 4
 
 
-@pytest.fixture(scope="module", params=["cpu", "device"])
-def where(request):
-    return request.param
+# What the page does with its own means is the same on any device.
+QUICK_ON_CPU = (
+    "test_it_shows_a_run_with_the_numbers_of_the_route",
+    "test_freeing_and_dropping_give_memory_back",
+    "test_the_console_has_no_error_of_ours",
+)
+
+
+def pytest_generate_tests(metafunc):
+    if "where" in metafunc.fixturenames:
+        marks = [] if metafunc.function.__name__ in QUICK_ON_CPU else [pytest.mark.slow]
+        metafunc.parametrize("where", [pytest.param("cpu", marks=marks), "device"], scope="module")
 
 
 @pytest.fixture(scope="module")
