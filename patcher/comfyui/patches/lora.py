@@ -29,8 +29,9 @@ TEXT_ENCODER = ("lora_te", "lora_prior_te", "text_encoder", "text_model", "te1",
 FILES, SHARE = 8, 16
 
 
-# By path, size, time of the last change, and inode. The least recently used first.
-_kept: OrderedDict[tuple[str, int, int, int], tuple[Tensors, dict[str, str]]] = OrderedDict()
+# By path, size, inode, and the times of the content and of the last change, of which the first can be set to what it
+# was before. The least recently used first.
+_kept: OrderedDict[tuple[str, int, int, int, int], tuple[Tensors, dict[str, str]]] = OrderedDict()
 
 
 class NoFit(SpillwayError, ValueError):
@@ -73,7 +74,7 @@ def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     that cannot be read.
     """
     status = os.stat(path)
-    key = path, status.st_size, status.st_mtime_ns, status.st_ino
+    key = path, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
     if key not in _kept:
         _kept[key] = _read(path)
     _kept.move_to_end(key)

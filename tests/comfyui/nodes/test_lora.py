@@ -1,6 +1,8 @@
 """The LoRA nodes: what comes out runs like ComfyUI's LoraLoader's, and what does not fit is said."""
 
 import logging
+import os
+import time
 
 import comfy.sd
 import comfy.utils
@@ -244,3 +246,24 @@ def test_only_the_weights_of_a_changed_lora_are_computed_again(kind, flux, lora_
     size = next(brought(ours, b) for b in ours.dynamic.bundles if any(p.key == f"{touched}.weight" for p in b.params))
     assert after.bytes_loaded - before.bytes_loaded == size
     assert after.patched - before.patched == (2 if kind == "diff" else 1)  # a weight, and in a diff its bias
+
+
+@pytest.mark.parametrize("way", ["by rename", "by rename, same time", "in place", "in place, same time"])
+def test_a_file_that_is_replaced_is_read_again(lora_file, models_dir, way):
+    """Its size stays, and the time of its content can be set to what it was."""
+    name = lora_file("replaced", {"a": torch.zeros(8)})
+    path = models_dir / "loras" / name
+    before = path.stat()
+    (first, _), (again, _) = comfy_lora.read_lora(str(path)), comfy_lora.read_lora(str(path))
+    assert first is again and not first["a"].any()
+    time.sleep(0.02)  # the times of a file have steps
+    other = models_dir / "loras" / lora_file("other", {"a": torch.ones(8)})
+    if way.startswith("in place"):
+        with path.open("r+b") as file:
+            file.write(other.read_bytes())
+    else:
+        os.replace(other, path)
+    if way.endswith("same time"):
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert comfy_lora.read_lora(str(path))[0]["a"].all()
