@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..ops.lending.bundle import Bundle
 from ..ops.never_raises import never_raises
+from .json_record import read_record, write_record
 
 MOST = 64  # models; the one that was noted longest ago goes first
 
@@ -37,13 +36,7 @@ def write(path: Path | None, bundles: Sequence[Bundle], order: Sequence[Bundle])
     if known.pop(key, None) == places:
         return
     kept = dict(list(known.items())[1 - MOST :])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps({"orders": {**kept, key: places}}), encoding="utf-8")
-        os.replace(beside, path)  # a process that reads meanwhile finds one of the two, whole
-    finally:
-        beside.unlink(missing_ok=True)
+    write_record(path, "orders", {**kept, key: places})
 
 
 def _structure(bundles: Sequence[Bundle]) -> str:
@@ -52,15 +45,8 @@ def _structure(bundles: Sequence[Bundle]) -> str:
 
 
 def _all(path: Path | None) -> dict[str, list[int]]:
-    """Return what the file says. What is no such record is taken for none."""
-    if path is None:
-        return {}
-    try:
-        orders = json.loads(path.read_text(encoding="utf-8"))["orders"]
-        records = dict(orders.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    return {key: places for key, places in records.items() if _is_order(places)}
+    """Return what the file says."""
+    return {key: places for key, places in read_record(path, "orders").items() if _is_order(places)}
 
 
 def _is_order(places: object) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
+
+from ..json_record import read_record, write_record
 
 # {device: {check: None where it passed, else what was wrong}}
 Found = dict[str, "str | None"]
@@ -21,24 +21,11 @@ def write(path: Path | None, device: str, found: Found) -> None:
         return
     devices = _all(path)
     devices[device] = {**devices.get(device, {}), **found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps({"devices": devices}, indent=1), encoding="utf-8")
-        os.replace(beside, path)  # a process that reads meanwhile finds one of the two, whole
-    finally:
-        beside.unlink(missing_ok=True)
+    write_record(path, "devices", devices, indent=1)  # for people too
 
 
 def _all(path: Path | None) -> dict[str, Found]:
-    if path is None:
-        return {}
-    try:
-        devices = json.loads(path.read_text(encoding="utf-8"))["devices"]
-        records = dict(devices.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    return {device: found for device, found in records.items() if _is_found(found)}
+    return {device: found for device, found in read_record(path, "devices").items() if _is_found(found)}
 
 
 def _is_found(found: object) -> bool:

@@ -1,7 +1,6 @@
 """What readers bring ahead: further than the device has room for, once each, and no longer once a guess has failed."""
 
 import gc
-import random
 import time
 from collections import Counter
 
@@ -10,30 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from kit.nets import dynamic, plain, same, write
+from kit.shuffled import DEPTH, WIDTH, Shuffled
 from kit.sim_device import SimDevice
 from kit.threaded_device import Threaded
 from spillway.ops.lending.reading import Reading
-
-DEPTH = 24
-WIDTH = 64
-
-
-class Shuffled(torch.nn.Module):
-    """Layers that run in another order than they are registered in."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-        self.order = list(range(DEPTH))
-        random.Random(seed).shuffle(self.order)
-
-    def input(self):
-        return torch.linspace(-1, 1, WIDTH).repeat(3, 1)
-
-    def forward(self, x):
-        for index in self.order:
-            x = torch.tanh(self.layers[index](x))
-        return x
 
 
 def double(weight):

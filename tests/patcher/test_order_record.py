@@ -1,7 +1,6 @@
 """The order in which layers ran is kept in a file, so that a first step of another process need not guess it."""
 
 import json
-import random
 from collections import Counter
 
 import pytest
@@ -9,29 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from kit.nets import dynamic, plain, same, write
+from kit.shuffled import DEPTH, Shuffled
 from kit.sim_device import SimDevice
 from spillway.ops.lending.reading import Reading
 from spillway.patcher import order_record
-
-DEPTH, WIDTH = 24, 64
-
-
-class Shuffled(torch.nn.Module):
-    """Layers that run in another order than they are registered in."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-        self.order = list(range(DEPTH))
-        random.Random(seed).shuffle(self.order)
-
-    def input(self):
-        return torch.linspace(-1, 1, WIDTH).repeat(3, 1)
-
-    def forward(self, x):
-        for index in self.order:
-            x = torch.tanh(self.layers[index](x))
-        return x
 
 
 @pytest.fixture
