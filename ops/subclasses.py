@@ -14,6 +14,17 @@ def linear_arguments(
     return x, weight, bias
 
 
+def add_branch(
+    result: torch.Tensor, x: torch.Tensor, down: torch.Tensor | None, up: torch.Tensor | None
+) -> torch.Tensor:
+    """Add to a product of x the one of a weight's low-rank branch, if it has one, in x's dtype."""
+    if down is None:
+        return result
+    assert up is not None
+    narrow = torch.nn.functional.linear(x, down.to(x.dtype))
+    return result.add_(torch.nn.functional.linear(narrow, up.to(x.dtype)))
+
+
 def writes_into(cls: type, func: Any, args: Any) -> bool:
     """Say whether an operation would write into a tensor of the class."""
     return func._schema.is_mutable and any(

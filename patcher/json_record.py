@@ -19,7 +19,10 @@ def read_record(path: Path | None, name: str) -> dict[str, Any]:
 
 
 def write_record(path: Path, name: str, found: dict[str, Any], indent: int | None = None) -> None:
-    """Replace the file by one with this object. indent: as for `json.dumps`. Raises OSError where it cannot be written."""
+    """Replace the file by one with this object. indent: as for `json.dumps`.
+
+    Raises OSError where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:

@@ -8,7 +8,7 @@ import torch
 
 from ..gather import is_wrapper
 from ..joined_weight import JoinedWeight
-from ..subclasses import linear_arguments, writes_into
+from ..subclasses import add_branch, linear_arguments, writes_into
 from .dequantise import function_for
 from .types import IDS, TYPES
 
@@ -124,11 +124,7 @@ class GgufWeight(torch.Tensor):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
         result = torch.nn.functional.linear(x, self._own(x.dtype), bias)
-        if self.down is None:
-            return result
-        assert self.up is not None
-        narrow = torch.nn.functional.linear(x, self.down.to(x.dtype))
-        return result.add_(torch.nn.functional.linear(narrow, self.up.to(x.dtype)))
+        return add_branch(result, x, self.down, self.up)
 
     # -- torch's protocol for wrapper subclasses
 

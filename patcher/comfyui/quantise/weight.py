@@ -12,7 +12,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ....ops.gather import is_wrapper
 from ....ops.lending.idle_weight import as_stored
-from ....ops.subclasses import linear_arguments, writes_into
+from ....ops.subclasses import add_branch, linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
 from .making import Making
 
@@ -105,11 +105,7 @@ class KitchenWeight(torch.Tensor):
             result = torch.nn.functional.linear(quantised, weight, bias).reshape(*x.shape[:-1], -1)
         else:
             result = torch.nn.functional.linear(x, weight, bias)
-        if self.down is None:
-            return result
-        assert self.up is not None
-        narrow = torch.nn.functional.linear(x, self.down.to(x.dtype))
-        return result.add_(torch.nn.functional.linear(narrow, self.up.to(x.dtype)))
+        return add_branch(result, x, self.down, self.up)
 
     # -- torch's protocol for wrapper subclasses
 
