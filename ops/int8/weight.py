@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..gather import inner_tensors, is_wrapper
-from ..subclasses import linear_arguments, writes_into
+from ..subclasses import add_branch, linear_arguments, writes_into
 from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 
 # Bytes of fp32 rows that are quantised at a time, which bounds temporary memory.
@@ -105,11 +105,7 @@ class Int8Weight(torch.Tensor):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
         result = int8_linear(x, self.qdata, self.scale, bias)
-        if self.down is None:
-            return result
-        assert self.up is not None
-        narrow = torch.nn.functional.linear(x, self.down.to(x.dtype))
-        return result.add_(torch.nn.functional.linear(narrow, self.up.to(x.dtype)))
+        return add_branch(result, x, self.down, self.up)
 
     # -- torch's protocol for wrapper subclasses
 
