@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from . import report
-from .device import CPU, prepare_comfyui, settle, used_bytes
+from .device import CPU, finish_comfyui, prepare_comfyui, settle, used_bytes
 from .laps import Laps, contest
 from .pack import ROOT
 from .race import command_of, must_have_run, solo
@@ -97,14 +97,16 @@ def comfyui_finder() -> ModuleType:
 # -- in ComfyUI's Python
 
 
-def start_comfyui(comfyui: Path, base: Path | None = None, device: str = CPU) -> None:
+def start_comfyui(
+    comfyui: Path, base: Path | None = None, device: str = CPU, *, dynamic_vram: bool = False
+) -> None:
     """Import ComfyUI as ``main.py`` would have set it up. base: holds its folders; None: its own do. device: CPU is
-    ``--cpu``; on any other ComfyUI chooses, without dynamic VRAM.
+    ``--cpu``; on any other ComfyUI chooses. dynamic_vram: as its default on a card is; else it is disabled.
     """
     sys.path.insert(0, str(comfyui))
     sys.path.append(str(ROOT / "tests"))  # for checkpoints and sampling
     if device != CPU:
-        prepare_comfyui()
+        prepare_comfyui(device, dynamic_vram)
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = device == CPU
@@ -114,11 +116,16 @@ def start_comfyui(comfyui: Path, base: Path | None = None, device: str = CPU) ->
     import comfy.sd
     import nodes  # noqa: F401 - ComfyUI's
 
+    if device != CPU:
+        finish_comfyui()
 
-def sample_in_turns(laps: Laps, model: Any, args: argparse.Namespace, facts: Callable[[], Mapping[str, Any]]) -> Any:
+
+def sample_in_turns(
+    laps: Laps, model: Any, args: argparse.Namespace, facts: Callable[[], Mapping[str, Any]], tokens: int | None = None
+) -> Any:
     """Run ComfyUI's sampler once and return the latents; it waits for its turn before each step.
 
-    facts: what is told after each step.
+    facts: what is told after each step. tokens: of the text.
     """
     import comfy.model_management
 
@@ -133,7 +140,9 @@ def sample_in_turns(laps: Laps, model: Any, args: argparse.Namespace, facts: Cal
             laps.begin("step")
 
     laps.begin("first")
-    return sampling.sample(model, steps=args.steps, width=args.size, height=args.size, callback=after_step)
+    size = {"width": args.size, "height": args.size}
+    cond = sampling.conds(model, tokens=tokens)
+    return sampling.sample(model, steps=args.steps, **size, cond=cond, callback=after_step)
 
 
 class Server:

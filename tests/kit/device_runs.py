@@ -66,7 +66,7 @@ class DeviceRun(NamedTuple):
     def environment(self) -> dict[str, str]:
         return {
             "SPILLWAY_FAKE_CUDA": "1",
-            "SPILLWAY_FAKE_AIMDO": str(int(self.aimdo)),
+            "SPILLWAY_TEST_AIMDO": str(int(self.aimdo)),
             "SPILLWAY_COMFYUI_OPTIONS": self.options,
         }
 

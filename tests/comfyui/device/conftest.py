@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from fake_device.comfyui import comfyuis_dynamic_models
+from kit.comfyui.on_device import comfyuis_dynamic_models
 from fake_device.device import start, wanted
 
 collect_ignore_glob = [] if wanted() else ["test_*.py"]

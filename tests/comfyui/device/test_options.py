@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_device.comfyui import OPTIONS, wants_aimdo
+from kit.comfyui.on_device import OPTIONS, wants_aimdo
 
 PARITY = Path(__file__).parents[1] / "loading" / "test_parity.py"
 CHOICE = "(latents_within and flux and 0.25) or (latents_within and flux and 1.0) or (pictures and flux_vae and 0.25)"

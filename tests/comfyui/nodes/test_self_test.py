@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 import torch
 
-from fake_device.comfyui import wants_aimdo
+from kit.comfyui.on_device import wants_aimdo
 from spillway.nodes import self_test as node
 from spillway.nodes.self_test import SpillwaySelfTest
 from spillway.ops.device.backend import backend_for

@@ -11,7 +11,7 @@ import comfy.model_patcher
 import pytest
 import torch
 
-from fake_device.comfyui import wants_aimdo
+from kit.comfyui.on_device import wants_aimdo
 from fake_device.device import start, wanted
 from kit.comfyui import sampling
 from kit.comfyui.pairs import SMALL, assert_same, pair, run

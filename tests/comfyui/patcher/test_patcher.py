@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fake_device.comfyui import comfyuis_dynamic_models
+from kit.comfyui.on_device import comfyuis_dynamic_models
 from kit.comfyui import sampling
 from kit.comfyui.dynamic_vram import holds_some, told
 from kit.comfyui.loras import QKV, SHAPES, forms, with_lora

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fake_device.comfyui import wants_aimdo
+from kit.comfyui.on_device import wants_aimdo
 
 # The smallest piece of device memory that weights are given.
 PIECE = 32 << 20 if wants_aimdo() else 1

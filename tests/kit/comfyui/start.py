@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cuda_sim import Unavailable
-from fake_device import comfyui as fake_comfyui
+from kit.comfyui import on_device
 from kit.find_comfyui import WrongVariable, find_comfyui
 from kit.pack import ROOT
 
@@ -49,12 +49,11 @@ def _import(comfyui, base):
     Returns None, or why it cannot be imported.
     """
     try:
-        on_fake_device = fake_comfyui.prepare()
+        has_device = on_device.prepare()
         import comfy.cli_args
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
-    # `dev.py gpu` names the device that ComfyUI is then to find.
-    comfy.cli_args.args.cpu = not on_fake_device and not os.environ.get("SPILLWAY_TEST_DEVICE")
+    comfy.cli_args.args.cpu = not has_device
     comfy.cli_args.args.base_directory = str(base)  # models, input, output, temp and user folders
     try:
         import comfy.sample
@@ -64,8 +63,8 @@ def _import(comfyui, base):
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
 
-    if on_fake_device:
-        fake_comfyui.finish()
+    if has_device:
+        on_device.finish()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)  # this also fills torch.empty with NaN
     for folders, _extensions in folder_paths.folder_names_and_paths.values():

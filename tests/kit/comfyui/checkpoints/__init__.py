@@ -10,7 +10,7 @@ Every builder takes ``path``, ``dtype``, ``seed`` and ``drop`` (keys to leave ou
 
 import functools
 
-from fake_device.comfyui import weights_at_once
+from kit.comfyui.on_device import weights_at_once
 
 from .companions import (
     SIGLIP,

@@ -11,8 +11,8 @@ sys.path[:] = [os.getcwd(), *sys.path[1:], str(TESTS)]
 os.environ["SPILLWAY_FAKE_CUDA"] = "1"
 os.environ["SPILLWAY_COMFYUI_OPTIONS"] = " ".join(sys.argv[1:])
 
-from fake_device import comfyui
+from kit.comfyui import on_device
 
-comfyui.prepare()
+on_device.prepare()
 sys.argv[0] = "main.py"
 runpy.run_path("main.py", run_name="__main__")

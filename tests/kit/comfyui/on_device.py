@@ -1,8 +1,9 @@
-"""ComfyUI on the fake device, as its main.py would start it on a card.
+"""ComfyUI on the device under test, as its main.py would start it on a card.
 
-SPILLWAY_FAKE_CUDA=1         the device
-SPILLWAY_FAKE_AIMDO=1        dynamic VRAM: real comfy-aimdo, the release that is installed, on the device's driver
-SPILLWAY_COMFYUI_OPTIONS     command line options of ComfyUI, for example "--force-fp32 --gpu-only"
+SPILLWAY_FAKE_CUDA=1           the fake device
+SPILLWAY_TEST_DEVICE=cuda:0    a real one
+SPILLWAY_TEST_AIMDO=1          dynamic VRAM: real comfy-aimdo, the release that is installed, on the device's driver
+SPILLWAY_COMFYUI_OPTIONS       command line options of ComfyUI, for example "--force-fp32 --gpu-only"
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .device import start, wanted
+from kit.device import VARIABLE, is_fake
 
-AIMDO = "SPILLWAY_FAKE_AIMDO"
+AIMDO = "SPILLWAY_TEST_AIMDO"
 OPTIONS = "SPILLWAY_COMFYUI_OPTIONS"
 
 
@@ -25,9 +26,28 @@ def wants_aimdo() -> bool:
 
 
 def prepare() -> bool:
-    """What must be there before ComfyUI looks for a device. False where this process is to use the CPU."""
-    if not wanted():
+    """Does what must be done before ComfyUI looks for a device. False where this process is to use the CPU.
+
+    torch must not have been imported where the device is a real one: both comfy-aimdo and the choice of torch's
+    allocator would come too late.
+    """
+    if is_fake():
+        return _prepare_fake()
+    if not os.environ.get(VARIABLE, ""):
         return False
+    read_options()
+    if wants_aimdo():
+        import comfy_aimdo.control
+
+        if not comfy_aimdo.control.init():
+            raise RuntimeError("comfy-aimdo does not load")
+    import cuda_malloc  # noqa: F401 - ComfyUI's choice of torch's allocator
+    return True
+
+
+def _prepare_fake() -> bool:
+    from fake_device.device import start
+
     start()
     read_options()
     import comfy_kitchen
@@ -70,7 +90,7 @@ def finish() -> None:
 
     devices = [device.index for device in comfy.model_management.get_all_torch_devices()]
     if not comfy_aimdo.control.init_devices(devices):
-        raise RuntimeError("comfy-aimdo does not initialise the fake device")
+        raise RuntimeError("comfy-aimdo does not initialise the device")
     comfy_aimdo.control.set_log_critical()
     comfy.memory_management.aimdo_enabled = True
     for owner, name in (
