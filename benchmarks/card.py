@@ -84,6 +84,8 @@ def write_model(args: argparse.Namespace, laps: Laps) -> None:
     from kit.comfyui import checkpoints
 
     with laps.lap("write"):
+        if model_path(args.base).is_file():
+            return
         dtype = torch.float8_e4m3fn if args.dtype == "fp8" else torch.bfloat16
         sizes = {"hidden": args.hidden, "depth": args.depth, "depth_single": args.single}
         path = checkpoints.flux(str(model_path(args.base)), dtype, **sizes, context=CONTEXT, pooled=POOLED)
@@ -226,6 +228,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=19, help="double blocks (default %(default)s)")
     parser.add_argument("--single", type=int, default=38, help="single blocks (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="steps after the first (default %(default)s)")
+    parser.add_argument("--folder", help="holds the files, and keeps them for the next run with the same sizes")
     parser.add_argument("--only", action="append", help="contestants whose name has this in it; may be repeated")
     comfyui.add_flux(parser, 3072, "3072 is Flux.1's", size=1024)
     args = parser.parse_args()

@@ -347,6 +347,8 @@ class Residency:
     def _follow_pace(self) -> None:
         """Choose the layout anew where the last step took another time than it was chosen for."""
         caster, remembered = self.caster, self.remembered
+        if caster.watch is not None and not caster.watch.has_marks:
+            return  # its step begins now
         timed = remembered.note_pace(caster.watch)
         caster.watch = remembered.next_watch(self.device)
         if not timed or self.plan.state is not LoadState.PARTIAL:

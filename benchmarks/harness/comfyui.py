@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace, contestant: Body, measure: Measure, *, write: 
         assert body is not None
         return contest(lambda laps: body(args, laps))
     args.comfyui, python = find_comfyui()
-    with tempfile.TemporaryDirectory(prefix="spillway-bench-") as folder:
+    kept = getattr(args, "folder", None)
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="spillway-bench-") as folder:
         args.base = Path(folder)
 
         def command(name: str) -> list[str]:

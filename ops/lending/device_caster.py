@@ -231,6 +231,8 @@ class DeviceCaster(Caster):
         stream = self.streams[self.turn]
         self.turn = (self.turn + 1) % len(self.streams)
         reading = self.read_ahead.take(bundle)
+        if reading is not None and self.watch is not None:
+            self.watch.disturbed = True
         sent = reading is not None and reading.send_to(loan, self.backend, self.copy, stream)
         if not sent and not send_pinned(self.pins, loan, self.backend, self.copy, stream):
             self.read_ahead.begin(bundle, loan.host_casts, offloaded=False)  # the pin went a moment ago

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..device.backend import Backend
 from .bundle import Bundle
+from .guess import kind_and_number
 
 # A smaller transfer is mostly latency.
 LEAST_BYTES = 1 << 20
@@ -14,10 +15,14 @@ QUANTILE = 0.9
 
 
 class Stopwatch:
-    """Marks of one step. The events end when the device comes to them, so nothing waits until `seconds` is asked."""
+    """Marks of one step. The events end when the device comes to them, so nothing waits until `seconds` is asked.
+
+    disturbed: bundles were read and memory was locked meanwhile, so kernels were launched late here and there.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.disturbed = False
         self._open: tuple[Bundle, Any] | None = None
         self._computed: list[tuple[Bundle, Any, Any]] = []
         self._sent: list[tuple[int, Any, Any]] = []
@@ -39,14 +44,21 @@ class Stopwatch:
         if nbytes >= LEAST_BYTES and end is not None:
             self._sent.append((nbytes, start, end))
 
+    @property
+    def has_marks(self) -> bool:
+        return bool(self._computed)
+
     def seconds(self) -> dict[Bundle, float]:
-        """Return the seconds of computing with each bundle. Waits for the last of them."""
+        """Return the seconds of computing with each bundle. Waits for the last of them.
+
+        In a step that was disturbed the fastest of like bundles says what all of them take.
+        """
         self.end()
         found: dict[Bundle, float] = {}
         for bundle, start, end in self._computed:
             end.synchronize()
             found[bundle] = found.get(bundle, 0.0) + self.backend.seconds_between(start, end)
-        return found
+        return of_the_fastest(found) if self.disturbed else found
 
     def bus(self) -> float | None:
         """Return the bytes a second of a transfer that has the bus to itself; None where none was long enough."""
@@ -56,3 +68,12 @@ class Stopwatch:
             rates.append(nbytes / max(1e-9, self.backend.seconds_between(start, end)))
         rates.sort()
         return rates[int(QUANTILE * (len(rates) - 1))] if rates else None
+
+
+def of_the_fastest(seconds: dict[Bundle, float]) -> dict[Bundle, float]:
+    """Give each bundle the seconds of the fastest of its kind and size."""
+    kinds = {bundle: (kind_and_number(bundle)[0], bundle.nbytes) for bundle in seconds}
+    fastest: dict[tuple[str, int], float] = {}
+    for bundle, kind in kinds.items():
+        fastest[kind] = min(seconds[bundle], fastest.get(kind, seconds[bundle]))
+    return {bundle: fastest[kind] for bundle, kind in kinds.items()}
