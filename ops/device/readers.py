@@ -60,7 +60,7 @@ class Readers(Protocol):
         """Have it done, after what was submitted before has begun."""
 
     def aside(self, call: Callable[[], T]) -> Later[T]:
-        """Make a slow call that nobody waits for, one at a time."""
+        """Make a slow call that nobody waits for. Two at a time, at most."""
 
 
 def do(work: Work) -> None:
@@ -162,7 +162,7 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, "spillway-reader")
-        self._aside = ThreadPoolExecutor(1, "spillway-aside")
+        self._aside = ThreadPoolExecutor(2, "spillway-aside")
 
     def submit(self, work: Work) -> Job:
         # In a list that is emptied: else the pool would hold the work, and its memory, for a moment after its end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,9 @@ from ..device.readers import Later
 from ..ram import available
 from .bundle import Bundle
 from .pin_blocks import BLOCK_BYTES, Extent, PinBlocks
+
+# Blocks that may be on their way at once. While a driver locks one, threads touch the next.
+COMING = 3
 
 _uses = itertools.count(1)
 
@@ -42,7 +46,7 @@ class Pins:
     """The pins of one model under a budget in bytes.
 
     room: tells how many bytes of RAM pins may still take, whatever the budget. Any thread may call. Locking memory
-    takes time, so a thread of its own does that, block after block, and until one is there a bundle goes without.
+    takes time, so threads of its own do that, block after block, and until one is there a bundle goes without.
     """
 
     def __init__(self, backend: Backend, budget: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
@@ -53,8 +57,7 @@ class Pins:
         self.used = 0  # bytes of pins; the blocks that they lie in may hold more
         self.changes = 0  # how often a final form came or went: costs are not what they were
         self._blocks = PinBlocks()
-        self._coming: Later[torch.Tensor] | None = None  # the next block
-        self._reserved = 0  # its bytes
+        self._coming: deque[tuple[int, Later[torch.Tensor]]] = deque()  # the next blocks and their bytes
         self._expected: list[Bundle] = []
         self._position: dict[Bundle, int] = {}
         self._pins: dict[Bundle, Pin] = {}
@@ -64,6 +67,11 @@ class Pins:
     def held(self) -> int:
         """Return the bytes of host memory that the pins cost."""
         return self._blocks.nbytes + self._reserved
+
+    @property
+    def _reserved(self) -> int:
+        """Return the bytes that are on their way."""
+        return sum(nbytes for nbytes, _ in self._coming)
 
     def expect(self, bundles: Sequence[Bundle]) -> None:
         """Note which bundles will ask for a pin, in the order of their use, so that memory comes ahead of them."""
@@ -93,7 +101,7 @@ class Pins:
         with self._changed:
             self.drop(bundle)
             extent = self._find(bundle, nbytes)
-            if extent is None and self._coming is None:
+            if extent is None and not self._coming:
                 extent = self._displace(bundle, nbytes, version)
             if extent is None:
                 return None
@@ -107,7 +115,7 @@ class Pins:
 
         Memory that is locked would take the place of what was read longest ago, and that is what is read next.
         """
-        return self.outgrow_ram and self._coming is not None and available.unused_ram() < 2 * BLOCK_BYTES
+        return self.outgrow_ram and bool(self._coming) and available.unused_ram() < 2 * BLOCK_BYTES
 
     def make_room(self, bundle: Bundle, nbytes: int) -> None:
         """See to it that memory comes for a pin that is taken later."""
@@ -143,23 +151,26 @@ class Pins:
             size = self._blocks.room_for(nbytes, nbytes, self.budget - self._reserved, self.room)
             with torch.inference_mode(False):
                 return self._blocks.add(torch.empty(size, dtype=torch.uint8)).cut(nbytes) if size else None
-        if self._coming is not None and self._coming.ready():
-            self._add(self._coming)
+        self._add_what_came()
         extent = self._blocks.cut(nbytes)
-        if self._coming is None:
+        while len(self._coming) < COMING:
             size = self._next_block(bundle, nbytes, found=extent is not None)
-            if size:
-                coming = self.backend.readers().aside(partial(self.backend.host_empty, size))
-                self._reserved, self._coming = size, coming
-                if coming.ready():
-                    self._add(coming)
-                    extent = extent or self._blocks.cut(nbytes)
+            if not size:
+                break
+            self._coming.append((size, self.backend.readers().aside(partial(self.backend.host_empty, size))))
+            if self._add_what_came():
+                return extent or self._blocks.cut(nbytes)
         return extent
 
-    def _add(self, coming: Later[torch.Tensor]) -> None:
-        """Use memory that has come."""
-        self._coming, self._reserved = None, 0
-        self._blocks.add(coming.result())
+    def _add_what_came(self, wait: bool = False) -> bool:
+        """Use memory that has come. wait: for all of it. Return False where there was none."""
+        came = False
+        while self._coming and (wait or self._coming[0][1].ready()):
+            memory = self._coming[0][1].result()
+            self._coming.popleft()
+            self._blocks.add(memory)
+            came = True
+        return came
 
     def _displace(self, bundle: Bundle, nbytes: int, version: int | None) -> Extent | None:
         """Free pins that are of less use until this one fits; None where it never does."""
@@ -183,9 +194,15 @@ class Pins:
         found: the bundle has its `nbytes`, and the block is for those that ask after it, as far as what is there does
         not do for them.
         """
-        total = least = 0 if found else nbytes
-        there = self._blocks.nbytes - self.used - nbytes if found else 0
-        if self._blocks.nbytes >= self.budget or there >= BLOCK_BYTES:
+        reserved = self._reserved
+        if found:
+            total, there = 0, self._blocks.nbytes + reserved - self.used - nbytes
+        elif reserved >= nbytes:  # which is for this bundle first
+            total, there = 0, reserved - nbytes
+        else:
+            total, there = nbytes, 0
+        least = total
+        if self.held >= self.budget or there >= COMING * BLOCK_BYTES:
             return 0
         at = self._position.get(bundle, -1) + 1
         for following in (*self._expected[at:], *self._expected[: max(0, at - 1)]):
@@ -200,7 +217,11 @@ class Pins:
                 break
             total += more
             least = least or more
-        return self._blocks.room_for(least, total, self.budget, self.room) if total else 0
+        return self._blocks.room_for(least, total, self.budget - reserved, self._room_left) if total else 0
+
+    def _room_left(self) -> int:
+        """Return the bytes of RAM beside those that are on their way, which may not be taken yet."""
+        return self.room() - self._reserved
 
     def drop(self, bundle: Bundle) -> int:
         """Free a bundle's pin for other pins to use. Return its bytes."""
@@ -242,8 +263,7 @@ class Pins:
         if nbytes <= 0:
             return 0
         with self._changed:
-            if self._coming is not None:
-                self._add(self._coming)  # which may have to be waited for
+            self._add_what_came(wait=True)
             last_use = dict.fromkeys(self._blocks.blocks, -1)
             for pin in self._pins.values():
                 last_use[pin.extent.block] = max(last_use[pin.extent.block], pin.used)
