@@ -5,8 +5,8 @@
     python dev.py bench card --dtype fp8                       # 12 GB
     TMPDIR=/dev/shm python dev.py bench card --json result.json
 
-Another process takes memory of the card until `--free-gb` are left. Each contestant is a process of its own, alone on
-the rest. The limit is the longer of a step with all weights on the card and the time that the bus takes for what cannot
+Another process takes memory of the card until `--free-gb` are left, and torch says that it has no more in all. Each
+contestant is a process of its own, alone on the rest. The limit is the longer of a step with all weights on the card and the time that the bus takes for what cannot
 be there: the model's bytes less the free ones, at the speed of one copy from page-locked memory, measured here.
 """
 
@@ -47,7 +47,7 @@ CONTESTANTS = {
     "Spillway, without": Setup(False, True),
 }
 
-# Prints the card's name, its free bytes and the bus's bytes a second each way. Then it takes all but what is to be free.
+# Prints the card's name and the bus's bytes a second each way. Then it takes all but what is to be free.
 HOLDER = """
 import json, sys, time, torch
 left = int(sys.argv[1])
@@ -96,7 +96,9 @@ def write_model(args: argparse.Namespace, laps: Laps) -> None:
 def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     """Load by the node and run ComfyUI's sampler once."""
     setup = CONTESTANTS[args.contestant]
-    comfyui.start_comfyui(args.comfyui, args.base, args.device, dynamic_vram=setup.dynamic_vram)
+    card_bytes = None if args.contestant == RESIDENT else int(args.free_gb * GB)
+    options = {"dynamic_vram": setup.dynamic_vram, "card_bytes": card_bytes}
+    comfyui.start_comfyui(args.comfyui, args.base, args.device, **options)
     import nodes
     import torch
 

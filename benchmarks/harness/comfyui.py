@@ -100,15 +100,21 @@ def comfyui_finder() -> ModuleType:
 
 
 def start_comfyui(
-    comfyui: Path, base: Path | None = None, device: str = CPU, *, dynamic_vram: bool = False
+    comfyui: Path,
+    base: Path | None = None,
+    device: str = CPU,
+    *,
+    dynamic_vram: bool = False,
+    card_bytes: int | None = None,
 ) -> None:
     """Import ComfyUI as ``main.py`` would have set it up. base: holds its folders; None: its own do. device: CPU is
     ``--cpu``; on any other ComfyUI chooses. dynamic_vram: as its default on a card is; else it is disabled.
+    card_bytes: what the card is to be said to have in all.
     """
     sys.path.insert(0, str(comfyui))
     sys.path.append(str(ROOT / "tests"))  # for checkpoints and sampling
     if device != CPU:
-        prepare_comfyui(device, dynamic_vram)
+        prepare_comfyui(device, dynamic_vram, card_bytes)
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = device == CPU

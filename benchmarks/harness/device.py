@@ -29,13 +29,21 @@ def start_device(name: str) -> torch.device:
     return tests.device_under_test() or torch.device(name)
 
 
-def prepare_comfyui(device: str, dynamic_vram: bool) -> None:
-    """Do what must be done before ComfyUI looks for its device, and before torch is imported."""
+def prepare_comfyui(device: str, dynamic_vram: bool, card_bytes: int | None) -> None:
+    """Do what must be done before ComfyUI looks for its device, and before torch is imported.
+
+    card_bytes: what the card is to be said to have in all.
+    """
     os.environ["SPILLWAY_TEST_DEVICE"] = device
     os.environ["SPILLWAY_TEST_AIMDO"] = str(int(dynamic_vram))
     if not dynamic_vram:
         os.environ["SPILLWAY_COMFYUI_OPTIONS"] = "--disable-dynamic-vram"
     importlib.import_module("kit.comfyui.on_device").prepare()
+    if card_bytes is not None:
+        import torch
+
+        real = torch.cuda.mem_get_info
+        torch.cuda.mem_get_info = lambda device=None: (real(device)[0], card_bytes)
 
 
 def finish_comfyui() -> None:

@@ -21,6 +21,11 @@ def is_fake() -> bool:
     return os.environ.get(FAKE, "0") not in ("", "0")
 
 
+def is_real() -> bool:
+    """Say whether the device is a card of this machine, whose kernels are no CPU's."""
+    return bool(os.environ.get(VARIABLE, "")) and not is_fake()
+
+
 def device_under_test() -> torch.device | None:
     """Return the device, with its number, and start the fake one where it is meant. None: the CPU, as ever."""
     name = os.environ.get(VARIABLE, "")

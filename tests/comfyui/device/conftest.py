@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-from kit.comfyui.on_device import comfyuis_dynamic_models
 from fake_device.device import start, wanted
+from kit.comfyui.on_device import comfyuis_dynamic_models
 
 collect_ignore_glob = [] if wanted() else ["test_*.py"]
 CAPACITY = 8 << 30

@@ -74,7 +74,7 @@ def test_a_lora_stays_beside_the_blocks(files, checkpoint):
     without = run(ours, steps=2)
     ours = comfy.sd.load_lora_for_models(ours, None, lora, 0.8, 0)[0]
     got, wanted = run(ours, steps=2), run(patched, steps=2)
-    assert float((got - wanted).norm() / (wanted - without).norm()) < 0.02
+    assert float((got - wanted).norm() / (wanted - without).norm()) < (0.02 if ours.dynamic.backend.in_place else 0.03)
     branches = [param for bundle in ours.dynamic.bundles for param in bundle.params if getattr(param.final, "rank", 0)]
     assert branches and all(isinstance(param.final, GgufWeight) for param in branches)
     before = counters(ours)

@@ -60,7 +60,7 @@ def test_an_extracted_lora(both):
     for stem in (QKV, LINEAR, MLP):
         exact = forms("lora")[f"{stem}.lora_up.weight"] @ forms("lora")[f"{stem}.lora_down.weight"] * 0.5
         found = files[0][f"{stem}.lora_up.weight"] @ files[0][f"{stem}.lora_down.weight"]
-        assert (found - exact).norm() < 0.01 * exact.norm()
+        assert (found - exact).norm() < (0.01 if model.dynamic.backend.in_place else 0.02) * exact.norm()
 
 
 def test_the_difference_of_two_files(both, checkpoint, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kit.comfyui import sampling
+from kit.comfyui.on_device import comfyuis_dynamic_models
 from kit.comfyui.pairs import FRACTIONS, assert_same, comfyui_vae
 from spillway.ops.vbar.aimdo import PAGE, AimdoVBAR
 
@@ -138,8 +139,9 @@ def encoded(clip):
 
 @functools.cache
 def clip_reference(path, clip_type):
-    clip = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType[clip_type.upper()])
-    return encoded(clip), clip.patcher.model_size()
+    with comfyuis_dynamic_models():  # whose embeddings have other bits than its classic ones
+        clip = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType[clip_type.upper()])
+        return encoded(clip), clip.patcher.model_size()
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)

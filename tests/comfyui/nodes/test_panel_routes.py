@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import execution
 import nodes as comfyui_nodes
 import pytest
+import torch
 
 from kit.comfyui import sampling
+from kit.comfyui.dynamic_vram import software
 from kit.comfyui.executor import NODES, RAN, Executor, prompt
 from spillway.nodes import model_actions, watchers
 from spillway.nodes.memory_report import memory_report
@@ -20,6 +22,7 @@ from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.policy import Policy
 
 MIB = 1 << 20
+FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def queue(running=False):
@@ -82,6 +85,7 @@ def test_weights_go_and_come_back(model):
     assert sampling.sample(model, steps=2).equal(wanted)
 
 
+@software
 def test_a_limit_and_keep_hold_over_what_nodes_say_until_they_are_given_back(model):
     model.set_policy(Policy(vram_bytes=2 * MIB, keep="free after use"))
     sampling.sample(model, steps=1)
@@ -99,6 +103,7 @@ def test_a_limit_and_keep_hold_over_what_nodes_say_until_they_are_given_back(mod
     assert record_of(model)["chosen"] == ["keep"] and model.dynamic.policy.keep == "auto"
 
 
+@software
 def test_a_limit_takes_the_place_of_a_share(model):
     model.set_policy(Policy(vram_share=0.5))
     sampling.sample(model, steps=1)
@@ -125,7 +130,12 @@ def test_the_report_says_what_the_ledger_and_the_pins_say(model, flux):
     do(model, model_actions.LIMIT, MIB)
     sampling.sample(model, steps=3)
     dynamic, record = model.dynamic, record_of(model)
-    assert record["file"] and flux.endswith(record["file"]) and record["samples"] and record["format"] == "fp32"
+    assert (
+        record["file"]
+        and flux.endswith(record["file"])
+        and record["samples"]
+        and record["format"] == FORMATS[model.model.get_dtype()]
+    )
     assert len(record["places"]) == len(record["residency"])
     assert [place == "r" for place in record["places"]] == [resident for *_, resident in record["residency"]]
     pinned = [dynamic.pins.holds(bundle) for bundle in dynamic.execution_order()]

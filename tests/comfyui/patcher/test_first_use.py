@@ -86,7 +86,8 @@ def test_quantised_layers_are_dequantised_where_their_products_are_wrong(
 def dequantise(module):
     weight = getattr(module, "weight", None)
     if isinstance(weight, QuantizedTensor):
-        module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+        there = weight.to(comfy.model_management.get_torch_device())
+        module.weight = torch.nn.Parameter(there.dequantize().to(weight.device), requires_grad=False)
         module.layout_type = None
 
 

@@ -11,7 +11,7 @@ import torch
 from kit.comfyui import sampling
 from kit.comfyui.dynamic_vram import holds_some
 from kit.comfyui.loras import forms, with_lora
-from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
+from kit.comfyui.pairs import SMALL, assert_alike, assert_same, budget, comfyui_vae, pair, run
 from spillway.patcher.comfyui.loading.load import is_ours, load_checkpoint, load_clip, load_diffusion_model, load_vae
 from spillway.patcher.policy import Policy
 
@@ -109,7 +109,7 @@ def test_a_classic_model_that_another_node_asks_for_is_said(before, checkpoint, 
     given = multigpu._apply_patcher_device(ours.clone(), torch.device("cpu"))
     assert not is_ours(given)
     assert "asked for ComfyUI's own model" in caplog.text and "Spillway does not manage that one" in caplog.text
-    assert_same(run(given), wanted)
+    assert_alike(run(given), wanted, "cpu")
     assert_same(run(ours), wanted)
     assert any("asked for ComfyUI's own model" in words for words in ours.dynamic.ledger.decisions)
     assert_same(run(classic), wanted)
@@ -121,4 +121,5 @@ def test_text_encoders_stay_dynamic_on_the_cpu(checkpoint):
     clip = load_clip([path])
     clip.patcher = multigpu._apply_patcher_device(clip.patcher, torch.device("cpu"))
     assert is_ours(clip.patcher)
-    assert_same(sampling.text_encode(clip, "a house"), sampling.text_encode(comfy.sd.load_clip([path]), "a house"))
+    wanted = sampling.text_encode(comfy.sd.load_clip([path]), "a house")
+    assert_alike(sampling.text_encode(clip, "a house"), wanted, "cpu")

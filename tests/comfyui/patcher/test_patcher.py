@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from kit.comfyui.on_device import comfyuis_dynamic_models
 from kit.comfyui import sampling
 from kit.comfyui.dynamic_vram import holds_some, told
 from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
+from kit.comfyui.on_device import comfyuis_dynamic_models
 from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher import ram_pressure

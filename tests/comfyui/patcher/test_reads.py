@@ -8,8 +8,8 @@ import pytest
 import torch
 from nodes import ControlNetApplyAdvanced
 
-from kit.comfyui.on_device import weights_at_once
 from kit.comfyui import sampling
+from kit.comfyui.on_device import weights_at_once
 from kit.comfyui.pairs import assert_same, counters, pair, run
 from kit.comfyui.quantised import quantised
 from kit.nets import same

@@ -104,7 +104,7 @@ def test_what_quantisation_changes_is_a_difference(checkpoint):
     assert len(tensors) == 20 and f"{QKV}.lora_up.weight" in tensors
     up, down = tensors[f"{QKV}.lora_up.weight"], tensors[f"{QKV}.lora_down.weight"]
     weight, of_8_bits = (dict(one.model.named_parameters())[f"{QKV}.weight"] for one in (plain, quantised))
-    difference = weight.float() - of_8_bits.dequantize().float()
+    difference = weight.float() - of_8_bits.to(plain.load_device).dequantize().float().cpu()
     assert (up @ down - difference).norm() < 1e-4 * difference.norm()
     assert_same(run(quantised), before)
 

@@ -32,12 +32,15 @@ def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkp
     assert len(layers) == 10 and all("_blocks.0." in layer for layer in layers)
     for layer in layers:
         reference = QuantizedTensor.from_float(
-            wanted.pop(f"{layer}.weight"), QUANT_ALGOS[algorithm]["comfy_tensor_layout"], scale="recalculate"
+            wanted.pop(f"{layer}.weight").to(ours.load_device),
+            QUANT_ALGOS[algorithm]["comfy_tensor_layout"],
+            scale="recalculate",
         )
         conf = got.pop(f"{layer}.comfy_quant").numpy().tobytes()
         assert conf == b'{"format": "%s"}' % algorithm.encode()
         pieces = {f"{layer}.{name}": got.pop(f"{layer}.{name}") for name in ("weight", "weight_scale")}
-        assert_same_tensors(pieces, reference.state_dict(f"{layer}.weight"))
+        made = {name: tensor.cpu() for name, tensor in reference.state_dict(f"{layer}.weight").items()}
+        assert_same_tensors(pieces, made)
     assert_same_tensors(got, cast(wanted, torch.bfloat16))
     before = run(classic)
     again = comfy.sd.load_diffusion_model(saved), load_diffusion_model(saved, policy=budget(classic, 0.1))

@@ -42,6 +42,7 @@ def prepare() -> bool:
         if not comfy_aimdo.control.init():
             raise RuntimeError("comfy-aimdo does not load")
     import cuda_malloc  # noqa: F401 - ComfyUI's choice of torch's allocator
+
     return True
 
 

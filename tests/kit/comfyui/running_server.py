@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kit.device import is_real
 from kit.find_comfyui import find_comfyui
 from kit.pack import ROOT
 
@@ -22,7 +23,8 @@ ON_DEVICE = Path(__file__).parent / "processes" / "serve_on_fake_device.py"
 class Server:
     """base: a folder for its models, settings and outputs. Several servers may share it, each with a log of its own.
 
-    arguments: of ComfyUI's command line. on_device: of the fake device; else on the CPU. variables: of its environment.
+    arguments: of ComfyUI's command line. on_device: of the fake device. Else it runs on the CPU, or as ComfyUI chooses
+    where the device under test is a real one. variables: of its environment.
     """
 
     def __init__(self, base, arguments=(), log="server.log", on_device=False, **variables):
@@ -35,8 +37,12 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = open(base / log, "w+b")  # noqa: SIM115 - open as long as the server
         script = str(ON_DEVICE) if on_device else "main.py"
+        if is_real() and not on_device:
+            where = os.environ.get("SPILLWAY_COMFYUI_OPTIONS", "").split()
+        else:
+            where = ["--disable-dynamic-vram" if on_device else "--cpu"]
         options = [
-            "--disable-dynamic-vram" if on_device else "--cpu",
+            *where,
             "--base-directory",
             str(base),
             "--port",

@@ -55,7 +55,7 @@ def _data(tensor):
 
 
 def write(path, entries, seed=0, metadata=None, drop=()):
-    """``entries``: {name: (shape, dtype, mean, std)} or {name: tensor}.  Writes a .safetensors file, tensor by tensor."""
+    """Write a .safetensors file of ``entries``: {name: (shape, dtype, mean, std)} or {name: tensor}."""
     entries = {name: entry for name, entry in entries.items() if name not in drop}
     header, end = {}, 0
     if metadata:
