@@ -6,8 +6,9 @@
     TMPDIR=/dev/shm python dev.py bench card --json result.json
 
 Another process takes memory of the card until `--free-gb` are left, and torch says that it has no more in all. Each
-contestant is a process of its own, alone on the rest. The limit is the longer of a step with all weights on the card and the time that the bus takes for what cannot
-be there: the model's bytes less the free ones, at the speed of one copy from page-locked memory, measured here.
+contestant is a process of its own, alone on the rest. The limit is the longer of two: a step with all weights on the
+card, and the time that the bus takes for what cannot be there, which is the model's bytes less the free ones, at the
+speed of one copy from page-locked memory, measured here.
 """
 
 from __future__ import annotations

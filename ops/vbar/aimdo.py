@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class AimdoVBAR:
         self.limit: int | None = None
         self._offset = 0
         self._peak = 0
+        self._asked_for: dict[int, int] = {}  # bytes by offset of what may stay, and was asked for lately
         with lock:
             self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
             self.capacity = self._vbar.get_nr_pages() * PAGE
@@ -109,6 +110,7 @@ class AimdoVBAR:
         with lock:
             if not self._is_under_cap(vbar_slice):
                 return None
+            self._asked_for[vbar_slice.offset] = vbar_slice.nbytes
             return self._retry_once(self._api.vbar_fault, vbar_slice.handle)
 
     def _is_under_cap(self, vbar_slice: AimdoSlice) -> bool:
@@ -223,7 +225,10 @@ class AimdoVBAR:
         cap.make_room(self, to_come)  # of the device's memory, comfy-aimdo makes room for each allocation
 
     def gave_way(self) -> int:
-        return 0
+        # comfy-aimdo says nothing of an eviction, after which it refuses whatever lies above.
+        asked, self._asked_for = self._asked_for, {}
+        pages = self._residency()
+        return sum(nbytes for offset, nbytes in asked.items() if not _all_there(pages, offset, nbytes))
 
     def peak_size(self) -> int:
         self.loaded_size()
@@ -232,9 +237,7 @@ class AimdoVBAR:
     def resident(self, vbar_slice: AimdoSlice | None) -> bool:
         if vbar_slice is None:
             return False
-        pages = self._residency()
-        first, last = vbar_slice.offset // PAGE, (vbar_slice.offset + max(1, vbar_slice.nbytes) - 1) // PAGE
-        return all(pages[page] & RESIDENT for page in range(first, last + 1))
+        return _all_there(self._residency(), vbar_slice.offset, vbar_slice.nbytes)
 
     def _residency(self) -> list[int]:
         """Return the state of every page: 0 or RESIDENT, with another bit set while the page is pinned."""
@@ -247,6 +250,10 @@ class AimdoVBAR:
             _open.discard(self)
             cap.closed(self)
             self._free()
+
+
+def _all_there(pages: Sequence[int], offset: int, nbytes: int) -> bool:
+    return all(pages[page] & RESIDENT for page in range(offset // PAGE, (offset + max(1, nbytes) - 1) // PAGE + 1))
 
 
 def _free(vbar: Any, backend: Backend) -> None:

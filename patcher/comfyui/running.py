@@ -30,7 +30,12 @@ def _one_at_a_time() -> None:
     def unload_all_models(*args: Any, **kwargs: Any) -> Any:
         with _unloading:
             drop_unloaded()
-            return original(*args, **kwargs)
+            # A model that only a cycle holds may go while it is unloaded, and ComfyUI asks for its name afterwards.
+            held = [entry.model for entry in comfy.model_management.current_loaded_models]
+            try:
+                return original(*args, **kwargs)
+            finally:
+                held.clear()
 
     unload_all_models.spillway_original = original  # type: ignore[attr-defined]
     comfy.model_management.unload_all_models = unload_all_models

@@ -22,7 +22,10 @@ def device():
         gc.collect()
         return module.memory_allocated(DEVICE) if hasattr(module, "memory_allocated") else 0
 
-    torch.ones(8, 8, device=DEVICE) @ torch.ones(8, 8, device=DEVICE)  # what libraries keep for good
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # what libraries keep for good
+        made = torch.nn.Linear(64, 64, device=DEVICE, dtype=dtype).requires_grad_(False)
+        made(torch.ones(64, 64, device=DEVICE, dtype=dtype)).cpu()
+        del made
     before = held()
     yield DEVICE
     assert held() <= before, "device memory was left behind"

@@ -11,6 +11,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from kit.comfyui.dynamic_vram import told
 from kit.comfyui.loras import QKV, forms, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
+from kit.device import is_real
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 
 
@@ -64,16 +65,18 @@ CLONES = [sampled_otherwise, object_replaced, weight_wrapped, with_a_lora]
 def test_each_clone_runs_as_itself(flux, full, change):
     """Whatever tells two clones apart: each gives what it gives with ComfyUI's own patcher, turn by turn."""
     core, ours = pair(flux, 1.0)
-    plain = run(core)
-    # ComfyUI moves an object that was put into a model when it loads the model as a whole, not into one that is loaded.
-    mm.unload_all_models()
-    wanted = plain, run(change(core))
+    wanted = run(core), run(change(core))
     assert all(one.isfinite().all() for one in wanted)
     assert not torch.equal(*wanted), "the change does something"
     full.clear()
     models = (ours, change(ours))
     for turn in (0, 1, 0, 0, 1, 1):
-        assert_same(run(models[turn]), wanted[turn])
+        got = run(models[turn])
+        if is_real() and change is sampled_otherwise:
+            # ComfyUI computes the schedule where the tables lie, on the CPU or on the card, by what ran before.
+            assert (got - wanted[turn]).norm() < 1e-5 * wanted[turn].norm()
+        else:
+            assert_same(got, wanted[turn])
     assert sum(extra < 0 for extra in full) >= 5
 
 

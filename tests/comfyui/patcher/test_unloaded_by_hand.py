@@ -142,3 +142,23 @@ def test_two_threads_may_unload_all_models_at_once(models, monkeypatch):
         thread.join(30)
     assert not errors and not mm.current_loaded_models and not any(thread.is_alive() for thread in threads)
     assert run(model, steps=1).isfinite().all()
+
+
+@pytest.mark.parametrize("load", [comfy_load.load_diffusion_model, comfy.sd.load_diffusion_model])
+def test_a_model_that_only_a_cycle_holds_is_unloaded(load, checkpoint, monkeypatch):
+    """The collector may run while it is unloaded, and ComfyUI asks an entry for its model's name afterwards."""
+    model = load(checkpoint("flux", **SMALL))
+    run(model, steps=1)
+    kept = model.model  # as other clones keep it
+    unload = mm.LoadedModel.model_unload
+
+    def collecting(entry, *args, **kwargs):
+        done = unload(entry, *args, **kwargs)
+        gc.collect()
+        return done
+
+    monkeypatch.setattr(mm.LoadedModel, "model_unload", collecting)
+    model.cycle = model
+    del model
+    mm.unload_all_models()
+    assert not mm.current_loaded_models and kept is not None

@@ -59,8 +59,8 @@ def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkp
     comfy.model_management.unload_all_models()
     for layer in layers:
         key = f"diffusion_model.{layer.removeprefix(PREFIX)}.weight"
-        weight = patched[0].patch_weight_to_device(key, return_weight=True)
-        assert torch.equal(plain[f"{layer}.weight"], weight.dequantize().bfloat16())
+        weight = patched[0].patch_weight_to_device(key, patched[0].load_device, return_weight=True)
+        assert torch.equal(plain[f"{layer}.weight"], weight.dequantize().bfloat16().cpu())
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ("float8_e5m2", "mxfp8", "nvfp4") if name in QUANT_ALGOS])

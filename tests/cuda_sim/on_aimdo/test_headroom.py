@@ -1,8 +1,10 @@
 """What stays free beside comfy-aimdo's VBARs, and what the ledger says of it."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
 
 from cuda_sim.aimdo import HEADROOM, PAGE
 from kit.nets import Stack, dynamic, plain, same, write
@@ -82,4 +84,47 @@ def test_an_estimate_costs_nothing_where_allocations_are_seen(machine, device, m
     assert model.resident_bytes == held
     assert same(model(model.module.input()), expected)
     assert model.ledger.counters.bytes_loaded == loaded
+    model.close()
+
+
+class Needy(torch.nn.Module):
+    """Its sixth layer computes in memory of its own."""
+
+    def __init__(self, device, pages):
+        super().__init__()
+        self.stack, self.device, self.pages = build(), device, pages
+
+    def input(self):
+        return self.stack.input()
+
+    def forward(self, x):
+        for index, layer in enumerate(self.stack.layers):
+            memory = self.device.empty(self.pages * PAGE) if index == 5 else None
+            x = layer(x)
+            del memory
+            if index == 5:
+                self.device.drop_cached()
+        return x
+
+
+def test_a_computation_that_takes_the_weights_place_is_learnt_from(machine, device, tmp_path):
+    """Else weights that it evicts in each step would be read from their file in each step, as what stays has no pin."""
+    path = tmp_path / "m.safetensors"
+    write(path, Needy(device, 0))
+    machine.leave_pages(9)
+    model = dynamic(lambda: Needy(device, 4), path, device=device, headroom_bytes=HEADROOM)
+    wanted, moved = None, []
+    for _ in range(7):
+        before = dataclasses.replace(model.ledger.counters)
+        got = model(model.module.input())
+        wanted = got if wanted is None else wanted
+        assert same(got, wanted)
+        now = model.ledger.counters
+        moved.append((now.bytes_loaded - before.bytes_loaded, now.bytes_streamed - before.bytes_streamed))
+    stays = model.resident_bytes
+    assert stays > 0
+    assert moved[-3:] == [(0, moved[-1][1])] * 3, moved
+    assert moved[-1][1] <= model.total_bytes - stays + PAGE, moved
+    offloaded = [bundle for bundle in model.bundles if not model.residency.is_resident(bundle)]
+    assert all(model.pins.holds(bundle) for bundle in offloaded), "none is read again"
     model.close()
