@@ -4,7 +4,7 @@
     python dev.py bench offload_peers --gb 4 --rounds 8 --json result.json
     python dev.py bench offload_peers --only Spillway       # and the plain module, which is always there
     python dev.py bench offload_peers --cold                # starts read the file from the disk, not from the cache
-    python dev.py bench offload_peers --device cuda:0       # on a card: the plain module and Spillway alone
+    python dev.py bench offload_peers --device cuda:0       # on a card, with the file in RAM
 
 Starts are measured alone, each in a fresh process; steps in turns, with all contestants alive.
 """
@@ -30,7 +30,7 @@ from demo.sampling import make_inputs
 from harness import report
 from harness.device import CPU, add_device, settle, start_device, used_bytes
 from harness.laps import Laps, contest
-from harness.peers import CONTESTANTS, Job
+from harness.peers import CONTESTANTS, ON_CARD, Job
 from harness.race import (
     Contestant,
     command_of,
@@ -54,7 +54,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     """Load, then compute steps until the parent wants no more; leave the latest output in a file."""
     device = start_device(args.device)
     job = job_of(args, device)
-    kind, options = CONTESTANTS[args.contestant]
+    kind, options = contestants(args)[args.contestant]
     contestant = kind(job, **options)
     if args.prepare:
         with laps.lap("prepare"):
@@ -78,6 +78,10 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
             facts = contestant.facts() if hasattr(contestant, "facts") else None
             laps.tell(facts=facts, device_bytes=used_bytes(device))
             label = "step"
+
+
+def contestants(args: argparse.Namespace) -> Mapping[str, tuple[type, dict[str, Any]]]:
+    return CONTESTANTS if args.device == CPU else ON_CARD
 
 
 def job_of(args: argparse.Namespace, device: torch.device) -> Job:
@@ -104,7 +108,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], out: Path) -> dict[s
         return command_of(sys.executable, name, "--out", out, "--checkpoint", args.checkpoint, *more)
 
     for name in names:
-        kind, options = CONTESTANTS[name]
+        kind, options = contestants(args)[name]
         if hasattr(kind, "prepare") and options["disk"] == "kept":
             solo(name, command(name, "--prepare"), 1, args.threads)
     starts: dict[str, list[Contestant]] = {name: [] for name in names}
@@ -226,9 +230,7 @@ def main() -> int:
         return contest(lambda laps: run_contestant(args, laps))
     args.checkpoint = ensure_checkpoint(args.checkpoint, args.gb)
     wanted = tuple(args.only or ("",))
-    names = [name for name in CONTESTANTS if name == REFERENCE or name.startswith(wanted)]
-    if args.device != CPU:
-        names = [name for name in names if getattr(CONTESTANTS[name][0], "takes_device", False)]
+    names = [name for name in contestants(args) if name == REFERENCE or name.startswith(wanted)]
     with tempfile.TemporaryDirectory(prefix="spillway-peers-", dir=args.scratch) as out:
         results = measure(args, names, Path(out))
     nbytes = args.checkpoint.stat().st_size

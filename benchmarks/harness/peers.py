@@ -6,6 +6,7 @@ with the model's inputs. Each is given the best configuration that we know it to
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,6 @@ class Job:
 class Plain:
     """Everything loaded through safetensors, nothing between torch and its weights: the limit."""
 
-    takes_device = True
-
     def __init__(self, job: Job) -> None:
         from safetensors.torch import load_file
 
@@ -56,8 +55,6 @@ class Plain:
 
 class Spillway:
     """Our engine. share: of the weights' bytes that may be resident."""
-
-    takes_device = True
 
     def __init__(self, job: Job, share: float) -> None:
         load_pack()
@@ -84,7 +81,8 @@ class Spillway:
 
 
 class Accelerate:
-    """dispatch_model with what does not fit read from the safetensors file itself, so nothing is written to disk.
+    """dispatch_model with what does not fit read from the safetensors file itself, so nothing is written to disk. On a
+    card, what does not fit stays in RAM.
 
     Its own `infer_auto_device_map` splits, down to single layers. (`disk_offload` would first copy all weights to a
     folder.)
@@ -104,6 +102,8 @@ class Accelerate:
         with accelerate.init_empty_weights():
             module = Flux(self.job.config).to(torch.bfloat16).eval()
         budget = int(self.job.weights * self.share)
+        if self.job.device.type != "cpu":
+            return self.on_card(module, budget)
         places = accelerate.infer_auto_device_map(module, {"cpu": budget}) if budget else {"": "disk"}
         index, path = {}, str(self.job.checkpoint)
         with safe_open(self.job.checkpoint, framework="pt") as file:
@@ -115,9 +115,19 @@ class Accelerate:
                     set_tensor(module, name, "cpu", value=file.get_tensor(name))
         return accelerate.dispatch_model(module, places, main_device="cpu", offload_index=index, force_hooks=True)
 
+    def on_card(self, module: Flux, budget: int) -> Model:
+        from safetensors.torch import load_file
+
+        accelerate, _, _ = self.parts
+        module.load_state_dict(load_file(self.job.checkpoint), assign=True)
+        if not budget:
+            return accelerate.cpu_offload(module, self.job.device)
+        places = accelerate.infer_auto_device_map(module, {self.job.device.index: budget, "cpu": 1 << 50})
+        return accelerate.dispatch_model(module, places, main_device=self.job.device)
+
 
 class Diffusers:
-    """apply_group_offloading.
+    """apply_group_offloading, on a card with a stream.
 
     disk: 'none' (groups stay in RAM), 'new' (they are first written to a folder), 'kept' (the folder is there already).
     """
@@ -139,13 +149,15 @@ class Diffusers:
         load_file, apply_group_offloading = self.parts
         module = self.job.skeleton()
         module.load_state_dict(load_file(self.job.checkpoint), assign=True)
+        streams = {} if self.job.device.type == "cpu" else {"use_stream": True, "record_stream": True}
         apply_group_offloading(
             module,
-            onload_device=torch.device("cpu"),
+            onload_device=self.job.device,
             offload_device=torch.device("cpu"),
             offload_type=self.kind,
             num_blocks_per_group=1,
             offload_to_disk_path=None if self.folder is None else str(self.folder),
+            **streams,
         )
         return module
 
@@ -167,7 +179,7 @@ class RamTorch:
         chunks = [Head(module), *map(Double, module.double_blocks), *map(Single, module.single_blocks), Tail(module)]
         model = OffloadModel(
             chunks,
-            device="cpu",
+            device=str(self.job.device),
             window=2,
             pin=round(self.share * len(chunks)),
             nvme=len(chunks) if self.disk else 0,
@@ -177,19 +189,26 @@ class RamTorch:
 
 
 class Mmgp:
-    """mmgp's `offload.profile`."""
+    """mmgp's `offload.profile`. On a card, as for much RAM: all weights are page-locked, and 3 GB of them may stay."""
 
     def __init__(self, job: Job) -> None:
-        from mmgp import offload
         from safetensors.torch import load_file
 
+        scripts = str(Path(__file__).resolve().parents[1])
+        sys.path.remove(scripts)  # or its libraries would take our gguf.py for the package of that name
+        try:
+            from mmgp import offload
+        finally:
+            sys.path.insert(0, scripts)
         self.job, self.parts = job, (load_file, offload)
 
     def load(self) -> Model:
         load_file, offload = self.parts
         module = self.job.skeleton()
         module.load_state_dict(load_file(self.job.checkpoint), assign=True)
-        offload.profile({"transformer": module}, offload.profile_type.VerylowRAM_LowVRAM)
+        kinds = offload.profile_type
+        kind = kinds.VerylowRAM_LowVRAM if self.job.device.type == "cpu" else kinds.HighRAM_LowVRAM
+        offload.profile({"transformer": module}, kind)
         return module
 
 
@@ -257,5 +276,16 @@ CONTESTANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "RamTorch in RAM": (RamTorch, {"share": 0.0, "disk": False}),
     "RamTorch disk, 25 % kept": (RamTorch, {"share": 0.25, "disk": True}),
     "RamTorch disk": (RamTorch, {"share": 0.0, "disk": True}),
+    "mmgp": (Mmgp, {}),
+}
+
+# Those that say something on a card, where all have the file in RAM.
+ON_CARD: dict[str, tuple[type, dict[str, Any]]] = {
+    **{name: CONTESTANTS[name] for name in ("plain module (limit)", "Spillway 50 %", "Spillway 25 %", "Spillway 0 %")},
+    **{name: CONTESTANTS[name] for name in ("accelerate 50 %", "accelerate 0 %")},
+    "diffusers, blocks": (Diffusers, {"disk": "none"}),
+    "diffusers, leaves": (Diffusers, {"disk": "none", "kind": "leaf_level"}),
+    "RamTorch, 25 % kept": (RamTorch, {"share": 0.25, "disk": False}),
+    "RamTorch": (RamTorch, {"share": 0.0, "disk": False}),
     "mmgp": (Mmgp, {}),
 }
