@@ -71,9 +71,9 @@ class KitchenLayers(QuantisedLayers):
                 return None
             if self.known.bits == 8 and not ("FP8" in layout and self.known.rotated):
                 return None
-        return (
-            KitchenFormat.of(self.known, weight.shape[1], self.multiplies) if self.take(module, name, weight) else None
-        )
+        if weight.dim() != 2 or weight.shape[1] % self.known.columns or not self.take(module, name, weight):
+            return None
+        return KitchenFormat.of(self.known, weight.shape[1], self.multiplies)
 
     def covers(self, name: str) -> bool:
         """Say whether a layer of that name stands rounding, and packing."""

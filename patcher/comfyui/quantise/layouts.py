@@ -60,6 +60,11 @@ class Format:
         return not self.rotated or "convrot_groupsize" in fields
 
     @property
+    def columns(self) -> int:
+        """Return what the columns of a weight must be a multiple of. comfy-kitchen's kernels of W4A8 rotate 256."""
+        return ROTATIONS[0] if self.algorithm == "asym_w4a8_int8" else MULTIPLE
+
+    @property
     def layout_name(self) -> str:
         """Return comfy-kitchen's name of the layout."""
         return str(QUANT_ALGOS[self.algorithm]["comfy_tensor_layout"])

@@ -6,6 +6,7 @@ What holds for a whole weight (its largest number, its codebook) is found first,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class Making:
             rows = rows.float()  # a rotation in 16 bits would round once more
             if self.algorithm == "int8_tensorwise":
                 options = {"per_channel": True, "convrot": True, "convrot_groupsize": self.form.rotation}
-        numbers, params = self.layout.quantize(self._computable(rows), **options)
+        rows = self._computable(rows)
+        with backend_for(self.algorithm, rows):
+            numbers, params = self.layout.quantize(rows, **options)
         made = self.layout.state_dict_tensors(numbers, params)
         return {suffix: tensor for suffix, tensor in made.items() if suffix not in self.single}
 
@@ -96,6 +99,15 @@ class Making:
     @staticmethod
     def _computable(rows: torch.Tensor) -> torch.Tensor:
         return rows.float() if rows.dtype in ROUNDED_AT_RANDOM else rows
+
+
+def backend_for(algorithm: str, rows: torch.Tensor) -> AbstractContextManager[Any]:
+    """Choose who quantises the rows, or restores rows of that dtype. Kernels for MXFP8 take 16 bit alone."""
+    if algorithm == "mxfp8" and rows.dtype == torch.float32 and rows.device.type == "cuda":
+        import comfy_kitchen  # older versions of ComfyUI, which have no MXFP8, come without it
+
+        return comfy_kitchen.use_backend("eager")  # torch's own operations, on the same device
+    return nullcontext()
 
 
 def regrouped(parts: Iterable[tuple[int, torch.Tensor]], edges: list[int]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -14,7 +14,7 @@ from ....ops.gather import is_wrapper
 from ....ops.lending.idle_weight import as_stored
 from ....ops.subclasses import add_branch, linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
-from .making import Making
+from .making import Making, backend_for
 
 
 class KitchenWeight(torch.Tensor):
@@ -225,4 +225,5 @@ class KitchenFormat(Form):
         made = {suffix: piece.empty(rows.device) for suffix, piece in self.pieces(tuple(rows.shape)).items()}
         weight = self.view(made, rows.shape, torch.float32)
         weight.quantise_(rows)
-        return weight.dequantize()[:count]
+        with backend_for(self.format.algorithm, rows):
+            return weight.dequantize()[:count]

@@ -1,19 +1,22 @@
 """The formats of ComfyUI's that weights are brought in: its own bits, at any residency, saved, and with LoRAs."""
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 
 import comfy.utils
+import comfy_kitchen
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from kit.comfyui import checkpoints
-from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.loras import with_lora
 from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS, SAVED_FORMATS
-from spillway.patcher.comfyui.quantise.making import Making, regrouped
+from spillway.patcher.comfyui.quantise.making import Making, backend_for, regrouped
 from spillway.patcher.comfyui.quantise.weight import KitchenFormat, KitchenWeight
 from spillway.patcher.policy import Policy
 
@@ -138,8 +141,8 @@ def test_a_lora_stays_beside_four_bits(name, flux, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", [name for name, known in FORMATS.items() if known.bits == 8])
-def test_a_lora_on_eight_bits_is_merged_where_it_rounds_no_worse(name, kind, flux):
-    lora = forms(kind)
+def test_a_lora_on_eight_bits_is_merged_where_it_rounds_no_worse(name, kind, flux, wide_forms):
+    lora = wide_forms(kind)
     model = load_diffusion_model(flux, name)
     got = run(with_lora(model, lora, 0.6), STEPS)
     assert cosine(got, run(with_lora(load_diffusion_model(flux), lora, 0.6), STEPS)) > COSINES[name]
@@ -153,3 +156,27 @@ def test_what_this_comfyui_has_not_is_not_offered(flux):
         assert known.algorithm in QUANT_ALGOS
     with pytest.raises(ValueError, match="'int3' is not one of default, "):
         load_diffusion_model(flux, "int3")
+
+
+def test_four_bits_are_rotated_in_groups_that_kernels_have(checkpoint):
+    """A card's kernels rotate 256 columns. Narrower layers stay as they are, or the first forward there would fail."""
+    model = load_diffusion_model(checkpoint("flux", hidden=128, depth=1, depth_single=1), "w4a8")
+    forms_ = {param.quantisation.rotation for param in quantised(model)}
+    columns = {param.final.shape[1] for param in quantised(model)}
+    assert forms_ == {256} and columns == {512}, "of widths of 128, 512 and 640"
+
+
+def test_mxfp8_is_made_of_fp32_by_torch_on_a_card(monkeypatch):
+    """The kernels take 16 bit alone, and a LoRA is added in fp32 before its error is measured."""
+    chosen = []
+    monkeypatch.setattr(comfy_kitchen, "use_backend", lambda name: chosen.append(name) or contextlib.nullcontext())
+    on_a_card = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))
+    for rows, algorithm, wanted in (
+        (on_a_card, "mxfp8", ["eager"]),
+        (on_a_card, "nvfp4", []),
+        (SimpleNamespace(dtype=torch.bfloat16, device=on_a_card.device), "mxfp8", []),
+        (random_weight(32, 32), "mxfp8", []),
+    ):
+        chosen.clear()
+        with backend_for(algorithm, rows):
+            assert chosen == wanted

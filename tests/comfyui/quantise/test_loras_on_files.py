@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kit.comfyui import checkpoints
-from kit.comfyui.loras import forms, with_lora
+from kit.comfyui.loras import with_lora
 from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import assert_same_tensors, read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
@@ -64,7 +64,7 @@ def test_a_lora_beside_a_file_is_as_exact_as_on_the_fly(name, products, flux, on
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].algorithm in ("nvfp4", "float8_e4m3fn")])
-def test_the_scale_of_an_input_that_a_file_has_holds_with_a_lora(name, products, flux, tmp_path):
+def test_the_scale_of_an_input_that_a_file_has_holds_with_a_lora(name, products, flux, tmp_path, wide_forms):
     tensors = read(save(load_diffusion_model(flux), name))[0]
     layers = [key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")]
     tensors |= {f"{layer}.input_scale": torch.tensor(0.004) for layer in layers}
@@ -72,20 +72,20 @@ def test_the_scale_of_an_input_that_a_file_has_holds_with_a_lora(name, products,
     model = load_diffusion_model(path, policy=Policy(int8_lora="side branch", vram_bytes=0))
     without = run(model, STEPS)
     assert_same(without, run(classic_model(path), STEPS))
-    assert_same(run(with_lora(model, forms("lora"), 1e-30), STEPS), without)
+    assert_same(run(with_lora(model, wide_forms("lora"), 1e-30), STEPS), without)
     assert [param.final.rank for param in patched(model)] == [4, 4, 4]
 
 
-def test_a_model_with_a_lora_beside_it_is_saved_merged(flux):
-    path, lora = save(load_diffusion_model(flux), "nvfp4"), forms("lora")
+def test_a_model_with_a_lora_beside_it_is_saved_merged(flux, wide_forms):
+    path, lora = save(load_diffusion_model(flux), "nvfp4"), wide_forms("lora")
     model = with_lora(load_diffusion_model(path), lora, STRENGTH)
     run(model, steps=1)
     merged = with_lora(load_diffusion_model(path, policy=Policy(int8_lora="merge")), lora, STRENGTH)
     assert_same_tensors(read(save(model))[0], read(save(merged))[0])
 
 
-def test_what_is_more_than_a_low_rank_product_is_merged(flux):
+def test_what_is_more_than_a_low_rank_product_is_merged(flux, wide_forms):
     path = save(load_diffusion_model(flux), "nvfp4")
     for kind in ("dora", "loha"):
-        model = with_lora(load_diffusion_model(path), forms(kind), STRENGTH)
-        assert_same(run(model, 1), run(with_lora(classic_model(path), forms(kind), STRENGTH), 1))
+        model = with_lora(load_diffusion_model(path), wide_forms(kind), STRENGTH)
+        assert_same(run(model, 1), run(with_lora(classic_model(path), wide_forms(kind), STRENGTH), 1))

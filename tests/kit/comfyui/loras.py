@@ -15,13 +15,14 @@ def numbers(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + math.prod(shape))) * scale
 
 
-def forms(name, wrong=()):
+def forms(name, wrong=(), hidden=128):
     """Make the state dict of a LoRA file of one kind, for three matrices of the small Flux.
 
-    wrong: stems whose tensors are for weights of half the width and height.
+    wrong: stems whose tensors are for weights of half the width and height. hidden: the model's width.
     """
     out = {}
-    for stem, (rows, columns) in SHAPES.items():
+    for stem, shape in SHAPES.items():
+        rows, columns = (size * hidden // 128 for size in shape)
         if stem in wrong:
             rows, columns = rows // 2, columns // 2
         low_rank = {

@@ -1,0 +1,22 @@
+"""Models that are quantised."""
+
+import functools
+
+import pytest
+
+from kit.comfyui.loras import forms
+
+# Wide enough for all formats: W4A8 rotates 256 columns.
+WIDE = {"hidden": 256, "depth": 1, "depth_single": 1}
+
+
+@pytest.fixture
+def flux(checkpoint):
+    """A Flux of 8 MB."""
+    return checkpoint("flux", **WIDE)
+
+
+@pytest.fixture
+def wide_forms():
+    """``forms`` for its matrices."""
+    return functools.partial(forms, hidden=WIDE["hidden"])
