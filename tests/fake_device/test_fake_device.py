@@ -37,10 +37,11 @@ def ran(request, tmp_path_factory):
     except Unavailable as reason:
         skip_loudly(f"the fake device: {reason}")
     wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
+    marks = request.config.option.markexpr  # such as "not slow"
     report = tmp_path_factory.mktemp("reports") / "on_device.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_sim.reporting", "--tb=short"]
     done = subprocess.run(
-        [*command, "-W", "ignore", *(str(ON_DEVICE / f"{name}.py") for name in sorted(wanted))],
+        [*command, "-W", "ignore", "-m", marks, *(str(ON_DEVICE / f"{name}.py") for name in sorted(wanted))],
         env={**os.environ, VARIABLE: "1", REPORT: str(report), "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
