@@ -15,9 +15,9 @@ Each sets up what it needs in .venv beside this file, and a second call finds it
 safetensors or GGUF file and needs nothing. `convert` makes safetensors files of pickles (.ckpt, .pt, .pth, .bin), which
 are not run, beside them or in a folder. `--only host` means `--only comfyui`, and `device` is ComfyUI on the fake
 device of tests/fake_device, which runs a choice of the tests. `--slow` runs all of them there, for an hour or two, and
-everywhere the planted faults. `browser` looks at the panel in Chromium, and with `--slow` in the oldest and the newest
-frontend too. `soak` disturbs real ComfyUI servers and compares what they make with what fresh ones
-make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
+everywhere the slow tests and the planted faults. `browser` looks at the panel in Chromium, and with `--slow` in the
+oldest and the newest frontend too. `soak` disturbs real ComfyUI servers and compares what they make with what fresh
+ones make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -48,6 +48,7 @@ COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
 SOAK_TESTS = TESTS / "soak"
 BROWSER_TESTS = COMFYUI_TESTS / "browser"
 ENGINE = ("patcher", "ops", "cache")
+QUICK = "not slow and not planted"  # the tests of a run without --slow
 NO_TESTS_COLLECTED = 5
 AT_ONCE = 2  # processes of tests; each computes with two threads
 
@@ -265,7 +266,7 @@ def follow(future: Future, printed: BinaryIO) -> None:
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
     ignored = [f"--ignore={folder}" for folder in (COMFYUI_TESTS, SOAK_TESTS)]
-    arguments = [*ignored, *chosen(arguments, "not planted and not every_release and not fuzz")]
+    arguments = [*ignored, *chosen(arguments, f"{QUICK} and not every_release and not fuzz")]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
 
 
@@ -278,7 +279,7 @@ def comfyui_tests(arguments: list[str]) -> dict[str, Command]:
     folders = [folder for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
     others = [f"--ignore={folder}" for folder in (*folders, BROWSER_TESTS)]
     title = f"tests in ComfyUI: {comfyui}, {python}"
-    return {"comfyui": pytest(title, python, [*others, *chosen(arguments, "not planted")], environment)}
+    return {"comfyui": pytest(title, python, [*others, *chosen(arguments, QUICK)], environment)}
 
 
 def device_tests(arguments: list[str]) -> dict[str, Command]:
@@ -289,7 +290,7 @@ def device_tests(arguments: list[str]) -> dict[str, Command]:
     _, python, environment = found
     named = any(part_of(argument) for argument in arguments)
     slow = "--slow" in arguments
-    arguments = chosen(arguments, "not slow and not planted")
+    arguments = chosen(arguments, QUICK)
 
     def command(name: str, run: DeviceRun) -> Command:
         choice = () if named else run.slow if slow else run.quick
@@ -316,7 +317,7 @@ def browser_tests(arguments: list[str]) -> dict[str, Command]:
     add_playwright(python, environment)
     environment["SPILLWAY_CHROMIUM"] = chromium
     named = any(part_of(argument) == "browser" for argument in arguments)
-    given = [*([] if named else [str(BROWSER_TESTS)]), *chosen(arguments, "not slow and not planted")]
+    given = [*([] if named else [str(BROWSER_TESTS)]), *chosen(arguments, QUICK)]
     return {"browser": pytest(f"tests of the panel in {chromium}", python, given, environment)}
 
 

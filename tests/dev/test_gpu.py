@@ -1,5 +1,6 @@
 """`dev.py gpu`: what it says without a GPU, what it counts, and its table."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -33,7 +34,7 @@ def suites(tmp_path):
         path = tmp_path / "test_small.py"
         path.write_text(TESTS.format(fine=fine))
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(path)]
-        return gpu.Suites(lambda _: gpu.Command("small tests", command, dict(os.environ)), lambda _: None)
+        return gpu.Suites(lambda _: {"engine": gpu.Command("small tests", command, dict(os.environ))}, lambda _: {})
 
     return make
 
@@ -80,6 +81,19 @@ def test_suites_run_on_the_device_and_are_counted(card, suites, tmp_path, capsys
     printed = capsys.readouterr().out
     assert f"| engine's tests | {2 if fine else 1} passed, 1 skipped" in printed
     assert ("test_that_fails" in printed.split("| engine's tests |")[1]) != fine
+
+
+def test_dev_py_hands_over_what_runs(card, monkeypatch, tmp_path):
+    card({"device": "cuda:0", "torch": "2.13.0", "fake": False})
+    ran = []
+    monkeypatch.setattr(gpu, "run_suite", lambda command, _: ran.append(command.command) or {"ok": True})
+    spec = importlib.util.spec_from_file_location("dev", gpu.ROOT / "dev.py")
+    dev = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dev)
+    monkeypatch.setattr(gpu, "table", str)
+    assert dev.gpu(["--only", "engine", "--short", "--json", str(tmp_path / "x.json")]) == 0
+    (command,) = ran
+    assert "tests/gpu" in command and dev.QUICK in " ".join(command)
 
 
 def test_what_is_wrong_with_the_device_is_in_the_table(card, suites, tmp_path, capsys):

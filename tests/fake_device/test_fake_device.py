@@ -1,10 +1,11 @@
-"""The fake device's own tests, and the engine's on it, in processes of their own: torch.cuda is another one there.
+"""The fake device's own tests, and the engine's on it, in a process of their own: torch.cuda is another one there.
 
     python dev.py test tests/fake_device
 
 By hand, for a debugger: SPILLWAY_FAKE_CUDA=1 python -m pytest tests/fake_device/on_device
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from cuda_sim import Unavailable
 from cuda_sim import build as driver_build
+from cuda_sim.reporting import VARIABLE as REPORT
 from fake_device import build
 from fake_device.device import VARIABLE
 from kit.skips import skip_loudly
@@ -23,20 +25,40 @@ ON_DEVICE = TESTS / "fake_device" / "on_device"
 MINUTES = 20  # far more than a run takes on two busy cores: a run that hangs must end
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in ON_DEVICE.glob("test_*.py")))
-def test_on_the_fake_device(name):
+FILES = sorted(path.stem for path in ON_DEVICE.glob("test_*.py"))
+
+
+@pytest.fixture(scope="module")
+def ran(request, tmp_path_factory):
+    """What happened in one process for all files that are wanted, its exit code and its output."""
     try:
         driver_build.driver()
         build.device()
     except Unavailable as reason:
         skip_loudly(f"the fake device: {reason}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore"]
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
+    marks = request.config.option.markexpr  # such as "not slow"
+    report = tmp_path_factory.mktemp("reports") / "on_device.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_sim.reporting", "--tb=short"]
     done = subprocess.run(
-        [*command, str(ON_DEVICE / f"{name}.py")],
-        env={**os.environ, VARIABLE: "1", "PYTHONPATH": str(TESTS)},
+        [*command, "-W", "ignore", "-m", marks, *(str(ON_DEVICE / f"{name}.py") for name in sorted(wanted))],
+        env={**os.environ, VARIABLE: "1", REPORT: str(report), "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=60 * MINUTES,
     )
-    if done.returncode:
-        pytest.fail(f"pytest ended with code {done.returncode}\n{(done.stdout + done.stderr)[-12000:]}", pytrace=False)
+    entries = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    return entries, done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_on_the_fake_device(name, ran):
+    entries, code, output = ran
+    if code < 0:
+        last = entries[-1]["test"] if entries else "the start"
+        pytest.fail(f"signal {-code} during {last}\n{output[-12000:]}", pytrace=False)
+    mine = [entry for entry in entries if entry["event"] != "start" and f"/{name}.py" in f"/{entry['test']}"]
+    failed = [entry["text"] for entry in mine if entry["outcome"] == "failed"]
+    assert code in (0, 1), output[-12000:]
+    assert not failed, "\n".join(failed)[-12000:]
+    assert any(entry["event"] == "call" and entry["outcome"] == "passed" for entry in mine), output[-12000:]

@@ -302,7 +302,6 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks after torch was imported, which not every system bears")
 def test_killed_at_random_moments(tmp_path):
     """The file is always a whole one, and the next start removes the rest."""

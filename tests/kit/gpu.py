@@ -48,10 +48,10 @@ class Command(NamedTuple):
 
 
 class Suites(NamedTuple):
-    """Make the commands of the tests from pytest's arguments. comfyui: None where there is no ComfyUI."""
+    """Make the commands of the tests, by name, from pytest's arguments. comfyui: none where there is no ComfyUI."""
 
-    engine: Callable[[list[str]], Command]
-    comfyui: Callable[[list[str]], Command | None]
+    engine: Callable[[list[str]], dict[str, Command]]
+    comfyui: Callable[[list[str]], dict[str, Command]]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -102,9 +102,9 @@ def run_parts(
         result["check"] = ask("print_self_report.py", environment)
     if "engine" in wanted:
         only = ["tests/gpu"] if short else []
-        result["engine"] = run_suite(suites.engine(["-q", *only]), environment)
+        result["engine"] = run_suite(suites.engine(["-q", *only])["engine"], environment)
     if "comfyui" in wanted:
-        command = suites.comfyui(["-q", *(SHORT if short else [])])
+        command = suites.comfyui(["-q", *(SHORT if short else [])]).get("comfyui")
         result["comfyui"] = {"failed": "no ComfyUI was found"} if command is None else run_suite(command, environment)
     if "bench" in wanted:
         result["bench"] = {

@@ -11,13 +11,30 @@ from spillway.ops.files.source import StateDict
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [*FP8, torch.float16, torch.bfloat16, torch.float32]
-PAIRS = [(file, model) for file in DTYPES for model in DTYPES]
-BUDGETS = [None, 1.0, 0.5, 0.25, 0.0]
-PINS = {"no pins": 0.0, "half pinned": 0.5, "all pinned": 2.0}
 
 
 def name(value):
     return str(value).removeprefix("torch.")
+
+
+PAIRS = [(file, model) for file in DTYPES for model in DTYPES]
+# Of the same width, of another, and with a cast.
+SOME = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float8_e4m3fn, torch.bfloat16),
+]
+# When copies end makes no difference between dtypes of a size, so all pairs meet one such order, and the others with
+# --slow.
+ORDERS = [
+    pytest.param(eager, *pair, marks=pytest.mark.slow if eager and pair not in SOME else (), id=f"{order}-{names}")
+    for order, eager in (("deferred", False), ("eager", True), ("overtaking", "some"))
+    for pair, names in ((pair, "-".join(map(name, pair))) for pair in PAIRS)
+]
+BUDGETS = [None, 1.0, 0.5, 0.25, 0.0]
+PINS = {"no pins": 0.0, "half pinned": 0.5, "all pinned": 2.0}
 
 
 @functools.cache
@@ -35,8 +52,7 @@ def stack():
 
 @pytest.mark.parametrize("fraction", BUDGETS)
 @pytest.mark.parametrize("pins", PINS.values(), ids=PINS)
-@pytest.mark.parametrize("eager", [False, True, "some"], ids=["deferred", "eager", "overtaking"])
-@pytest.mark.parametrize(("file_dtype", "dtype"), PAIRS, ids=name)
+@pytest.mark.parametrize(("eager", "file_dtype", "dtype"), ORDERS)
 def test_on_a_device_with_memory_of_its_own(file_dtype, dtype, eager, pins, fraction):
     source, expected = case(stack, file_dtype, dtype)
     model = dynamic(stack, source, dtype, device=SimDevice(eager=eager))
@@ -57,17 +73,7 @@ def test_on_the_cpu(file_dtype, dtype, fraction):
 
 @pytest.mark.parametrize("fraction", BUDGETS)
 @pytest.mark.parametrize("device", [lambda: None, SimDevice], ids=["cpu", "device"])
-@pytest.mark.parametrize(
-    ("file_dtype", "dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float8_e4m3fn, torch.bfloat16),
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize(("file_dtype", "dtype"), SOME, ids=name)
 def test_stock_layers_of_all_sizes(file_dtype, dtype, device, fraction):
     source, expected = case(Blocks, file_dtype, dtype)
     model = dynamic(Blocks, source, dtype, device=device())

@@ -181,12 +181,13 @@ def path_of(folder):
     return (folder / "right").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [250, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the peak")
-def test_converting_takes_little_memory(tmp_path):
-    """A pickle of 500 MB, of which a part of each weight is in memory at a time."""
-    done = subprocess.run([sys.executable, str(CONVERT), str(tmp_path), "500"], capture_output=True, text=True)
+def test_converting_takes_little_memory(megabytes, tmp_path):
+    """Of a pickle a part of each weight is in memory at a time."""
+    command = [sys.executable, str(CONVERT), str(tmp_path), str(megabytes)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
-    assert found["file"] > 500e6 and found["same"]
+    assert found["file"] > megabytes * 1e6 and found["same"]
     assert found["peak"] < 100e6

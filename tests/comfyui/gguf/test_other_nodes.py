@@ -81,7 +81,7 @@ def test_the_difference_of_two_files(both, checkpoint, tmp_path):
     assert keys[0] == keys[1] and len(keys[0]) > 20
 
 
-@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "with a LoRA"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a LoRA"])
 def test_hooks(beside, both):
     """They change the numbers. Without them the weight is in its blocks again."""
     results = []

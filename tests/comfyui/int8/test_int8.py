@@ -16,7 +16,7 @@ from kit.comfyui import checkpoints
 from kit.comfyui.fresh_process import LINUX, run_with_lora
 from kit.comfyui.hooks import hook_lora, hooked
 from kit.comfyui.loras import LINEAR, forms, with_lora
-from kit.comfyui.pairs import SMALL, assert_same, pair, run
+from kit.comfyui.pairs import EACH_FRACTION, SMALL, assert_same, pair, run
 from kit.comfyui.sampling import sample
 from spillway.nodes.load import SpillwayLoadDiffusionModel
 from spillway.ops.files.disk_map import SourceError
@@ -79,7 +79,7 @@ def test_latents_in_int8_are_near_the_originals(kind, checkpoint, record_propert
     assert int8_layers(model)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.0])
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 def test_the_same_bits_at_any_residency(fraction, flux):
     whole = load_diffusion_model(flux, "int8")
     wanted = run(whole, STEPS)
@@ -349,9 +349,9 @@ def test_saving_writes_what_the_file_has(flux, tmp_path):
 
 
 @LINUX
-@pytest.mark.slow
-def test_quantising_needs_no_memory_for_the_model(checkpoint, tmp_path):
-    path = checkpoint("flux", hidden=512, depth=14, depth_single=14)
+@pytest.mark.parametrize("depth", [6, pytest.param(14, marks=pytest.mark.slow)])
+def test_quantising_needs_no_memory_for_the_model(depth, checkpoint, tmp_path):
+    path = checkpoint("flux", hidden=512, depth=depth, depth_single=depth)
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
     grown = run_with_lora(path, lora, dtype="int8", steps=1, budget=0, pinned=0)["grown"]
     int8_bytes = Path(path).stat().st_size / 2

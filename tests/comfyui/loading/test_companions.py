@@ -44,22 +44,34 @@ def test_a_siglip_encodes_as_comfyuis_does(small, checkpoint):
     assert lies_in_its_file(encoders[1].patcher.dynamic)
 
 
-@pytest.mark.slow
-def test_uso_gives_comfyuis_latents_with_a_siglip_from_a_file(checkpoint, models_dir):
-    path, flux = checkpoint("siglip", small=False), checkpoint("flux", hidden=128, depth=1, depth_single=1)
+class Encoded:
+    """What a SigLIP of the width that USO reads makes of a picture."""
+
+    all_hidden_states = torch.randn(1, 27, 729, 1152, generator=torch.Generator().manual_seed(2))
+    penultimate_hidden_states = all_hidden_states[:, -2]
+
+
+@pytest.mark.parametrize("siglip", ["its numbers", pytest.param("from a file", marks=pytest.mark.slow)])
+def test_uso_gives_comfyuis_latents(siglip, checkpoint, models_dir):
+    flux, encoders = checkpoint("flux", hidden=128, depth=1, depth_single=1), ()
     patch = models_dir / "model_patches" / "uso-of-siglip.safetensors"
     checkpoints.patch_uso(patch, hidden=128)
-    with checkpoints.encoders_as(checkpoints.SIGLIP), checkpoints.small_patches(uso_hidden=128):
-        encoders = comfy.clip_vision.load(path), companions.load_clip_vision(path, NOTHING)
+    if siglip == "from a file":
+        path = checkpoint("siglip", small=False)
+        with checkpoints.encoders_as(checkpoints.SIGLIP):
+            encoders = comfy.clip_vision.load(path), companions.load_clip_vision(path, NOTHING)
+    with checkpoints.small_patches(uso_hidden=128):
         patches = ModelPatchLoader().load_model_patch(patch.name)[0], companions.load_model_patch(patch.name, NOTHING)
     models = comfy.sd.load_diffusion_model(flux), load_diffusion_model(flux, policy=NOTHING)
+    pictures = [encoder.encode_image(sampling.image(100, 80)) for encoder in encoders] or [Encoded, Encoded]
     outputs = []
-    for model, encoder, patch_model in zip(models, encoders, patches, strict=True):
-        encoded = encoder.encode_image(sampling.image(100, 80))
+    for model, encoded, patch_model in zip(models, pictures, patches, strict=True):
         outputs.append(run(USOStyleReference().apply_patch(model, patch_model, encoded)[0]))
     assert_same(outputs[1], outputs[0])
     assert not torch.equal(outputs[0], run(models[0]))
-    assert all(lies_in_its_file(p.dynamic) for p in (models[1], encoders[1].patcher, patches[1]))
+    assert all(
+        lies_in_its_file(p.dynamic) for p in (models[1], *(encoder.patcher for encoder in encoders[1:]), patches[1])
+    )
 
 
 def controlled(model, controlnet):

@@ -58,6 +58,14 @@ NOT_ASKED = {
     "SAM31": {"*": "tracking in videos"},
 }
 
+# Text encoders whose classes are those of the other, in other numbers, so they run with --slow.
+ALIKE = {
+    "Mistral3Small24B": "Llama2",
+    **dict.fromkeys(
+        ("Qwen3_06B_ACE15", "Qwen3_2B_ACE15_lm", "Qwen3_4B", "Qwen3_4B_ACE15_lm", "Ovis25_2B"), "Qwen3_06B"
+    ),
+    "Gemma3_12B": "Gemma3_4B_Vision",
+}
 NOT_ASKED_BY_TEXTS = {
     "Gemma3_4B_Vision": {"vision_model*": "pictures", "multi_modal_projector*": "pictures"},
     "Gemma3_12B": {"vision_model*": "pictures", "multi_modal_projector*": "pictures"},
@@ -71,6 +79,7 @@ def test_the_table_has_every_model_that_comfyui_supports():
     names = {model.__name__ for model in comfy.supported_models.models}
     assert names <= set(models()), "add them to tests/kit/comfyui/architectures"
     assert set(SAME.values()) <= set(RUN) and set(NOT_ASKED) <= set(RUN)
+    assert not set(ALIKE.values()) & set(ALIKE)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -83,7 +92,9 @@ def test_two_steps_on_a_card(name, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("name", sorted(texts.MODELS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(texts.MODELS)]
+)
 def test_two_encodings_on_a_card(name, monkeypatch):
     with on_the_card(monkeypatch):
         two_steps(*texts.build(name), NOT_ASKED_BY_TEXTS.get(name, {}))

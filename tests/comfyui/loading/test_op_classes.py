@@ -9,7 +9,7 @@ import torch
 
 from kit.comfyui import checkpoints
 from kit.comfyui.loras import forms, with_lora
-from kit.comfyui.pairs import FRACTIONS, SMALL, assert_same, pair, run
+from kit.comfyui.pairs import EACH_FRACTION, SMALL, assert_same, pair, run
 from spillway.ops.lending.layer import DynamicLayer
 from spillway.patcher.comfyui.loading.op_classes import operations
 from spillway.patcher.dynamic_model import DynamicModel
@@ -97,7 +97,7 @@ def test_a_layer_without_weights_gives_the_bits_of_comfyuis_layer():
 QUANTISED = ("float8_e4m3fn", "int8_tensorwise", "scaled_fp8")
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_file_gives_comfyuis_latents_at_any_residency(kind, fraction, quantised_file, checkpoint):
     classic, ours = pair(quantised_file(kind), fraction)

@@ -16,7 +16,7 @@ import torch
 
 from kit.comfyui import sampling
 from kit.comfyui.on_device import comfyuis_dynamic_models
-from kit.comfyui.pairs import FRACTIONS, assert_same, comfyui_vae
+from kit.comfyui.pairs import EACH_FRACTION, assert_same, comfyui_vae
 from spillway.ops.vbar.aimdo import PAGE, AimdoVBAR
 
 ARCHES = ("flux", "wan", "lumina2", "z_image")
@@ -78,7 +78,7 @@ def assert_within(patcher, budget, fraction):
         assert peak > 0, "nothing was ever resident, although all of the model may be"
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_a_diffusion_model_gives_comfyuis_latents_within_its_budget(arch, fraction, checkpoint, load):
     path = checkpoint(arch)
@@ -93,7 +93,10 @@ def test_a_diffusion_model_gives_comfyuis_latents_within_its_budget(arch, fracti
     ("arch", "sizes"), [("lumina2", {"dim": 2304, "layers": 1}), ("z_image", {"dim": 3840, "layers": 0})]
 )
 def test_a_diffusion_model_of_real_width_gives_comfyuis_latents(arch, sizes, checkpoint, load):
-    """These two ComfyUI knows by their width: here it needs no help of the kit to recognise them."""
+    """These two ComfyUI knows by their width: here it needs no help of the kit to recognise them.
+
+    The small ones of the test before run always.
+    """
     if psutil.virtual_memory().available < 8e9:
         pytest.skip("needs 8 GB of free memory")
     path = checkpoint(arch, **sizes)
@@ -121,7 +124,7 @@ def sd15_outputs(model, clip, vae):
     return positive, pooled, negative, latents, picture, sampling.vae_encode(vae, picture)
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 def test_all_parts_of_a_checkpoint_give_comfyuis_outputs(fraction, checkpoint, load):
     """All three parts of one file; the budget is a fraction of the UNet, and each part has one of its own."""
     path = checkpoint("sd15")
@@ -144,7 +147,7 @@ def clip_reference(path, clip_type):
         return encoded(clip), clip.patcher.model_size()
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 @pytest.mark.parametrize(("kind", "clip_type"), [("clip_l", "stable_diffusion"), ("t5_base", "stable_audio")])
 def test_a_text_encoder_gives_comfyuis_conditioning_within_its_budget(kind, clip_type, fraction, checkpoint, load):
     path = checkpoint(kind)
@@ -166,7 +169,7 @@ def vae_reference(path, frames):
     return coded(vae, frames), vae.patcher.model_size()
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 @pytest.mark.parametrize(("kind", "frames"), [("sd_vae", 1), ("flux_vae", 1), ("wan_vae", 5)])
 def test_a_vae_gives_comfyuis_pictures_within_its_budget(kind, frames, fraction, checkpoint, load):
     path = checkpoint(kind)
@@ -229,22 +232,22 @@ def test_an_interrupted_run_leaves_the_next_one_right(where, fraction, checkpoin
     assert_within(model, fraction * size, fraction)
 
 
-@pytest.mark.slow
-def test_many_prompts_do_not_grow(checkpoint, load):
-    """200 short prompts on two models by turns: after the first 20, memory and open files stay where they are."""
+@pytest.mark.parametrize("prompts", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_prompts_do_not_grow(prompts, checkpoint, load):
+    """Short prompts on two models by turns: after the first 20, memory and open files stay where they are."""
     paths = [checkpoint("flux", hidden=128, depth=1, depth_single=1), checkpoint("wan", dim=128, ffn=256, layers=1)]
     sizes = [comfy.sd.load_diffusion_model(path).model_size() for path in paths]
     models = [load.diffusion_model(path, size / 4) for path, size in zip(paths, sizes, strict=True)]
     process = psutil.Process()
     seen = {}
-    for prompt in range(200):
+    for prompt in range(prompts):
         model = models[prompt % 2]
         out = sampling.sample(model, steps=1, seed=prompt, width=32, height=32, cond=sampling.conds(model, seed=prompt))
         assert out.isfinite().all()
-        if prompt + 1 in (20, 200):
+        if prompt + 1 in (20, prompts):
             gc.collect()
             files = process.num_handles() if hasattr(process, "num_handles") else process.num_fds()
             seen[prompt + 1] = process.memory_info().rss, files, process.num_threads()
-    rss, files, threads = (after - before for before, after in zip(seen[20], seen[200], strict=True))
-    assert rss < 12e6, f"{rss / 1e6:.1f} MB more after 200 prompts than after 20; the models are {sum(sizes) / 1e6:.1f}"
+    rss, files, threads = (after - before for before, after in zip(seen[20], seen[prompts], strict=True))
+    assert rss < 12e6, f"{rss / 1e6:.1f} MB more than after 20; the models are {sum(sizes) / 1e6:.1f}"
     assert files <= 2 and threads <= 1

@@ -24,10 +24,10 @@ def test_every_process_gives_the_same_bits_at_any_residency(checkpoint, tmp_path
 
 
 @LINUX
-@pytest.mark.slow
-def test_hooks_take_one_copy_of_the_weights(checkpoint, tmp_path):
+@pytest.mark.parametrize("depth", [4, pytest.param(24, marks=pytest.mark.slow)])
+def test_hooks_take_one_copy_of_the_weights(depth, checkpoint, tmp_path):
     """Within a twentieth of the same run without hooks, and the LoRA. A second copy would double it."""
-    path = checkpoint("flux", hidden=512, depth=24, depth_single=24)  # beside the temporary memory of one weight
+    path = checkpoint("flux", hidden=512, depth=depth, depth_single=depth)  # beside the temporary memory of one weight
     lora = checkpoints.lora(tmp_path / "lora.safetensors", path, rank=16)
     size = 2 * Path(path).stat().st_size  # on a CPU, bf16 is computed in fp32
     options = {"dtype": "default", "steps": 2, "budget": 1 << 40}
@@ -35,4 +35,5 @@ def test_hooks_take_one_copy_of_the_weights(checkpoint, tmp_path):
     hooked = run_with_lora(path, lora, **options, hook=0.8)
     assert hooked["digest"] != plain["digest"]
     assert size < plain["grown"] < 1.3 * size  # the weights, above all
-    assert hooked["grown"] <= 1.05 * plain["grown"] + Path(lora).stat().st_size
+    more = max(plain["grown"] / 20, 40e6)  # of a small model the temporary memory is more than a twentieth
+    assert hooked["grown"] <= plain["grown"] + more + Path(lora).stat().st_size

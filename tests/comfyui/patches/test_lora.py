@@ -8,7 +8,7 @@ import torch
 
 from kit.comfyui import checkpoints, sampling
 from kit.comfyui.loras import QKV, SHAPES, forms, numbers, with_lora
-from kit.comfyui.pairs import FRACTIONS, SMALL, assert_same, brought, budget, counters, pair, run
+from kit.comfyui.pairs import EACH_FRACTION, SMALL, assert_same, brought, budget, counters, pair, run
 from spillway.patcher.policy import Policy
 
 
@@ -27,7 +27,7 @@ def test_every_kind_of_lora_gives_comfyuis_latents(kind, flux):
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn", "fp8_e5m2"])
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", EACH_FRACTION)
 def test_a_lora_gives_comfyuis_latents_at_any_budget(fraction, weight_dtype, checkpoint, tmp_path):
     """Every matrix patched; in FP8 the patched weights are rounded, and to the same numbers."""
     path = checkpoint("flux", **SMALL)

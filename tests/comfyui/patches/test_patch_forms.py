@@ -10,7 +10,7 @@ import torch
 from comfy_extras import nodes_model_merging as merging
 from comfy_extras import nodes_model_merging_model_specific as specific
 
-from kit.comfyui import sampling
+from kit.comfyui import checkpoints, sampling
 from kit.comfyui.loras import SHAPES, numbers, with_lora
 from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from spillway.patcher.comfyui.loading import load as comfy_load
@@ -184,9 +184,11 @@ def test_a_merge_by_blocks_of_a_unet_gives_comfyuis_latents(checkpoint):
     assert not torch.equal(results[0], run(classic, steps=1))
 
 
-def test_a_merge_of_text_encoders_gives_comfyuis_conditioning(checkpoint):
-    paths = [checkpoint("clip_l", layers=12), checkpoint("clip_l", layers=12, seed=1)]
-    classics = [comfy.sd.load_clip([path]) for path in paths]
+def test_a_merge_of_text_encoders_gives_comfyuis_conditioning(checkpoint, monkeypatch):
+    original, options = comfy.sd.load_clip, checkpoints.small_options(clip_layers=2)
+    monkeypatch.setattr(comfy.sd, "load_clip", lambda **named: original(**named, model_options=dict(options)))
+    paths = [checkpoint("clip_l", layers=2), checkpoint("clip_l", layers=2, seed=1)]
+    classics = [comfy.sd.load_clip(ckpt_paths=[path]) for path in paths]
     ours = [comfy_load.load_clip([path], policy=budget(classics[0].patcher, 0.5)) for path in paths]
     for merge, arguments in ((merging.CLIPMergeSimple, (0.3,)), (merging.CLIPSubtract, (0.5,)), (merging.CLIPAdd, ())):
         results = [

@@ -192,19 +192,6 @@ def test_quantised_models_give_the_pictures_that_comfyui_makes_of_their_files(se
     assert f"quantised to {FORMAT}" in server.said()
 
 
-def test_what_a_kill_left_is_removed_at_the_start(tmp_path):
-    unfinished = tmp_path / "output" / "checkpoints" / ".spillway-0123456789abcdef.partial"
-    note = tmp_path / "user" / "spillway-unfinished" / "0123456789abcdef"
-    output = tmp_path / "user" / "__spillway" / "outputs" / ".spillway-fedcba9876543210.partial"
-    for path, data in ((unfinished, b"half"), (output, b"half"), (note, str(unfinished).encode())):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(data)
-    with Server(tmp_path) as running:
-        assert not unfinished.exists() and not note.exists() and not output.exists()
-        for path in (unfinished, output):
-            assert f"removed {path}, which an earlier run left unfinished" in running.said()
-
-
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 

@@ -123,11 +123,14 @@ def test_settings_files_that_cannot_be_read(monkeypatch, tmp_path, caplog, text)
 
 
 def test_notes_of_unfinished_files_that_are_none(tmp_path):
-    """The pack's nodes are there, prompts run, and what a kill did leave behind is removed."""
+    """The pack's nodes are there, prompts run, and what a kill did leave behind is removed at the start."""
     unfinished = tmp_path / "output" / ".spillway-0123456789abcdef.partial"
-    unfinished.parent.mkdir()
-    unfinished.write_bytes(b"half")
+    noted = tmp_path / "output" / "checkpoints" / ".spillway-89abcdef01234567.partial"
+    output = tmp_path / "user" / "__spillway" / "outputs" / ".spillway-fedcba9876543210.partial"
     notes = tmp_path / "user" / "spillway-unfinished"
+    for path in (unfinished, noted, output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
     (notes / "folder").mkdir(parents=True)
     (notes / "loop").symlink_to("loop")
     os.mkfifo(notes / "pipe")
@@ -135,12 +138,16 @@ def test_notes_of_unfinished_files_that_are_none(tmp_path):
         ("binary", b"\xff\xfe\0"),
         ("overlong", b"/" + b"x" * 5000 + b"/.spillway-0.partial"),
         ("zz", os.fsencode(unfinished)),
+        ("89abcdef01234567", os.fsencode(noted)),
     ):
         (notes / name).write_bytes(data)
     with Server(tmp_path) as running:
+        assert set(os.listdir(notes)) == {"folder", "loop", "pipe"}
+        for path in (unfinished, noted, output):
+            assert not path.exists()
+            assert f"removed {path}, which an earlier run left unfinished" in running.said()
         assert "SpillwayPolicy" in running.get("object_info")
         assert len(running.pictures(simple())) == 1
-        assert not unfinished.exists() and set(os.listdir(notes)) == {"folder", "loop", "pipe"}
 
 
 def test_a_file_in_place_of_the_folder_of_notes(tmp_path, checkpoint):

@@ -22,6 +22,12 @@ CASES = [
     (torch.float8_e4m3fn, torch.bfloat16),
 ]
 BUDGETS = [None, 1.0, 0.5, 0.0]
+# Whether copies wait as long as they may, or come at once, where dtypes make no difference.
+TIMES = [
+    *((1, *dtypes) for dtypes in CASES),
+    (0, *CASES[0]),
+    *(pytest.param(0, *dtypes, marks=pytest.mark.slow) for dtypes in CASES[1:]),
+]
 
 
 def stack():
@@ -72,8 +78,7 @@ def test_the_engine_takes_it_for_cuda(fake):
 
 @pytest.mark.parametrize("fraction", BUDGETS)
 @pytest.mark.parametrize("pins", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("deferred", [1, 0], ids=["deferred", "eager"])
-@pytest.mark.parametrize(("file_dtype", "dtype"), CASES)
+@pytest.mark.parametrize(("deferred", "file_dtype", "dtype"), TIMES)
 @pytest.mark.parametrize("build", [stack, Blocks])
 def test_the_bits_of_the_plain_module(fake, build, file_dtype, dtype, deferred, pins, fraction):
     fake.driver.set(deferred=deferred)

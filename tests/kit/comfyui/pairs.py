@@ -6,6 +6,7 @@ import inspect
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import pytest
 import torch
 
 from kit.comfyui import sampling
@@ -14,7 +15,9 @@ from kit.device import is_real
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.policy import Policy
 
-FRACTIONS = (1.0, 0.5, 0.25, 0.0)
+# How much of a model's weights stays: all, some and nothing. A half is some too, so it runs with --slow.
+FRACTIONS = (1.0, 0.25, 0.0)
+EACH_FRACTION = [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0.25, 0.0]
 SMALL = {"hidden": 128, "depth": 1, "depth_single": 1}  # a Flux of 2 MB
 
 # ComfyUI's dynamic patcher gives other latents than its classic one: with 4 bits, and with LoRAs on quantised weights.

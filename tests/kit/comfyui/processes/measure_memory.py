@@ -1,12 +1,15 @@
-"""Measure what loading, running and dropping a model takes of RAM. Prints JSON."""
+"""Measure what loading, running and dropping a model with a budget of `vram` bytes takes of RAM. Prints JSON."""
 
 import gc
 import json
+import runpy
 import sys
 import time
 
-comfyui, pack, base, big, small = sys.argv[1:]
+comfyui, pack, base, big, small, vram = sys.argv[1:]
 sys.path[:0] = [comfyui, f"{pack}/tests"]
+
+runpy.run_path(f"{pack}/prestartup_script.py")  # as ComfyUI does: before torch
 
 import comfy.cli_args
 
@@ -23,7 +26,7 @@ from spillway.nodes.load import SpillwayLoadDiffusionModel
 from spillway.patcher.policy import Policy
 
 MB = 1e6
-BUDGET = 400 << 20
+BUDGET = int(vram)
 process = psutil.Process()
 
 
