@@ -111,6 +111,15 @@ def checkpoint(models_dir):
 
 
 @pytest.fixture
+def weights_in_layers():
+    """Let ComfyUI's layers have weights when they are made, with dynamic VRAM too, for tests that make them by hand."""
+    from kit.comfyui.on_device import weights_at_once
+
+    with weights_at_once():
+        yield
+
+
+@pytest.fixture
 def in_fp32(monkeypatch):
     """Let models compute in fp32 on a device that would take 16 bit, for tests in which a file's numbers come out."""
     import comfy.model_management

@@ -12,6 +12,8 @@ from kit.comfyui.architectures import texts
 from kit.comfyui.architectures.fake_card import CARD, Reads, dynamic_on_the_card, on_the_card
 from kit.comfyui.architectures.table import build, models
 
+pytestmark = pytest.mark.usefixtures("weights_in_layers")
+
 # Their modules are those of the other, in other numbers or widths.
 SAME = {
     **dict.fromkeys(("SD15_instructpix2pix", "SD20", "Stable_Zero123"), "SD15"),

@@ -15,6 +15,8 @@ from spillway.patcher.comfyui.loading.op_classes import operations
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("weights_in_layers")
+
 LAYERS = {
     "Linear": ((24, 40), (3, 24)),
     "Conv1d": ((6, 10, 3), (2, 6, 16)),

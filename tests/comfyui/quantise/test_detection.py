@@ -9,6 +9,8 @@ from kit.comfyui.architectures.table import build, models
 from spillway.patcher.comfyui.quantise.formats import FORMATS
 from spillway.patcher.comfyui.quantise.layers import KitchenLayers, chosen, rule_of
 
+pytestmark = pytest.mark.usefixtures("weights_in_layers")
+
 # Two of their numbers lie in a byte.
 PACKED = [name for name, known in FORMATS.items() if known.bits < 8]
 # One for each class of models that is known by a width.
