@@ -51,7 +51,7 @@ class Ledger:
     """Counters and decisions of one model.
 
     number: of this ledger in the process. notices: (number, text) of what a user should hear of: warnings, and
-    evictions that cost something. step: the last one that has ended.
+    evictions that cost something. step: the last one that has ended. quiet: decisions are not logged.
     """
 
     name: str = "model"
@@ -60,6 +60,7 @@ class Ledger:
     number: int = field(default_factory=lambda: next(_numbers))
     notices: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=20))
     step: Step = field(default_factory=Step)
+    quiet: bool = False
     _began: float | None = None  # when the running step began
     _before: tuple[int, int] = (0, 0)  # steps, and bytes streamed, before this use
     _said: set[str] = field(default_factory=set)
@@ -72,7 +73,8 @@ class Ledger:
         self.decisions.append(text)
         if level >= logging.WARNING:
             self.notice(text)
-        log.log(level, "[Spillway] %s: %s", self.name, text)
+        if not self.quiet:
+            log.log(level, "[Spillway] %s: %s", self.name, text)
 
     def decide_once(self, text: str, *, level: int = logging.WARNING) -> None:
         """Record a decision that would otherwise repeat at every layer."""

@@ -29,6 +29,18 @@ class UseCosts:
         """Count the buffer that an offloaded bundle arrives in."""
         return self.use(bundle) if self.device.in_place else bundle.transfer_bytes
 
+    def brought(self, bundle: Bundle) -> int:
+        """Count what the ledger counts when an offloaded bundle is brought."""
+        return bundle.source_bytes if self.device.in_place else bundle.transfer_bytes
+
+    def keeps_final_form(self, bundle: Bundle) -> bool:
+        """Say whether a pin is to hold what was made of an offloaded bundle."""
+        if bundle.offload_to == "disk":
+            return False
+        if self.device.in_place:
+            return bundle.worth_keeping or bundle.offload_to in ("ram", "pin")
+        return bundle.worth_writing_back
+
     def casts(self, bundle: Bundle) -> int:
         """Count what casting and patching an offloaded bundle takes beside its buffer."""
         return self.use(bundle) - self.buffer(bundle)
