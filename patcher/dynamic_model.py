@@ -197,7 +197,7 @@ class DynamicModel(Figures):
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
         self.check_files()
-        self.ledger.begin_step()
+        self.ledger.begin_step(residency.caster.ahead_bytes)
         self.last_used = time.monotonic()
         relieve(models)
         if follow_writes(self.bundles, residency.caster):

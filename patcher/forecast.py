@@ -135,7 +135,7 @@ class Foresight(Planning):
         pinned = self._pin_budget()
         while True:
             stays = self.addresses[: plan.resident]
-            most = max(most, self._held(plan, stays))
+            most = max(most, self.held(plan, stays))
             left = self._keep_final_forms(set(stays), pinned)
             again = self.plan_of(self.addresses, self.window)
             if again.limit > plan.limit:  # as memory for computing patches is wanted no more
@@ -149,19 +149,6 @@ class Foresight(Planning):
             self.remembered.window, self.addresses = layout.window, list(layout.addresses)
             plan, pinned = self.plan_of(self.addresses, self.window), left
         return plan, self.addresses[: plan.resident], most
-
-    def _held(self, plan: LoadPlan, stays: Sequence[Bundle]) -> int:
-        """Count what weights hold with those on their way: the arena, and beside it what is made or looked up.
-
-        What was made is held until it lies in its pin, as far as there is room. One bundle must pass in any case.
-        """
-        room, stay = self.room(plan, stays), set(stays)
-        brought = [bundle for bundle in self.bundles if bundle not in stay]
-        making = max([*map(self.costs.casts, brought), *map(self.costs.load_casts, stays)], default=0)
-        kept = sum(b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current)
-        beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
-        one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
-        return sum(bundle.nbytes for bundle in stays) + max(room.arena + beside, one)
 
     def _pin_budget(self) -> int:
         return pin_budget(self.policy, self.total_bytes, 0, self.device.in_place)

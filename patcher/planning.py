@@ -141,3 +141,16 @@ class Planning:
         rows = self.costs.rows(self._all)
         whole += rows if is_streamed else 0
         return Room(whole, self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows)), rows)
+
+    def held(self, plan: LoadPlan, stays: Sequence[Bundle]) -> int:
+        """Count what weights hold with those on their way: the arena, and beside it what is made or looked up.
+
+        What was made is held until it lies in its pin, as far as there is room. One bundle must pass in any case.
+        """
+        room, stay = self.room(plan, stays), set(stays)
+        brought = [bundle for bundle in self.bundles if bundle not in stay]
+        making = max([*map(self.costs.casts, brought), *map(self.costs.makes, stays)], default=0)
+        kept = sum(b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current)
+        beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
+        one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
+        return sum(bundle.nbytes for bundle in stays) + max(room.arena + beside, one)

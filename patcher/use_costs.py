@@ -53,6 +53,10 @@ class UseCosts:
         """Count the same beside the buffer that its source arrives in."""
         return max(0, self.load(bundle) - bundle.source_bytes)
 
+    def makes(self, bundle: Bundle) -> int:
+        """Count what a bundle that stays takes beside its buffer, when it comes and when an op uses it."""
+        return max(self.load_casts(bundle), 0 if self.device.in_place else bundle.cast_bytes())
+
     def rows(self, bundles: Sequence[Bundle]) -> int:
         """Count what is kept for the rows of tables, a few megabytes of which are looked up at once."""
         largest = max((bundle.nbytes for bundle in bundles if bundle.by_rows), default=0)
