@@ -153,4 +153,5 @@ class Planning:
         kept = sum(b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current)
         beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
         one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
-        return sum(bundle.nbytes for bundle in stays) + max(room.arena + beside, one)
+        mapped = -(-sum(bundle.nbytes for bundle in stays) // self.unit) * self.unit
+        return mapped + max(room.arena + beside, one)

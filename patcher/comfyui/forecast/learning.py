@@ -24,11 +24,12 @@ def node_ended(peaks: dict[str, int], began: float) -> dict[str, Any] | None:
     model, state = max(sampled, key=lambda pair: pair[0].last_used)
     assert state.latent is not None
     step, residency, peak = model.ledger.step, model.residency, _peak(model, peaks)
+    stays = [b for b in residency.addresses if residency.is_resident(b)] if residency is not None else []
+    resident = sum(bundle.nbytes for bundle in stays)
     if peak is not None and residency is not None:
-        stays = [bundle for bundle in residency.addresses if residency.is_resident(bundle)]
         buffers = max(residency.held(residency.plan, stays) - model.resident_bytes, residency.caster.peak_buffer_bytes)
         weights = model.resident_bytes + model.placed_bytes + buffers
-        learnt.note_peak(model, state.latent, peak, weights, step.last)
+        learnt.note_peak(model, state.latent, peak, weights, (resident, step.last))
     learnt.note_pace(model, state.latent)
     return {
         "key": learnt.key_of(model, state.latent),
@@ -36,7 +37,7 @@ def node_ended(peaks: dict[str, int], began: float) -> dict[str, Any] | None:
         "latent": list(state.latent),
         "streamed": step.last,
         "seconds": step.seconds,
-        "resident": model.resident_bytes,
+        "resident": resident,
         "peak": peak,
     }
 

@@ -38,12 +38,14 @@ def key_of(model: DynamicModel, shape: tuple[int, ...]) -> str:
 
 
 @never_raises("noting the peak of a run")
-def note_peak(model: DynamicModel, shape: tuple[int, ...], peak: int, weights: int, streamed: int) -> None:
-    """Note the peak of a run, and what of it was not of weights, as a forecast counts them."""
+def note_peak(model: DynamicModel, shape: tuple[int, ...], peak: int, weights: int, plan: tuple[int, int]) -> None:
+    """Note the peak of a run, and what of it was not of weights, as a forecast counts them.
+
+    plan: bytes that stayed, and that each step brought.
+    """
     key = key_of(model, shape)
-    plans = _peaks(key).plans
-    plans = [plan for plan in plans if plan[:2] != [model.resident_bytes, streamed]][1 - PLANS :]
-    known = {"beside": max(0, peak - weights), "plans": [*plans, [model.resident_bytes, streamed, peak]]}
+    others = [one for one in _peaks(key).plans if one[:2] != list(plan)][1 - PLANS :]
+    known = {"beside": max(0, peak - weights), "plans": [*others, [*plan, peak]]}
     _put(PEAKS, key, known)
 
 
