@@ -11,10 +11,12 @@ from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
 from ..patcher.comfyui import graph_policy, loads, run_record
+from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
 from . import routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
+from .forecast import SpillwayMemoryForecast
 from .graph_policy import read
 from .load import (
     SpillwayLoadCheckpoint,
@@ -59,6 +61,8 @@ class SpillwayExtension(ComfyExtension):
             graph_policy.install(read)
         with never_raises("recording what each node takes"):
             run_record.install()
+        with never_raises("learning from what runs take"):
+            learning.install()
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)
@@ -92,6 +96,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwayCachePolicy,
             SpillwayDeviceControl,
             SpillwayMemoryReport,
+            SpillwayMemoryForecast,
             SpillwaySelfTest,
             SpillwayVAEDecode,
             SpillwayVAEEncode,

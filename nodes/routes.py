@@ -1,4 +1,4 @@
-"""Serves GET /spillway/memory and POST /spillway/free, /model and /look, behind ComfyUI's own middleware."""
+"""Serves GET /spillway/memory and POST /spillway/free, /model, /look and /forecast, behind ComfyUI's own middleware."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import urllib.parse
 from typing import Any
 
 import comfy.model_management
+import torch
 from aiohttp import web
 
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
-from . import model_actions
+from . import forecast_report, model_actions
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
 from .watchers import Watchers
@@ -29,6 +30,9 @@ USAGE = (
 
 LOOK_USAGE = 'a JSON object: "client_id" of an open websocket, and "looks" as true or false'
 MOST_ID = 100  # characters
+FORECAST_USAGE = 'a JSON object: "prompt", a workflow in API format'
+MAX_PROMPT_BYTES = 2 << 20
+MOST_NODES = 5000
 
 
 class BadRequest(ValueError):
@@ -47,6 +51,7 @@ def install() -> bool:
         return False
 
     report = SharedReport(lambda: memory_report())
+    foreseeing = asyncio.Lock()
     watchers = Watchers(report, lambda client: running.sockets.get(client))
 
     @running.routes.get("/spillway/memory")
@@ -92,7 +97,27 @@ def install() -> bool:
             return refusal(error, LOOK_USAGE)
         return web.json_response({"looking": watchers.count})
 
+    @running.routes.post("/spillway/forecast")
+    @never_raises("POST /spillway/forecast", failed)
+    async def post_forecast(request: web.Request) -> web.Response:
+        try:
+            prompt = parse_prompt(await json_object(request, MAX_PROMPT_BYTES))
+        except BadRequest as error:
+            return refusal(error, FORECAST_USAGE)
+        if foreseeing.locked():
+            busy = BadRequest("another forecast is being made.", status=429)
+            return refusal(busy, "to be asked again in a moment")
+        async with foreseeing:
+            told = await asyncio.get_running_loop().run_in_executor(None, foreseen, prompt)
+        return web.json_response(told)
+
     return True
+
+
+def foreseen(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Make a forecast as in a prompt, where ComfyUI loads models."""
+    with torch.inference_mode():
+        return forecast_report.forecast(prompt)
 
 
 def refusal(error: ValueError, usage: str) -> web.Response:
@@ -100,17 +125,20 @@ def refusal(error: ValueError, usage: str) -> web.Response:
     return web.json_response({"error": f"{error} Expected {usage}."}, status=getattr(error, "status", 400))
 
 
-async def json_object(request: web.Request) -> dict[str, Any]:
-    """Read the JSON object that a page of this server sent. Raises BadRequest."""
+async def json_object(request: web.Request, most: int = MAX_BODY_BYTES) -> dict[str, Any]:
+    """Read the JSON object, of at most so many bytes, that a page of this server sent. Raises BadRequest."""
     if not is_same_origin(request):
         raise BadRequest("only pages of this server may do that.", status=403)
-    return read_object(request.content_type, await body_of(request))
+    return read_object(request.content_type, await body_of(request, most), most)
 
 
-async def body_of(request: web.Request) -> bytes:
+async def body_of(request: web.Request, most: int = MAX_BODY_BYTES) -> bytes:
     """Read a body, and no more of it than one may have. Raises BadRequest where it is not what its headers say."""
     try:
-        return await request.content.read(MAX_BODY_BYTES + 1)
+        found = bytearray()
+        while len(found) <= most and (part := await request.content.read(most + 1 - len(found))):
+            found += part
+        return bytes(found)
     except web.RequestPayloadError:
         raise BadRequest("the body is not encoded as its Content-Encoding says, or ends too soon.") from None
 
@@ -133,12 +161,12 @@ def is_same_origin(request: web.Request) -> bool:
         return False
 
 
-def read_object(content_type: str, body: bytes) -> dict[str, Any]:
+def read_object(content_type: str, body: bytes, most: int = MAX_BODY_BYTES) -> dict[str, Any]:
     """Read a JSON object. Raises BadRequest."""
     if content_type != "application/json":
         raise BadRequest(f"the content type is {content_type!r}, not application/json.")
-    if len(body) > MAX_BODY_BYTES:
-        raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes.")
+    if len(body) > most:
+        raise BadRequest(f"the body is larger than {most} bytes.")
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -156,6 +184,21 @@ def parse_look(asked: dict[str, Any]) -> tuple[str, bool]:
     if not isinstance(looks, bool):
         raise BadRequest('"looks" is neither true nor false.')
     return client, looks
+
+
+def parse_prompt(asked: dict[str, Any]) -> dict[str, Any]:
+    """Read a workflow in API format. Raises BadRequest."""
+    unknown = sorted(set(asked) - {"prompt"})
+    if unknown:
+        raise BadRequest(f"there is no {', '.join(unknown)[:100]} to give.")
+    prompt = asked.get("prompt")
+    if not isinstance(prompt, dict) or len(prompt) > MOST_NODES:
+        raise BadRequest(f'"prompt" is no object of at most {MOST_NODES} nodes.')
+    for name, node in prompt.items():
+        is_node = isinstance(node, dict) and isinstance(node.get("class_type"), str)
+        if not is_node or not isinstance(node.get("inputs"), dict):
+            raise BadRequest(f'node "{name[:MOST_ID]}" has no "class_type" and "inputs".')
+    return prompt
 
 
 def parse(wanted: dict[str, Any]) -> dict[str, Any]:

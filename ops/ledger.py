@@ -40,10 +40,14 @@ class Counters:
 
 @dataclass(frozen=True)
 class Step:
-    """A step. streamed: bytes brought for it alone, in the mean of this use. seconds: that the last one took."""
+    """A step. streamed: bytes brought for it alone, in the mean of this use. seconds: that the last one took.
+
+    last: bytes brought in the last one that another followed.
+    """
 
     streamed: int = 0
     seconds: float = 0.0
+    last: int = 0
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Ledger:
     """Counters and decisions of one model.
 
     number: of this ledger in the process. notices: (number, text) of what a user should hear of: warnings, and
-    evictions that cost something. step: the last one that has ended.
+    evictions that cost something. step: the last one that has ended. quiet: decisions are not logged.
     """
 
     name: str = "model"
@@ -60,7 +64,9 @@ class Ledger:
     number: int = field(default_factory=lambda: next(_numbers))
     notices: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=20))
     step: Step = field(default_factory=Step)
+    quiet: bool = False
     _began: float | None = None  # when the running step began
+    _brought: int = 0  # bytes streamed for the steps before the running one
     _before: tuple[int, int] = (0, 0)  # steps, and bytes streamed, before this use
     _said: set[str] = field(default_factory=set)
     _summarised: Counters = field(default_factory=Counters)
@@ -72,7 +78,8 @@ class Ledger:
         self.decisions.append(text)
         if level >= logging.WARNING:
             self.notice(text)
-        log.log(level, "[Spillway] %s: %s", self.name, text)
+        if not self.quiet:
+            log.log(level, "[Spillway] %s: %s", self.name, text)
 
     def decide_once(self, text: str, *, level: int = logging.WARNING) -> None:
         """Record a decision that would otherwise repeat at every layer."""
@@ -84,25 +91,28 @@ class Ledger:
         """Keep what a user should hear of, wherever they look."""
         self.notices.append((next(_numbers), text))
 
-    def begin_step(self) -> None:
-        """Count a step. The one before has ended."""
-        self._end_step()
+    def begin_step(self, ahead: int = 0) -> None:
+        """Count a step. The one before has ended. ahead: bytes that were streamed for this one already."""
+        brought = self.counters.bytes_streamed - ahead
+        self._end_step(brought)
         self.counters.steps += 1
-        self._began = time.monotonic()
+        self._began, self._brought = time.monotonic(), brought
 
     def begin_use(self) -> None:
         """Begin a row of like steps. The time until the first of them is no step's."""
         self._began, self._before = None, (self.counters.steps, self.counters.bytes_streamed)
 
-    def _end_step(self) -> None:
+    def _end_step(self, brought: int | None) -> None:
+        """Note what the step took. brought: bytes streamed for steps so far, None where that is not known."""
         if self._began is not None:
             steps, streamed = self._before
             mean = (self.counters.bytes_streamed - streamed) // (self.counters.steps - steps)
-            self.step, self._began = Step(mean, time.monotonic() - self._began), None
+            last = self.step.last if brought is None else brought - self._brought
+            self.step, self._began = Step(mean, time.monotonic() - self._began, last), None
 
     def summarise(self, resident: int, total: int) -> None:
         """Log what was done since the last summary. The last step has ended. Sizes in bytes."""
-        self._end_step()
+        self._end_step(None)
         now, before = self.counters, self._summarised
         steps = now.steps - before.steps
         log.info(

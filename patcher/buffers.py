@@ -21,6 +21,12 @@ class PlacedBuffers:
         """Return the bytes that are on the device because of `place`."""
         return sum({id(there): tensor_bytes(there) for _, there, _ in self._placed.values()}.values())
 
+    @property
+    def due(self) -> int:
+        """Return the bytes that `place` would move."""
+        buffers = {id(b): b for m in self._module.modules() for b in m._buffers.values() if b is not None}
+        return sum(tensor_bytes(b) for b in buffers.values() if b.device != self._device and not b.is_meta)
+
     def place(self) -> None:
         """Move what is elsewhere, also what somebody has put into the module since the last call."""
         moved: dict[int, torch.Tensor] = {}  # modules may share a buffer

@@ -60,8 +60,8 @@ class DynamicModel(Figures):
     parameters. A call of the model calls the module. model_dtype, quantise, blocks: see `collect_bundles`. backend: a
     device of another kind, for tests. may_init: initialise comfy-aimdo where nobody has. first_use_file: keeps what the
     check of a device found (see `first_use`) from one process to the next. None keeps it for this one. orders_file:
-    keeps in which order layers ran (see `order_record`). Raises SourceError, Unsupported or DeviceError where module,
-    source and device do not fit together.
+    keeps in which order layers ran (see `order_record`). sketch: only to ask for a forecast, so it is on no list and
+    logs nothing. Raises SourceError, Unsupported or DeviceError where module, source and device do not fit together.
 
     residency: set while the model is prepared, that is from its first forward until `release`.
     """
@@ -81,13 +81,14 @@ class DynamicModel(Figures):
         blocks: Collection[str] = (),
         first_use_file: Path | None = None,
         orders_file: Path | None = None,
+        sketch: bool = False,
     ) -> None:
         self.module = module
         self.backend = backend if backend is not None else backend_for(device)
         self.asked = policy or Policy()  # with shares where it has some
         self.policy = self._in_bytes(self.asked)
         self.device = self.backend.device
-        self.ledger = Ledger(name or type(module).__name__)
+        self.ledger = Ledger(name or type(module).__name__, quiet=sketch)
         self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
         self._files = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
@@ -110,7 +111,8 @@ class DynamicModel(Figures):
         note_kept(self.bundles, self.ledger)
         self._lend_through(FirstForward(self.prepare, self.ledger))
         note_tables(self.bundles, self.ledger)
-        models.add(self)
+        if not sketch:
+            models.add(self)
 
     # -- running
 
@@ -195,7 +197,7 @@ class DynamicModel(Figures):
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
         self.check_files()
-        self.ledger.begin_step()
+        self.ledger.begin_step(residency.caster.ahead_bytes)
         self.last_used = time.monotonic()
         relieve(models)
         if follow_writes(self.bundles, residency.caster):

@@ -34,6 +34,16 @@ class Figures:
         return self._placed.nbytes
 
     @property
+    def due_bytes(self) -> int:
+        """Count the bytes of the module's buffers that are yet to be put on the device."""
+        return self._placed.due
+
+    @property
+    def remembered(self) -> Remembered:
+        """Give what the model knows from one residency to the next."""
+        return self._remembered
+
+    @property
     def total_bytes(self) -> int:
         """Count the bytes of all bundles in their final form, but for tables, which stay in their file."""
         return sum(bundle.nbytes for bundle in self.bundles if not bundle.by_rows)

@@ -19,7 +19,7 @@ def read(path: Path | None, bundles: Sequence[Bundle]) -> list[Bundle] | None:
 
     bundles: as they are registered. Those that did not run come last.
     """
-    places = _all(path).get(_structure(bundles))
+    places = _all(path).get(structure(bundles))
     if places is None or len(set(places)) != len(places) or not all(0 <= place < len(bundles) for place in places):
         return None
     ran = [bundles[place] for place in places]
@@ -32,14 +32,14 @@ def write(path: Path | None, bundles: Sequence[Bundle], order: Sequence[Bundle])
     if path is None:
         return
     place = {bundle: number for number, bundle in enumerate(bundles)}
-    known, key, places = _all(path), _structure(bundles), [place[bundle] for bundle in order]
+    known, key, places = _all(path), structure(bundles), [place[bundle] for bundle in order]
     if known.pop(key, None) == places:
         return
     kept = dict(list(known.items())[1 - MOST :])
     write_record(path, "orders", {**kept, key: places})
 
 
-def _structure(bundles: Sequence[Bundle]) -> str:
+def structure(bundles: Sequence[Bundle]) -> str:
     """Name a model by its layers. Whatever else differs, they run in the same order."""
     return hashlib.sha256("\n".join(bundle.name for bundle in bundles).encode()).hexdigest()[:32]
 

@@ -10,21 +10,20 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..ops.device.backend import Backend
-from ..ops.gather import aligned
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle
 from ..ops.lending.pins import Pins
 from ..ops.vbar import cap
 from ..ops.vbar.protocol import VBAR
-from .choose_caster import choose_caster, fixed_window
+from .choose_caster import choose_caster
 from .choose_vbar import choose_vbar
-from .headroom import GIB, headroom_bytes
-from .layout import GAIN, Held, Layouts, evicted, execution_order
-from .load_plan import LoadPlan, LoadState, Window, budget_in_words, by_bytes, plan_load, plan_unload
+from .headroom import GIB
+from .layout import Held, evicted, execution_order
+from .load_plan import LoadPlan, LoadState, budget_in_words, plan_unload
+from .planning import Planning
 from .policy import Policy
 from .ram_pressure import is_short_of, room_for_staging
 from .remembered import Remembered
-from .use_costs import UseCosts
 
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
 FLOOR = GIB // 4
@@ -32,7 +31,7 @@ FLOOR = GIB // 4
 STAGED = 4
 
 
-class Residency:
+class Residency(Planning):
     """Lays the bundles out in a VBAR and plans against the policy's budget.
 
     placed_bytes: what the module's buffers take of the budget.
@@ -50,12 +49,9 @@ class Residency:
         may_init: bool,
         placed_bytes: int = 0,
     ) -> None:
-        self.device, self.policy, self.pins = device, policy, pins
-        self._all = bundles
-        self.ledger, self.remembered, self.may_init, self.placed_bytes = ledger, remembered, may_init, placed_bytes
-        self.costs = UseCosts(device)
+        super().__init__(device, bundles, policy, remembered, placed_bytes)
+        self.pins, self.ledger, self.may_init = pins, ledger, may_init
         self.resized = False  # whether a bundle's size no longer fits its addresses
-        self.addresses: list[Bundle] = []  # the bundles that may reside, the lowest address first
         self._peak = 0
         self._coming = True  # bundles that are to stay
         self.caster = choose_caster(device, self._choose_vbar(), pins, ledger, policy, remembered)
@@ -69,39 +65,25 @@ class Residency:
             self.close()
             raise
 
-    @property
-    def window(self) -> Window:
-        """Give the rule for how much may be on its way at once."""
-        return fixed_window(self.policy, self.device) or by_bytes(self.remembered.window)
-
-    @property
-    def bundles(self) -> list[Bundle]:
-        """List the bundles that may stay or be brought as a whole. A table by rows has no part in any plan."""
-        return [bundle for bundle in self._all if not bundle.by_rows]
+    # -- the device
 
     @property
     def vbar(self) -> VBAR:
         return self.caster.vbar
 
     @property
-    def total_bytes(self) -> int:
-        """Count the bytes of all bundles in their final form."""
-        return sum(bundle.nbytes for bundle in self.bundles)
+    def follows_free_memory(self) -> bool:
+        return self.vbar.follows_free_memory
 
     @property
-    def headroom(self) -> int:
-        """Give the bytes to keep free on the device for the computation."""
-        return headroom_bytes(self.policy, self.device)
+    def unit(self) -> int:
+        return self.vbar.unit
 
-    @property
-    def expected(self) -> int:
-        """Give the bytes that the computation is said to need. 0 where the VBAR sees that by itself."""
-        return 0 if self.vbar.follows_free_memory or self.device.in_place else self.remembered.expected
+    def reach(self) -> int:
+        return self.vbar.within_reach() + self.caster.buffer_bytes
 
-    @property
-    def kept_free(self) -> int:
-        """Give the bytes that weights leave to the computation and to other programs."""
-        return max(self.headroom, self.expected) + self.remembered.learnt
+    def capped(self) -> int | None:
+        return cap.reach(self.vbar)
 
     # -- layout
 
@@ -117,7 +99,7 @@ class Residency:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
         self._placed = self.bundles
-        self.addresses = list(addresses) if addresses is not None else self._layouts().guessed()
+        self.addresses = list(addresses) if addresses is not None else self.layouts().guessed()
         for bundle in self._all:
             bundle.move_to(None)
         for bundle in self.addresses:
@@ -139,12 +121,6 @@ class Residency:
                     held.move(before, self.vbar)
             before.close()
 
-    def _layouts(self) -> Layouts:
-        # A table may have become a bundle as any other since the order was noted.
-        order = [b for b in dict.fromkeys([*self.remembered.order, *self.bundles]) if not b.by_rows]
-        may_reside = [bundle for bundle in order if self.policy.may_reside(bundle.name)]
-        return Layouts(order, may_reside, self._plan, self.costs.use, fixed_window(self.policy, self.device))
-
     def rebuild_if_resized(self) -> None:
         """Give addresses to bundles whose size a patch has changed. Done when a step begins."""
         if (self.resized or self._placed != self.bundles) and not any(bundle.loan for bundle in self._all):
@@ -157,30 +133,10 @@ class Residency:
 
     # -- budget
 
-    def budget(self) -> int | None:
-        """Give the bytes that bundles may hold on the device now. None where only free memory limits them."""
-        allowed = self.policy.vram_bytes
-        return None if allowed is None else max(0, allowed - self.placed_bytes)
-
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
-        return self._plan([bundle for bundle in self.addresses if bundle.vbar_slice is not None], self.window)
-
-    def _plan(self, addresses: Sequence[Bundle], window: Window) -> LoadPlan:
-        """Plan what fits now in another address order, and with another window."""
-        may = set(addresses)
-        streamed = [bundle for bundle in self.bundles if bundle not in may]
-        costs = self.costs.buffer, self.costs.casts, self.costs.load
-        return plan_load(addresses, self._available(), window, *costs, streamed, self.vbar.unit)
-
-    def _available(self) -> int:
-        """Count the bytes that weights and their buffers may hold together."""
-        budget, capped = self.budget(), cap.reach(self.vbar)
-        limits = [limit for limit in (budget, capped) if limit is not None]
-        if budget is None or self.expected:
-            limits.append(self.vbar.within_reach() + self.caster.buffer_bytes - self.kept_free)
-        return max(0, min(limits))
+        return self.plan_of([bundle for bundle in self.addresses if bundle.vbar_slice is not None], self.window)
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
@@ -207,22 +163,14 @@ class Residency:
 
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
-        resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
-        # A budget of 0 asks for streaming, which is as fast as ever.
-        is_streamed = self.budget() == 0
-        room = plan.reserve if is_streamed else self._available() - min(plan.limit, resides)
         stays = [bundle for bundle in self.addresses if bundle.vbar_slice is not None][: plan.resident]
         stay = set(stays)
-        offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         self._coming = any(bundle.views is None for bundle in stays)
-        self._expect_pins(offloaded)
-        # Without room for the rows of tables beside it, each look-up would end what is on its way.
-        rows = self.costs.rows(self._all)
-        room += rows if is_streamed else 0
-        arena = self.costs.arena(stays, offloaded, plan, self.window, max(0, room - rows))
+        self._expect_pins([bundle for bundle in self.bundles if bundle not in stay])
+        room = self.room(plan, stays)
         sizes = [bundle.source_bytes for bundle in self.bundles]
         staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
-        self.caster.set_room(room, arena, staging, max(sizes, default=0))
+        self.caster.set_room(room.whole, room.arena, staging, max(sizes, default=0))
 
     def _expect_pins(self, offloaded: Sequence[Bundle]) -> None:
         """Tell the pins who will ask for one, and whether RAM has room for the file beside them."""
@@ -243,7 +191,7 @@ class Residency:
 
     def _follow_free_memory(self) -> None:
         """Shrink the plan at once when what is to stay free is gone, grow it when clearly more is free."""
-        allowed = self._available()
+        allowed = self.available()
         used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
         # What is free varies all the time. A cap does not.
         less, more = (0, self.vbar.unit) if cap.holds(self.device.device) else (GIB // 32, GIB // 4)
@@ -280,7 +228,7 @@ class Residency:
         """
         gone = self.vbar.gave_way()
         if gone:
-            kept = self._available() - self.vbar.loaded_size() - self.caster.buffer_bytes
+            kept = self.available() - self.vbar.loaded_size() - self.caster.buffer_bytes
             self.remembered.learnt += max(0, min(gone, kept))
 
     def learn_from_failure(self) -> None:
@@ -355,14 +303,12 @@ class Residency:
             return
         if not remembered.is_other_step(self.plan.limit):
             return
-        layouts, pace = self._layouts(), remembered.pace
-        assert pace is not None
-        now, best = layouts.expected(self.addresses, remembered.window, pace), layouts.best(pace)
-        if best.seconds * GAIN < now.seconds:
-            remembered.window = best.window
-            self._rebuild(best.addresses)
-            now = best
-        self.ledger.decide(layouts.in_words(now, pace))
+        layout, is_other = self.timed_layout()
+        if is_other:
+            remembered.window = layout.window
+            self._rebuild(layout.addresses)
+        assert remembered.pace is not None
+        self.ledger.decide(self.layouts().in_words(layout, remembered.pace))
 
     # -- memory
 

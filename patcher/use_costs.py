@@ -29,6 +29,18 @@ class UseCosts:
         """Count the buffer that an offloaded bundle arrives in."""
         return self.use(bundle) if self.device.in_place else bundle.transfer_bytes
 
+    def brought(self, bundle: Bundle) -> int:
+        """Count what the ledger counts when an offloaded bundle is brought."""
+        return bundle.source_bytes if self.device.in_place else bundle.transfer_bytes
+
+    def keeps_final_form(self, bundle: Bundle) -> bool:
+        """Say whether a pin is to hold what was made of an offloaded bundle."""
+        if bundle.offload_to == "disk":
+            return False
+        if self.device.in_place:
+            return bundle.worth_keeping or bundle.offload_to in ("ram", "pin")
+        return bundle.worth_writing_back
+
     def casts(self, bundle: Bundle) -> int:
         """Count what casting and patching an offloaded bundle takes beside its buffer."""
         return self.use(bundle) - self.buffer(bundle)
@@ -40,6 +52,10 @@ class UseCosts:
     def load_casts(self, bundle: Bundle) -> int:
         """Count the same beside the buffer that its source arrives in."""
         return max(0, self.load(bundle) - bundle.source_bytes)
+
+    def makes(self, bundle: Bundle) -> int:
+        """Count what a bundle that stays takes beside its buffer, when it comes and when an op uses it."""
+        return max(self.load_casts(bundle), 0 if self.device.in_place else bundle.cast_bytes())
 
     def rows(self, bundles: Sequence[Bundle]) -> int:
         """Count what is kept for the rows of tables, a few megabytes of which are looked up at once."""

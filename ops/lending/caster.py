@@ -62,6 +62,11 @@ class Caster:
     def __deepcopy__(self, memo: dict) -> None:
         """Return None, so that a copy of a dynamic module is an ordinary module."""
 
+    @property
+    def ahead_bytes(self) -> int:
+        """Return the bytes that are streamed ahead of their use now."""
+        return 0
+
     # -- what a bundle calls
 
     def enter(self, bundle: Bundle) -> Caster:

@@ -82,6 +82,11 @@ class DeviceCaster(Caster):
         return self.arena.nbytes + self._outside()
 
     @property
+    def ahead_bytes(self) -> int:
+        loans = [loan for loan in self.prefetched.values() if loan.signature is None and loan.target is not None]
+        return sum(loan.target.numel() for loan in loans)  # type: ignore[union-attr]
+
+    @property
     def staging_bytes(self) -> int:
         return self.staging.nbytes
 

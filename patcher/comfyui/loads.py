@@ -15,6 +15,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.never_raises import never_raises
@@ -49,6 +50,14 @@ def expected_bytes(memory_required: float) -> int:
     return int(min(needed, 1 << 60))
 
 
+def needed_bytes(memory_required: float, samples: bool) -> int:
+    """Count the bytes that a load leaves free. samples: for a sampler, which batches by the memory that is free."""
+    needed = expected_bytes(memory_required)
+    if samples and not hasattr(ModelPatcher, "get_free_memory"):  # it compares with what is free as it stands
+        needed = int(needed * BATCH_MARGIN)
+    return needed
+
+
 def install() -> None:
     """Listen to ComfyUI's loads. A second call does nothing."""
     original = comfy.model_management.load_models_gpu
@@ -65,9 +74,7 @@ def install() -> None:
         **kwargs: Any,
     ) -> Any:
         samples = minimum_memory_required is not None
-        needed = expected_bytes(memory_required)
-        if samples and not hasattr(ModelPatcher, "get_free_memory"):  # it compares with what is free as it stands
-            needed = int(needed * BATCH_MARGIN)
+        needed = needed_bytes(memory_required, samples)
         before, _here.load = current_load(), Load(needed, samples)
         try:
             release_after_use(but=models)
@@ -79,7 +86,23 @@ def install() -> None:
             _here.load = before
 
     load_models_gpu.spillway_original = original  # type: ignore[attr-defined]
+    _note_sizes()
     comfy.model_management.load_models_gpu = load_models_gpu
+
+
+def _note_sizes() -> None:
+    """Note of each sampling of a model of ours how large its latent is."""
+    helpers = comfy.sampler_helpers
+    original = helpers.prepare_sampling
+
+    @functools.wraps(original)
+    def prepare_sampling(model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(getattr(model, "model", None))  # type: ignore[arg-type]
+        if state is not None:
+            state.latent = tuple(noise_shape)
+        return original(model, noise_shape, *args, **kwargs)
+
+    helpers.prepare_sampling = prepare_sampling
 
 
 def _engines(patchers: Any) -> list[DynamicModel]:

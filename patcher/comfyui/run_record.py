@@ -22,16 +22,21 @@ MOST_NODES = 500
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """peaks: by device, the most bytes while the node ran. rss: bytes of the process when it had ended."""
+    """peaks: by device, the most bytes while the node ran. rss: bytes of the process when it had ended.
+
+    sampled: for a sampler, what the listeners say of it.
+    """
 
     id: str
     kind: str
     seconds: float
     peaks: dict[str, int]
     rss: int
+    sampled: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "kind": self.kind, "seconds": self.seconds, "peaks": self.peaks, "rss": self.rss}
+        told = {} if self.sampled is None else {"sampled": self.sampled}
+        return {"id": self.id, "kind": self.kind, "seconds": self.seconds, "peaks": self.peaks, "rss": self.rss, **told}
 
 
 @dataclass
@@ -58,6 +63,8 @@ class RunRecord:
 
 
 _current: RunRecord | None = None
+# Is told of the end of each node: its peaks by device, and time.monotonic() at its begin. Says what a sampler did.
+listener: Callable[[dict[str, int], float], dict[str, Any] | None] | None = None
 
 
 def last_run() -> RunRecord | None:
@@ -128,7 +135,9 @@ def _begin_node(unique_id: Any, obj: Any) -> Callable[[], None] | None:
     def end() -> None:
         seconds = time.monotonic() - began
         record.running = None
-        record.nodes.append(NodeRecord(node, kind, seconds, _peaks(), psutil.Process().memory_info().rss))
+        peaks, rss = _peaks(), psutil.Process().memory_info().rss
+        sampled = listener(peaks, began) if listener is not None else None
+        record.nodes.append(NodeRecord(node, kind, seconds, peaks, rss, sampled))
 
     return end
 

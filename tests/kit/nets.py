@@ -107,12 +107,21 @@ def plain(build, state, dtype):
 
 
 def dynamic(
-    build, source, dtype=torch.float32, policy=None, *, device=None, quantise=None, orders_file=None, **policy_fields
+    build,
+    source,
+    dtype=torch.float32,
+    policy=None,
+    *,
+    device=None,
+    quantise=None,
+    orders_file=None,
+    sketch=False,
+    **policy_fields,
 ):
     """Make a dynamic model of `source`: a path, a Source, or None for the module's own parameters.
 
     device: a simulated one, else the CPU. dtype: None leaves the module as it is built. quantise: which weights
-    are quantised, and how. orders_file: keeps the order in which layers ran.
+    are quantised, and how. orders_file: keeps the order in which layers ran. sketch: as in DynamicModel.
     """
     if source is None:
         module = build()
@@ -121,7 +130,8 @@ def dynamic(
             module = build() if dtype is None else build().to(dtype)
         source = source if hasattr(source, "keys") else DiskMap(source)
     policy = policy or Policy(**policy_fields)
-    return DynamicModel(module, source, "cpu", policy, quantise=quantise, backend=device, orders_file=orders_file)
+    more = {"orders_file": orders_file, "sketch": sketch}
+    return DynamicModel(module, source, "cpu", policy, quantise=quantise, backend=device, **more)
 
 
 def bits(tensor):

@@ -94,7 +94,7 @@ def test_the_file_is_written_only_where_it_says_something_new(path, tmp_path):
 def test_what_is_no_record_counts_for_nothing(path, tmp_path, text):
     orders = tmp_path / "orders.json"
     model = first_step(path, 1, None)
-    orders.write_text(text.replace("KEY", order_record._structure(model.bundles)))
+    orders.write_text(text.replace("KEY", order_record.structure(model.bundles)))
     assert order_record.read(orders, model.bundles) is None
     first_step(path, 1, orders, steps=2)
     assert order_record.read(orders, model.bundles) is not None

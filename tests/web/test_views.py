@@ -180,6 +180,91 @@ def test_the_copied_text_has_it_all():
         assert words in told["copied"]
 
 
+# --- will it fit ------------------------------------------------------------------------------------------------------
+
+NOTES = (
+    "unknown",
+    "passed",
+    "theirs",
+    "wired",
+    "missing",
+    "circle",
+    "policy",
+    "size",
+    "int8_auto",
+    "int8_lora",
+    "error",
+)
+
+
+def foreseen(**changes):
+    """What is foreseen of that Flux."""
+    return {
+        "total": 12 * GIB,
+        "resident": 6 * GIB,
+        "streamed": 6 * GIB,
+        "peak": 9 * GIB,
+        "device_total": 12 * GIB,
+        "at_least": 1.5,
+        "fits": True,
+        "learnt": True,
+        "seen": False,
+        "order_known": True,
+        "name": "Flux",
+        "format": "bf16",
+        "key": "flux at 1024",
+    } | changes
+
+
+def asked(told, notes=(), undo=None, busy=False):
+    """What the panel keeps of a forecast, with every way out."""
+    values = {"node": "5", "kind": "Odd", "widget": "unet_name", "words": "no such file"}
+    ways = [
+        {"code": code, "id": "2", "kind": "SpillwayLoadDiffusionModel", "widget": "weight_dtype", "value": code}
+        for code in ("int8", "four_bits", "gguf", "batch")
+    ]
+    smaller = foreseen(total=6 * GIB, resident=6 * GIB, streamed=0, peak=8 * GIB)
+    sampler = {
+        "id": "7",
+        "kind": "KSampler",
+        "forecast": told,
+        "notes": [{"code": code, **values} for code in notes],
+        "ways": [way | {"forecast": smaller} for way in ways] if told else [],
+    }
+    return {"busy": busy, "told": {"samplers": [sampler], "left_out": 1}, "undo": undo}
+
+
+FORECASTS = [
+    asked(foreseen()),
+    asked(foreseen(fits=False, learnt=False, order_known=False, peak=14 * GIB), NOTES, undo={"value": 1}),
+    asked(None, NOTES[:1], busy=True),
+    {"busy": False, "told": {"samplers": [], "left_out": 0}, "undo": None},
+]
+
+
+def test_a_forecast_says_what_fits_and_what_could_be_set():
+    part, over, unknown, none = (one["text"] for one in seen([report(forecast=one) for one in FORECASTS]))
+    assert "6.0 of 12.0 GB stay, and each step brings 6.0 GB. A step takes at least 1.5 s. Peak 9.0 of 12.0 GB." in part
+    assert "weight_dtype: int8" in part and "8 bits: All of it stays (6.0 GB). Peak 8.0 of 12.0 GB." in part
+    assert "It does not fit: peak 14.0 of 12.0 GB." in over and "1024 x 1024 is assumed" in over and "Undo" in over
+    assert "no loader was found behind it" in unknown and "Looking…" in unknown
+    assert "There is no sampler" in none
+
+
+def test_forecast_and_fact_stand_side_by_side():
+    sampled = {"key": "flux at 1024", "resident": 6 * GIB, "streamed": 5 * GIB, "seconds": 1.7, "peak": 8 * GIB}
+    node = {"id": "7", "kind": "KSampler", "seconds": 16.2, "peaks": {}, "rss": GIB, "sampled": sampled}
+    run = {"seconds": 20.0, "ended": True, "running": None, "nodes": [node]}
+    told, other = seen(
+        [report(run=run, forecast=FORECASTS[0]), report(run=run, forecast=asked(foreseen(key="another size")))]
+    )
+    words = " ".join(told["text"].split())
+    assert (
+        "Brought each step 6.0 GB 5.0 GB" in words and "A step 1.5 s 1.7 s" in words and "Peak 9.0 GB 8.0 GB" in words
+    )
+    assert "Brought each step" not in other["text"], "that was another model, size or format"
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
@@ -207,14 +292,14 @@ def test_every_language_has_every_text(language, name):
 
 
 # Words that are the same in other languages.
-BRIEF = {"spillway.ram", "spillway.run.ram"}
+BRIEF = {"spillway.ram", "spillway.run.ram", "spillway.forecast.note.error"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_text_that_the_code_asks_for_is_there_and_used(language):
     """Views in their odd states too, and the texts of toasts, which no view shows."""
     seen([report(model=changes) for changes, _ in SENTENCES.values()], language)
-    seen([report(models=[], run=None, cache=None)], language)
+    seen([report(models=[], run=None, cache=None), *(report(forecast=one) for one in FORECASTS)], language)
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").rglob("*.js"))
     known = {key for key, _ in flat(texts(language, "main")["spillway"])}
     named = set(re.findall(r'"([a-z]+(?:\.[a-z]+)*)"', code))
@@ -223,7 +308,9 @@ def test_every_text_that_the_code_asks_for_is_there_and_used(language):
 
 
 # Keys that the code puts together.
-COMPOSED = {f"{area}.title" for area in ("memory", "models", "run", "cache")}
+COMPOSED = {f"{area}.title" for area in ("memory", "models", "run", "cache", "forecast")}
+# The rows of a forecast that has come true.
+COMPOSED |= {f"forecast.{name}" for name in ("told", "was", "row.stays", "row.streamed", "row.step", "row.peak")}
 
 
 def test_the_english_settings_and_commands_are_those_of_the_code():

@@ -3,7 +3,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Connection, fetchReport, post } from "./panel/connection.js";
 import { iconNumber } from "./panel/figures.js";
-import { addBadge, goTo, nodeTitle } from "./panel/graph.js";
+import { addBadge, goTo, nodeTitle, setWidget } from "./panel/graph.js";
 import { showNotices, toast } from "./panel/notices.js";
 import { inEnglish, loadTexts, t } from "./panel/text.js";
 import { draw } from "./panel/tree.js";
@@ -11,12 +11,16 @@ import { panelView } from "./panel/view.js";
 import { asText, size } from "./panel/words.js";
 
 const ID = "spillway-memory";
-const state = { report: null, root: null };
+const state = { report: null, root: null, forecast: { busy: false, told: null, undo: null } };
 const setting = (name) => app.extensionManager.setting.get(`Spillway.Panel.${name}`) ?? true;
+
+function redraw() {
+  if (state.root) draw(state.root, panelView(state.report, actions, t, state.forecast));
+}
 
 function show(report) {
   state.report = report;
-  if (state.root) draw(state.root, panelView(report, actions, t));
+  redraw();
   showNotices(report, setting("Toasts"));
   const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((one) => one.id === ID);
   if (tab) tab.iconBadge = iconNumber(report);
@@ -66,6 +70,31 @@ const actions = {
   drop: (card) => act(`${card.title}: ${t("card.drop.label")}`, "model", model(card, "drop_ram")),
   keep: (card, value) => act(`${card.title}: ${t("card.keep.label")}`, "model", model(card, "keep", { value })),
   limit: (card, value) => act(`${card.title}: ${t("card.limit.none")}`, "model", model(card, "limit", { value })),
+  async forecast() {
+    if (state.forecast.busy) return;
+    state.forecast.busy = true;
+    redraw();
+    try {
+      const { output } = await app.graphToPrompt();
+      state.forecast.told = await post("forecast", { prompt: output });
+    } catch (error) {
+      toast("error", error.message);
+    }
+    state.forecast.busy = false;
+    redraw();
+  },
+  setWay(way) {
+    const before = setWidget(way, way.widget, way.value);
+    if (!before) return toast("info", t("card.gone"));
+    state.forecast.undo = { ...way, value: before.value };
+    return actions.forecast();
+  },
+  undoWay() {
+    const { undo } = state.forecast;
+    state.forecast.undo = null;
+    if (!undo || !setWidget(undo, undo.widget, undo.value)) toast("info", t("card.gone"));
+    return actions.forecast();
+  },
   freeAll: () => act(t("models.free.label"), "free", { models: true }),
   clearCache: () => act(t("cache.clear.label"), "free", { cache: true }),
   async copy() {
@@ -110,6 +139,7 @@ app.registerExtension({
     command("ShowMemory", "mdi mdi-memory", "Show memory", () =>
       app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${ID}`),
     ),
+    command("Forecast", "mdi mdi-crystal-ball", "Will it fit", () => actions.forecast()),
     command("FreeVRAM", "mdi mdi-eject", "Free VRAM of all models", () => actions.freeAll()),
     command("ClearCache", "mdi mdi-broom", "Clear the output cache", () => actions.clearCache()),
     command("CopyReport", "mdi mdi-content-copy", "Copy the memory report", () => actions.copy()),
@@ -123,7 +153,7 @@ app.registerExtension({
   menuCommands: [
     {
       path: ["Extensions", "Spillway"],
-      commands: ["ShowMemory", "FreeVRAM", "ClearCache", "CopyReport"].map((id) => `Spillway.${id}`),
+      commands: ["ShowMemory", "Forecast", "FreeVRAM", "ClearCache", "CopyReport"].map((id) => `Spillway.${id}`),
     },
   ],
 
@@ -145,7 +175,7 @@ app.registerExtension({
         state.root.setAttribute("role", "region");
         state.root.setAttribute("aria-label", t("title"));
         element.replaceChildren(state.root);
-        draw(state.root, panelView(state.report, actions, t));
+        redraw();
         connection.start();
       },
       destroy() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,17 +102,22 @@ def _read(path: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def apply_lora(
-    model: Any, clip: Any, path: str, strength_model: float = 1.0, strength_clip: float = 1.0
+    model: Any,
+    clip: Any,
+    path: str,
+    strength_model: float = 1.0,
+    strength_clip: float = 1.0,
+    read: Callable[[str], tuple[Tensors, dict[str, str]]] | None = None,
 ) -> tuple[Any, Any, Fit | None]:
     """Clone MODEL and CLIP, of any loader, and put the LoRA on the clones. Either may be None.
 
     A side whose strength is 0 comes back as it is. Where both are 0, the file is not read and there is no Fit. Weights
-    of another shape than the LoRA's stay as they are. Raises NoFit, with names from both sides, where nothing fits;
-    SourceError for a file that cannot be read.
+    of another shape than the LoRA's stay as they are. read: in the place of `read_lora`.
+    Raises NoFit, with names from both sides, where nothing fits; SourceError for a file that cannot be read.
     """
     if (model is None or strength_model == 0) and (clip is None or strength_clip == 0):
         return model, clip, None
-    tensors, metadata = read_lora(path)
+    tensors, metadata = (read or read_lora)(path)
     tensors = comfy.lora_convert.convert_lora(tensors)
     sides = [side for side in (model, None if clip is None else clip.patcher) if side is not None]
     names: dict[str, Any] = {}

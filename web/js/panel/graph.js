@@ -33,6 +33,20 @@ export function goTo({ id, kind }) {
   return true;
 }
 
+/** Set a widget of a node, so that ComfyUI's undo takes it back. Returns { value } of before; null where it is gone. */
+export function setWidget({ id, kind }, name, value) {
+  const found = find(id);
+  const widget = found?.node.type === kind && found.node.widgets?.find((one) => one.name === name);
+  if (!widget) return null;
+  const before = { value: widget.value };
+  widget.value = value;
+  widget.callback?.(value, app.canvas, found.node);
+  found.node.onWidgetChanged?.(name, value, before.value, widget);
+  app.canvas?.setDirty?.(true, true);
+  app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+  return before;
+}
+
 function idOf(node) {
   const graph = app.rootGraph ?? app.graph;
   return node.graph && node.graph !== graph ? null : String(node.id);

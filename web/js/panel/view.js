@@ -2,6 +2,7 @@
 import { deviceBar, ramBarView } from "./bars.js";
 import { cardView } from "./cards.js";
 import { deviceBars, modelCards, ramBar } from "./figures.js";
+import { forecastView } from "./forecast.js";
 import { cacheView, runView } from "./sections.js";
 import { h } from "./tree.js";
 import { summary } from "./words.js";
@@ -14,7 +15,8 @@ const section = (name, t, ...children) =>
     ...children,
   );
 
-export function panelView(report, actions, t) {
+/** forecast: what was asked for before a run, or null. */
+export function panelView(report, actions, t, forecast = null) {
   if (!report) return [h("p", { class: "sw-sum", role: "status", key: "sum" }, t("wait"))];
   const cards = modelCards(report);
   return [
@@ -41,6 +43,7 @@ export function panelView(report, actions, t) {
       cards.map((card) => cardView(card, actions, t)),
       !cards.length && h("p", { class: "sw-note", key: "none" }, t("models.none")),
     ),
+    section("forecast", t, forecastView(forecast, report, actions, t)),
     section("run", t, runView(report, actions, t)),
     section("cache", t, cacheView(report, actions, t)),
     h(

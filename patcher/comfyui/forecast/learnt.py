@@ -1,0 +1,114 @@
+"""Keeps what runs on this machine have shown: what computations take, how fast the bus is, how long steps compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....ops.device.identity import device_name
+from ....ops.never_raises import never_raises
+from ...dynamic_model import DynamicModel
+from ...json_record import read_record, write_record
+from ...order_record import structure
+from ...step_time import Pace
+from ..first_use import record_file
+
+MOST = 128  # of each, models at sizes; the one that was noted longest ago goes first
+PLANS = 4  # of one model at one size
+PEAKS, PACES, BUSES = "peaks", "paces", "buses"
+
+
+def learnt_file(name: str) -> Path:
+    """Where one of these records lies."""
+    return record_file().with_name(f"{name}.json")
+
+
+def size_in_words(shape: tuple[int, ...]) -> str:
+    """Name a latent's size: '1x16x64x64'."""
+    return "x".join(map(str, shape))
+
+
+def key_of(model: DynamicModel, shape: tuple[int, ...]) -> str:
+    """Name a model, its number format, how many weights are patched, and the latent's size."""
+    patched = sum(param.patch is not None for bundle in model.bundles for param in bundle.params)
+    size = size_in_words(shape)
+    return f"{structure(model.bundles)} {model.number_format} {patched} {size} {_device(model)}"
+
+
+@never_raises("noting the peak of a run")
+def note_peak(model: DynamicModel, shape: tuple[int, ...], peak: int, weights: int, plan: tuple[int, int]) -> None:
+    """Note the peak of a run, and what of it was not of weights, as a forecast counts them.
+
+    plan: bytes that stayed, and that each step brought.
+    """
+    key = key_of(model, shape)
+    others = [one for one in _peaks(key).plans if one[:2] != list(plan)][1 - PLANS :]
+    known = {"beside": max(0, peak - weights), "plans": [*others, [*plan, peak]]}
+    _put(PEAKS, key, known)
+
+
+@never_raises("noting how fast steps are")
+def note_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+    """Note how fast the steps were, where that was measured."""
+    key, pace = key_of(model, shape), model.pace
+    if pace is not None:
+        _put(PACES, key, [pace.seconds.get(bundle, 0.0) for bundle in model.bundles])
+        _put(BUSES, _device(model), pace.bus)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of a model at a size. beside: bytes that were not of weights when it last ran; None where it never has.
+
+    plans: [resident, streamed, peak] of the last runs.
+    """
+
+    beside: int | None = None
+    plans: tuple[list[int], ...] = ()
+
+    def of(self, resident: int, streamed: int) -> int | None:
+        """Give the peak of a run of the same plan; None where there was none."""
+        return next((peak for *plan, peak in self.plans if plan == [resident, streamed]), None)
+
+
+def peaks_of(model: DynamicModel, shape: tuple[int, ...]) -> Peaks:
+    """Give what is known of the peaks of a model at a size."""
+    return _peaks(key_of(model, shape))
+
+
+def _peaks(key: str) -> Peaks:
+    found = read_record(learnt_file(PEAKS), PEAKS).get(key)
+    try:
+        plans = tuple([int(number) for number in plan] for plan in found["plans"])
+        return Peaks(int(found["beside"]), tuple(plan for plan in plans if len(plan) == 3))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return Peaks()
+
+
+def bus_of(model: DynamicModel) -> float | None:
+    """Give the measured bytes a second of the device's bus; None where nobody has measured it."""
+    found = read_record(learnt_file(BUSES), BUSES).get(_device(model))
+    return float(found) if isinstance(found, int | float) and found > 0 else None
+
+
+def recall_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+    """Let a sketch know how long the steps of this size took when they were last timed."""
+    seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, shape)), bus_of(model)
+    is_one = isinstance(seconds, list) and len(seconds) == len(model.bundles)
+    if bus is not None and is_one and all(isinstance(second, int | float) for second in seconds):
+        model.remembered.pace = Pace(dict(zip(model.bundles, map(float, seconds), strict=True)), bus)
+
+
+def _put(name: str, key: str, value: Any) -> None:
+    path = learnt_file(name)
+    known: Mapping[str, Any] = read_record(path, name)
+    if known.get(key) == value:
+        return
+    kept = [(one, found) for one, found in known.items() if one != key][1 - MOST :]
+    write_record(path, name, {**dict(kept), key: value})
+
+
+def _device(model: DynamicModel) -> str:
+    return f"{device_name(model.device)} ({model.device})"

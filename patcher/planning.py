@@ -1,0 +1,157 @@
+"""Plans what stays of one model's bundles, for the residency that runs it and for a forecast that only asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..ops.device.backend import Backend
+from ..ops.gather import aligned
+from ..ops.lending.bundle import Bundle
+from .choose_caster import fixed_window
+from .headroom import headroom_bytes
+from .layout import GAIN, Layout, Layouts
+from .load_plan import LoadPlan, Window, by_bytes, plan_load
+from .policy import Policy
+from .remembered import Remembered
+from .use_costs import UseCosts
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes beside the bundles that stay. whole: for all on their way. arena: of it, for transfers. rows: of tables."""
+
+    whole: int
+    arena: int
+    rows: int
+
+
+class Planning:
+    """The arithmetic of a plan. What it asks of the device, those who plan say.
+
+    addresses: the bundles that may reside, the lowest address first. placed_bytes: what the module's buffers take of
+    the budget.
+    """
+
+    addresses: list[Bundle]
+
+    def __init__(
+        self, device: Backend, bundles: Sequence[Bundle], policy: Policy, remembered: Remembered, placed_bytes: int
+    ) -> None:
+        self.device, self.policy, self.remembered, self.placed_bytes = device, policy, remembered, placed_bytes
+        self._all = bundles
+        self.costs = UseCosts(device)
+        self.addresses = []
+
+    # -- what the device says
+
+    @property
+    def follows_free_memory(self) -> bool:
+        """Say whether the weights give way by themselves when the computation allocates."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> int:
+        """Give the bytes that come and go together."""
+        raise NotImplementedError
+
+    def reach(self) -> int:
+        """Count the bytes that weights and buffers could hold together, were nothing kept free."""
+        raise NotImplementedError
+
+    def capped(self) -> int | None:
+        """Count the bytes that the cap over all models leaves to this one; None for no cap."""
+        raise NotImplementedError
+
+    # -- what follows from it
+
+    @property
+    def window(self) -> Window:
+        """Give the rule for how much may be on its way at once."""
+        return fixed_window(self.policy, self.device) or by_bytes(self.remembered.window)
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """List the bundles that may stay or be brought as a whole. A table by rows has no part in any plan."""
+        return [bundle for bundle in self._all if not bundle.by_rows]
+
+    @property
+    def total_bytes(self) -> int:
+        """Count the bytes of all bundles in their final form."""
+        return sum(bundle.nbytes for bundle in self.bundles)
+
+    @property
+    def headroom(self) -> int:
+        """Give the bytes to keep free on the device for the computation."""
+        return headroom_bytes(self.policy, self.device)
+
+    @property
+    def expected(self) -> int:
+        """Give the bytes that the computation is said to need. 0 where the VBAR sees that by itself."""
+        return 0 if self.follows_free_memory or self.device.in_place else self.remembered.expected
+
+    @property
+    def kept_free(self) -> int:
+        """Give the bytes that weights leave to the computation and to other programs."""
+        return max(self.headroom, self.expected) + self.remembered.learnt
+
+    def budget(self) -> int | None:
+        """Give the bytes that bundles may hold on the device now. None where only free memory limits them."""
+        allowed = self.policy.vram_bytes
+        return None if allowed is None else max(0, allowed - self.placed_bytes)
+
+    def available(self) -> int:
+        """Count the bytes that weights and their buffers may hold together."""
+        budget, capped = self.budget(), self.capped()
+        limits = [limit for limit in (budget, capped) if limit is not None]
+        if budget is None or self.expected:
+            limits.append(self.reach() - self.kept_free)
+        return max(0, min(limits))
+
+    def layouts(self) -> Layouts:
+        """Give the address orders to choose from."""
+        # A table may have become a bundle as any other since the order was noted.
+        order = [b for b in dict.fromkeys([*self.remembered.order, *self.bundles]) if not b.by_rows]
+        may_reside = [bundle for bundle in order if self.policy.may_reside(bundle.name)]
+        return Layouts(order, may_reside, self.plan_of, self.costs.use, fixed_window(self.policy, self.device))
+
+    def plan_of(self, addresses: Sequence[Bundle], window: Window) -> LoadPlan:
+        """Plan what fits now in an address order, and with a window."""
+        may = set(addresses)
+        streamed = [bundle for bundle in self.bundles if bundle not in may]
+        costs = self.costs.buffer, self.costs.casts, self.costs.load
+        return plan_load(addresses, self.available(), window, *costs, streamed, self.unit)
+
+    def timed_layout(self) -> tuple[Layout, bool]:
+        """Give the layout for steps of the pace that was measured, and whether that is another than now."""
+        layouts, pace = self.layouts(), self.remembered.pace
+        assert pace is not None
+        now, best = layouts.expected(self.addresses, self.remembered.window, pace), layouts.best(pace)
+        return (best, True) if best.seconds * GAIN < now.seconds else (now, False)
+
+    def room(self, plan: LoadPlan, stays: Sequence[Bundle]) -> Room:
+        """Count what bundles on their way may take beside `stays`: what the weights leave."""
+        resides = sum(aligned(bundle.nbytes) for bundle in self.addresses)
+        # A budget of 0 asks for streaming, which is as fast as ever.
+        is_streamed = self.budget() == 0
+        whole = plan.reserve if is_streamed else self.available() - min(plan.limit, resides)
+        stay = set(stays)
+        offloaded = [bundle for bundle in self.bundles if bundle not in stay]
+        # Without room for the rows of tables beside it, each look-up would end what is on its way.
+        rows = self.costs.rows(self._all)
+        whole += rows if is_streamed else 0
+        return Room(whole, self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows)), rows)
+
+    def held(self, plan: LoadPlan, stays: Sequence[Bundle]) -> int:
+        """Count what weights hold with those on their way: the arena, and beside it what is made or looked up.
+
+        What was made is held until it lies in its pin, as far as there is room. One bundle must pass in any case.
+        """
+        room, stay = self.room(plan, stays), set(stays)
+        brought = [bundle for bundle in self.bundles if bundle not in stay]
+        making = max([*map(self.costs.casts, brought), *map(self.costs.makes, stays)], default=0)
+        kept = sum(b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current)
+        beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
+        one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
+        mapped = -(-sum(bundle.nbytes for bundle in stays) // self.unit) * self.unit
+        return mapped + max(room.arena + beside, one)
