@@ -165,7 +165,11 @@ class Residency:
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
-        return self._plan([bundle for bundle in self.addresses if bundle.vbar_slice is not None], self.window)
+        return self._plan(self._with_addresses(), self.window)
+
+    def _with_addresses(self) -> list[Bundle]:
+        """List what a rule lets stay, in address order."""
+        return [bundle for bundle in self.addresses if bundle.vbar_slice is not None]
 
     def _plan(self, addresses: Sequence[Bundle], window: Window) -> LoadPlan:
         """Plan what fits now in another address order, and with another window."""
@@ -211,7 +215,7 @@ class Residency:
         # A budget of 0 asks for streaming, which is as fast as ever.
         is_streamed = self.budget() == 0
         room = plan.reserve if is_streamed else self._available() - min(plan.limit, resides)
-        stays = [bundle for bundle in self.addresses if bundle.vbar_slice is not None][: plan.resident]
+        stays = self._with_addresses()[: plan.resident]
         stay = set(stays)
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         self._coming = any(bundle.views is None for bundle in stays)
@@ -247,7 +251,8 @@ class Residency:
         used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
         # What is free varies all the time. A cap does not.
         less, more = (0, self.vbar.unit) if cap.holds(self.device.device) else (GIB // 32, GIB // 4)
-        if allowed < used - less or (allowed > used + more and self.plan.state is not LoadState.FULL):
+        grows = allowed > used + more and self.plan.resident < len(self._with_addresses())
+        if allowed < used - less or grows:
             self._apply(self._new_plan())
 
     def _to_come(self) -> int:
