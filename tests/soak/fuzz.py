@@ -123,9 +123,10 @@ class Fuzz:
         elif way == "literal":
             inputs[name] = value = self.rng.choice(WRONG)
         elif way == "wrong wire":
-            # ComfyUI does not check what an input that grows has, and an output that is not there ends its thread.
-            none = [] if name in GROWING else [["image", 7]]
-            inputs[name] = self.rng.choice([*wires, ["nothing", 0], *none, ["fuzzed", 0], ["image", -1]])
+            # ComfyUI does not check what an input that grows has. An output that is not there ends its thread, and a
+            # node's own output is an error of another node.
+            checked = [] if name in GROWING else [["image", 7], ["fuzzed", 0]]
+            inputs[name] = self.rng.choice([*wires, ["nothing", 0], *checked, ["image", -1]])
         else:
             value = self.rng.choice(WRONG if way == "any wire" else wires)
             any_name = f"any {number}"
