@@ -80,7 +80,9 @@ RUNS = {
         (DEVICE, PARITY, *HOST, *(f"--deselect={name}" for name in BUT), "-k", "not t5"),
         (DEVICE, *FOLDERS),
     ),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, SAVED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, dynamic VRAM": DeviceRun(
+        "--force-fp32", True, (STAYS, CACHED, SAVED, PARITY, "-k", "not t5"), (DEVICE, PARITY)
+    ),
     # As most users have it.
     "device, dynamic VRAM, 16 bit": DeviceRun("", True, (), IN_16_BIT_WITH_DYNAMIC_VRAM),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),
