@@ -11,7 +11,7 @@ import functools
 import inspect
 import numbers
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -77,16 +77,33 @@ def _checked(node: type[io.ComfyNode], execute: Callable[..., Any]) -> Callable[
         for entry in schema().inputs:
             if entry.io_type in KINDS:
                 _check_wire(schema().display_name, entry, given.get(entry.id))
-        for entry in schema().inputs:
-            if entry.io_type in KINDS or entry.id not in given or entry.id in own:
-                continue
-            if given[entry.id] is None and entry.optional:
-                named.pop(entry.id, None)  # as where nothing was given: the default holds
-            else:
-                _check_value(schema().display_name, entry, given[entry.id])
+        for entry in _check_values(schema(), given, own):
+            named.pop(entry.id, None)  # as where nothing was given: the default holds
         return execute(*arguments, **named)
 
     return checked
+
+
+def values_of(node: type[io.ComfyNode], given: dict[str, Any]) -> dict[str, Any]:
+    """Check the values that a prompt has for a node, but wires, as the node does when it runs.
+
+    Returns them without those that are left out. Raises ValueError, which names the input.
+    """
+    left_out = {entry.id for entry in _check_values(node.define_schema(), given)}
+    return {name: value for name, value in given.items() if name not in left_out}
+
+
+def _check_values(schema: io.Schema, given: dict[str, Any], own: Collection[str] = ()) -> list[io.Input]:
+    """Check values, and return the inputs that are left out though they were given. own: the node sees to these."""
+    left_out = []
+    for entry in schema.inputs:
+        if entry.io_type in KINDS or entry.id not in given or entry.id in own:
+            continue
+        if given[entry.id] is None and entry.optional:
+            left_out.append(entry)
+        else:
+            _check_value(schema.display_name, entry, given[entry.id])
+    return left_out
 
 
 def _check_wire(node: str, entry: io.Input, value: Any) -> None:

@@ -136,7 +136,11 @@ class Residency(Planning):
     def _new_plan(self) -> LoadPlan:
         """Plan what fits now, and note which changes of the pins the plan knows of."""
         self._planned_for = self.pins.changes
-        return self.plan_of([bundle for bundle in self.addresses if bundle.vbar_slice is not None], self.window)
+        return self.plan_of(self._with_addresses(), self.window)
+
+    def _with_addresses(self) -> list[Bundle]:
+        """List what a rule lets stay, in address order."""
+        return [bundle for bundle in self.addresses if bundle.vbar_slice is not None]
 
     def _apply(self, plan: LoadPlan) -> None:
         vbar, budget = self.vbar, self.budget()
@@ -163,7 +167,7 @@ class Residency(Planning):
 
     def _give_room(self, plan: LoadPlan) -> None:
         """Let bundles on their way take what the weights leave."""
-        stays = [bundle for bundle in self.addresses if bundle.vbar_slice is not None][: plan.resident]
+        stays = self._with_addresses()[: plan.resident]
         stay = set(stays)
         self._coming = any(bundle.views is None for bundle in stays)
         self._expect_pins([bundle for bundle in self.bundles if bundle not in stay])
@@ -195,7 +199,8 @@ class Residency(Planning):
         used = min(self.plan.limit, self.total_bytes) + self.plan.reserve
         # What is free varies all the time. A cap does not.
         less, more = (0, self.vbar.unit) if cap.holds(self.device.device) else (GIB // 32, GIB // 4)
-        if allowed < used - less or (allowed > used + more and self.plan.state is not LoadState.FULL):
+        grows = allowed > used + more and self.plan.resident < len(self._with_addresses())
+        if allowed < used - less or grows:
             self._apply(self._new_plan())
 
     def _to_come(self) -> int:

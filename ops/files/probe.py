@@ -233,7 +233,7 @@ def quantisation(header: Header, entries: dict[str, Entry]) -> dict[str, str]:
         dtype = weight.dtype if weight is not None else ""
         if f"{layer}.weight_scale_2" in entries:
             formats[layer] = "nvfp4"
-        elif dtype == "F8_E4M3" and entries.get(f"{layer}.weight_scale", weight).dtype == "F8_E8M0":  # type: ignore[union-attr]
+        elif dtype == "F8_E4M3" and entries.get(f"{layer}.weight_scale", weight).dtype in ("F8_E8M0", "U8"):  # type: ignore[union-attr]
             formats[layer] = "mxfp8"
         else:
             named = {"F8_E4M3": "fp8_e4m3fn scaled", "F8_E5M2": "fp8_e5m2 scaled", "I8": "int8"}

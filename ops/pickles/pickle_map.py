@@ -31,8 +31,9 @@ class PickleMap(DiskMap):
     ) -> dict[str, TensorSpec]:
         if not is_archive(file):
             raise SourceError(
-                f"{self.path}: this is no zip archive, as torch.save has written since 2020. An older file cannot be "
-                "mapped. Convert it where it is the whole model, or get the model as safetensors."
+                f"{self.path}: this is no zip archive; expected one, as torch.save has written since 2020. An older "
+                "file can be converted where it is the whole model, and not as a part. Get all parts again, or the "
+                "model as safetensors."
             )
         self.file_bytes, self.metadata, self.left_out = file.seek(0, 2), {}, []
         archive = check_archive(self.path, file, self.file_bytes)

@@ -13,6 +13,7 @@ PARITY = f"{COMFYUI}/loading/test_parity.py"
 DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
+SAVED = f"{DEVICE}/test_saved_formats.py"
 PATCHER = f"{COMFYUI}/patcher"
 # Whose servers are processes of their own, which run on the CPU or choose the device themselves.
 ON_THE_CPU = ("browser", "server")
@@ -81,7 +82,9 @@ RUNS = {
         (DEVICE, PARITY, *HOST, *(f"--deselect={name}" for name in BUT), "-k", "not t5"),
         (DEVICE, *FOLDERS),
     ),
-    "device, dynamic VRAM": DeviceRun("--force-fp32", True, (STAYS, CACHED, PARITY, "-k", "not t5"), (DEVICE, PARITY)),
+    "device, dynamic VRAM": DeviceRun(
+        "--force-fp32", True, (STAYS, CACHED, SAVED, PARITY, "-k", "not t5"), (DEVICE, PARITY)
+    ),
     # As most users have it.
     "device, dynamic VRAM, 16 bit": DeviceRun("", True, (), IN_16_BIT_WITH_DYNAMIC_VRAM),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),

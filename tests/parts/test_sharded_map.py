@@ -17,6 +17,7 @@ from spillway.ops.files.watched_file import FileChanged
 from spillway.ops.parts.folder import MODEL, TEXT, VAE, files_for, is_pipeline
 from spillway.ops.parts.open_map import open_map
 from spillway.ops.parts.probe import probe
+from spillway.ops.pickles.convert import _opened, convert
 
 
 def tensors(count=7):
@@ -64,13 +65,21 @@ WRONG = {
 }
 
 
+def as_pickles(value):
+    return value.replace("safetensors", "bin") if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_index_is_refused_by_name(name, tmp_path):
+def test_a_wrong_index_is_refused_by_name(name, pickled, tmp_path):
     changes, words = WRONG[name]
-    index = write_shards(tmp_path / "models", tensors(), **changes)
+    if pickled:
+        changes, words = {key: as_pickles(value) for key, value in changes.items()}, as_pickles(words)
+    index = write_shards(tmp_path / "models", tensors(), pickled=pickled, **changes)
+    before = os.listdir(index.parent)
     with pytest.raises(SourceError, match=words) as error:
-        open_map(index)
-    assert str(index) in str(error.value)
+        (convert if pickled else open_map)(index)
+    assert str(index) in str(error.value) and os.listdir(index.parent) == before
     with pytest.raises(SourceError):
         probe(index)
 
@@ -78,6 +87,7 @@ def test_a_wrong_index_is_refused_by_name(name, tmp_path):
 def test_damaged_parts_and_indexes_are_refused_by_name(tmp_path):
     index = write_shards(tmp_path, tensors())
     text = index.read_text()
+    pickled = write_shards(tmp_path, tensors(), pickled=True)
     for wrong, words in {
         "": "not JSON",
         "[]": "no weight_map",
@@ -87,10 +97,11 @@ def test_damaged_parts_and_indexes_are_refused_by_name(tmp_path):
         text.replace('"weight_map"', '"weight_map": {}, "weight_map"'): "has 'weight_map' twice",
         "[" * 100_000: "not JSON",
     }.items():
-        index.write_text(wrong)
-        with pytest.raises(SourceError, match=words) as error:
-            open_map(index)
-        assert str(index) in str(error.value)
+        for path, use in ((index, open_map), (pickled, convert)):
+            path.write_text(wrong)
+            with pytest.raises(SourceError, match=words) as error:
+                use(path)
+            assert str(path) in str(error.value)
     index.write_text(text)
     second = tmp_path / "model-00002-of-00003.safetensors"
     data = second.read_bytes()
@@ -183,7 +194,7 @@ def note(event, arguments):
         opened.append((event, str(arguments[0])))
 
 
-def mutated(found, rng):
+def mutated(found, rng, others):
     found = copy.deepcopy(found)
     for _ in range(rng.randint(1, 3)):
         box = rng.choice([found, found.get("weight_map")])
@@ -194,7 +205,7 @@ def mutated(found, rng):
         if kind == 0:
             del box[key]
         elif kind == 1:
-            box[key] = rng.choice(OTHERS)
+            box[key] = rng.choice(others)
         elif kind == 2:
             box[rng.choice(["new", "weight_map", "norm", ""])] = box[key]
         else:
@@ -206,29 +217,42 @@ def mutated(found, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.fuzz)])
-def test_mutated_indexes(count, tmp_path):
+COUNTS = [
+    (300, False),
+    (100, True),
+    pytest.param(10_000, False, marks=pytest.mark.fuzz),
+    pytest.param(10_000, True, marks=pytest.mark.fuzz),
+]
+
+
+@pytest.mark.parametrize(("count", "pickled"), COUNTS)
+def test_mutated_indexes(count, pickled, tmp_path):
     """An error that names the index or a part, or the right tensors; no file outside of the folder is opened."""
     global opened
-    rng, index = random.Random(count), write_shards(tmp_path, tensors())
+    rng, index = random.Random(count), write_shards(tmp_path, tensors(), pickled=pickled)
+    others = [as_pickles(value) for value in OTHERS] if pickled else OTHERS
+
+    def read_all():
+        return _opened(index)[0] if pickled else open_map(index).state_dict()
+
     original, wanted, read = json.loads(index.read_text()), tensors(), 0
-    open_map(index)  # imports what it needs
+    read_all()  # imports what it needs
     sys.addaudithook(note)
     before = set(os.listdir(tmp_path))
     for _ in range(count):
-        index.write_bytes(mutated(original, rng))
-        opened, words, source = [], None, None
+        index.write_bytes(mutated(original, rng, others))
+        opened, words, found = [], None, None
         try:
-            source = open_map(index)
+            found = read_all()
         except SourceError as error:
             words = str(error)
         finally:
             seen, opened = opened, None
         assert all(kind == "open" and (str(tmp_path) in name or name.startswith("/proc/")) for kind, name in seen), seen
-        if source is None:
+        if found is None:
             assert str(tmp_path) in words and len(words) < 3000
         else:
             read += 1
-            assert all(same(value, wanted[key]) for key, value in source.state_dict().items())
+            assert all(same(value, wanted[key]) for key, value in found.items())
     assert count / 50 < read < count * 0.9
     assert set(os.listdir(tmp_path)) == before

@@ -7,6 +7,7 @@ from kit.nets import AnyLinear, Stack, dynamic, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.vbar import software as software_vbar
 from spillway.patcher import residency
+from spillway.patcher.policy import Rule
 
 MIB = 1 << 20
 WIDTH = 256  # 257 KiB a layer
@@ -61,6 +62,20 @@ def made(tmp_path, device, build=Hungry, seed=0, **policy):
 
 def run(model):
     return model(model.module.input())
+
+
+def test_free_memory_that_no_weight_may_take_is_no_reason_for_another_plan(tmp_path):
+    """What a rule streams always is not brought closer by more free memory, and the log says so once."""
+    device = Card(32 * MIB)
+    model = made(tmp_path, device, rules=(Rule("layers.1?", resident=False),))
+    for other in (4, 3, 2, 1, 0):
+        device.other = other * MIB
+        run(model)
+    (said,) = (text for text in model.ledger.decisions if text.startswith("offloaded"))
+    assert said.startswith(f"offloaded 10 of {DEPTH} bundles")
+    device.other = 29 * MIB  # what is gone is another matter
+    run(model)
+    assert model.resident_bytes < 3 * MIB
 
 
 @pytest.mark.parametrize("budget", [None, 100 * MIB], ids=["free", "budget"])

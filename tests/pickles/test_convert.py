@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kit.nets import same
 from kit.pickles import MARK, compressed, forms, malicious, model
@@ -18,6 +18,7 @@ from kit.shards import write_shards
 from spillway.ops.files.disk_map import SourceError
 from spillway.ops.files.safetensors_header import converted
 from spillway.ops.files.safetensors_writer import SaveError
+from spillway.ops.files.watched_file import FileChanged
 from spillway.ops.parts.folder import weights_of
 from spillway.ops.parts.open_map import open_map
 from spillway.ops.pickles.convert import convert
@@ -130,6 +131,43 @@ def test_no_part_of_a_pickled_model_is_run_or_read_outside_of_its_folder(tmp_pat
     index = write_shards(tmp_path / "x", {"a": torch.zeros(2)}, count=1, pickled=True, a="../0/m-00001-of-00002.bin")
     with pytest.raises(SourceError, match="It is not opened"):
         convert(index)
+
+
+PARTS = {
+    "of safetensors": lambda path: save_file({"b": torch.ones(2)}, path),
+    "older": lambda path: torch.save({"b": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
+    "an error page": lambda path: path.write_bytes(b"<html>"),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    "an index": lambda path: path.write_bytes(path.with_name("m.bin.index.json").read_bytes()),
+    "no tensors": lambda path: torch.save({"lr": 0.1}, path),
+    "sparse": lambda path: torch.save({"b": torch.eye(2).to_sparse()}, path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_that_is_no_pickle_of_tensors_is_named_with_what_to_do(kind, tmp_path):
+    index = write_shards(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)}, count=2, stem="m", pickled=True)
+    PARTS[kind](tmp_path / "m-00002-of-00002.bin")
+    with pytest.raises(SourceError, match=r"m-00002-of-00002\.bin.* (again|safetensors|beside|Save|Choose)") as error:
+        convert(index)
+    assert len(str(error.value)) < 600 and "Convert it" not in str(error.value)  # a part alone is not converted
+    assert not (tmp_path / "m.safetensors").exists() and len(os.listdir(tmp_path)) == 3
+
+
+def test_a_part_that_changes_while_it_is_converted_is_an_error_and_leaves_nothing(tmp_path):
+    index = write_shards(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)}, count=2, stem="m", pickled=True)
+    part = tmp_path / "m-00002-of-00002.bin"
+
+    def cut(*_):
+        if part.exists():
+            part.write_bytes(part.read_bytes()[:100])
+
+    with pytest.raises(FileChanged, match=r"m-00002-of-00002\.bin"):
+        convert(index, progress=cut)
+    assert not (tmp_path / "m.safetensors").exists() and len(os.listdir(tmp_path)) == 3
 
 
 WRONG = {

@@ -30,6 +30,7 @@ WRONG = (
     *("../../../escape", "/etc/passwd", "..\\..\\x", "%2e%2e/x", "ours/../../x", "embedding:nothing", "%date:yyyy%"),
     *({}, {"a": 1}, {"samples": 1}, {"samples": None}, {"__value__": [1, 2]}, {"__value__": []}, {"__type__": "MODEL"}),
 )
+GROWING = ("loras",)
 WRONG_WIRES = (["load", 0], ["load", 1], ["load", 2], ["latent", 0], ["image", 0], ["policy", 1], ["load", 3])
 WIRES = {
     "MODEL": ["load", 0],
@@ -122,7 +123,10 @@ class Fuzz:
         elif way == "literal":
             inputs[name] = value = self.rng.choice(WRONG)
         elif way == "wrong wire":
-            inputs[name] = self.rng.choice([*wires, ["nothing", 0], ["image", 7], ["fuzzed", 0], ["image", -1]])
+            # ComfyUI does not check what an input that grows has. An output that is not there ends its thread, and a
+            # node's own output is an error of another node.
+            checked = [] if name in GROWING else [["image", 7], ["fuzzed", 0]]
+            inputs[name] = self.rng.choice([*wires, ["nothing", 0], *checked, ["image", -1]])
         else:
             value = self.rng.choice(WRONG if way == "any wire" else wires)
             any_name = f"any {number}"

@@ -108,6 +108,11 @@ class Cast(Recipe):
         return self.weight.sources()
 
 
+def as_written(tensor: torch.Tensor) -> torch.Tensor:
+    """View scales of MXFP8 as bytes. ComfyUI reads both, but knows no such dtype where it has dynamic VRAM."""
+    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e8m0fnu else tensor
+
+
 class Requantised(Recipe):
     """Quantises a patched weight as its layer was quantised. Parts are named by suffix."""
 
@@ -117,7 +122,7 @@ class Requantised(Recipe):
     def parts(self) -> Iterator[Part]:
         quantised: Any = self.weight.whole()
         for suffix, tensor in quantised.state_dict("").items():
-            yield Part(suffix, 0, tensor.to("cpu").contiguous())
+            yield Part(suffix, 0, as_written(tensor).to("cpu").contiguous())
 
     def sources(self) -> list[torch.Tensor]:
         return self.weight.sources()
@@ -141,7 +146,7 @@ class Quantised(Recipe):
             if not torch.isfinite(part).all():
                 raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
             for suffix, tensor in making.make(part).items():
-                yield Part(suffix, start, tensor.to("cpu").contiguous())
+                yield Part(suffix, start, as_written(tensor).to("cpu").contiguous())
         for suffix, tensor in making.single.items():
             yield Part(suffix, 0, tensor.to("cpu").contiguous())
 

@@ -22,7 +22,7 @@ from ..quantise.formats import SAVED_FORMATS
 from ..quantise.layers import KitchenLayers
 from ..quantise.weight import KitchenFormat
 from ..running import drop_unloaded
-from .recipes import Cast, FinalWeight, Quantised, Requantised
+from .recipes import Cast, FinalWeight, Quantised, Requantised, as_written
 
 AS_LOADED = "as loaded"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -128,16 +128,17 @@ def deferred_weights(patcher: Any, root: torch.nn.Module, prefix: str, dtype: st
         weight = _final(patcher, module, attr, prefix + key, parameter)
         beside = {f"{name}.{suffix}" for suffix in ("comfy_quant", "input_scale")}
         if stays_quantised(parameter):
-            pieces = weight.source.state_dict(key)  # type: ignore[operator]
+            stored = weight.source.state_dict(key)  # type: ignore[operator]
+            pieces = {piece: as_written(tensor) for piece, tensor in stored.items()}
             written |= set(pieces)
             if dtype in DTYPES and getattr(module, "pre_quant_scale", None) is None:
                 tensors[key] = Deferred.of(Cast(weight, DTYPES[dtype]), weight.shape, DTYPES[dtype])
                 written |= beside
             elif weight.patch is not None:
                 recipe = Requantised(weight)
-                for piece, stored in pieces.items():
+                for piece, tensor in pieces.items():
                     suffix = piece.removeprefix(key)
-                    tensors[piece] = Deferred.of(recipe, tuple(stored.shape), stored.dtype, suffix)
+                    tensors[piece] = Deferred.of(recipe, tuple(tensor.shape), tensor.dtype, suffix)
             else:
                 tensors.update(pieces)
         elif not value.dtype.is_floating_point:
@@ -179,7 +180,7 @@ def _format_of(layers: KitchenLayers, name: str, module: Any, attr: str, weight:
 def _quantised(name: str, key: str, weight: FinalWeight, form: KitchenFormat) -> dict[str, torch.Tensor]:
     recipe = Quantised(weight, form)
     pieces = {
-        f"{key}{suffix}": Deferred.of(recipe, piece.shape, piece.dtype, suffix)
+        f"{key}{suffix}": Deferred.of(recipe, piece.shape, as_written(piece.empty("meta")).dtype, suffix)
         for suffix, piece in form.pieces(weight.shape).items()
     }
     return {**pieces, f"{name}.comfy_quant": form.conf()}

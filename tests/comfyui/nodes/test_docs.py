@@ -1,6 +1,7 @@
 """What a user reads: help pages, texts, tooltips and example workflows say what the nodes really have."""
 
 import asyncio
+import itertools
 import json
 
 import comfy_extras.nodes_audio
@@ -202,3 +203,21 @@ def test_a_workflows_links_fit_their_slots(path):
         required = {**OURS, **COMFYUI}[node["type"]].INPUT_TYPES()["required"]
         sockets = {name for name, kind, *_ in types_and_options({"required": required}) if kind not in WIDGETS}
         assert sockets <= linked, f"{node['type']}: {', '.join(sockets - linked)} is not connected"
+
+
+def box(node):
+    """(left, top, right, bottom) of a node as the frontend draws it: high enough for its slots and widgets."""
+    sockets = [entry for entry in node.get("inputs", []) if "widget" not in entry]
+    widgets = 0 if node["type"] in NOTES else len(node.get("widgets_values") or [])
+    rows = 20 * max(len(sockets), len(node.get("outputs", [])))
+    height = max(node["size"][1], 6 + rows + (24 * widgets + 8 if widgets else 0))
+    (left, top), width = node["pos"], node["size"][0]
+    return left, top - 30, left + width, top + height  # the title is above
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_node_of_a_workflow_lies_on_another(path):
+    """A node that has got an input since is drawn larger than it was."""
+    boxes = [(f"{node['type']} {node['id']}", box(node)) for node in read(path)["nodes"]]
+    for (one, (left, top, right, bottom)), (other, (a, b, c, d)) in itertools.combinations(boxes, 2):
+        assert min(right, c) <= max(left, a) or min(bottom, d) <= max(top, b), f"{one} lies on {other}"

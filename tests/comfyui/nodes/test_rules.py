@@ -1,6 +1,7 @@
 """Rules, percentages, profiles and what holds for a whole graph: as the nodes say it, and as models obey."""
 
 import comfy.model_management as mm
+import comfy.utils
 import execution
 import folder_paths
 import pytest
@@ -60,20 +61,25 @@ def test_rules_chain_and_a_policy_keeps_them():
     assert said() == Policy() == ruled(pattern="")
 
 
-@pytest.mark.usefixtures("in_fp32")
-def test_a_model_obeys_its_rules(model, checkpoint):
+def test_a_model_obeys_its_rules(model, checkpoint, tmp_path):
+    """A weight that is stored in another format gives the latents of a file with the numbers that it leaves."""
     wanted = run(model)
+    tensors = comfy.utils.load_torch_file(checkpoint("flux", **SMALL, dtype=torch.float32))
+    rounded = {name: tensor.half().float() if ".linear1." in name else tensor for name, tensor in tensors.items()}
+    assert sum(not torch.equal(tensor, tensors[name]) for name, tensor in rounded.items()) == 2  # weight and bias
+    comfy.utils.save_torch_file(rounded, str(tmp_path / "rounded.safetensors"))
+    of_rounded = run(load_diffusion_model(str(tmp_path / "rounded.safetensors")))
     blocks = "diffusion_model.double_blocks.*"
     policy = ruled(policy=ruled(pattern=blocks, resident=False), pattern="*.linear1", storage_dtype="fp16")
     _, changed = SpillwayPlacementRules.execute(**{**PLAIN, "pattern": ""}, policy=policy, model=model).args
-    got = run(changed)
+    assert_same(run(changed), of_rounded)
     dynamic = changed.dynamic
     for bundle in dynamic.bundles:
         inside = bundle.name.startswith("diffusion_model.double_blocks.")
         assert dynamic.residency.is_resident(bundle) == (not inside and not bundle.by_rows), bundle.name
         if bundle.name.endswith("linear1"):
             assert bundle.params[0].final.dtype == torch.float16
-    assert torch.allclose(got, wanted, rtol=1e-2, atol=1e-2) and not torch.equal(got, wanted)
+    assert not torch.equal(of_rounded, wanted)
     assert_same(run(model), wanted)  # the model that came in has none
 
 
@@ -123,6 +129,48 @@ def test_a_prompt_is_read_before_it_runs():
     assert policy == Policy(vram_bytes=GIB, rules=(Rule("*.a"), Rule("*")))
     assert caps == [3 * GIB, int(7.5 * GIB)]
     assert read({"9": prompt["9"], "8": prompt["8"]}) == (None, [])
+
+
+JUNK = ["much", "3", float("nan"), float("inf"), -200, 1e300, 10**400, [], {}, ["1", 0, 0], [[], 0], "\ud800"]
+RULED = {"class_type": "SpillwayPlacementRules", "inputs": PLAIN}
+# Inputs that no output needs, which ComfyUI does not check.
+SENSELESS = [
+    *({**AUTO, "all_models_gb": 1.0, "whole_graph": True, name: junk} for name in AUTO for junk in JUNK),
+    *({**AUTO, "whole_graph": True, name: junk} for name in ("all_models_gb", "profile", "unit") for junk in JUNK),
+    *({**AUTO, "whole_graph": True, "policy": junk} for junk in JUNK),
+    {**AUTO, "whole_graph": True, "unit": "percent", "all_models_gb": 101.0},
+    {**AUTO, "whole_graph": True, "policy": ["1", 0]},  # its own
+    {**AUTO, "whole_graph": True, "policy": ["3", 0]},
+    {"all_models_gb": 1.0},
+    {**AUTO, "all_models_gb": 1.0, "another": 1},
+    None,
+    [],
+]
+
+
+def test_what_makes_no_sense_in_a_prompt_is_named_and_has_no_effect(model, monkeypatch, caplog):
+    """The setting and the other nodes hold, and nothing of the prompt before."""
+    monkeypatch.setenv("SPILLWAY_MODELS_GB", "3")
+    other = node("SpillwayPolicy", **AUTO, all_models_gb=2.0)
+    ring = node("SpillwayPlacementRules", **PLAIN, policy=["1", 0])
+    for inputs in SENSELESS:
+        caplog.clear()
+        begun = {"1": {"class_type": "SpillwayPolicy", "inputs": inputs}, "2": RULED, "3": ring, "4": other}
+        assert read(begun) == (None, [3 * GIB, 2 * GIB]), inputs
+        (words,) = (record.getMessage() for record in caplog.records)
+        assert words.startswith("[Spillway] node 1 says nothing for the whole graph before it runs: ")
+        assert len(words.encode()) < 1000, inputs
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "8GB", "1e-12"])
+def test_a_cap_of_the_environment_that_makes_no_sense_is_ignored(text, model, monkeypatch):
+    """One that is smaller than every layer is a cap as any other."""
+    wanted = run(model)
+    monkeypatch.setenv("SPILLWAY_MODELS_GB", text)
+    graph_policy.begin(*read({}))
+    assert cap_of(mm.get_torch_device()) == (0 if text == "1e-12" else None)
+    assert_same(run(model), wanted)
+    assert (model.dynamic.resident_bytes == 0) == (text == "1e-12")
 
 
 def test_the_executor_begins_each_prompt_with_what_it_says(model, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from spillway.patcher.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("output")
 STEPS = 2
+READ_WITH_DYNAMIC_VRAM = comfy.utils._TYPES.values()
 # Of the latents of a small Flux with random weights, after two steps.
 COSINES = {"int8_convrot": 0.9995, "mxfp8": 0.998, "fp8_e4m3fn scaled": 0.998, "w4a8": 0.985, "nvfp4": 0.97}
 
@@ -116,7 +117,9 @@ def test_a_saved_format_is_what_is_multiplied_on_the_fly(name, flux):
         if again.dynamic.backend.in_place:  # on a device a layer is made again until its pin has come
             assert again.dynamic.ledger.counters.quantised == 10
     saved = save(load_diffusion_model(flux), name)
-    assert len([key for key in read(saved)[0] if key.endswith(".comfy_quant")]) == 10
+    tensors = read(saved)[0]
+    assert len([key for key in tensors if key.endswith(".comfy_quant")]) == 10
+    assert all(tensor.dtype in READ_WITH_DYNAMIC_VRAM for tensor in tensors.values())
     assert_same(run(classic_model(saved), STEPS), wanted)
     assert_same(run(load_diffusion_model(saved, policy=Policy(vram_bytes=0)), STEPS), wanted)
 

@@ -47,7 +47,14 @@ def cast(tensors, dtype):
 
 
 def like(tensors, others):
-    return {key: tensor.to(others[key].dtype) for key, tensor in tensors.items()}
+    """Give tensors the dtypes of others. What was written as bytes stands for the same bytes."""
+    dtypes = {key: others[key].dtype for key in tensors}
+    return {
+        key: tensor.view(dtypes[key])
+        if tensor.dtype is torch.uint8 and dtypes[key].itemsize == 1
+        else tensor.to(dtypes[key])
+        for key, tensor in tensors.items()
+    }
 
 
 def everywhere(path, tmp_path, **options):

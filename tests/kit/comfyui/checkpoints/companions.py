@@ -1,6 +1,9 @@
 """Files of what stands beside a model: image encoders, ControlNets, audio encoders, style and upscale models."""
 
 import contextlib
+import json
+import os
+import tempfile
 
 import torch
 
@@ -39,11 +42,15 @@ def encoders_as(config):
     import comfy.clip_vision
 
     plain = comfy.clip_vision.ClipVisionModel
-    comfy.clip_vision.ClipVisionModel = lambda _: plain(dict(config))
-    try:
-        yield
-    finally:
-        comfy.clip_vision.ClipVisionModel = plain
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "config.json")  # older versions take no dict
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        comfy.clip_vision.ClipVisionModel = lambda _: plain(path)
+        try:
+            yield
+        finally:
+            comfy.clip_vision.ClipVisionModel = plain
 
 
 def sd15_controlnet(path, dtype=torch.float16, mult=(1,), blocks=1, seed=0):
