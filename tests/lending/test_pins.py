@@ -1,6 +1,10 @@
 """Pins lie in a few large blocks, which go back to the system as a whole, the least recently used first."""
 
+import ctypes
 import gc
+import mmap
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +120,42 @@ class LaterDevice(SimDevice):
 
     def ready(self):
         return self.now
+
+
+class SeveralDevice(SimDevice):
+    """Locks memory in threads, each of which takes until its `now`."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def readers(self):
+        return self
+
+    def aside(self, call):
+        later = SimpleNamespace(now=False, result=call)
+        later.ready = lambda: later.now
+        self.asked.append(later)
+        return later
+
+
+def test_several_blocks_are_on_their_way_at_once(path, monkeypatch):
+    """A driver locks one while threads touch the next, or readers would have to wait for a pin."""
+    model = made(path, SimDevice(), pinned_bytes=ALL)
+    bundles, size = model.bundles, model.bundles[0].nbytes
+    monkeypatch.setattr(pins_module, "BLOCK_BYTES", 2 * size)
+    device = SeveralDevice()
+    pins = Pins(device, ALL)
+    pins.expect(bundles)
+    assert pins.take(bundles[0], size, None) is None
+    assert len(device.asked) == pins_module.COMING and pins.held == 2 * size * pins_module.COMING
+    assert pins.take(bundles[1], size, None) is None and len(device.asked) == pins_module.COMING
+    device.asked[0].now = True
+    pin = pins.take(bundles[2], size, None)
+    assert pin is not None, "of what came"
+    pins.release(pin)
+    assert len(device.asked) == pins_module.COMING + 1
+    assert pins.free(1 << 60) and not pins.held, "what is on its way is waited for"
 
 
 @pytest.mark.parametrize("outgrow", [True, False])
@@ -316,6 +356,22 @@ def test_locked_memory_is_unlocked_when_its_last_view_is_gone():
     del view
     gc.collect()
     assert calls[1:] == [address]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks mincore")
+def test_memory_is_there_before_the_driver_locks_it():
+    """A driver makes pages one after the other, in its own lock, in which no kernel is launched."""
+    libc, nbytes = ctypes.CDLL(None, use_errno=True), 3 * host_memory.PART_BYTES // 2
+    there = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
+
+    def lock(address, count):
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(count), there) == 0
+
+    untouched = host_memory.anonymous(nbytes)
+    lock(torch.frombuffer(memoryview(untouched), dtype=torch.uint8).data_ptr(), nbytes)
+    assert not any(byte & 1 for byte in there), "this asks nothing"
+    memory = locked(nbytes, lock, lambda address: True)
+    assert all(byte & 1 for byte in there) and not memory.any()
 
 
 def test_memory_that_the_driver_does_not_unlock_is_kept(monkeypatch):
