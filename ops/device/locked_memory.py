@@ -58,7 +58,8 @@ def locked(nbytes: int, lock: Callable[[int, int], None], unlock: Callable[[int]
     pages = anonymous(nbytes)
     # Held by the tensor's storage, so it ends with the last view of the tensor.
     held = memoryview(pages)
-    memory = torch.frombuffer(held, dtype=torch.uint8)
+    with torch.inference_mode(False):  # threads that are not in inference mode write into it
+        memory = torch.frombuffer(held, dtype=torch.uint8)
     touch(memory)
     lock(memory.data_ptr(), nbytes)
     # Not at exit, when the driver may be gone already.

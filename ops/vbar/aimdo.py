@@ -80,7 +80,7 @@ class AimdoVBAR:
         self.limit: int | None = None
         self._offset = 0
         self._peak = 0
-        self._asked_for: dict[int, int] = {}  # bytes by offset of what may stay, and was asked for lately
+        self._granted: dict[int, int] = {}  # bytes by offset of what had its pages lately
         with lock:
             self._vbar: Any = model_vbar.ModelVBAR(nbytes, backend.aimdo_device)
             self.capacity = self._vbar.get_nr_pages() * PAGE
@@ -110,8 +110,10 @@ class AimdoVBAR:
         with lock:
             if not self._is_under_cap(vbar_slice):
                 return None
-            self._asked_for[vbar_slice.offset] = vbar_slice.nbytes
-            return self._retry_once(self._api.vbar_fault, vbar_slice.handle)
+            signature = self._retry_once(self._api.vbar_fault, vbar_slice.handle)
+        if signature is not None:
+            self._granted[vbar_slice.offset] = vbar_slice.nbytes
+        return signature
 
     def _is_under_cap(self, vbar_slice: AimdoSlice) -> bool:
         """Say whether the pages that a fault would map fit under the cap of all models together."""
@@ -225,10 +227,9 @@ class AimdoVBAR:
         cap.make_room(self, to_come)  # of the device's memory, comfy-aimdo makes room for each allocation
 
     def gave_way(self) -> int:
-        # comfy-aimdo says nothing of an eviction, after which it refuses whatever lies above.
-        asked, self._asked_for = self._asked_for, {}
+        granted, self._granted = self._granted, {}  # comfy-aimdo says nothing of an eviction
         pages = self._residency()
-        return sum(nbytes for offset, nbytes in asked.items() if not _all_there(pages, offset, nbytes))
+        return sum(nbytes for offset, nbytes in granted.items() if not _all_there(pages, offset, nbytes))
 
     def peak_size(self) -> int:
         self.loaded_size()

@@ -16,6 +16,7 @@ import pytest
 from cuda_sim import Unavailable
 from cuda_sim import build as driver_build
 from cuda_sim.reporting import VARIABLE as REPORT
+from cuda_sim.wheels import ALWAYS, package
 from fake_device import build
 from fake_device.device import VARIABLE
 from kit.skips import skip_loudly
@@ -34,6 +35,7 @@ def ran(request, tmp_path_factory):
     try:
         driver_build.driver()
         build.device()
+        aimdo = package(ALWAYS[-1])  # which .venv need not have
     except Unavailable as reason:
         skip_loudly(f"the fake device: {reason}")
     wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
@@ -42,7 +44,7 @@ def ran(request, tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_sim.reporting", "--tb=short"]
     done = subprocess.run(
         [*command, "-W", "ignore", "-m", marks, *(str(ON_DEVICE / f"{name}.py") for name in sorted(wanted))],
-        env={**os.environ, VARIABLE: "1", REPORT: str(report), "PYTHONPATH": str(TESTS)},
+        env={**os.environ, VARIABLE: "1", REPORT: str(report), "PYTHONPATH": os.pathsep.join(map(str, (TESTS, aimdo)))},
         capture_output=True,
         text=True,
         timeout=60 * MINUTES,

@@ -205,7 +205,7 @@ def test_routes_that_fail_say_so(monkeypatch):
     assert routes.install()
     for name in ("memory_report", "is_same_origin"):
         monkeypatch.setattr(routes, name, fails)
-    assert len(table) == 4
+    assert len(table) == 5
     for route in table:
         answer = asyncio.run(route.handler(make_mocked_request(route.method, route.path)))
         assert answer.status == 500 and "the server's log says why" in json.loads(answer.body)["error"]

@@ -28,8 +28,9 @@ def test_a_model_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, c
 
 
 @pytest.mark.parametrize("name", each("w4a8"))
-def test_a_file_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, checkpoint, lora_path):
-    check(save(load_diffusion_model(checkpoint("flux", **SMALL)), name), "default", name, lora_path)
+def test_a_file_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, checkpoint):
+    path = checkpoint("flux", **{**SMALL, "hidden": 256})  # or no layer has columns that can be rotated
+    check(save(load_diffusion_model(path), name), "default", name, checkpoint("lora", base=path))
 
 
 def check(path, weight_dtype, name, lora_path):

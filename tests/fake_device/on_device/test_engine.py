@@ -47,7 +47,8 @@ def case(build, file_dtype, dtype):
 def comfy_aimdo():
     """Serves both devices, as ComfyUI has it."""
     start()
-    control = pytest.importorskip("comfy_aimdo.control")
+    import comfy_aimdo.control as control
+
     assert control.init("cuda") and control.init_devices([0, 1])
     control.set_log_critical()
 
