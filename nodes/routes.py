@@ -141,6 +141,8 @@ async def body_of(request: web.Request, most: int = MAX_BODY_BYTES) -> bytes:
         return bytes(found)
     except web.RequestPayloadError:
         raise BadRequest("the body is not encoded as its Content-Encoding says, or ends too soon.") from None
+    except ConnectionError:  # nothing of ours failed, and nobody reads the answer
+        raise BadRequest("the connection ended before the body did.") from None
 
 
 def failed(_: web.Request) -> web.Response:

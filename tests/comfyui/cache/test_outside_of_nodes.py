@@ -198,6 +198,25 @@ def test_a_model_that_cannot_be_given_up(checkpoint, monkeypatch, caplog):
 # --- routes and start-up ----------------------------------------------------------------------------------------------
 
 
+def test_a_client_that_goes_before_its_body_has_come_is_no_failure(monkeypatch, caplog):
+    table = web.RouteTableDef()
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
+    monkeypatch.setitem(sys.modules, "server", server)
+    assert routes.install()
+    monkeypatch.setattr(routes, "is_same_origin", lambda request: True)
+
+    class Gone:
+        async def read(self, nbytes):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    posts = [route for route in table if route.method == "POST"]
+    assert len(posts) == 4
+    for route in posts:
+        answer = asyncio.run(route.handler(make_mocked_request("POST", route.path, payload=Gone())))
+        assert answer.status == 400 and "the connection ended" in json.loads(answer.body)["error"]
+    assert not caplog.records
+
+
 def test_routes_that_fail_say_so(monkeypatch):
     table = web.RouteTableDef()
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
