@@ -216,8 +216,7 @@ class Residency(Planning):
 
     def free_for_computation(self, free: int, expected: int) -> int:
         """Count the bytes that a computation may take. expected: what it was promised, for which weights give way."""
-        reach = self.vbar.within_reach() + self.caster.buffer_bytes
-        return max(free - self._to_come(), min(expected, reach))
+        return max(free - self._to_come(), min(expected, self.reach()))
 
     def begin_use(self, changed: bool) -> None:
         """Make room at once for the weights and the computation. changed: another one is expected than before."""

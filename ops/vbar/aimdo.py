@@ -182,6 +182,7 @@ class AimdoVBAR:
     def prioritize(self) -> None:
         with lock:
             if self._vbar is not None:
+                self._granted.clear()  # what went between two uses was taken by others
                 self._vbar.prioritize()
                 self.rank = next(_ranks)
 
@@ -206,6 +207,7 @@ class AimdoVBAR:
         with lock:
             if self._vbar is None or nbytes <= 0:
                 return 0
+            self._granted.clear()  # and what goes now was not taken by a computation
             with self.backend.current():
                 self.backend.settle()  # as in `_free`
                 return int(self._retry_once(self._vbar.free_memory, int(nbytes)) or 0)

@@ -128,3 +128,18 @@ def test_a_computation_that_takes_the_weights_place_is_learnt_from(machine, devi
     offloaded = [bundle for bundle in model.bundles if not model.residency.is_resident(bundle)]
     assert all(model.pins.holds(bundle) for bundle in offloaded), "none is read again"
     model.close()
+
+
+def test_what_was_freed_is_not_learnt_from(machine, device, made):
+    """Else a model would not come back to the device after a user freed it, or another model had its place."""
+    make, expected = made
+    machine.leave_pages(8)
+    model = make(1)
+    for _ in range(3):
+        assert same(model(model.module.input()), expected)
+    held = model.resident_bytes
+    assert held > 0 and model.free()
+    for _ in range(3):
+        assert same(model(model.module.input()), expected)
+    assert model.resident_bytes == held
+    model.close()
