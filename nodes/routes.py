@@ -21,6 +21,7 @@ from .shared_report import SharedReport
 from .watchers import Watchers
 
 MAX_BODY_BYTES = 4096
+PART_SECONDS = 10  # in which more of a body has to come
 PARTS = ("cache", "models", "pins")
 USAGE = (
     'a JSON object: any of "cache", "models" and "pins" as true, and "bytes", a whole number, for how much of the '
@@ -136,9 +137,14 @@ async def body_of(request: web.Request, most: int = MAX_BODY_BYTES) -> bytes:
     """Read a body, and no more of it than one may have. Raises BadRequest where it is not what its headers say."""
     try:
         found = bytearray()
-        while len(found) <= most and (part := await request.content.read(most + 1 - len(found))):
+        while len(found) <= most:
+            part = await asyncio.wait_for(request.content.read(most + 1 - len(found)), PART_SECONDS)
+            if not part:
+                break
             found += part
         return bytes(found)
+    except asyncio.TimeoutError:  # aiohttp waits for ever for the rest of a body that it could not inflate
+        raise BadRequest(f"nothing more of the body came for {PART_SECONDS} s.", status=408) from None
     except web.RequestPayloadError:
         raise BadRequest("the body is not encoded as its Content-Encoding says, or ends too soon.") from None
     except ConnectionError:  # nothing of ours failed, and nobody reads the answer
