@@ -149,11 +149,12 @@ def polled(args: argparse.Namespace) -> dict[str, Any]:
         must_succeed(server.run(prompt(0)))
         settle(server)
         for number in range(2 * args.rounds):
-            with clients(server.port, CLIENTS if number % 2 else 0) as counts:
+            asks = number % 4 in (1, 2)  # each comes first in every other round, so that a drift is nobody's
+            with clients(server.port, CLIENTS if asks else 0) as counts:
                 run = server.run(prompt(1 + number))
                 must_succeed(run)
                 reports += sum(counts)
-            seconds[POLLED if number % 2 else "alone"].append(duration(run))
+            seconds[POLLED if asks else "alone"].append(duration(run))
     pairs = [asked / alone for alone, asked in zip(seconds["alone"], seconds[POLLED], strict=True)]
     return {"prompt_s": seconds, "reports": reports, "ratio": statistics.median(pairs), "pairs": pairs}
 

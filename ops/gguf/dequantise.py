@@ -2,7 +2,8 @@
 
 Each function takes blocks, uint8 (count, bytes of a block), and returns (count, numbers of a block) in the dtype that
 it computes in. The order of the multiplications is the reference's (the `gguf` package), which computes in fp32.
-Another order, or another dtype, rounds differently.
+Another order, or another dtype, rounds differently. Numbers are computed where they lie, as memory that the system has
+just given costs a CPU more than the arithmetic.
 
 Layouts: ggml's `ggml-common.h` and `dequantize_row_*`.
 """
@@ -43,7 +44,11 @@ def _bits(packed: torch.Tensor, shifts: tuple[int, ...], mask: int) -> torch.Ten
 def _nibbles(packed: torch.Tensor, parts: int = 1) -> torch.Tensor:
     """Return (count, 2 x bytes): of each of the parts all low halves, then all high halves."""
     count = packed.shape[0]
-    return _bits(packed.reshape(count, parts, -1), (0, 4), 0x0F).reshape(count, -1)
+    packed = packed.reshape(count, parts, -1)
+    halves = torch.empty((count, parts, 2, packed.shape[-1]), dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(packed, 0x0F, out=halves[:, :, 0])
+    torch.bitwise_right_shift(packed, 4, out=halves[:, :, 1])
+    return halves.reshape(count, -1)
 
 
 def _bit_planes(packed: torch.Tensor) -> torch.Tensor:
@@ -57,32 +62,32 @@ def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _q4_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
-    return _half(blocks, 0, work) * (_nibbles(blocks[:, 2:]).to(work) - 8)
+    return _nibbles(blocks[:, 2:]).to(work).sub_(8).mul_(_half(blocks, 0, work))
 
 
 def _q4_1(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
-    return _half(blocks, 0, work) * _nibbles(blocks[:, 4:]).to(work) + _half(blocks, 2, work)
+    return _nibbles(blocks[:, 4:]).to(work).mul_(_half(blocks, 0, work)).add_(_half(blocks, 2, work))
 
 
 def _q5_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6]) << 4
-    return _half(blocks, 0, work) * (numbers.to(work) - 16)
+    return numbers.to(work).sub_(16).mul_(_half(blocks, 0, work))
 
 
 def _q5_1(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8]) << 4
-    return _half(blocks, 0, work) * numbers.to(work) + _half(blocks, 2, work)
+    return numbers.to(work).mul_(_half(blocks, 0, work)).add_(_half(blocks, 2, work))
 
 
 def _q8_0(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
-    return blocks[:, 2:].view(torch.int8).to(work) * _half(blocks, 0, work)
+    return blocks[:, 2:].view(torch.int8).to(work).mul_(_half(blocks, 0, work))
 
 
 def _by_scale(numbers: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply each group of a block's numbers by its scale, and take its offset away."""
+    """Multiply each group of a block's numbers by its scale, and take its offset away. May write into `numbers`."""
     count, groups = scales.shape
-    made = scales.unsqueeze(-1) * numbers.reshape(count, groups, -1).to(scales.dtype)
-    return (made if offsets is None else made - offsets.unsqueeze(-1)).reshape(count, -1)
+    made = numbers.reshape(count, groups, -1).to(scales.dtype).mul_(scales.unsqueeze(-1))
+    return (made if offsets is None else made.sub_(offsets.unsqueeze(-1))).reshape(count, -1)
 
 
 def _two_bits(packed: torch.Tensor) -> torch.Tensor:
@@ -100,7 +105,7 @@ def _q2_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
 def _q3_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     high, low = blocks[:, :32], blocks[:, 32:96]
     scales = _nibbles(blocks[:, 96:104]) | _bits(blocks[:, 104:108], (0, 2, 4, 6), 3).flatten(1) << 4
-    numbers = _two_bits(low).to(work) - (_bit_planes(high) ^ 1).to(work) * 4
+    numbers = _two_bits(low).to(work).sub_((_bit_planes(high) ^ 1) << 2)
     return _by_scale(numbers, _half(blocks, 108, work) * (scales.to(work) - 32))
 
 
@@ -126,7 +131,7 @@ def _q5_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
 def _q6_k(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     numbers = _nibbles(blocks[:, :128], 2) | _two_bits(blocks[:, 128:192]) << 4
     scales = _half(blocks, 208, work) * blocks[:, 192:208].view(torch.int8).to(work)
-    return _by_scale(numbers.to(work) - 32, scales)
+    return _by_scale(numbers.to(work).sub_(32), scales)
 
 
 @functools.cache
@@ -135,14 +140,14 @@ def _table(device: torch.device, work: torch.dtype) -> torch.Tensor:
 
 
 def _iq4_nl(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
-    return _half(blocks, 0, work) * _table(blocks.device, work)[_nibbles(blocks[:, 2:]).long()]
+    return _table(blocks.device, work)[_nibbles(blocks[:, 2:]).int()].mul_(_half(blocks, 0, work))
 
 
 def _iq4_xs(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     count = blocks.shape[0]
     high = _bits(blocks[:, 2:4].unsqueeze(-1), (0, 2, 4, 6), 3).reshape(count, 8)
     low = _bits(blocks[:, 4:8].unsqueeze(-1), (0, 4), 0x0F).reshape(count, 8)
-    numbers = _table(blocks.device, work)[_nibbles(blocks[:, 8:], 8).long()]
+    numbers = _table(blocks.device, work)[_nibbles(blocks[:, 8:], 8).int()]
     return _by_scale(numbers, _half(blocks, 0, work) * ((low | high << 4).to(work) - 32))
 
 
