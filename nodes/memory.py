@@ -63,7 +63,7 @@ class SpillwayDeviceControl(CheckedNode):
         cls, action: str, device: str, model: Any = None, clip: Any = None, vae: Any = None, after: Any = None
     ) -> io.NodeOutput:
         if model is None and clip is None and vae is None:
-            raise ValueError("Device Control (Spillway): connect a MODEL, CLIP or VAE; there is nothing to handle.")
+            raise ValueError("Device Control (Spillway): connect 'model', 'clip' or 'vae'; there is nothing to handle.")
         if action == MOVE and device == KEEP_DEVICE:
             raise ValueError("Device Control (Spillway): choose the device that the models are to move to.")
         lines, handled = [], []

@@ -42,7 +42,7 @@ class SpillwaySeamlessTiling(CheckedNode):
     @classmethod
     def execute(cls, axes: str, model: Any = None, vae: Any = None) -> io.NodeOutput:
         if model is None and vae is None:
-            raise ValueError("Seamless Tiling (Spillway): connect a MODEL or a VAE.")
+            raise ValueError("Seamless Tiling (Spillway): connect 'model' or 'vae'.")
         for name, patcher in (("MODEL", model), ("VAE", getattr(vae, "patcher", None))):
             if patcher is not None:
                 check_ours("Seamless Tiling (Spillway)", patcher, name)

@@ -23,8 +23,9 @@ PARTS = (8, 32, 128)
 WINDOWS = (2, 3, 4, 6, 8)
 # A wait of this share of the computation is not worth a word.
 SHORT = 0.01
-# A layout must be better by this to be worth moving what is there.
+# A layout must be better by this to be worth moving what is there, which must pay within so many steps.
 GAIN = 1.02
+PAYS_WITHIN = 8
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,22 @@ class Layouts:
         )
         return sum(aligned(bundle.nbytes) for bundle in addresses[now : now + hidden])
 
-    def best(self, pace: Pace) -> Layout:
-        """Return the layout with the shortest step. Among equals the one with the smallest window comes first."""
-        return min(self._candidates(pace), key=lambda layout: layout.seconds)
+    def best(self, pace: Pace, now: Layout | None = None) -> Layout:
+        """Return the layout with the shortest step. Among equals the one with the smallest window comes first.
+
+        now: the one that bundles lie in. What stays in it and not in another has to be brought in the next step, and
+        that counts.
+        """
+        stays = self._stays(now) if now is not None else frozenset()
+
+        def cost(layout: Layout) -> float:
+            left = sum(bundle.transfer_bytes for bundle in stays - self._stays(layout))
+            return layout.seconds + pace.transfer(left) / PAYS_WITHIN
+
+        return min(self._candidates(pace, now), key=cost)
+
+    def _stays(self, layout: Layout) -> frozenset[Bundle]:
+        return frozenset(layout.addresses[: self._resident(layout.addresses, layout.window)])
 
     def in_words(self, layout: Layout, pace: Pace) -> str:
         """Say how long a step waits for the bus, as a line of the ledger."""
@@ -113,8 +127,8 @@ class Layouts:
         more = in_words(self.missing_bytes(layout, pace))
         return f"{said} and waits {waits:.2f} s for the bus, at {pace.bus / 1e9:.1f} GB/s; {more} more would hide it"
 
-    def _candidates(self, pace: Pace) -> Iterator[Layout]:
-        orders = [self.plain()]
+    def _candidates(self, pace: Pace, now: Layout | None) -> Iterator[Layout]:
+        orders = [self.plain()] if now is None else [now.addresses, self.plain()]
         orders += [spread_over_time(self.may_reside, self.cost, pace, parts, SMALL_BYTES) for parts in PARTS]
         for window in WINDOWS[: 1 if self.fixed is not None else None]:
             for addresses in orders:

@@ -126,7 +126,8 @@ class Planning:
         """Give the layout for steps of the pace that was measured, and whether that is another than now."""
         layouts, pace = self.layouts(), self.remembered.pace
         assert pace is not None
-        now, best = layouts.expected(self.addresses, self.remembered.window, pace), layouts.best(pace)
+        now = layouts.expected(self.addresses, self.remembered.window, pace)
+        best = layouts.best(pace, now)
         return (best, True) if best.seconds * GAIN < now.seconds else (now, False)
 
     def room(self, plan: LoadPlan, stays: Sequence[Bundle]) -> Room:

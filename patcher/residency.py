@@ -268,10 +268,11 @@ class Residency(Planning):
         self.rebuild_if_resized()
         self.learn()
         lent = any(bundle.loan for bundle in self.bundles)  # a step may begin half way down the modules
-        if not lent and not self.remembered.traced and self.ledger.counters.steps > 1:
-            self._follow_trace()
         if not lent:
-            self._follow_pace()
+            is_other = not self.remembered.traced and self.ledger.counters.steps > 1 and self._follow_trace()
+            if not self._follow_pace() and is_other:
+                self.ledger.decide("the first step ran the bundles in another order than was guessed: laid out anew")
+                self._rebuild()
         if self._coming:
             self._give_room(self.plan)  # what came to stay may have been cast, which takes no room any more
 
@@ -283,36 +284,34 @@ class Residency(Planning):
             self._follow_free_memory()
         self._claim()
 
-    def _follow_trace(self) -> None:
-        """Use the order in which the first step ran."""
+    def _follow_trace(self) -> bool:
+        """Use the order in which the first step ran. Say whether what stays was chosen for another one."""
         guessed = [bundle for bundle in self.remembered.order if not bundle.by_rows]
         self.remembered.order = execution_order(self.caster.first, self.bundles)
         self.remembered.traced = True
         self.remembered.note_order(self.remembered.order)
         self.caster.follow_trace(self.bundles)
-        if self.remembered.order != guessed and self.plan.state is LoadState.PARTIAL and self.remembered.pace is None:
-            self.ledger.decide(
-                "the first step ran the bundles in another order than they are registered: laid out anew"
-            )
-            self._rebuild()
+        other = self.remembered.order != guessed and self.remembered.pace is None
+        return other and self.plan.state is LoadState.PARTIAL
 
-    def _follow_pace(self) -> None:
-        """Choose the layout anew where the last step took another time than it was chosen for."""
+    def _follow_pace(self) -> bool:
+        """Choose the layout anew where the last step took another time than it was chosen for. Say whether it did."""
         caster, remembered = self.caster, self.remembered
         if caster.watch is not None and not caster.watch.has_marks:
-            return  # its step begins now
+            return False  # its step begins now
         timed = remembered.note_pace(caster.watch)
         caster.watch = remembered.next_watch(self.device)
         if not timed or self.plan.state is not LoadState.PARTIAL:
-            return
+            return False
         if not remembered.is_other_step(self.plan.limit):
-            return
+            return False
         layout, is_other = self.timed_layout()
         if is_other:
             remembered.window = layout.window
             self._rebuild(layout.addresses)
         assert remembered.pace is not None
         self.ledger.decide(self.layouts().in_words(layout, remembered.pace))
+        return True
 
     # -- memory
 

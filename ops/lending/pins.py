@@ -60,6 +60,10 @@ class Pins:
         self._coming: deque[tuple[int, Later[torch.Tensor]]] = deque()  # the next blocks and their bytes
         self._expected: list[Bundle] = []
         self._position: dict[Bundle, int] = {}
+        self._last: set[Bundle] = set()  # those that wait until the others have theirs
+        self._due: set[Bundle] = set()  # the others that have none yet
+        self._refused: dict[Bundle, int] = {}  # how often one has got no memory as pages of the file lie there
+        self._full = False  # no more memory comes, and what is left of it does for none of those
         self._pins: dict[Bundle, Pin] = {}
         self._changed = threading.Condition()
 
@@ -78,6 +82,26 @@ class Pins:
         with self._changed:
             self._expected = list(bundles)
             self._position = {bundle: index for index, bundle in enumerate(self._expected)}
+            self._last, self._full = self._left_out(), False
+            self._due = {b for b in self._expected if b not in self._last and b not in self._pins and _wants(b)}
+
+    def _left_out(self) -> set[Bundle]:
+        """Choose what is read at each step where memory has no room for all, spread evenly over the step.
+
+        One row of them would be waited for, as staging memory has no room for all that could be read before.
+        """
+        wanted = {bundle: _pin_bytes(bundle) for bundle in self._expected if _wants(bundle)}
+        room, total = min(self.budget, self.held + max(0, self.room())), sum(wanted.values())
+        if room >= total:
+            return set()
+        left_out, due = set(), 0.0
+        for bundle, nbytes in wanted.items():
+            due += nbytes * room / total
+            if bundle in self._pins or due >= nbytes:
+                due -= nbytes
+            else:
+                left_out.add(bundle)
+        return left_out
 
     def set_budget(self, nbytes: int) -> None:
         """Change the bytes that the pins may hold. Pins above the budget are freed at once."""
@@ -100,12 +124,16 @@ class Pins:
         """
         with self._changed:
             self.drop(bundle)
+            if self._waits(bundle):
+                return None
             extent = self._find(bundle, nbytes)
             if extent is None and not self._coming:
                 extent = self._displace(bundle, nbytes, version)
+                self._full = self._full or extent is None
             if extent is None:
                 return None
             pin = self._pins[bundle] = Pin(extent, version, holders=int(version is None), used=next(_uses))
+            self._due.discard(bundle)
             self.used += nbytes
             self.changes += bundle.pin_changed(version)
             return pin
@@ -115,12 +143,13 @@ class Pins:
 
         Memory that is locked would take the place of what was read longest ago, and that is what is read next.
         """
-        return self.outgrow_ram and bool(self._coming) and available.unused_ram() < 2 * BLOCK_BYTES
+        return self.outgrow_ram and available.unused_ram() < (1 + COMING) * BLOCK_BYTES
 
     def make_room(self, bundle: Bundle, nbytes: int) -> None:
         """See to it that memory comes for a pin that is taken later."""
         with self._changed:
-            extent = self._find(bundle, nbytes) if bundle not in self._pins else None
+            found = bundle in self._pins or self._waits(bundle)
+            extent = None if found else self._find(bundle, nbytes)
             if extent is not None:
                 extent.block.join(extent)
 
@@ -142,6 +171,10 @@ class Pins:
         with self._changed:
             pin.holders = max(0, pin.holders - 1)  # it may have been given up
             self._changed.notify_all()
+
+    def _waits(self, bundle: Bundle) -> bool:
+        """Say whether a bundle gets a pin only once others have theirs."""
+        return bundle in self._last and bool(self._due) and not self._full
 
     def _find(self, bundle: Bundle, nbytes: int) -> Extent | None:
         """Return an extent for the bundle. Where the budget allows, new memory is on its way for who asks later."""
@@ -202,13 +235,13 @@ class Pins:
         else:
             total, there = nbytes, 0
         least = total
-        if self.held >= self.budget or there >= COMING * BLOCK_BYTES:
+        if self.held >= self.budget or there >= COMING * BLOCK_BYTES or self._displaces(bundle):
             return 0
         at = self._position.get(bundle, -1) + 1
         for following in (*self._expected[at:], *self._expected[: max(0, at - 1)]):
-            if following.offload_to in ("disk", "ram") or following in self._pins:
+            if not _wants(following) or following in self._pins or self._waits(following):
                 continue
-            more = following.nbytes if following.worth_keeping else min(following.nbytes, following.source_bytes)
+            more = _pin_bytes(following)
             if more <= there:
                 there -= more
                 continue
@@ -218,6 +251,16 @@ class Pins:
             total += more
             least = least or more
         return self._blocks.room_for(least, total, self.budget - reserved, self._room_left) if total else 0
+
+    def _displaces(self, bundle: Bundle) -> bool:
+        """Say whether one more block would take the place of pages that are yet to be read.
+
+        What is read leaves the page cache, and makes room. A bundle that asks again, in the next step, need not wait.
+        """
+        if not self.outgrow_ram or available.unused_ram() - self._reserved >= BLOCK_BYTES:
+            return False
+        asked = self._refused[bundle] = self._refused.get(bundle, 0) + 1
+        return asked <= 1 + bundle.worth_writing_back  # which asks ahead of its reading, too
 
     def _room_left(self) -> int:
         """Return the bytes of RAM beside those that are on their way, which may not be taken yet."""
@@ -276,3 +319,13 @@ class Pins:
                 if block.is_free:  # a reader may have cut it while a drop waited
                     freed += self._blocks.drop(block)
             return freed
+
+
+def _wants(bundle: Bundle) -> bool:
+    """Say whether a bundle is to have a pin of locked memory."""
+    return bundle.offload_to not in ("disk", "ram")
+
+
+def _pin_bytes(bundle: Bundle) -> int:
+    """Return the bytes that a bundle's pin will take."""
+    return bundle.nbytes if bundle.worth_keeping else min(bundle.nbytes, bundle.source_bytes)

@@ -30,10 +30,11 @@ BILLIONS |= {"UMT5-XXL": 5.68, "Gemma 12B": 11.77}
 
 
 @contextmanager
-def chain(tokens, count=24, hazards=False, **policy):
-    """A chain of equal layers on a free clock, all of it pinned where it does not stay."""
+def chain(tokens, count=24, hazards=False, backwards=False, **policy):
+    """A chain of equal layers on a free clock, all of it pinned where it does not stay. backwards: in registration."""
     clock = Clock(MACHINE, FREE, hazards)
-    model = Model("Chain", {f"{index}": Linear(4096, 4096, tokens, bias=False) for index in range(count)})
+    layers = {f"{index}": Linear(4096, 4096, tokens, bias=False) for index in range(count)}
+    model = Model("Chain", layers, list(layers)[:: -1 if backwards else 1])
     policy = {"pinned_bytes": 1 << 40, "prefetch": 16, **policy}
     backend = VirtualBackend(clock)
     with virtual_math(clock), patch("spillway.patcher.dynamic_model.room_for_pins", lambda: 1 << 40):
@@ -66,6 +67,18 @@ def test_a_chain_that_is_streamed_takes_the_longer_of_computing_and_the_bus(toke
         bus = dynamic.total_bytes / MACHINE.bus
         assert (bus > compute) == (tokens == 64)
         assert steps(dynamic, clock, 4)[-1] == pytest.approx(max(bus, compute), rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_second_step_brings_again_little_of_what_stays(share):
+    """The first step shows both the order, which was guessed wrong, and the times. What follows is one choice."""
+    with chain(64, 48, backwards=True, prefetch=4, vram_bytes=int(share * 48 * (1 << 25))) as (dynamic, clock, _):
+        steps(dynamic, clock, 1)
+        before = {bundle for bundle in dynamic.bundles if bundle.views is not None}
+        (seconds,) = steps(dynamic, clock, 1)
+        after = {bundle for bundle in dynamic.bundles if bundle.views is not None}
+        assert before and before <= after
+        assert seconds <= 1.25 * sum(bundle.nbytes for bundle in dynamic.bundles if bundle not in after) / MACHINE.bus
 
 
 def test_the_bus_carries_one_copy_at_a_time():

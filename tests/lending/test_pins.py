@@ -159,17 +159,50 @@ def test_several_blocks_are_on_their_way_at_once(path, monkeypatch):
 
 
 @pytest.mark.parametrize("outgrow", [True, False])
-def test_what_is_read_leaves_the_page_cache_where_pins_would_take_its_place(path, monkeypatch, outgrow):
+def test_pins_wait_for_what_is_read_to_leave_the_page_cache(path, monkeypatch, outgrow):
+    """Memory that is locked would else take the place of what is read next."""
     model = made(path, SimDevice(), pinned_bytes=ALL)
-    device = LaterDevice()
+    device, bundle = SeveralDevice(), model.bundles[0]
     pins = Pins(device, ALL)
     pins.outgrow_ram = outgrow
     monkeypatch.setattr(available, "unused_ram", lambda: 0)
-    assert not pins.displace_pages(), "no memory is on its way"
-    assert pins.take(model.bundles[0], model.bundles[0].nbytes, None) is None
     assert pins.displace_pages() == outgrow
+    assert pins.take(bundle, bundle.nbytes, None) is None
+    assert bool(device.asked) != outgrow
+    assert pins.take(bundle, bundle.nbytes, None) is None
+    assert device.asked, "the next step's request is not refused, or a system that keeps its cache full had no pins"
     monkeypatch.setattr(available, "unused_ram", lambda: 1 << 40)
     assert not pins.displace_pages(), "nothing has to go"
+    pins = Pins(device, ALL)
+    pins.outgrow_ram, before = outgrow, len(device.asked)
+    pins.take(bundle, bundle.nbytes, None)
+    assert len(device.asked) > before
+
+
+@pytest.mark.parametrize("room", [0.3, 0.5, 0.8])
+def test_what_has_no_room_in_pins_is_spread_over_the_step(path, room):
+    model = made(path, SimDevice(), pinned_bytes=ALL)
+    bundles, size = model.bundles, model.bundles[0].nbytes
+    pins = Pins(SimDevice(), int(room * len(bundles) * size))
+    pins.expect(bundles)
+    has = [pins.take(bundle, size, None) is not None for bundle in bundles]
+    assert sum(has) == int(room * len(bundles)), "no room is left unused"
+    for end in range(1, len(bundles) + 1):
+        assert abs(sum(has[:end]) - room * end) <= 1
+    pins.expect(bundles)
+    assert [pins.holds(bundle) for bundle in bundles] == has, "the choice stays"
+
+
+def test_what_was_left_out_has_what_others_cannot_use(path, monkeypatch):
+    model = made(path, SimDevice(), pinned_bytes=ALL)
+    bundles, size = model.bundles, model.bundles[0].nbytes
+    monkeypatch.setattr(bundles[1], "nbytes", 3 * size)
+    pins = Pins(SimDevice(), 2 * size)
+    pins.expect(bundles[:3])
+    assert [bundle for bundle in bundles[:3] if bundle in pins._last] == [bundles[0]]
+    assert pins.take(bundles[0], size, None) is None, "it waits"
+    assert pins.take(bundles[1], 3 * size, None) is None, "there is no room for it"
+    assert pins.take(bundles[0], size, None) is not None
 
 
 def test_no_block_is_larger_than_what_is_left_of_the_budget(path):

@@ -127,6 +127,20 @@ def test_what_is_said_to_hide_a_wait_hides_it(parts, share):
     assert more > 0 or best.seconds <= 1.01 * computing
 
 
+def test_what_is_there_stays_where_moving_it_does_not_pay():
+    """A step that waits for the bus is as long whichever bundles stay."""
+    bundles, pace = model(*[(90, 1.0)] * 20)
+    found = layouts(bundles, 900 * UNIT)
+    now = found.expected(bundles[::-1], 4, pace)
+    assert list(found.best(pace, now).addresses) == bundles[::-1]
+    # Where those that compute stay, the next step brings what it has to, and each one after it gains more than that.
+    bundles, pace = model(*UNEVEN)
+    found = layouts(bundles, 900 * UNIT)
+    now = found.expected(bundles[::-1], 4, pace)
+    best = found.best(pace, now)
+    assert best.seconds < 0.9 * now.seconds and set(best.addresses[:5]) <= set(bundles[:10])
+
+
 def test_small_windows_come_first_among_equals():
     bundles, pace = model(*[(9, 900.0)] * 20)
     assert layouts(bundles, 90 * UNIT).best(pace).window == 2

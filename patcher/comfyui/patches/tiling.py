@@ -49,7 +49,7 @@ def tiled(patcher: Any, axes: str) -> Any:
     if not found:
         raise ValueError(
             f"{type(patcher.model).__name__} has no convolution that pads a picture, so it cannot be made to tile. "
-            "Seamless tiling is for U-Nets such as SD 1.5 and SDXL, and for their VAEs."
+            "Seamless tiling takes U-Nets such as SD 1.5 and SDXL as 'model', and their VAEs as 'vae'."
         )
     for name, conv in found:
         clone.add_object_patch(f"{name}.{METHOD}", CircularConvolution(conv, across, down))

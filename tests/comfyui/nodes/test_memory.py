@@ -123,7 +123,7 @@ def test_devices_that_are_absent_or_ignored_are_errors(names, monkeypatch):
         SpillwayDeviceControl.execute(MOVE, "cuda:7", model)
     with pytest.raises(ValueError, match="choose the device"):
         SpillwayDeviceControl.execute(MOVE, "as it is", model)
-    with pytest.raises(ValueError, match="connect a MODEL, CLIP or VAE"):
+    with pytest.raises(ValueError, match="connect 'model', 'clip' or 'vae'"):
         SpillwayDeviceControl.execute(UNLOAD, "as it is")
     out = SpillwayDeviceControl.execute(MOVE, str(HERE), model, clip, vae).result
     assert out[0] is model and out[2].device == HERE

@@ -83,5 +83,5 @@ def test_models_that_cannot_tile_are_refused(checkpoint, flux):
         SpillwaySeamlessTiling.execute(axes="x", model=load_diffusion_model(flux))
     with pytest.raises(ValueError, match="this MODEL is not managed by Spillway"):
         SpillwaySeamlessTiling.execute(axes="x", model=comfy.sd.load_diffusion_model(flux))
-    with pytest.raises(ValueError, match="connect a MODEL or a VAE"):
+    with pytest.raises(ValueError, match="connect 'model' or 'vae'"):
         SpillwaySeamlessTiling.execute(axes="x")
