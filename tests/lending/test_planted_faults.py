@@ -199,6 +199,15 @@ FAULTS = {
     "a whole table among rows": Fault(
         "ops.lending.idle_weight:_have_rows", "len(idle) != len(tables) or ", "", (TABLE_FORMS,)
     ),
+    # What lies where.
+    "pins go to whoever asks first": Fault("ops.lending.pins:Pins._left_out", "if room >= total:", "if True:", (PINS,)),
+    "memory that is locked takes the place of pages that are next": Fault(
+        "ops.lending.pins:Pins._displaces", "if not self.outgrow_ram or", "if True or", (PINS,)
+    ),
+    "what was left out waits for ever": Fault("ops.lending.pins:Pins._waits", " and not self._full", "", (PINS,)),
+    "moving what is there costs nothing": Fault(
+        "patcher.layout:Layouts.best", "pace.transfer(left) / PAYS_WITHIN", "0.0", ("patcher/test_layout.py",)
+    ),
     # Limits and repeats.
     "the limit is ignored": Fault(
         "ops.vbar.software:SoftwareVBAR.set_limit", "self.limit = nbytes", "self.limit = None", (BUDGET,)
