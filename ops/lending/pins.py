@@ -129,7 +129,8 @@ class Pins:
             extent = self._find(bundle, nbytes)
             if extent is None and not self._coming:
                 extent = self._displace(bundle, nbytes, version)
-                self._full = self._full or extent is None
+                none_comes = min(self.budget - self.held, self._room_left()) < nbytes
+                self._full = self._full or (extent is None and none_comes)
             if extent is None:
                 return None
             pin = self._pins[bundle] = Pin(extent, version, holders=int(version is None), used=next(_uses))

@@ -201,6 +201,10 @@ def test_what_was_left_out_has_what_others_cannot_use(path, monkeypatch):
     pins.expect(bundles[:3])
     assert [bundle for bundle in bundles[:3] if bundle in pins._last] == [bundles[0]]
     assert pins.take(bundles[0], size, None) is None, "it waits"
+    pins.outgrow_ram = True
+    monkeypatch.setattr(available, "unused_ram", lambda: 0)
+    assert pins.take(bundles[2], size, None) is None and pins._waits(bundles[0]), "memory is yet to come"
+    pins.outgrow_ram = False
     assert pins.take(bundles[1], 3 * size, None) is None, "there is no room for it"
     assert pins.take(bundles[0], size, None) is not None
 
