@@ -9,11 +9,13 @@ from typing import Any
 import folder_paths
 
 from ...ops import settings
+from ..store.shared_store import Options
 
 DISK_SECONDS = 10.0
+STORE_SECONDS, STORE_WAIT_SECONDS, STORE_GB, STORE_DAYS = 10.0, 5.0, 50.0, 30.0
 
 
-def setting(kind: settings.Number | settings.Switch) -> Any:
+def setting(kind: settings.Option) -> Any:
     """Read a setting of ComfyUI's default user. None where there is none, or none that makes sense."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
@@ -54,8 +56,21 @@ def disk_gigabytes() -> float:
 
 def disk_seconds() -> float:
     """Return how long an output must have taken to make to be worth a file."""
-    found = setting(settings.DISK_SECONDS)
-    return DISK_SECONDS if found is None else found
+    return _or(setting(settings.DISK_SECONDS), DISK_SECONDS)
+
+
+def store_options() -> Options | None:
+    """Return what is set of the shared store. None where it is off, as it is by default."""
+    address = settings.variable(settings.STORE) or setting(settings.STORE_ADDRESS)
+    key = settings.variable(settings.STORE_KEY) or setting(settings.STORE_SECRET)
+    seconds = _or(setting(settings.STORE_SECONDS), STORE_SECONDS)
+    wait = _or(setting(settings.STORE_WAIT), STORE_WAIT_SECONDS)
+    cap, days = _or(setting(settings.STORE_SIZE), STORE_GB), _or(setting(settings.STORE_DAYS), STORE_DAYS)
+    return Options(address, key or "", seconds, wait, int(cap * (1 << 30)), days) if address else None
+
+
+def _or(found: float | None, default: float) -> float:
+    return default if found is None else found
 
 
 def cache_turned_off() -> str | None:
