@@ -110,17 +110,21 @@ IN_COMFYUI: tuple[Option, ...] = (
 )
 
 
+def is_set(option: Option, values: Mapping[str, Any] | None = None) -> bool:
+    """Say whether an option is set, to whatever value: in ComfyUI's settings, or without them in the environment."""
+    value = os.environ.get(option.name) if values is None else values.get(option.name)
+    blank = values is None or isinstance(option, Text)  # a field that somebody has emptied
+    return value is not None and not (blank and isinstance(value, str) and not value.strip())
+
+
 def variable(option: Option) -> Any:
     """Return the value of an environment variable; None where it is not set, or makes no sense."""
-    text = os.environ.get(option.name, "").strip()
-    return _checked(option, text) if text else None
+    return _checked(option, os.environ[option.name].strip()) if is_set(option) else None
 
 
 def setting(option: Option, values: Mapping[str, Any]) -> Any:
     """Return the value in ComfyUI's settings; None where it is not set, or makes no sense."""
-    value = values.get(option.name)
-    unset = value is None or (isinstance(option, Text) and isinstance(value, str) and not value.strip())
-    return None if unset else _checked(option, value)
+    return _checked(option, values[option.name]) if is_set(option, values) else None
 
 
 def _checked(option: Option, value: Any) -> Any:

@@ -21,9 +21,9 @@ from . import settings
 from .stamps import comfyui_digest
 
 GIB = 1 << 30
-# Flags that change no output: of the server, of its folders (files have stamps), of logs, previews and caches, and which
-# card it is (its name counts). Any other one may change what is computed, as --force-fp32 does, and so may one that a
-# later version adds.
+# Flags that change no output: of the server, of its folders (files have stamps), of logs, previews and caches, and the
+# number of the card (its name counts). Any other one may change what is computed, as --force-fp32 does, and so may one
+# that a later version adds.
 HARMLESS = re.compile(
     "^(listen|port|tls_|enable_cors|max_upload|auto_launch|disable_auto|preview_|cache_|front_end|enable_compress"
     "|multi_user|verbose|log_|dont_print|debug_|database_url|enable_manager|disable_manager|enable_assets"

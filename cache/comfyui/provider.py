@@ -35,7 +35,7 @@ def asking(sharing: Sharing, seconds: float = 0.0) -> Iterator[None]:
 if hasattr(latest, "Caching"):
 
     class SharedStoreProvider(latest.Caching.CacheProvider):
-        """Answers for the cache that asks. ComfyUI's own caches do not say which prompt they ask for, and get nothing."""
+        """Answers for the cache that asks. ComfyUI's own caches do not say for which prompt, and get nothing."""
 
         @never_raises("shared store: looking at an output", lambda *_: False)
         def should_cache(self, context: Any, value: Any = None) -> bool:
@@ -66,7 +66,7 @@ _registered = False
 
 
 async def register(wanted: bool) -> bool:
-    """Register the provider where a store is in use. Else ComfyUI would work out names for nobody. Returns whether it is."""
+    """Register the provider where a store is in use. Else ComfyUI would make names for nobody. Returns whether it is."""
     global _registered
     if wanted and _provider is None:
         log.warning("[Spillway] shared store: it is off, as this version of ComfyUI has no API for cache providers")

@@ -17,18 +17,24 @@ STORE_SECONDS, STORE_WAIT_SECONDS, STORE_GB, STORE_DAYS = 10.0, 5.0, 50.0, 30.0
 
 def setting(kind: settings.Option) -> Any:
     """Read a setting of ComfyUI's default user. None where there is none, or none that makes sense."""
+    values = _values()
+    return None if values is None else settings.setting(kind, values)
+
+
+def _values() -> dict[str, Any] | None:
+    """Read all settings of ComfyUI's default user. None where they cannot be read, which is said once."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         settings.warn_once(f"{path} cannot be read ({error}): the defaults of Spillway's settings are used.")
         return None
     if not isinstance(values, dict):
         settings.warn_once(f"{path} cannot be read (no JSON object): the defaults of Spillway's settings are used.")
         return None
-    return settings.setting(kind, values)
+    return values
 
 
 def ram_cap() -> int | None:
@@ -62,11 +68,24 @@ def disk_seconds() -> float:
 def store_options() -> Options | None:
     """Return what is set of the shared store. None where it is off, as it is by default."""
     address = settings.variable(settings.STORE) or setting(settings.STORE_ADDRESS)
-    key = settings.variable(settings.STORE_KEY) or setting(settings.STORE_SECRET)
+    key = _store_key()
     seconds = _or(setting(settings.STORE_SECONDS), STORE_SECONDS)
     wait = _or(setting(settings.STORE_WAIT), STORE_WAIT_SECONDS)
     cap, days = _or(setting(settings.STORE_SIZE), STORE_GB), _or(setting(settings.STORE_DAYS), STORE_DAYS)
+    if address and key is None:
+        settings.warn_once("the shared store is off, as its key makes no sense or the settings cannot be read.")
+        return None
     return Options(address, key or "", seconds, wait, int(cap * (1 << 30)), days) if address else None
+
+
+def _store_key() -> str | None:
+    """Return the key of the shared store, "" for none. None for one that makes no sense: "" would trust everybody."""
+    if settings.is_set(settings.STORE_KEY):
+        return settings.variable(settings.STORE_KEY)
+    values = _values()
+    if values is None or settings.is_set(settings.STORE_SECRET, values):
+        return None if values is None else settings.setting(settings.STORE_SECRET, values)
+    return ""
 
 
 def _or(found: float | None, default: float) -> float:

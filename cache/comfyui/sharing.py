@@ -116,10 +116,13 @@ class Sharing:
         while pending:
             one = pending.pop()
             yield one
-            for link in self.cache._node(one).get("inputs", {}).values():
-                if is_link(link) and link[0] not in seen:
-                    seen.add(link[0])
-                    pending.append(link[0])
+            fresh = [parent for parent in self._parents(one) if parent not in seen]
+            seen.update(fresh)
+            pending += fresh
+
+    def _parents(self, node_id: str) -> list[str]:
+        links = self.cache._node(node_id).get("inputs", {}).values()
+        return list(dict.fromkeys(link[0] for link in links if is_link(link)))
 
     def _names(self, node_id: str) -> set[tuple[str, str]]:
         """Give all that a node's name stands for: what its inputs name, and those of all that it is made from."""
@@ -193,7 +196,7 @@ class Sharing:
             return set()
         answers = await asyncio.gather(*(self._is_there(store, entry) for entry in entries.values()))
         there = {one for one, answer in zip(entries, answers, strict=True) if answer}
-        read_by = {link[0] for one in prompt for link in self.cache._node(one).get("inputs", {}).values() if is_link(link)}
+        read_by = {parent for one in prompt for parent in self._parents(one)}
         chosen, seen = set(), set()
         pending = [one for one in prompt if one not in read_by or self._is_output(one)]
         while pending:
@@ -204,7 +207,7 @@ class Sharing:
             if one in there:
                 chosen.add(one)
             elif not self.cache.is_here(one):
-                pending += [link[0] for link in self.cache._node(one).get("inputs", {}).values() if is_link(link)]
+                pending += self._parents(one)
         return chosen
 
     def _is_output(self, node_id: str) -> bool:
@@ -253,7 +256,9 @@ class Sharing:
         kind = self.cache._node(node_id).get("class_type", "")
         made_from = self.cache.stamps.of(hash(self.cache._key(node_id)))
         if made_from is None:
-            self.ledger.decide_once(f"{kind} is not written: what it was made from was not watched, or has changed")
+            self.ledger.decide_once(
+                f"{kind} is not written: what it was made from was not watched then, or has changed", level=logging.INFO
+            )
             return
         names = self._names(node_id)
         entry = self._entry_of(node_id, {name: value for name, value in made_from.items() if name in names})

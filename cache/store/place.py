@@ -49,7 +49,12 @@ class Place:
         self._opening = threading.Lock()
 
     def __str__(self) -> str:
-        return re.sub(r"://[^/@]*@", "://***@", self.address)
+        return self.without_secrets(self.address)
+
+    def without_secrets(self, text: str) -> str:
+        """Take the name and password of the address out of a text."""
+        found = re.search(r"://([^/]+)@", self.address)
+        return text.replace(found[1], "***") if found else text
 
     # -- entries
 
@@ -64,7 +69,7 @@ class Place:
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """Open an entry for reading. Raises ValueError for what is no plain file: opening a pipe would wait for ever."""
+        """Open an entry for reading. Raises ValueError for what is no plain file: a pipe would wait for ever."""
         with self._driver() as (driver, root):
             path = _path(root, name)
             found = driver.info(path)
@@ -107,7 +112,7 @@ class Place:
             with contextlib.suppress(Exception):  # what cannot be removed now is removed when it is a day old
                 driver.rm_file(partial)
             # Some drives replace nothing. Then another member has just written the same.
-            if not isinstance(error, OSError) or not driver.exists(path):
+            if not isinstance(error, OSError) or not driver.isfile(path):
                 raise
 
     def touch(self, name: str) -> None:

@@ -114,7 +114,7 @@ class SharedStore:
         return await self._ask(lambda: self.place.size(name)) is not None
 
     async def load(self, name: str) -> tuple[Any, float, Any] | None:
-        """Read (outputs, seconds they took to make, stamps). None where there is none that is whole, sealed and in time."""
+        """Read (outputs, seconds they took to make, stamps). None where none that is whole and sealed comes in time."""
         found = await self._ask(lambda: self._read(name))
         if found is None:
             return None
@@ -190,7 +190,8 @@ class SharedStore:
             return False
         answered = False
         try:
-            written = self._write(name, outputs, {"name": name, "kind": kind, "seconds": seconds, "stamps": stamps}, stop)
+            about = {"name": name, "kind": kind, "seconds": seconds, "stamps": stamps}
+            written = self._write(name, outputs, about, stop)
             answered = True
         except (NotStorable, Stopped):
             return False
@@ -214,7 +215,8 @@ class SharedStore:
         self._held = (self._held or 0) + found.nbytes
         self.counts.written += 1
         self.counts.written_bytes += found.nbytes
-        self.ledger.decide(f"wrote {about['kind']}, {in_words(found.nbytes)}, which took {about['seconds']:.1f} s to make")
+        took = f"which took {about['seconds']:.1f} s to make"
+        self.ledger.decide(f"wrote {about['kind']}, {in_words(found.nbytes)}, {took}")
         return True
 
     def _make_room(self, more: int) -> bool:
@@ -252,7 +254,7 @@ class SharedStore:
 
     def _words(self, error: BaseException) -> str:
         """Word an error without the secrets that an address may hold."""
-        return f"{type(error).__name__}: {first_line(error)}".replace(self.options.address, str(self.place))[:300]
+        return self.place.without_secrets(f"{type(error).__name__}: {first_line(error)}")[:300]
 
     def _failed(self, breaker: Breaker, why: str, *, at_once: bool = False) -> None:
         if breaker.failed(why, at_once=at_once):
