@@ -88,7 +88,9 @@ class DiskWriter:
             self._waiting[job.name] = job
             self._waiting_bytes += job.nbytes
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"spillway-{self.what.replace(' ', '-')}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, name=f"spillway-{self.what.replace(' ', '-')}", daemon=True
+                )
                 self._thread.start()
 
     def take_back(self, name: str) -> tuple[Any, float, Any] | None:

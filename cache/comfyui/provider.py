@@ -66,7 +66,7 @@ _registered = False
 
 
 async def register(wanted: bool) -> bool:
-    """Register the provider where a store is in use. Else ComfyUI would make names for nobody. Returns whether it is."""
+    """Register the provider where a store is in use: else ComfyUI would make names for nobody. Return whether it is."""
     global _registered
     if wanted and _provider is None:
         log.warning("[Spillway] shared store: it is off, as this version of ComfyUI has no API for cache providers")

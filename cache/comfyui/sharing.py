@@ -237,7 +237,7 @@ class Sharing:
             if not isinstance(one, list) or len(one) != 3 or not all(isinstance(text, str) for text in one[:2]):
                 return None
             name, value = (one[0], one[1]), one[2]
-            if one[0] not in stamps.LOOKS or portable(self._look(*name)) != value:
+            if one[0] not in stamps.KINDS or portable(self._look(*name)) != value:
                 return None
             found[name] = self._look(*name)
         return found

@@ -28,8 +28,9 @@ from ..content import content_of
 Stamp = list[Any]
 # What lies in one place that a name may mean: the file, or those of a folder or of an index.
 Place = list[Stamp]
-# (kind, name) -> what was there. Kinds: file, embedding, lora, source.
+# (kind, name) -> what was there.
 Stamps = dict[tuple[str, str], Any]
+KINDS = ("file", "embedding", "lora", "source")
 
 STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
 MAX_REMEMBERED = 10_000

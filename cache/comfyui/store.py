@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...ops.ram.available import available_ram
-from ..store.shared_store import Options, SharedStore
+from ..store.shared_store import SharedStore
 from . import settings
 from .stamps import comfyui_digest
 

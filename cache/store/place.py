@@ -75,7 +75,7 @@ class Place:
             found = driver.info(path)
             plain = found.get("type", "file") == "file"
             if plain:
-                file = driver.open(path, "rb") if _is_local(driver) else _Ranges(driver, path, int(found["size"]))
+                file: Any = driver.open(path, "rb") if _is_local(driver) else _Ranges(driver, path, int(found["size"]))
         if not plain:
             raise ValueError("it is no plain file")
         with file:

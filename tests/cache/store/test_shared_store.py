@@ -346,9 +346,7 @@ def take_part(tmp_path, number, count, errors):
 
 def members_together(tmp_path, members, each):
     errors = []
-    threads = [
-        threading.Thread(target=take_part, args=(tmp_path, number, each, errors)) for number in range(members)
-    ]
+    threads = [threading.Thread(target=take_part, args=(tmp_path, number, each, errors)) for number in range(members)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -66,7 +66,13 @@ OTHER = {
 
 def test_the_same_is_found_by_any_server(written, monkeypatch, fresh):
     fresh()
-    for name, value in (("port", 1), ("cuda_device", "1"), ("output_directory", "/tmp"), ("cache_ram", [3.0]), ("verbose", "DEBUG")):
+    for name, value in (
+        ("port", 1),
+        ("cuda_device", "1"),
+        ("output_directory", "/tmp"),
+        ("cache_ram", [3.0]),
+        ("verbose", "DEBUG"),
+    ):
         monkeypatch.setattr(args, name, value)
     assert Executor().run(prompt()) == ["Save"]
 
@@ -121,4 +127,7 @@ def test_code_of_comfyui_that_changed_after_the_start(comfyui, monkeypatch, capl
     monkeypatch.setattr(comfy_stamps, "STARTED", 0)
     executor = Executor()
     assert sorted(executor.run(prompt())) == sorted(ALL)
-    assert executor.cache.disk is executor.cache.sharing.store is None and "files of ComfyUI have changed since this one" in caplog.text
+    assert (
+        executor.cache.disk is executor.cache.sharing.store is None
+        and "files of ComfyUI have changed since this one" in caplog.text
+    )

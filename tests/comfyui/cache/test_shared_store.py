@@ -15,6 +15,7 @@ from kit.comfyui.executor import ALL, MIB, Executor, prompt
 from kit.faulty_store import Faults, FaultyFileSystem
 from spillway.cache.comfyui import provider
 from spillway.nodes.memory_report import in_lines, memory_report
+from spillway.ops.ram.available import Available
 
 pytestmark = pytest.mark.usefixtures("installed", "shared")
 
@@ -227,7 +228,10 @@ def test_a_store_that_fails_costs_no_more_than_the_limit(user, shared, faults, t
         second.cache.engine.clear()
     assert times[0] < 0.5 + 0.8 and max(times[1:]) < 0.8, times
     told = memory_report()["store"]
-    assert told["refused"] == (3 if trouble == "tampered" else 0) and bool(told["found"]) == (trouble in FOUND)
+    if trouble == "tampered":
+        assert told["refused"] >= 3
+    else:
+        assert told["refused"] == 0 and bool(told["found"]) == (trouble in FOUND)
 
 
 def test_what_waits_to_be_written_is_bounded_and_gives_way_to_ram(user, shared, faults, monkeypatch):
@@ -239,8 +243,11 @@ def test_what_waits_to_be_written_is_bounded_and_gives_way_to_ram(user, shared, 
     executor.run(prompt())
     writer = executor.cache.sharing.writer
     assert writer.nbytes == 14 * MIB
-    engine.relieve(990 * MIB)
-    assert writer.nbytes < 14 * MIB and writer.dropped
+    engine.available = lambda: Available(
+        1000 * MIB - engine.ram_bytes() - writer.nbytes, 1000 * MIB, "the test's memory"
+    )
+    engine.relieve(995 * MIB)
+    assert writer.nbytes <= 10 * MIB and writer.dropped, "as much as is short"
     faults.hangs.clear()
     assert writer.wait(60)
 
