@@ -106,9 +106,14 @@ class Sharing:
     # -- names
 
     def may_share(self, node_id: str) -> bool:
-        """Say whether a node's outputs are of a kind that is shared."""
+        """Say whether a node's outputs are of a kind that is shared.
+
+        Output nodes do something on the machine that they run on, such as saving a file, and so run on each.
+        """
         kind = nodes.NODE_CLASS_MAPPINGS.get(self.cache._node(node_id).get("class_type"))
-        return self.store is not None and bool(KINDS & set(map(str, getattr(kind, "RETURN_TYPES", None) or ())))
+        if self.store is None or self._is_output(node_id) or getattr(kind, "NOT_IDEMPOTENT", False):
+            return False
+        return bool(KINDS & set(map(str, getattr(kind, "RETURN_TYPES", None) or ())))
 
     def _made_of(self, node_id: str) -> Iterator[str]:
         """Name a node and all that it is made from."""
