@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
+from ...ops.errors import SpillwayError
 from ..disk_format import NotStorable, Stopped
 from .tidy import Found
 
@@ -32,7 +33,7 @@ RANGE = 16 << 20
 END = 64 << 10  # holds the JSON of nearly every entry
 
 
-class NoDriver(Exception):
+class NoDriver(SpillwayError, Exception):
     """Raised for an address that nothing installed can open."""
 
 
