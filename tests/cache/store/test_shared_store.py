@@ -3,6 +3,8 @@
 import asyncio
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from kit.faulty_store import Faults, FaultyFileSystem
+from kit.pack import ROOT
 from spillway.cache.disk_format import describe, read_record, write
 from spillway.cache.store import shared_store
 from spillway.cache.store.place import FOLDER, PARTIAL, PREFIX, RANGE
@@ -325,6 +328,28 @@ def test_two_writers_of_one_entry(tmp_path):
     assert any(results) and len(results) == 4
     assert int(get(member(tmp_path), NAMES[1])[0][0].sum()) == 4 * MIB
     assert len(list(tmp_path.glob(f"{FOLDER}/*/*"))) == 1
+
+
+def test_a_member_that_is_killed_while_it_writes(tmp_path):
+    """Nobody reads what it left, and whoever makes the same writes it."""
+    command = [sys.executable, "tests/kit/processes/write_shared_store.py", str(tmp_path), NAMES[1]]
+    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "writing\n"
+        end = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(f"{FOLDER}/*/{PREFIX}*{PARTIAL}")):
+            assert time.monotonic() < end and other.poll() is None
+            time.sleep(0.01)
+    finally:
+        other.kill()
+        other.communicate()
+    (left,) = tmp_path.glob(f"{FOLDER}/*/*")
+    store = member(tmp_path, cap=1 << 40)
+    assert left.suffix == PARTIAL and get(store, NAMES[1]) is None and store.counts.refused == 0
+    assert put(store, NAMES[1], a_tensor()) and get(store, NAMES[1]) is not None and left.exists()
+    aged(left, 2)
+    store._listed -= 1e6
+    assert put(store, NAMES[2], a_tensor()) and not left.exists(), "after a day it is nobody's"
 
 
 def take_part(tmp_path, number, count, errors):

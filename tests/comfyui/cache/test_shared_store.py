@@ -151,6 +151,16 @@ def test_a_node_that_writes_into_its_input_changes_nothing_that_is_shared(monkey
     assert int(picture(second)[0][0].max()) == 0
 
 
+def test_what_an_output_node_does_is_done_on_every_machine(user, monkeypatch, evict):
+    """It may save a file, and hand its input on without a word to show."""
+    save = kit.node_class("Save", lambda a=None, **_: (a, None), True)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Save", save)
+    first = Executor()
+    first.run(prompt())
+    evict(first)
+    assert len(written(user)) == 3 and Executor().run(prompt()) == ["Save"]
+
+
 def test_others_providers_go_on_working(evict):
     """One before and one after ours. What another gave is not taken for what was made here."""
 
