@@ -135,6 +135,12 @@ def test_what_was_sealed_with_another_key_is_not_used(tmp_path):
     assert get(ours, NAMES[1]) is None and put(ours, NAMES[1], a_tensor()) and get(ours, NAMES[1]) is not None
 
 
+def test_members_of_two_keys_do_not_take_each_others_places(tmp_path):
+    both = [member(tmp_path, key=key) for key in (KEY, "another one")]
+    assert all(put(one, NAMES[1], a_tensor(size)) for one, size in zip(both, (64, 65), strict=True))
+    assert [get(one, NAMES[1])[0][0].numel() for one in both] == [64, 65]
+
+
 def test_an_entry_that_was_copied_to_another_name_is_not_used(tmp_path):
     store = member(tmp_path, key=KEY)
     assert put(store, NAMES[1], a_tensor())
@@ -181,6 +187,17 @@ def test_nobody_waits_longer_than_the_limit(tmp_path, faults, how, protocol):
     store.reads._again = 0.0
     assert timed(ask_for(store, 1))[0][0] is False, "one question tries whether it answers"
     assert store.state is None and asyncio.run(ask_for(store, 2))[2] is not None
+
+
+def test_answers_that_come_in_time_add_up_to_the_limit(tmp_path, faults):
+    store = member(tmp_path, "faulty", wait_seconds=0.4)
+    assert put(store, NAMES[1], a_tensor())
+    faults.slow = 0.15
+
+    async def one_after_the_other():
+        return [await store.there(name) for name in NAMES[2:22]]
+
+    assert timed(one_after_the_other())[1] < 0.8
 
 
 def test_what_is_found_is_worth_its_wait(tmp_path, faults):
