@@ -228,7 +228,8 @@ FOUND = ("read-only", "full")  # what can be read is read
 
 @pytest.mark.parametrize("trouble", TROUBLE)
 def test_a_store_that_fails_costs_no_more_than_the_limit(user, shared, faults, trouble, evict):
-    shared(Address=f"far://{user}/store", WaitSeconds=0.5)
+    answers = trouble in ("tampered", *FOUND)
+    shared(Address=f"far://{user}/store", WaitSeconds=30 if answers else 0.5)
     first = Executor()
     first.run(prompt())
     evict(first)
@@ -242,7 +243,9 @@ def test_a_store_that_fails_costs_no_more_than_the_limit(user, shared, faults, t
         assert ("Sample" in ran) == (seed > 1 or trouble not in FOUND), ran
         assert torch.equal(picture(second)[0][0], torch.zeros(10 * MIB, dtype=torch.uint8))
         second.cache.engine.clear()
-    assert times[0] < 0.5 + 0.8 and max(times[1:]) < 0.8, times
+        left_alone = seed > 1 and trouble in ("5 s slower", "hanging")
+        assert answers or second.cache.sharing.store.waiting.spent <= (0.0 if left_alone else 1.0)
+    assert max(times) < 4.0, "less than one answer takes"
     told = memory_report()["store"]
     if trouble == "tampered":
         assert told["refused"] >= 3
