@@ -67,7 +67,8 @@ def disk_seconds() -> float:
 
 def store_options() -> Options | None:
     """Return what is set of the shared store. None where it is off, as it is by default."""
-    address = settings.variable(settings.STORE) or setting(settings.STORE_ADDRESS)
+    in_comfyui = setting(settings.STORE_ADDRESS)
+    address = settings.variable(settings.STORE) or in_comfyui
     key = _store_key()
     seconds = _or(setting(settings.STORE_SECONDS), STORE_SECONDS)
     wait = _or(setting(settings.STORE_WAIT), STORE_WAIT_SECONDS)
@@ -80,12 +81,11 @@ def store_options() -> Options | None:
 
 def _store_key() -> str | None:
     """Return the key of the shared store, "" for none. None for one that makes no sense: "" would trust everybody."""
-    if settings.is_set(settings.STORE_KEY):
-        return settings.variable(settings.STORE_KEY)
     values = _values()
-    if values is None or settings.is_set(settings.STORE_SECRET, values):
-        return None if values is None else settings.setting(settings.STORE_SECRET, values)
-    return ""
+    in_comfyui = None if values is None else settings.setting(settings.STORE_SECRET, values)
+    if values is not None and not settings.is_set(settings.STORE_SECRET, values):
+        in_comfyui = ""
+    return settings.variable(settings.STORE_KEY) if settings.is_set(settings.STORE_KEY) else in_comfyui
 
 
 def _or(found: float | None, default: float) -> float:

@@ -82,6 +82,7 @@ class SharedStore:
         self._bad: set[str] = set()
         self._held: int | None = None  # bytes in the store, as far as this process knows
         self._listed = 0.0
+        self._full = False  # so it was when it was listed, and nothing could be removed
 
     @property
     def waiting_cap(self) -> int:
@@ -228,7 +229,7 @@ class SharedStore:
             self.ledger.decide_once(f"{in_words(more)} are more than the store may hold ({in_words(cap)})")
             return False
         due = self._held is None or time.monotonic() - self._listed > LIST_EVERY_SECONDS
-        if due or (cap and self._held is not None and self._held + more > cap):
+        if due or (cap and self._held is not None and self._held + more > cap and not self._full):
             files = self.place.files()
             held = sum(file.nbytes for file in files)
             gone = [file for file in going(files, cap, days, more) if self._remove(file.path)]
@@ -238,7 +239,8 @@ class SharedStore:
             self.counts.evicted_bytes += freed
             if gone:
                 self.ledger.decide(f"evicted {len(gone)} entries, {in_words(freed)}, from {self.place}")
-        if cap and self._held is not None and self._held + more > cap:
+        self._full = bool(cap and self._held is not None and self._held + more > cap)
+        if self._full:
             self.ledger.decide_once(f"{self.place} is full, and nothing in it can be removed: nothing more is written")
             return False
         return True

@@ -12,12 +12,12 @@ from fsspec.implementations.local import LocalFileSystem
 class Faults:
     """slow: seconds before each answer. hangs: until it is cleared. read_only, full, broken: raise what a drive does.
 
-    calls: by method.
+    keeps: nobody may remove anything. calls: by method.
     """
 
     def __init__(self):
         self.slow = 0.0
-        self.read_only = self.full = False
+        self.read_only = self.full = self.keeps = False
         self.broken = None
         self.hangs = threading.Event()
         self.calls = []
@@ -75,6 +75,8 @@ class FaultyFileSystem(LocalFileSystem):
 
     def rm_file(self, path):
         self.faults.meet("rm_file", writes=True)
+        if self.faults.keeps:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         super().rm_file(path)
 
     def cat_file(self, path, start=None, end=None, **kwargs):

@@ -291,6 +291,14 @@ def test_what_is_too_much_or_too_old_goes_and_nothing_else(tmp_path):
     assert evicting.counts.evicted == 4
 
 
+def test_a_full_store_in_which_nothing_may_be_removed_is_not_listed_again_and_again(tmp_path, faults, caplog):
+    store = member(tmp_path, "faulty", cap=5 * MIB // 2)
+    faults.keeps = True
+    done = [put(store, name, [[torch.zeros(MIB, dtype=torch.uint8)]]) for name in NAMES[:20]]
+    assert done == [True] * 2 + [False] * 18 and faults.calls.count("find") == 2
+    assert caplog.text.count("is full, and nothing in it can be removed") == 1 and store.state is None
+
+
 def test_a_member_whose_clock_is_wrong_removes_nothing(tmp_path):
     store = member(tmp_path, days=30.0)
     for name in NAMES[:3]:
@@ -324,7 +332,8 @@ def test_two_that_evict_at_once_and_one_that_reads(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shared_store, "read_outputs", slowly)
     assert torch.equal(get(writer, NAMES[0])[0][0], torch.zeros(MIB, dtype=torch.uint8))
-    assert sum(one.counts.evicted for one in both) == 6 and len(entries(tmp_path)) == 4, "no entry went twice"
+    kept = int(sys.platform == "win32")  # what is being read cannot be removed there
+    assert sum(one.counts.evicted for one in both) == 6 - kept and len(entries(tmp_path)) == 4 + kept, "none went twice"
 
 
 def test_two_writers_of_one_entry(tmp_path):
