@@ -150,8 +150,11 @@ def write(
     about: Mapping[str, Any],
     stop: Callable[[], bool] = lambda: False,
     seal: Callable[[bytes], bytes] = plain_hash,
-) -> None:
-    """Write an entry into an empty file. about: name, kind, seconds and stamps. Raises OSError, and Stopped."""
+) -> int:
+    """Write an entry into an empty file. about: name, kind, seconds and stamps. Raises OSError, and Stopped.
+
+    Returns the bytes of the file.
+    """
     _write_all(file, memoryview(MAGIC))
     digest = hashlib.blake2b(digest_size=32)
     table = []
@@ -171,6 +174,7 @@ def write(
         raise NotStorable
     _write_all(file, memoryview(text))
     _write_all(file, memoryview(TRAILER.pack(len(text), seal(text))))
+    return len(MAGIC) + found.nbytes + len(text) + TRAILER.size
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:

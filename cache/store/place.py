@@ -82,7 +82,7 @@ class Place:
         with file:
             yield file
 
-    def put(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+    def put(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Write an entry. It appears when it is whole, and takes the place of one of its name."""
         with self._driver() as (driver, root):
             path = _path(root, name)
@@ -95,7 +95,7 @@ class Place:
             else:
                 self._put_beside(driver, root, path, write)
 
-    def _put_beside(self, driver: Any, root: str, path: str, write: Callable[[BinaryIO], None]) -> None:
+    def _put_beside(self, driver: Any, root: str, path: str, write: Callable[[BinaryIO], object]) -> None:
         if not driver.isdir(os.path.dirname(root)):
             # Making it would fill the disk below the mount point of a drive that has gone.
             raise FileNotFoundError(f"the folder {self} does not exist; make it, or mount the drive that holds it")

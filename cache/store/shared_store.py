@@ -27,8 +27,9 @@ from .workers import Workers
 ASK_AT_ONCE = 8
 # Bytes that may wait to be written, which are copies in RAM.
 QUEUE_BYTES = 1 << 30
-# The store is listed anew after this time, for what others wrote.
+# The store is listed anew, for what others wrote, after this time and when this process wrote this part of the cap.
 LIST_EVERY_SECONDS = 600.0
+LIST_EVERY_PART = 20
 MAX_BAD = 10_000
 
 
@@ -82,6 +83,7 @@ class SharedStore:
         self._bad: set[str] = set()
         self._held: int | None = None  # bytes in the store, as far as this process knows
         self._listed = 0.0
+        self._since = 0  # bytes written since
         self._full = False  # so it was when it was listed, and nothing could be removed
 
     @property
@@ -211,11 +213,13 @@ class SharedStore:
             return False  # another member was faster
         if not self._make_room(found.nbytes):
             return False
-        self.place.put(name, lambda file: write(file, found, about, stop, self._seal))
+        sizes: list[int] = []
+        self.place.put(name, lambda file: sizes.append(write(file, found, about, stop, self._seal)))
         self._bad.discard(name)
-        self._held = (self._held or 0) + found.nbytes
+        self._held = (self._held or 0) + sizes[0]
+        self._since += sizes[0]
         self.counts.written += 1
-        self.counts.written_bytes += found.nbytes
+        self.counts.written_bytes += sizes[0]
         took = f"which took {about['seconds']:.1f} s to make"
         self.ledger.decide(f"wrote {about['kind']}, {in_words(found.nbytes)}, {took}")
         return True
@@ -229,12 +233,13 @@ class SharedStore:
             self.ledger.decide_once(f"{in_words(more)} are more than the store may hold ({in_words(cap)})")
             return False
         due = self._held is None or time.monotonic() - self._listed > LIST_EVERY_SECONDS
+        due = due or bool(cap and self._since * LIST_EVERY_PART > cap)
         if due or (cap and self._held is not None and self._held + more > cap and not self._full):
             files = self.place.files()
             held = sum(file.nbytes for file in files)
             gone = [file for file in going(files, cap, days, more) if self._remove(file.path)]
             freed = sum(file.nbytes for file in gone)
-            self._held, self._listed = held - freed, time.monotonic()
+            self._held, self._listed, self._since = held - freed, time.monotonic(), 0
             self.counts.evicted += len(gone)
             self.counts.evicted_bytes += freed
             if gone:

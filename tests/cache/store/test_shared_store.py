@@ -21,6 +21,7 @@ from spillway.ops.ledger import Ledger
 
 MIB = 1 << 20
 KEY = "correct horse"
+ENTRY = 420  # bytes of one with a tensor of 50
 NAMES = [f"{number:064x}" for number in range(32)]
 
 
@@ -295,7 +296,7 @@ def test_a_full_store_in_which_nothing_may_be_removed_is_not_listed_again_and_ag
     store = member(tmp_path, "faulty", cap=5 * MIB // 2)
     faults.keeps = True
     done = [put(store, name, [[torch.zeros(MIB, dtype=torch.uint8)]]) for name in NAMES[:20]]
-    assert done == [True] * 2 + [False] * 18 and faults.calls.count("find") == 2
+    assert done == [True] * 2 + [False] * 18 and faults.calls.count("find") == 3
     assert caplog.text.count("is full, and nothing in it can be removed") == 1 and store.state is None
 
 
@@ -378,9 +379,9 @@ def test_a_member_that_is_killed_while_it_writes(tmp_path):
     assert put(store, NAMES[2], a_tensor()) and not left.exists(), "after a day it is nobody's"
 
 
-def take_part(tmp_path, number, count, errors):
+def take_part(tmp_path, number, count, cap, errors, evicted):
     """Write some entries and read what anybody wrote, within a cap that nobody keeps alone."""
-    store, picks = member(tmp_path, key=KEY, cap=count * 3 * 700), random.Random(number)
+    store, picks = member(tmp_path, key=KEY, cap=cap), random.Random(number)
     for turn in range(count):
         value = picks.randrange(count * 3)
         try:
@@ -391,18 +392,24 @@ def take_part(tmp_path, number, count, errors):
                 errors.append(f"{number}: {value} at {turn}")
         except Exception as error:
             errors.append(repr(error))
+    evicted.append(store.counts.evicted)
     if store.state or store.counts.refused:
         errors.append(f"{number}: {store.as_dict()}")
 
 
-def members_together(tmp_path, members, each):
-    errors = []
-    threads = [threading.Thread(target=take_part, args=(tmp_path, number, each, errors)) for number in range(members)]
+def members_together(tmp_path, members, each, most):
+    """most: entries that the cap has room for."""
+    errors, evicted, cap = [], [], most * ENTRY
+    threads = [
+        threading.Thread(target=take_part, args=(tmp_path, number, each, cap, errors, evicted))
+        for number in range(members)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == [] and entries(tmp_path)
+    assert errors == [] and sum(evicted) and len(entries(tmp_path)) > most // 2
+    assert sum(path.stat().st_size for path in entries(tmp_path)) < cap * 1.3
     assert not list(tmp_path.glob(f"{FOLDER}/*/{PREFIX}*"))
     for path in entries(tmp_path):
         with open(path, "rb") as file:
@@ -410,9 +417,9 @@ def members_together(tmp_path, members, each):
 
 
 def test_members_that_write_read_and_evict_together(tmp_path):
-    members_together(tmp_path, 4, 60)
+    members_together(tmp_path, 4, 60, 60)
 
 
 @pytest.mark.slow
 def test_ten_members_and_ten_thousand_entries(tmp_path):
-    members_together(tmp_path, 10, 4000)
+    members_together(tmp_path, 10, 4000, 10_000)
