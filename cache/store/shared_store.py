@@ -17,7 +17,7 @@ from typing import Any
 
 from ...ops.ledger import Ledger, first_line, in_words
 from ..disk_format import Description, NotStorable, Stopped, keyed_hash, plain_hash, read_outputs, read_record, write
-from .breaker import Breaker
+from .breaker import LONGEST_PAUSE, Breaker
 from .place import NoDriver, Place
 from .tidy import going
 from .waiting import Waiting
@@ -81,6 +81,7 @@ class SharedStore:
         self._seal = keyed_hash(self._key) if self._key else plain_hash
         self._workers = Workers(ASK_AT_ONCE, "spillway-shared-store")
         self._bad: set[str] = set()
+        self._too_slow: dict[str, float] = {}  # when it was
         self._held: int | None = None  # bytes in the store, as far as this process knows
         self._listed = 0.0
         self._since = 0  # bytes written since
@@ -113,12 +114,17 @@ class SharedStore:
     # -- reading
 
     async def there(self, name: str) -> bool:
-        """Say whether an entry is there. False too where nobody says so in time."""
+        """Say whether an entry is there. False too where nobody says so in time, or it took too long to read."""
+        if time.monotonic() - self._too_slow.get(name, -LONGEST_PAUSE) < LONGEST_PAUSE:
+            return False
         return await self._ask(lambda: self.place.size(name)) is not None
 
     async def load(self, name: str) -> tuple[Any, float, Any] | None:
         """Read (outputs, seconds they took to make, stamps). None where none that is whole and sealed comes in time."""
+        late = self.counts.late
         found = await self._ask(lambda: self._read(name))
+        if self.counts.late > late:  # else each prompt would wait for it in vain
+            self._too_slow[name] = time.monotonic()
         if found is None:
             return None
         outputs, record = found

@@ -201,6 +201,19 @@ def test_answers_that_come_in_time_add_up_to_the_limit(tmp_path, faults):
     assert timed(one_after_the_other())[1] < 2.0
 
 
+def test_what_takes_too_long_to_read_is_not_tried_at_each_prompt(tmp_path, faults):
+    store = member(tmp_path, "far", wait_seconds=1.0)
+    assert put(store, NAMES[1], a_tensor())
+    faults.slow = 0.8  # to say that it is there, and as long again to give it
+    assert asyncio.run(store.there(NAMES[1]))
+    store.begin_prompt()
+    assert asyncio.run(store.load(NAMES[1])) is None and store.counts.late == 1
+    faults.slow = 0.0
+    store.begin_prompt()
+    store.reads.succeeded()
+    assert not asyncio.run(store.there(NAMES[1])) and asyncio.run(store.load(NAMES[1])) is not None
+
+
 def test_what_is_found_is_worth_its_wait(tmp_path, faults):
     store = member(tmp_path, "faulty", wait_seconds=1.0)
     for name in NAMES[:4]:
