@@ -1,7 +1,7 @@
 """An S3 of moto's on this machine. It and the driver s3fs are large, and so are not installed by dev.py.
 
 python -m pip install --target FOLDER s3fs "moto[s3]" flask flask-cors
-PYTHONPATH=FOLDER python dev.py test --only comfyui tests/comfyui/server/test_shared_store.py
+PYTHONPATH=FOLDER python dev.py test tests/cache/store/test_s3.py tests/comfyui/server/test_shared_store.py
 """
 
 import importlib.util
