@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -133,10 +134,27 @@ def is_storable(outputs: Any) -> bool:
 # -- writing
 
 
+def plain_hash(data: bytes) -> bytes:
+    """Seal an entry so that damage shows. Whoever can write the file can make it anew: see `keyed_hash`."""
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def keyed_hash(key: bytes) -> Callable[[bytes], bytes]:
+    """Return the HMAC of a key, with which nobody can seal an entry who does not know it."""
+    return lambda data: hmac.digest(key, data, "sha256")
+
+
 def write(
-    file: BinaryIO, found: Description, about: Mapping[str, Any], stop: Callable[[], bool] = lambda: False
-) -> None:
-    """Write an entry into an empty file. about: name, kind, seconds and stamps. Raises OSError, and Stopped."""
+    file: BinaryIO,
+    found: Description,
+    about: Mapping[str, Any],
+    stop: Callable[[], bool] = lambda: False,
+    seal: Callable[[bytes], bytes] = plain_hash,
+) -> int:
+    """Write an entry into an empty file. about: name, kind, seconds and stamps. Raises OSError, and Stopped.
+
+    Returns the bytes of the file.
+    """
     _write_all(file, memoryview(MAGIC))
     digest = hashlib.blake2b(digest_size=32)
     table = []
@@ -155,7 +173,8 @@ def write(
     if len(text) > MAX_JSON_BYTES:
         raise NotStorable
     _write_all(file, memoryview(text))
-    _write_all(file, memoryview(TRAILER.pack(len(text), _hash(text))))
+    _write_all(file, memoryview(TRAILER.pack(len(text), seal(text))))
+    return len(MAGIC) + found.nbytes + len(text) + TRAILER.size
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:
@@ -176,10 +195,6 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=32).digest()
-
-
 # -- reading
 
 
@@ -192,11 +207,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         yield file  # type: ignore[misc]
 
 
-def read_record(file: BinaryIO, name: str) -> Record:
+def read_record(file: BinaryIO, name: str, seal: Callable[[bytes], bytes] = plain_hash) -> Record:
     """Read what is said about an entry, and check all of it. Raises ValueError, and OSError."""
-    size = os.fstat(file.fileno()).st_size
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
     around = len(MAGIC) + TRAILER.size
-    if size < around or file.read(len(MAGIC)) != MAGIC:
+    if size < around:
         raise ValueError("it is no entry of this version")
     file.seek(size - TRAILER.size)
     length, wanted = TRAILER.unpack(_read(file, TRAILER.size))
@@ -204,8 +220,11 @@ def read_record(file: BinaryIO, name: str) -> Record:
         raise ValueError("its end is not as it was written")
     file.seek(size - TRAILER.size - length)
     text = _read(file, length)
-    if _hash(text) != wanted:
-        raise ValueError("its JSON was changed")
+    file.seek(0)
+    if _read(file, len(MAGIC)) != MAGIC:
+        raise ValueError("it is no entry of this version")
+    if not hmac.compare_digest(seal(text), wanted):
+        raise ValueError("its JSON was changed, or was sealed with another key")
     try:
         record = _checked(json.loads(text))
     except (RecursionError, KeyError, TypeError, OverflowError) as error:

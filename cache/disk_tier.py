@@ -48,6 +48,11 @@ class DiskTier:
         self.room = room
         self._failures = 0
 
+    @property
+    def waiting_cap(self) -> int:
+        """The most bytes that may wait to be written."""
+        return self.cap
+
     def path(self, name: str) -> Path:
         """Return the file of an entry."""
         return self.folder / f"{name}{SUFFIX}"
@@ -179,23 +184,26 @@ class DiskTier:
             os.unlink(path)
 
 
-def name_of(key: Hashable, salt: Any) -> str | None:
+def name_of(key: Hashable, salt: Any, instead: Callable[[str], Any] = lambda _: None) -> str | None:
     """Return a file name for a key, the same in every process. None for keys that another process cannot make.
 
-    salt: JSON data that must be the same too, such as versions.
+    salt: JSON data that must be the same too, such as versions. instead: gives JSON data that stands for a text of the
+    key, or None for the text itself.
     """
     try:
-        text = json.dumps([_canonical(key), salt], sort_keys=True, allow_nan=False)
+        text = json.dumps([_canonical(key, instead), salt], sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return None
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any, instead: Callable[[str], Any]) -> Any:
+    if isinstance(value, str) and (found := instead(value)) is not None:
+        return ["instead", found]
     if value is None or isinstance(value, bool | int | float | str):
         return [type(value).__name__, value]
     if isinstance(value, tuple | list):
-        return ["sequence", [_canonical(item) for item in value]]
+        return ["sequence", [_canonical(item, instead) for item in value]]
     if isinstance(value, frozenset):
-        return ["set", sorted((_canonical(item) for item in value), key=json.dumps)]
+        return ["set", sorted((_canonical(item, instead) for item in value), key=json.dumps)]
     raise TypeError(f"a {type(value).__name__} in a key")

@@ -1,15 +1,16 @@
-"""Writes evicted outputs in a thread of its own, so that nobody who evicts waits for a disk."""
+"""Writes outputs in a thread of its own, so that nobody who evicts or computes waits for a disk or a network."""
 
 from __future__ import annotations
 
 import atexit
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..ops.ledger import Ledger, in_words
-from .disk_tier import DiskTier
+from .disk_format import Description
 from .give_up import Grip
 
 # How long the end of the process waits for what is still to be written.
@@ -18,11 +19,22 @@ EXIT_SECONDS = 10.0
 _writers: weakref.WeakSet[DiskWriter] = weakref.WeakSet()
 
 
+class Tier(Protocol):
+    """Where outputs are written to. `store` returns whether it wrote one, and raises nothing."""
+
+    @property
+    def waiting_cap(self) -> int: ...
+
+    def store(
+        self, name: str, outputs: Any, *, seconds: float, kind: str, stamps: Any, stop: Callable[[], bool]
+    ) -> bool: ...
+
+
 @dataclass(eq=False)
 class Job:
-    """An output to write. nbytes: RAM that becomes free when nothing here holds it any more."""
+    """An output to write, or its description. nbytes: RAM that is free when nothing here holds it any more."""
 
-    tier: DiskTier
+    tier: Tier
     name: str
     outputs: Any
     seconds: float
@@ -33,14 +45,15 @@ class Job:
 
 
 class DiskWriter:
-    """A queue of outputs, bounded in bytes by the cap of their tier, and the thread that writes them.
+    """A queue of outputs, bounded in bytes by their tier, and the thread that writes them.
 
     An output in the queue is still in RAM, and can be found here. Where RAM is short it is dropped instead of written.
-    The thread ends when nothing is left to write. written, dropped: outputs so far.
+    The thread ends when nothing is left to write. what: names the tier. written, dropped: outputs so far.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, what: str = "disk tier") -> None:
         self.ledger = ledger
+        self.what = what
         self.written = 0
         self.dropped = 0
         self._waiting: dict[str, Job] = {}
@@ -69,13 +82,15 @@ class DiskWriter:
         """Queue an output. It is dropped where the queue is full."""
         with self._changed:
             self._pop(job.name)
-            if self._closed or self.nbytes + job.nbytes > job.tier.cap:
+            if self._closed or self.nbytes + job.nbytes > job.tier.waiting_cap:
                 self._say_dropped([job], "as much as the tier may hold is waiting already")
                 return
             self._waiting[job.name] = job
             self._waiting_bytes += job.nbytes
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="spillway-disk-tier", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, name=f"spillway-{self.what.replace(' ', '-')}", daemon=True
+                )
                 self._thread.start()
 
     def take_back(self, name: str) -> tuple[Any, float, Any] | None:
@@ -117,7 +132,7 @@ class DiskWriter:
     def _say_dropped(self, jobs: list[Job], why: str) -> None:
         self.dropped += len(jobs)
         size = in_words(sum(job.nbytes for job in jobs))
-        self.ledger.decide(f"disk tier: {len(jobs)} outputs ({size}) are lost instead of written: {why}")
+        self.ledger.decide(f"{self.what}: {len(jobs)} outputs ({size}) are lost instead of written: {why}")
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until everything is written. Returns whether it is."""
@@ -131,7 +146,7 @@ class DiskWriter:
             jobs = self._jobs()
             if jobs:
                 size = in_words(sum(job.nbytes for job in jobs))
-                self.ledger.decide(f"disk tier: writing {len(jobs)} outputs ({size}) before the end")
+                self.ledger.decide(f"{self.what}: writing {len(jobs)} outputs ({size}) before the end")
         if not self.wait(seconds):
             with self._changed:
                 self._say_dropped(self._jobs(), "the process ends")
@@ -165,8 +180,8 @@ class DiskWriter:
                     stop=job.stop.is_set,
                 )
             except BaseException as error:  # this thread is nobody's: there is no one to tell but the log
-                self.ledger.decide_once(f"disk tier: writing {job.kind} failed ({error})")
-            grip = Grip(job.outputs)
+                self.ledger.decide_once(f"{self.what}: writing {job.kind} failed ({error})")
+            grip = Grip(job.outputs.tensors if isinstance(job.outputs, Description) else job.outputs)
             del job  # else this would keep the output until the next one
 
 

@@ -41,7 +41,7 @@ class OutputCache:
     headroom: bytes of RAM to keep available. cap: the most bytes of RAM that the entries may hold, None for as many as
     the headroom leaves. run, runs: what it did in the running prompt, and in those before. available: tells how many
     bytes there are. on_evict: is called with (entry, value, bytes of RAM that go with it) before a value goes. It may
-    queue the value with `writer`.
+    queue the value with `writer`. writers: that one, and those of others, whose queues give way when RAM is short.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class OutputCache:
         self.ledger = ledger or Ledger("output cache")
         self.on_evict = on_evict
         self.writer = DiskWriter(self.ledger)
+        self.writers = [self.writer]
         self.entry_bytes = entry_bytes
         self.measurer = Measurer(getters)
         self.lock = threading.RLock()
@@ -246,7 +247,7 @@ class OutputCache:
                 if not eviction.entries:
                     break
             freed += self._obey_the_cap(needed)
-            if current and self.writer.nbytes:
+            if current and any(writer.nbytes for writer in self.writers):
                 self._hurry(target - self.headroom // 2)
         return freed
 
@@ -272,7 +273,12 @@ class OutputCache:
     def _hurry(self, least: int) -> None:
         """Drop what waits to be written where less than that is available. A disk may take minutes for it."""
         short = least - self.available().available
-        if short > 0 and self.writer.drop(short):
+        if short <= 0:
+            return
+        dropped = 0
+        for writer in reversed(self.writers):  # copies for a shared store before what is nowhere else
+            dropped += writer.drop(short - dropped) if short > dropped else 0
+        if dropped:
             allocator.trim()
 
     def relieve_device(self, device: str, short: int, needed: Callable[[], Collection[Hashable]] = tuple) -> int:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..cache.comfyui.install import current_cache
+from ..cache.comfyui.sharing import in_line
 from ..cache.runs import Run
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
@@ -26,7 +27,9 @@ RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
 
 
 def memory_report() -> dict[str, Any]:
-    """Return memory, models (Spillway's and ComfyUI's), cache and the last run, ready for JSON, all sizes in bytes.
+    """Return memory, models (Spillway's and ComfyUI's), cache, shared store and the last run, ready for JSON.
+
+    All sizes are in bytes.
 
     number: counts reports, so that two that are the same one are known as such.
     """
@@ -36,8 +39,8 @@ def memory_report() -> dict[str, Any]:
     snapshot, run = take_snapshot(), last_run()
     told = notices()
     if cache is not None:
-        ledger = cache.engine.ledger
-        told += [{"number": number, "from": ledger.name, "text": text} for number, text in list(ledger.notices)]
+        for ledger in (cache.engine.ledger, cache.sharing.ledger):
+            told += [{"number": number, "from": ledger.name, "text": text} for number, text in list(ledger.notices)]
     return {
         "number": next(_numbers),
         "memory": snapshot.as_dict(),
@@ -45,6 +48,7 @@ def memory_report() -> dict[str, Any]:
         "names": {name: _device_name(name) for name in snapshot.devices},
         "models": models,
         "cache": figures,
+        "store": cache.sharing.as_dict() if cache is not None else None,
         "run": run.as_dict() if run is not None else None,
         "notices": sorted(told, key=lambda notice: notice["number"]),
     }
@@ -94,6 +98,10 @@ def in_lines(report: dict[str, Any]) -> str:
         notes += ["shared"] * entry["shared"] + ["never evicted"] * entry["never_evict"]
         lines.append(f"  {entry['node']} ({entry['id']}): {in_words(entry['ram_bytes'])}, {', '.join(notes)}")
     lines += [f"    {decision}" for decision in cache["decisions"][-DECISIONS:]]
+    store = report["store"]
+    if store is not None:
+        lines += ["", f"Shared store: {in_line(store)}"]
+        lines += [f"    {decision}" for decision in store["decisions"][-DECISIONS:]]
     return "\n".join(lines)
 
 

@@ -24,7 +24,10 @@ from ..holdings import Entry
 from ..output_cache import OutputCache
 from . import stamps
 from .disk import file_name, make_tier
+from .provider import asking, register
 from .settings import ram_cap
+from .sharing import Sharing
+from .store import make_store
 
 GIB = 1 << 30
 HISTORY_NEEDS_A_CLIENT = [int(part) for part in comfyui_version.__version__.split(".")[:2]] < [0, 28]
@@ -75,7 +78,9 @@ class SpillwayCache(caching.BasicCache):
         self.full_evictions = False
         self.disk: DiskTier | None = None
         self.stamps = stamps.StampBook()
+        self.sharing = Sharing(self, lambda: engine.available().available - engine.headroom // 2)
         engine.on_evict = self._write
+        engine.writers.append(self.sharing.writer)
         self._prompt = Prompt()
         self._last_asked = 0.0
 
@@ -101,6 +106,10 @@ class SpillwayCache(caching.BasicCache):
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
         with never_raises("output cache: a policy of this prompt"):
             self._apply_policies(node_ids)
+        with never_raises("shared store: beginning a prompt"):
+            self.sharing.log_prompt()
+            store = make_store(self.sharing.ledger, former=self.sharing.store)
+            self.sharing.begin_prompt(store if await register(store is not None) else None)
 
     @never_raises("output cache: listing nodes", lambda *_: set())
     def all_node_ids(self) -> Any:
@@ -122,6 +131,19 @@ class SpillwayCache(caching.BasicCache):
     def _key(self, node_id: str) -> Any:
         """Return a node's key. None for a node that the cache was not told of."""
         return self.cache_key_set.get_data_key(node_id)
+
+    def is_here(self, node_id: str) -> bool:
+        """Say whether an output is in RAM or on this machine's disk."""
+        key = self._key(node_id)
+        if key in self.cache or self.disk is None or key is None:
+            return key in self.cache
+        name = file_name(key)
+        return name is not None and self.disk.path(name).exists()
+
+    @property
+    def _watches(self) -> bool:
+        """Say whether anything asks for stamps."""
+        return self.disk is not None or self.sharing.store is not None
 
     def _drop_old_outputs(self, node_ids: Iterable[str]) -> None:
         """Have save and preview nodes run again unless the last prompt had them, as ComfyUI's own cache does.
@@ -226,13 +248,17 @@ class SpillwayCache(caching.BasicCache):
                 self._make_room(node_id, key)
             self._prompt.started[node_id] = time.perf_counter()
             with never_raises("output cache: looking at the files of a node"):
-                if self.disk is not None:
+                if self._watches:
                     self.stamps.begin(node_id, self._node(node_id))
-            value = await self._get_immediate(node_id)
+            with asking(self.sharing):
+                value = await self._get_immediate(node_id)
             if value is None:
                 return None
+            seconds, made_from = self.sharing.given(node_id) or (0.0, None)
             self.stamps.forget(hash(key))
-            self._adopt(node_id, key, value, 0.0, found=True)
+            if made_from is not None:
+                self.stamps.remember(hash(key), made_from)
+            self._adopt(node_id, key, value, seconds, found=True)
         self._prompt.done.add(node_id)
         return value
 
@@ -263,15 +289,16 @@ class SpillwayCache(caching.BasicCache):
             seconds += entry.seconds if entry is not None else 0.0
         self._prompt.done.add(node_id)
         self._stamp(node_id, value)
-        await self._set_immediate(node_id, value)
+        with asking(self.sharing, seconds):
+            await self._set_immediate(node_id, value)
         self._adopt(node_id, self._key(node_id), value, seconds)
         self.relieve()
 
     @never_raises("output cache: looking at the files of a node")
     def _stamp(self, node_id: str, value: Any) -> None:
-        """Stamp an output that was just made. Without a disk tier nothing asks for stamps."""
+        """Stamp an output that was just made."""
         number = hash(self._key(node_id))
-        if self.disk is None:
+        if not self._watches:
             self.stamps.forget(number)
             return
         node = self._node(node_id)

@@ -21,12 +21,13 @@ from . import settings
 from .stamps import comfyui_digest
 
 GIB = 1 << 30
-# Flags that change no output: of the server, of its folders (files have stamps), of logs, previews and caches. Any
-# other one may change what is computed, as --force-fp32 does, and so may one that a later version adds.
+# Flags that change no output: of the server, of its folders (files have stamps), of logs, previews and caches, and the
+# number of the card (its name counts). Any other one may change what is computed, as --force-fp32 does, and so may one
+# that a later version adds.
 HARMLESS = re.compile(
     "^(listen|port|tls_|enable_cors|max_upload|auto_launch|disable_auto|preview_|cache_|front_end|enable_compress"
     "|multi_user|verbose|log_|dont_print|debug_|database_url|enable_manager|disable_manager|enable_assets"
-    "|quick_test|disable_metadata|user_directory|.*_directory$|extra_model_paths)"
+    "|quick_test|disable_metadata|cuda_device|user_directory|.*_directory$|extra_model_paths)"
 )
 
 
@@ -60,7 +61,12 @@ def file_name(key: Hashable) -> str | None:
     What a key does not say of machine, versions and flags is part of the name. The files that it names are stamped: see
     stamps.py.
     """
-    return name_of(key, [_versions(str(comfy.model_management.get_torch_device())), _flags()])
+    return name_of(key, made_by())
+
+
+def made_by() -> list[Any]:
+    """Return what the bits of an output depend on beside its inputs and files: device, versions, flags."""
+    return [_versions(str(comfy.model_management.get_torch_device())), _flags()]
 
 
 @functools.cache

@@ -9,24 +9,32 @@ from typing import Any
 import folder_paths
 
 from ...ops import settings
+from ..store.shared_store import Options
 
 DISK_SECONDS = 10.0
+STORE_SECONDS, STORE_WAIT_SECONDS, STORE_GB, STORE_DAYS = 10.0, 5.0, 50.0, 30.0
 
 
-def setting(kind: settings.Number | settings.Switch) -> Any:
+def setting(kind: settings.Option) -> Any:
     """Read a setting of ComfyUI's default user. None where there is none, or none that makes sense."""
+    values = _values()
+    return None if values is None else settings.setting(kind, values)
+
+
+def _values() -> dict[str, Any] | None:
+    """Read all settings of ComfyUI's default user. None where they cannot be read, which is said once."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         settings.warn_once(f"{path} cannot be read ({error}): the defaults of Spillway's settings are used.")
         return None
     if not isinstance(values, dict):
         settings.warn_once(f"{path} cannot be read (no JSON object): the defaults of Spillway's settings are used.")
         return None
-    return settings.setting(kind, values)
+    return values
 
 
 def ram_cap() -> int | None:
@@ -54,8 +62,34 @@ def disk_gigabytes() -> float:
 
 def disk_seconds() -> float:
     """Return how long an output must have taken to make to be worth a file."""
-    found = setting(settings.DISK_SECONDS)
-    return DISK_SECONDS if found is None else found
+    return _or(setting(settings.DISK_SECONDS), DISK_SECONDS)
+
+
+def store_options() -> Options | None:
+    """Return what is set of the shared store. None where it is off, as it is by default."""
+    in_comfyui = setting(settings.STORE_ADDRESS)
+    address = settings.variable(settings.STORE) or in_comfyui
+    key = _store_key()
+    seconds = _or(setting(settings.STORE_SECONDS), STORE_SECONDS)
+    wait = _or(setting(settings.STORE_WAIT), STORE_WAIT_SECONDS)
+    cap, days = _or(setting(settings.STORE_SIZE), STORE_GB), _or(setting(settings.STORE_DAYS), STORE_DAYS)
+    if address and key is None:
+        settings.warn_once("the shared store is off, as its key makes no sense or the settings cannot be read.")
+        return None
+    return Options(address, key or "", seconds, wait, int(cap * (1 << 30)), days) if address else None
+
+
+def _store_key() -> str | None:
+    """Return the key of the shared store, "" for none. None for one that makes no sense: "" would trust everybody."""
+    values = _values()
+    in_comfyui = None if values is None else settings.setting(settings.STORE_SECRET, values)
+    if values is not None and not settings.is_set(settings.STORE_SECRET, values):
+        in_comfyui = ""
+    return settings.variable(settings.STORE_KEY) if settings.is_set(settings.STORE_KEY) else in_comfyui
+
+
+def _or(found: float | None, default: float) -> float:
+    return default if found is None else found
 
 
 def cache_turned_off() -> str | None:

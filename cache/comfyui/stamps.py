@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import folder_paths
@@ -22,11 +22,15 @@ import psutil
 from ...ops.parts.index import files_of
 from ..content import content_of
 
-# Size, time of the last change of the content, number, time of the last change of any kind, hash of the content. On
-# some systems nobody can set the fourth. On others (Windows, network drives) it says nothing, and the hash must do.
+# Size, time of the last change of the content, number, time of the last change of any kind, hash of the content, path
+# within the folder that was named. On some systems nobody can set the fourth. On others (Windows, network drives) it
+# says nothing, and the hash must do.
 Stamp = list[Any]
-# (kind, name) -> what was there. Kinds: file, embedding, lora, source.
+# What lies in one place that a name may mean: the file, or those of a folder or of an index.
+Place = list[Stamp]
+# (kind, name) -> what was there.
 Stamps = dict[tuple[str, str], Any]
+KINDS = ("file", "embedding", "lora", "source")
 
 STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
 MAX_REMEMBERED = 10_000
@@ -107,11 +111,23 @@ def from_record(record: Iterable[Any]) -> Stamps:
 
 def still_hold(record: Iterable[Any]) -> bool:
     """Whether everything is as it was when these stamps were taken."""
-    return all(_look(kind, name) == value for (kind, name), value in from_record(record).items())
+    return all(look(kind, name) == value for (kind, name), value in from_record(record).items())
 
 
 def stamps_of(node: Mapping[str, Any]) -> Stamps:
     """What a node's own inputs name, as it is now, and its source."""
+    return looked_up(names_of(node), look)
+
+
+def looked_up(names: Iterable[tuple[str, str]], look: Callable[[str, str], Any]) -> Stamps:
+    """What is there under names. look: as the one below, or one that remembers."""
+    found = {name: look(*name) for name in names}
+    # A word that names nothing now may do so later, if it looks like a file's name.
+    return {name: value for name, value in found.items() if value != [] or _looks_like_a_file(*name)}
+
+
+def names_of(node: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """All that a node's own inputs may name, and its source."""
     names = {("source", node["class_type"])} if node.get("class_type") else set()
     for text in _strings(node.get("inputs")):
         if EMBEDDING in text:
@@ -120,12 +136,10 @@ def stamps_of(node: Mapping[str, Any]) -> Stamps:
             names.update(("lora", name.strip()) for name in LORA.findall(text))
         if len(text) <= LONGEST_NAME and not {"\0", "\n"} & set(text):
             names.add(("file", text))
-    found = {name: _look(*name) for name in names}
-    # A word that names nothing now may do so later, if it looks like a file's name.
-    return {name: value for name, value in found.items() if value != [] or _looks_like_a_file(*name)}
+    return names
 
 
-def _look(kind: str, name: str) -> Any:
+def look(kind: str, name: str) -> Any:
     """What is there under a name; None where it cannot be told."""
     return {"file": _files, "embedding": _embeddings, "lora": _loras, "source": _source}[kind](name)
 
@@ -148,7 +162,7 @@ def _looks_like_a_file(kind: str, name: str) -> bool:
 # -- files
 
 
-def _files(name: str) -> list[Stamp] | None:
+def _files(name: str) -> list[Place] | None:
     """The stamps of all that a name may mean: in ComfyUI's folders, or as a path. A folder stands for what is in it."""
     plain, base = folder_paths.annotated_filepath(name)
     inside = os.path.relpath(os.path.join(os.sep, plain), os.sep) if plain else "."
@@ -159,17 +173,18 @@ def _files(name: str) -> list[Stamp] | None:
     paths = [os.path.join(folder, inside) for folder in folders]
     if os.path.isabs(plain) or "/" in plain or "\\" in plain:
         paths.append(os.path.abspath(plain))
-    found: list[Stamp] = []
+    found: list[Place] = []
     for path in dict.fromkeys(paths):
         stamp = _stamp(path)
         if stamp and os.path.isdir(path):
             within = list(_within(path, MAX_FILES))
             if len(within) > MAX_FILES:
                 return None
-            found += [one for file in within if (one := _stamp(file))]
-        elif stamp:
-            found += [one for file in files_of(path) if (one := _stamp(str(file)))]  # an index stands for its parts
-    return found
+            found.append([one for file in within if (one := _stamp(file, path))])
+        elif stamp:  # an index stands for its parts
+            top = os.path.dirname(path)
+            found.append([one for file in files_of(path) if (one := _stamp(str(file), top))])
+    return [place for place in found if place]
 
 
 def _folders(kind: str) -> list[str]:
@@ -189,13 +204,23 @@ def _within(folder: str, most: int, suffixes: str | tuple[str, ...] = "") -> Ite
                     return
 
 
-def _stamp(path: str) -> Stamp | None:
+def _stamp(path: str, top: str = "") -> Stamp | None:
+    """The stamp of a file. top: the folder that was named, or that of the file that was."""
     try:
         state = os.stat(path)
         content = content_of(path, state)
     except (OSError, ValueError):
         return None
-    return [state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns, content]
+    inside = os.path.relpath(path, top) if top else ""
+    return [state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns, content, inside.replace(os.sep, "/")]
+
+
+def portable(value: Any) -> Any:
+    """What is there under a name, without what differs between machines: times, numbers, and how often it is there."""
+    if not isinstance(value, list):
+        return value
+    places = [[[stamp[5], stamp[0], stamp[4]] for stamp in place] for place in value]
+    return [place for number, place in enumerate(places) if place not in places[:number]]
 
 
 # -- what texts name
@@ -211,21 +236,21 @@ def _embedding_names(text: str) -> set[str]:
     return found - {""}
 
 
-def _embeddings(name: str) -> list[Stamp]:
+def _embeddings(name: str) -> list[Place]:
     """ComfyUI looks into every folder below those of embeddings, and takes the first that has such a file."""
     return _below("embeddings", name, EMBEDDING_SUFFIXES)
 
 
-def _loras(name: str) -> list[Stamp]:
+def _loras(name: str) -> list[Place]:
     return _below("loras", name, LORA_SUFFIXES)
 
 
-def _below(kind: str, name: str, suffixes: tuple[str, ...]) -> list[Stamp]:
+def _below(kind: str, name: str, suffixes: tuple[str, ...]) -> list[Place]:
     found = []
     for top in _folders(kind):
         for folder, folders, _ in os.walk(top, followlinks=True):
             folders.sort()
-            found += [stamp for end in suffixes if (stamp := _stamp(os.path.join(folder, name + end)))]
+            found += [[stamp] for end in suffixes if (stamp := _stamp(os.path.join(folder, name + end), folder))]
     return found
 
 

@@ -180,6 +180,21 @@ def test_the_copied_text_has_it_all():
         assert words in told["copied"]
 
 
+def shared(**changes):
+    """What is told of a shared store."""
+    told = {"address": "file:///mnt/nas", "state": None, "found": 3, "saved_seconds": 75.0, "written": 5}
+    return told | {"written_bytes": 2 * GIB} | changes
+
+
+def test_a_line_says_what_the_shared_store_gave_and_one_what_is_wrong():
+    well, ill, off = seen([report(store=shared()), report(store=shared(state="no answer within 5 s")), report()])
+    line, trouble = "Shared store: 3 found (1 min 15 s saved), 5 written (2.0 GB)", "no answer within 5 s"
+    for part in ("text", "copied"):
+        assert line in well[part] and trouble not in well[part]
+        assert line in ill[part] and f"not used for a while: {trouble}" in ill[part]
+        assert "Shared store" not in off[part]
+
+
 # --- will it fit ------------------------------------------------------------------------------------------------------
 
 NOTES = (

@@ -46,6 +46,72 @@ app.registerExtension({
       defaultValue: 10,
     },
     {
+      id: "Spillway.Store.Address",
+      name: "Where outputs are shared with other machines",
+      tooltip:
+        "An address that fsspec can open: file:///mnt/nas/cache, s3://bucket/prefix, smb://, sftp://, gs://. All " +
+        "ComfyUIs with this address find what one of them has made. What leaves this machine: pictures, masks, " +
+        "latents, text encodings, sound and video that took long to make, hashes of what they were made from, names " +
+        "of nodes, and texts that nodes put together. Models and workflows do not. Empty shares nothing. " +
+        "SPILLWAY_STORE goes before it. Takes effect with the next prompt.",
+      category: ["Spillway", "Shared store", "Address"],
+      type: "text",
+      defaultValue: "",
+    },
+    {
+      id: "Spillway.Store.Seconds",
+      name: "Seconds that a shared output must have taken",
+      tooltip: "Outputs that were made faster are not worth the way there and back.",
+      category: ["Spillway", "Shared store", "Seconds"],
+      type: "number",
+      attrs: { min: 0, max: 100000, step: 1 },
+      defaultValue: 10,
+    },
+    {
+      id: "Spillway.Store.Key",
+      name: "Key of the shared store",
+      tooltip:
+        "A text of 8 to 200 characters, the same on all machines. Outputs are sealed with it (HMAC), and what has " +
+        "no seal, or one of another key, is not used. Without a key, whoever may write to the store is trusted. It " +
+        "lies in the settings file as it is. SPILLWAY_STORE_KEY goes before it.",
+      category: ["Spillway", "Shared store", "Key"],
+      type: "text",
+      defaultValue: "",
+    },
+    {
+      id: "Spillway.Store.WaitSeconds",
+      name: "Most seconds that a prompt waits for the shared store",
+      tooltip:
+        "For all questions of a prompt together, where they bring nothing. A store that does not answer in time is " +
+        "left alone for half a minute, and longer if it still does not answer then. Writing holds up nobody.",
+      category: ["Spillway", "Shared store", "WaitSeconds"],
+      type: "number",
+      attrs: { min: 0, max: 100000, step: 1 },
+      defaultValue: 5,
+    },
+    {
+      id: "Spillway.Store.GB",
+      name: "Most space of the shared store, in GB",
+      tooltip:
+        "Whoever writes removes the oldest outputs beyond it. Of machines with different numbers the smallest " +
+        "counts. 0 sets no limit.",
+      category: ["Spillway", "Shared store", "GB"],
+      type: "number",
+      attrs: { min: 0, max: 10000, step: 1 },
+      defaultValue: 50,
+    },
+    {
+      id: "Spillway.Store.Days",
+      name: "Days after which shared outputs go",
+      tooltip:
+        "Whoever writes removes outputs that are older. In folders (file://) the time since their last use counts, " +
+        "elsewhere since they were written. 0 sets no limit.",
+      category: ["Spillway", "Shared store", "Days"],
+      type: "number",
+      attrs: { min: 0, max: 100000, step: 1 },
+      defaultValue: 30,
+    },
+    {
       id: "Spillway.Models.DeviceGB",
       name: "Most device memory for all models together, in GB",
       tooltip:

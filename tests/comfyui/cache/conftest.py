@@ -38,6 +38,46 @@ def executor(installed):
     return Executor()
 
 
+def settings_of(tmp_path, tier):
+    """The settings with which that tier takes what nodes make, however fast."""
+    if tier == "disk":
+        return {"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}
+    (tmp_path / "store").mkdir(exist_ok=True)
+    return {"Spillway.Store.Address": f"file://{tmp_path}/store", "Spillway.Store.Seconds": 0}
+
+
+@pytest.fixture
+def evict():
+    """Have an executor keep its outputs in the tier alone."""
+
+    def evict(executor):
+        executor.cache.engine.evict(1 << 60)
+        assert executor.cache.engine.writer.wait(60) and executor.cache.sharing.writer.wait(60)
+
+    return evict
+
+
+@pytest.fixture(params=["disk", "store"])
+def tier(request, user):
+    """Where evicted outputs are found again: on this machine's disk, or in a shared store."""
+    settings = user / "default" / "comfy.settings.json"
+    settings.write_text(json.dumps(settings_of(user, request.param)))
+    return request.param
+
+
+@pytest.fixture
+def shared(user):
+    """Settings of a shared store, and a function that changes them."""
+    settings = user / "default" / "comfy.settings.json"
+
+    def change(**options):
+        told = settings_of(user, "store") | {f"Spillway.Store.{name}": value for name, value in options.items()}
+        settings.write_text(json.dumps(told))
+
+    change()
+    return change
+
+
 @pytest.fixture
 def user(monkeypatch, tmp_path):
     """A user folder with the disk tier on, and nodes that take long enough for it."""
@@ -46,5 +86,5 @@ def user(monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     settings = tmp_path / "default" / "comfy.settings.json"
     settings.parent.mkdir()
-    settings.write_text(json.dumps({"Spillway.Cache.DiskGB": 1, "Spillway.Cache.DiskSeconds": 0}))
+    settings.write_text(json.dumps(settings_of(tmp_path, "disk")))
     return tmp_path

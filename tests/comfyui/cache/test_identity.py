@@ -15,7 +15,7 @@ from spillway.cache.comfyui import disk
 from spillway.cache.comfyui import stamps as comfy_stamps
 from spillway.ops.device import identity
 
-pytestmark = pytest.mark.usefixtures("installed", "user")
+pytestmark = pytest.mark.usefixtures("installed", "tier")
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,11 @@ def fresh():
 
 
 @pytest.fixture
-def written(monkeypatch):
+def written(monkeypatch, evict):
     monkeypatch.setattr(comfy_stamps, "_sources", {})
     first = Executor()
     first.run(prompt())
-    first.cache.engine.evict(1 << 60)
-    assert first.cache.engine.writer.wait(60)
+    evict(first)
 
 
 FLAGS = [
@@ -67,7 +66,13 @@ OTHER = {
 
 def test_the_same_is_found_by_any_server(written, monkeypatch, fresh):
     fresh()
-    for name, value in (("port", 1), ("output_directory", "/tmp"), ("cache_ram", [3.0]), ("verbose", "DEBUG")):
+    for name, value in (
+        ("port", 1),
+        ("cuda_device", "1"),
+        ("output_directory", "/tmp"),
+        ("cache_ram", [3.0]),
+        ("verbose", "DEBUG"),
+    ):
         monkeypatch.setattr(args, name, value)
     assert Executor().run(prompt()) == ["Save"]
 
@@ -122,4 +127,7 @@ def test_code_of_comfyui_that_changed_after_the_start(comfyui, monkeypatch, capl
     monkeypatch.setattr(comfy_stamps, "STARTED", 0)
     executor = Executor()
     assert sorted(executor.run(prompt())) == sorted(ALL)
-    assert executor.cache.disk is None and "files of ComfyUI have changed since this one" in caplog.text
+    assert (
+        executor.cache.disk is executor.cache.sharing.store is None
+        and "files of ComfyUI have changed since this one" in caplog.text
+    )

@@ -1,4 +1,4 @@
-"""The disk tier serves nothing that was made from what has changed: files, embeddings, source, and what they led to."""
+"""Neither the disk tier nor a shared store serves what was made from what has changed: files, embeddings, source."""
 
 import importlib.util
 import os
@@ -16,13 +16,13 @@ from kit.comfyui.executor import Executor
 from spillway.cache import content as content_module
 from spillway.cache.comfyui import stamps as comfy_stamps
 
-pytestmark = pytest.mark.usefixtures("known_nodes", "installed", "user")
+pytestmark = pytest.mark.usefixtures("known_nodes", "installed", "tier")
 RAN = []
 
 
 def node_class(name, make, output=False):
     class Node:
-        RETURN_TYPES = ("*",)
+        RETURN_TYPES = ("IMAGE",)
         FUNCTION = "run"
         OUTPUT_NODE = output
 
@@ -95,11 +95,6 @@ def run(executor, prompt):
     return list(RAN)
 
 
-def evict(executor):
-    executor.cache.engine.evict(1 << 60)
-    assert executor.cache.engine.writer.wait(60)
-
-
 # What names a file, and where that lies.
 NAMED = {
     "a LoRA": (node("File", value="x.bin"), "loras/x.bin"),
@@ -133,7 +128,7 @@ def named(places, request):
 
 
 @pytest.mark.parametrize("named", NAMED, indirect=True)
-def test_what_has_not_changed_is_found(named):
+def test_what_has_not_changed_is_found(named, evict):
     prompt, _ = named
     first = Executor()
     assert len(run(first, prompt)) == 3
@@ -144,7 +139,7 @@ def test_what_has_not_changed_is_found(named):
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("named", NAMED, indirect=True)
-def test_what_has_changed_is_made_again(named, change, when):
+def test_what_has_changed_is_made_again(named, change, when, evict):
     prompt, path = named
     first = Executor()
     run(first, prompt)
@@ -161,7 +156,7 @@ def test_what_has_changed_is_made_again(named, change, when):
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("named", ["a LoRA", "an embedding", "a model's folder"], indirect=True)
-def test_a_system_whose_times_say_nothing(named, when, monkeypatch):
+def test_a_system_whose_times_say_nothing(named, when, monkeypatch, evict):
     """Windows' and network drives': size, number and times of another file may be the same."""
     prompt, path = named
 
@@ -188,7 +183,7 @@ def test_a_system_whose_times_say_nothing(named, when, monkeypatch):
     assert len(run(Executor(), prompt)) == 3
 
 
-def test_names_of_pipes_and_devices_are_no_files_to_read(places):
+def test_names_of_pipes_and_devices_are_no_files_to_read(places, evict):
     """Else the prompt would wait for ever."""
     if hasattr(os, "mkfifo"):
         os.mkfifo(places / "loras" / "pipe.bin")
@@ -199,7 +194,7 @@ def test_names_of_pipes_and_devices_are_no_files_to_read(places):
 
 
 @pytest.mark.parametrize("named", ["an embedding", "a LoRA"], indirect=True)
-def test_what_was_not_there_and_now_is(named):
+def test_what_was_not_there_and_now_is(named, evict):
     prompt, path = named
     path.unlink()
     first = Executor()
@@ -210,7 +205,7 @@ def test_what_was_not_there_and_now_is(named):
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_an_output_made_later_of_one_made_before(places, change):
+def test_an_output_made_later_of_one_made_before(places, change, evict):
     """The loader's output is still there as it was; the image is the old file's, whatever lies there now."""
     path = places / "loras" / "x.bin"
     path.write_bytes(b"first")
@@ -222,7 +217,7 @@ def test_an_output_made_later_of_one_made_before(places, change):
     assert len(run(Executor(), graph(node("File", value="x.bin"), seed=2))) == 3
 
 
-def test_an_output_of_both_the_old_and_the_new(places):
+def test_an_output_of_both_the_old_and_the_new(places, evict):
     """Two nodes read one file, and it changed in between: what is made of both is of neither."""
     path = places / "loras" / "x.bin"
     path.write_bytes(b"first")
@@ -237,7 +232,7 @@ def test_an_output_of_both_the_old_and_the_new(places):
     assert run(Executor(), both) == ["File", "Image", "Show"], "the second is of the new file alone"
 
 
-def test_a_file_that_changes_while_a_node_runs(places, monkeypatch):
+def test_a_file_that_changes_while_a_node_runs(places, monkeypatch, evict):
     path = places / "loras" / "x.bin"
     path.write_bytes(b"first")
 
@@ -254,7 +249,7 @@ def test_a_file_that_changes_while_a_node_runs(places, monkeypatch):
     assert len(run(Executor(), graph(node("File", value="x.bin")))) == 3
 
 
-def test_a_text_that_is_put_together(places):
+def test_a_text_that_is_put_together(places, evict):
     """ComfyUI tells the cache what nodes gave, and not what they were given."""
     path = places / "embeddings" / "foo.pt"
     path.write_bytes(b"first")
@@ -267,7 +262,7 @@ def test_a_text_that_is_put_together(places):
     assert "Encode" in run(Executor(), prompt)
 
 
-def test_a_file_of_a_node_that_a_node_became(places):
+def test_a_file_of_a_node_that_a_node_became(places, evict):
     path = places / "loras" / "hidden.bin"
     path.write_bytes(b"first")
     prompt = graph(node("Expand", value="anything"))
@@ -279,17 +274,17 @@ def test_a_file_of_a_node_that_a_node_became(places):
     assert "File" in run(Executor(), prompt)
 
 
-def test_outputs_made_while_it_was_off_are_not_written(places, monkeypatch, caplog):
+def test_outputs_made_while_it_was_off_are_not_written(places, monkeypatch, caplog, evict):
     """Nobody looked at the files then."""
     (places / "loras" / "x.bin").write_bytes(b"first")
     settings = places / "default" / "comfy.settings.json"
     text = settings.read_text()
     settings.unlink()
+    caplog.set_level("INFO")
     first = Executor()
     run(first, graph(node("File", value="x.bin")))
     settings.write_text(text)
     assert run(first, graph(node("File", value="x.bin"), seed=2)) == ["Image", "Show"]
-    caplog.set_level("INFO")
     evict(first)
     assert "not written: what it was made from was not watched" in caplog.text
     assert len(run(Executor(), graph(node("File", value="x.bin"), seed=2))) == 3
@@ -300,7 +295,7 @@ def test_outputs_made_while_it_was_off_are_not_written(places, monkeypatch, capl
 SOURCE = """
 from helper import number
 class Made:
-    RETURN_TYPES, FUNCTION = ("*",), "run"
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "run"
     @classmethod
     def INPUT_TYPES(cls):
         return {"optional": {"value": ("*", {})}}
@@ -340,7 +335,7 @@ def pack(places, monkeypatch):
 MADE = graph(node("Made", value="a"))
 
 
-def test_the_same_source_is_found(pack):
+def test_the_same_source_is_found(pack, evict):
     first = pack()
     run(first, MADE)
     evict(first)
@@ -349,7 +344,7 @@ def test_the_same_source_is_found(pack):
 
 @pytest.mark.parametrize("file", ["nodes.py", "helper.py"])
 @pytest.mark.parametrize("when", ["before it is first used", "while it is up", *WHEN])
-def test_a_source_that_has_changed(pack, when, file):
+def test_a_source_that_has_changed(pack, when, file, evict):
     """Changed while a process is up, it is not what that process runs."""
 
     def change():

@@ -24,7 +24,7 @@ class Server:
 
 def node_class(name, make, output=False, seconds=0.0, changed=None):
     class Node:
-        RETURN_TYPES = ("*", "*")
+        RETURN_TYPES = ("IMAGE", "*")
         FUNCTION = "run"
         OUTPUT_NODE = output
 

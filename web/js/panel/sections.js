@@ -1,7 +1,7 @@
 // The last run and the output cache.
 import { runRows } from "./figures.js";
 import { h } from "./tree.js";
-import { seconds, size } from "./words.js";
+import { seconds, size, storeLine } from "./words.js";
 
 export function runView(report, actions, t) {
   const run = runRows(report);
@@ -56,7 +56,7 @@ export function runView(report, actions, t) {
 }
 
 export function cacheView(report, actions, t) {
-  const { cache } = report;
+  const { cache, store } = report;
   if (!cache) return h("p", { class: "sw-note" }, t("cache.theirs"));
   const { run } = cache;
   return [
@@ -78,6 +78,8 @@ export function cacheView(report, actions, t) {
         ? t("cache.free", { size: size(cache.headroom_bytes) })
         : t("cache.cap", { size: size(cache.headroom_bytes), cap: size(cache.cap_bytes) }),
     ),
+    store && h("p", { class: "sw-note", title: store.address }, storeLine(store, t)),
+    store?.state && h("p", { class: "sw-note" }, t("cache.trouble", { why: store.state })),
     h(
       "div",
       { class: "sw-buttons" },

@@ -69,6 +69,12 @@ export function barInWords(bar, t) {
   return parts.map((part) => `${part.name ?? t(`part.${part.kind}`)} ${size(part.bytes)}`).join(", ");
 }
 
+/** What this machine did with the shared store. */
+export function storeLine(store, t) {
+  const saved = seconds(store.saved_seconds);
+  return t("cache.store", { found: store.found, saved, written: store.written, size: size(store.written_bytes) });
+}
+
 /** The whole report as text, for an issue or a forum. */
 export function asText(report, t) {
   const lines = [`## ${t("title")}`, "", summary(report, t), ""];
@@ -95,7 +101,9 @@ export function asText(report, t) {
     );
     lines.push(`| ${t("run.node")} | ${t("run.seconds")} | ${t("run.peak")} |`, "| --- | --- | --- |", ...rows);
   }
-  const { cache } = report;
+  const { cache, store } = report;
   if (cache) lines.push("", t("cache.holds", { count: cache.entries, size: size(cache.ram_bytes) }));
+  if (store) lines.push(storeLine(store, t));
+  if (store?.state) lines.push(t("cache.trouble", { why: store.state }));
   return `${lines.join("\n")}\n`;
 }

@@ -1,0 +1,1 @@
+"""A store of outputs that several machines share."""
