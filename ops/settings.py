@@ -66,14 +66,23 @@ CACHE = Switch("SPILLWAY_CACHE", "1 or 0")
 CACHE_GB = Number("SPILLWAY_CACHE_GB", 0, 1e6, _GIGABYTES)
 MODELS_GB = Number("SPILLWAY_MODELS_GB", 0, 1e6, _GIGABYTES)
 ALLOCATOR = Switch("SPILLWAY_ALLOCATOR", "1 or 0")
+MANAGE = Switch("SPILLWAY_MANAGE", "1 or 0")
 CACHE_ENABLED = Switch("Spillway.Cache.Enabled", "true or false")
 CACHE_RAM_GB = Number("Spillway.Cache.RamGB", 0, 1e6, _GIGABYTES)
 DISK_GB = Number("Spillway.Cache.DiskGB", 0, 1e6, _GIGABYTES)
 DISK_SECONDS = Number("Spillway.Cache.DiskSeconds", 0, 1e9, "a number of seconds from 0 on, such as 10")
+MODELS_MANAGE = Switch("Spillway.Models.Manage", "true or false")
 MODELS_DEVICE_GB = Number("Spillway.Models.DeviceGB", 0, 1e6, _GIGABYTES)
 
-VARIABLES: tuple[Number | Switch, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR)
-IN_COMFYUI: tuple[Number | Switch, ...] = (CACHE_ENABLED, CACHE_RAM_GB, DISK_GB, DISK_SECONDS, MODELS_DEVICE_GB)
+VARIABLES: tuple[Number | Switch, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR, MANAGE)
+IN_COMFYUI: tuple[Number | Switch, ...] = (
+    CACHE_ENABLED,
+    CACHE_RAM_GB,
+    DISK_GB,
+    DISK_SECONDS,
+    MODELS_DEVICE_GB,
+    MODELS_MANAGE,
+)
 
 
 def variable(option: Number | Switch) -> Any:
