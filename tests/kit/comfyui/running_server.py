@@ -100,6 +100,10 @@ class Server:
         """{node: picture} of a prompt that must succeed."""
         history = self.run(prompt)
         assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
+        return self.pictures_of(history)
+
+    def pictures_of(self, history):
+        """{node: picture} of what a prompt has saved."""
         return {
             node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
             for node, output in history["outputs"].items()
