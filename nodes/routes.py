@@ -144,7 +144,7 @@ def install() -> bool:
             outputs = []
             for number, prompt, _ in queued:
                 valid = await sys.modules["execution"].validate_prompt(number, prompt, None)
-                if not valid[0]:
+                if not valid[0] or valid[3]:  # ComfyUI would run what is left, which may be another part in each run
                     raise BadRequest(f"this workflow cannot run: {invalid(valid)}.")
                 outputs.append(valid[2])
         except BadRequest as error:

@@ -288,7 +288,7 @@ COMPARISONS = [
 def test_a_comparison_stands_side_by_side():
     told = seen([report(comparison=one) for one in COMPARISONS])
     same, other, none, runs, ended = (" ".join(one["text"].split()) for one in told)
-    assert "ComfyUI Spillway Seconds 12 s 8.1 s Most RAM 3.0 GB 3.0 GB Most of cuda:0 9.0 GB 0 MB" in same
+    assert "ComfyUI Spillway Seconds 12 s 8.1 s Most RAM 3.0 GB 3.0 GB Most of cuda:0 9.0 GB 0 All 2" in same
     assert "All 2 pictures are equal, pixel by pixel." in same and "Copy as text" in same
     assert "1 of 2 pictures are equal; others differ by up to 7 of 255." in other
     assert "Spillway's in both runs: SpillwayLoadDiffusionModel." in other

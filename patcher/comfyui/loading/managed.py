@@ -10,6 +10,7 @@ import importlib
 import inspect
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import folder_paths
 import torch
 
 from ....ops.errors import SpillwayError
-from ....ops.files.disk_map import DiskMap, locate, map_of
+from ....ops.files.disk_map import DiskMap, SourceError, locate, map_of
 from ....ops.overrides import is_overridden, override_everywhere
 from ..patcher import DynamicModelPatcher
 from .loader_overrides import building
@@ -82,7 +83,7 @@ _opened: deque[DiskMap] = deque(maxlen=32)
 _here = threading.local()
 
 
-class NotManaged(SpillwayError):
+class NotManaged(SpillwayError, Exception):
     """Says why a model is left to ComfyUI, of which nothing need be said to the user."""
 
 
@@ -95,12 +96,10 @@ def turn_on() -> None:
     """Have every loader build Spillway models from now on. A second call does nothing."""
     if _put_back:
         return
-    for name in FILES:
-        owner = _owner(name)
+    for owner in (owner for name in FILES for owner in owners(name)):
         if hasattr(owner, "load_torch_file"):
             _put_back.append(override_everywhere(owner, "load_torch_file", by=_open))
-    for seam in SEAMS:
-        owner = _owner(seam.owner)
+    for seam, owner in ((seam, owner) for seam in SEAMS for owner in owners(seam.owner)):
         if not hasattr(owner, seam.name):  # an older ComfyUI
             continue
         stands = inspect.getattr_static(owner, seam.name)
@@ -129,10 +128,15 @@ def forget() -> None:
     _opened.clear()
 
 
-def _owner(name: str) -> Any:
+def owners(name: str) -> list[Any]:
+    """List what a seam names. ComfyUI loads its further nodes by their path, so such a class may be there twice."""
     module, _, attribute = name.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    if module.startswith("comfy_extras."):
+        known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+        found = [known.get(attribute), getattr(sys.modules.get(module), attribute, None)]
+        return list(dict.fromkeys(owner for owner in found if owner is not None))
+    owner = importlib.import_module(module)
+    return [getattr(owner, attribute) if attribute else owner]
 
 
 @contextmanager
@@ -161,7 +165,7 @@ def _open(load: Callable[..., Any], ckpt: Any, *args: Any, **kwargs: Any) -> Any
         return load(ckpt, *args, **kwargs)
     try:
         disk_map = DiskMap(ckpt)
-    except (SpillwayError, OSError):  # ComfyUI's own way names what is wrong
+    except (SourceError, OSError):  # ComfyUI's own way names what is wrong
         return load(ckpt, *args, **kwargs)
     # Other packs may write into the tensors, and ComfyUI reads numbers of 4 and 6 bits where it can.
     if disk_map.read_only or disk_map.left_out:
@@ -227,7 +231,7 @@ class _Building:
         options = [arguments.get(name) or {} for name in ("model_options", "te_model_options")]
         if any(given.get("custom_operations") is not None for given in options):
             return True
-        return self.seam.name == "__init__" and type(arguments["self"]) is not _owner(self.seam.owner)
+        return self.seam.name == "__init__" and type(arguments["self"]) not in owners(self.seam.owner)
 
     def _build(self, call: Callable[..., Any], given: inspect.BoundArguments) -> Any:
         """Have ComfyUI make a dynamic model. Raises whatever speaks against one; the caller's tensors are untouched."""
@@ -267,7 +271,8 @@ def _made_again(seam: Seam, tensors: Any, rest: dict[str, Any], disable_dynamic:
     """Make a model of its tensors once more -> its patcher. disable_dynamic: ComfyUI's classic one."""
     given = [dict(one) for one in tensors] if isinstance(tensors, list) else dict(tensors)
     rest = {**rest, "disable_dynamic": disable_dynamic}
-    made = getattr(_owner(seam.owner), seam.name)(**{seam.tensors: given}, **rest)
+    (owner,) = owners(seam.owner)
+    made = getattr(owner, seam.name)(**{seam.tensors: given}, **rest)
     return getattr(made, "patcher", made)
 
 
@@ -317,7 +322,7 @@ def _checked(made: Any) -> list[DynamicModelPatcher]:
         params = [param for bundle in patcher.dynamic.bundles for param in bundle.params]
         missing = [param.key for param in params if param.source.is_meta]
         if missing:
-            raise SpillwayError(f"{len(missing)} weights are not in the file, such as {', '.join(missing[:3])}")
+            raise SourceError(f"{len(missing)} weights are not in the file, such as {', '.join(missing[:3])}")
     return ours
 
 

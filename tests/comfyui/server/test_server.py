@@ -133,7 +133,7 @@ def test_a_graph_is_compared_with_comfyui_and_nothing_stays(server):
     assert all(words in done["text"] for words in ("all 2 are equal, pixel by pixel", "seconds", "most RAM"))
     after = sorted(os.listdir(server.base / "output")) if (server.base / "output").exists() else []
     assert after == before
-    assert server.get("queue") == {"queue_running": [], "queue_pending": []}
+    server.wait(lambda: server.get("queue") == {"queue_running": [], "queue_pending": []}, 30)
 
 
 def test_a_comparison_that_is_interrupted_leaves_nothing_behind(server):
