@@ -82,10 +82,11 @@ class Comparison:
             rows.append((f"most of {device}", *(in_words(run.peaks.get(device, 0)) for run in (theirs, ours))))
         lines = [f"{'':<26}{KINDS[0]:>12}{KINDS[1]:>12}", *(f"{name:<26}{a:>12}{b:>12}" for name, a, b in rows)]
         lines += ["", in_sentence(self.pictures or {})]
-        lines += [f"Spillway's in both runs, as ComfyUI has nothing like it: {', '.join(self.same)}."] if self.same else []
+        if self.same:
+            lines.append(f"Spillway's in both runs, as ComfyUI has nothing like it: {', '.join(self.same)}.")
         lines.append(
-            "Each run began with no model loaded and nothing cached. ComfyUI's was the first, so the second found files "
-            "in the page cache."
+            "Each run began with no model loaded and nothing cached. ComfyUI's was the first, so the second found "
+            "files in the page cache."
         )
         versions = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {self.device}"
         return "\n".join([f"The same graph through ComfyUI's loaders and through Spillway's ({versions}):", "", *lines])

@@ -37,8 +37,8 @@ LOOK_USAGE = 'a JSON object: "client_id" of an open websocket, and "looks" as tr
 MOST_ID = 100  # characters
 FORECAST_USAGE = 'a JSON object: "prompt", a workflow in API format'
 COMPARE_USAGE = (
-    'a JSON object: "prompt", a workflow in API format, and, as one likes, "comfyui", the same with ComfyUI\'s loaders, '
-    '"same", a list of what stays in both, and "client_id"'
+    'a JSON object: "prompt", a workflow in API format, and, as one likes, "comfyui", the same with ComfyUI\'s '
+    'loaders, "same", a list of what stays in both, and "client_id"'
 )
 MAX_PROMPT_BYTES = 2 << 20
 MOST_NODES = 5000

@@ -347,7 +347,9 @@ COMPOSED |= {f"forecast.{name}" for name in ("told", "was", "row.stays", "row.st
 
 
 def test_the_english_settings_and_commands_are_those_of_the_code():
-    code = "".join((ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js", "convert.js"))
+    code = "".join(
+        (ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js", "convert.js")
+    )
     joined = re.sub(r'"\s*\+\s*"', "", code)
     for table in ("settings", "commands"):
         for _, text in flat(texts("en", table)):

@@ -99,7 +99,7 @@ def turn_on() -> None:
     for owner in (owner for name in FILES for owner in owners(name)):
         if hasattr(owner, "load_torch_file"):
             _put_back.append(override_everywhere(owner, "load_torch_file", by=_open))
-    for seam, owner in ((seam, owner) for seam in SEAMS for owner in owners(seam.owner)):
+    for seam, owner in [(one, owner) for one in SEAMS for owner in owners(one.owner)]:
         if not hasattr(owner, seam.name):  # an older ComfyUI
             continue
         stands = inspect.getattr_static(owner, seam.name)

@@ -1,4 +1,4 @@
-"""Convert graph and the comparison with ComfyUI, in a browser: links, values and titles stay, and undo takes it back."""
+"""Convert graph and the comparison with ComfyUI, in a browser: links, values and titles stay, and undo works."""
 
 import pytest
 

@@ -306,8 +306,11 @@ def test_tensors_that_were_written_into_are_read_anew(checkpoint, on, monkeypatc
         assert changed and not given
         again = comfy.utils.load_torch_file(checkpoint("sd15_controlnet"))
         seen = {}
-        monkeypatch.setattr(managed, "_take_writes_back", lambda given, before, take=managed._take_writes_back: (
-            take(given, before), seen.update(given))[0])
+        monkeypatch.setattr(
+            managed,
+            "_take_writes_back",
+            lambda given, before, take=managed._take_writes_back: (take(given, before), seen.update(given))[0],
+        )
         comfy.controlnet.load_controlnet_state_dict(again)
     assert seen and all(torch.equal(seen[key], tensors[key]) for key in seen)
 
