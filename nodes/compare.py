@@ -57,6 +57,7 @@ class Comparison:
         self.queue, self.id = queue, str(uuid.uuid4())
         self.runs = {kind: Run(str(uuid.uuid4())) for kind in KINDS}
         self.same = same
+        self.kept: list[str] = []  # models that a pack kept from the first run to the second
         self.pictures: dict[str, Any] | None = None
         self.device = str(comfy.model_management.get_torch_device())
 
@@ -70,7 +71,8 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return all of it, ready for JSON."""
         runs = {kind: run.as_dict() for kind, run in self.runs.items()}
-        told = {"id": self.id, "state": self.state, "runs": runs, "pictures": self.pictures, "same": self.same}
+        told = {"id": self.id, "state": self.state, "runs": runs, "pictures": self.pictures}
+        told |= {"same": self.same, "kept": self.kept}
         return {**told, "text": self.text() if self.state == "done" else None}
 
     def text(self) -> str:
@@ -84,6 +86,8 @@ class Comparison:
         lines += ["", in_sentence(self.pictures or {})]
         if self.same:
             lines.append(f"Spillway's in both runs, as ComfyUI has nothing like it: {', '.join(self.same)}.")
+        if self.kept:
+            lines.append(f"The second run had models of the first, which another pack keeps: {', '.join(self.kept)}.")
         lines.append(
             "Each run began with no model loaded and nothing cached. ComfyUI's was the first, so the second found "
             "files in the page cache."
@@ -98,7 +102,7 @@ def in_sentence(pictures: dict[str, Any]) -> str:
     if not count:
         return "The graph shows no pictures that could be compared."
     if count == equal:
-        return f"Pictures: all {count} are equal, pixel by pixel."
+        return f"Pictures: {count} of {count} are equal, pixel by pixel."
     return f"Pictures: {equal} of {count} are equal; others differ by up to {pictures.get('most', 255)} of 255."
 
 
@@ -158,6 +162,7 @@ def around(executor: Any, prompt_id: str, extra_data: dict[str, Any]) -> Any:
 def _measured(comparison: Comparison, run: Run, executor: Any) -> Iterator[None]:
     quietly = never_raises("comparing with ComfyUI")
     quietly(_from_nothing)(executor)
+    comparison.kept = quietly(manage.kept_by_others)() or []
     run.state = "runs"
     stop, began = quietly(_watch_ram)(run), time.monotonic()
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..cache.comfyui.settings import manages_loaders
 from ..ops.never_raises import never_raises
@@ -32,6 +36,20 @@ def heed(wanted: bool, executor: Any = None) -> None:
     if executor is not None:
         drop_outputs(executor)
         log.info("[Spillway] cached outputs were dropped, as their models were loaded the other way")
+        kept = kept_by_others()
+        if kept:
+            log.warning(
+                "[Spillway] manage every loader: %s stay as they were loaded, as another pack keeps them in a cache of its "
+                "own. Empty that one, or restart ComfyUI, to have them loaded the other way.",
+                ", ".join(kept),
+            )
+
+
+def kept_by_others() -> list[str]:
+    """Name the models that are still there although no output holds them."""
+    gc.collect()
+    alive = [one for one in gc.get_objects() if issubclass(type(one), ModelPatcher)]
+    return sorted({type(patcher.model).__name__ for patcher in alive if isinstance(patcher.model, torch.nn.Module)})
 
 
 def drop_outputs(executor: Any) -> None:

@@ -268,17 +268,17 @@ def test_forecast_and_fact_stand_side_by_side():
 # --- the comparison with ComfyUI --------------------------------------------------------------------------------------
 
 
-def comparison(state="done", equal=2, count=2, same=()):
+def comparison(state="done", equal=2, count=2, same=(), kept=()):
     """What the server says of one."""
     run = {"state": "done", "seconds": 12.3, "rss": 3 * GIB, "peaks": {"cuda:0": 9 * GIB}}
     runs = {"ComfyUI": run, "Spillway": run | {"seconds": 8.1, "peaks": {}}}
     pictures = {"count": count, "equal": equal, "most": 7}
-    return {"state": state, "runs": runs, "pictures": pictures, "same": list(same), "text": "text"}
+    return {"state": state, "runs": runs, "pictures": pictures, "same": list(same), "kept": list(kept), "text": "t"}
 
 
 COMPARISONS = [
     comparison(),
-    comparison(equal=1, same=["SpillwayLoadDiffusionModel"]),
+    comparison(equal=1, same=["SpillwayLoadDiffusionModel"], kept=["SD1ClipModel"]),
     comparison(count=0, equal=0),
     comparison("runs"),
     comparison("was interrupted"),
@@ -288,10 +288,11 @@ COMPARISONS = [
 def test_a_comparison_stands_side_by_side():
     told = seen([report(comparison=one) for one in COMPARISONS])
     same, other, none, runs, ended = (" ".join(one["text"].split()) for one in told)
-    assert "ComfyUI Spillway Seconds 12 s 8.1 s Most RAM 3.0 GB 3.0 GB Most of cuda:0 9.0 GB 0 All 2" in same
-    assert "All 2 pictures are equal, pixel by pixel." in same and "Copy as text" in same
-    assert "1 of 2 pictures are equal; others differ by up to 7 of 255." in other
+    assert "ComfyUI Spillway Seconds 12 s 8.1 s Most RAM 3.0 GB 3.0 GB Most of cuda:0 9.0 GB 0 Pictures: 2" in same
+    assert "Pictures: 2 of 2 are equal, pixel by pixel." in same and "Copy as text" in same
+    assert "Pictures: 1 of 2 are equal; others differ by up to 7 of 255." in other
     assert "Spillway's in both runs: SpillwayLoadDiffusionModel." in other
+    assert "models of the first, which another pack keeps: SD1ClipModel." in other and "another pack" not in same
     assert "no pictures that could be compared" in none
     assert "Running…" in runs and "Most RAM" not in runs
     assert "The comparison did not end: was interrupted." in ended

@@ -50,6 +50,20 @@ def test_a_change_of_the_setting_makes_no_use_of_models_of_the_other_kind(execut
     assert "Load" in ran(executor, 5) and not managed.is_on()
 
 
+def test_models_that_a_pack_keeps_itself_are_named(executor, caplog):
+    """Nobody but that pack can have them loaded the other way."""
+    kept = NODES["Load"]().run()[0]
+    assert "Load" in ran(executor, 1)
+    executor.wants.setting = True
+    ran(executor, 2)
+    assert "Module stay as they were loaded, as another pack keeps them" in caplog.text
+    del kept
+    caplog.clear()
+    executor.wants.setting = False
+    ran(executor, 3)
+    assert "another pack keeps" not in caplog.text
+
+
 def test_a_prompt_may_ask_for_itself_alone(executor):
     seen = []
     graph = prompt()
@@ -156,7 +170,7 @@ def test_pictures_are_compared_number_by_number(tmp_path):
     Image.new("RGB", (8, 4), (1, 2, 3)).save(third)
     assert compare.difference(first, third) == 255
     words = [compare.in_sentence({"count": count, "equal": equal, "most": 6}) for count, equal in ((2, 2), (2, 1))]
-    assert "all 2 are equal" in words[0] and "1 of 2 are equal; others differ by up to 6 of 255" in words[1]
+    assert "2 of 2 are equal" in words[0] and "1 of 2 are equal; others differ by up to 6 of 255" in words[1]
 
 
 def test_no_picture_is_saved_among_the_users():

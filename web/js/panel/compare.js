@@ -51,6 +51,7 @@ export function compareView(told, actions, t) {
     done &&
       told.same.length > 0 &&
       h("p", { class: "sw-note", key: "same" }, t("compare.same", { names: told.same.join(", ") })),
+    done && told.kept.length > 0 && h("p", { class: "sw-note", key: "kept" }, t("compare.kept", { names: told.kept.join(", ") })),
     !done && !busy && told?.runs && h("p", { class: "sw-note", key: "why" }, t("compare.ended", { why: told.state })),
   ];
 }
