@@ -39,8 +39,8 @@ def heed(wanted: bool, executor: Any = None) -> None:
         kept = kept_by_others()
         if kept:
             log.warning(
-                "[Spillway] manage every loader: %s stay as they were loaded, as another pack keeps them in a cache of its "
-                "own. Empty that one, or restart ComfyUI, to have them loaded the other way.",
+                "[Spillway] manage every loader: %s stay as they were loaded, as another pack keeps them in a cache of "
+                "its own. Empty that one, or restart ComfyUI, to have them loaded the other way.",
                 ", ".join(kept),
             )
 
