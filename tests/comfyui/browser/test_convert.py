@@ -26,16 +26,8 @@ def page(servers, visit):
     return page
 
 
-def kinds(page):
-    return page.page.evaluate("Object.fromEntries(window.app.graph.nodes.map((node) => [String(node.id), node.type]))")
-
-
 def loaders(page):
-    return {name: kind for name, kind in kinds(page).items() if name in THEIRS}
-
-
-def command(page, name):
-    page.page.evaluate(f"window.app.extensionManager.command.execute('{name}')")
+    return {name: kind for name, kind in page.kinds().items() if name in THEIRS}
 
 
 def prompt_of(page):
@@ -52,8 +44,7 @@ def test_the_button_puts_our_loaders_there_and_undo_takes_them_back(page, shots)
     page.page.evaluate("window.app.graph.getNodeById(3).color = '#223344'")
     page.page.evaluate("window.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
     before = prompt_of(page)
-    button = page.page.get_by_role("button", name="Spillway's loaders").first
-    button.click()
+    page.page.get_by_role("button", name="Spillway's loaders").first.click()
     page.until(lambda: loaders(page) == OURS)
     shots(page, "converted")
     converted = prompt_of(page)
@@ -64,15 +55,15 @@ def test_the_button_puts_our_loaders_there_and_undo_takes_them_back(page, shots)
     assert page.page.evaluate("window.app.graph.getNodeById(2).title") == "my model"
     assert page.page.evaluate("window.app.graph.getNodeById(3).color") == "#223344"
     page.page.locator("canvas").first.focus()
-    command(page, "Comfy.Undo")
+    page.command("Comfy.Undo")
     page.until(lambda: loaders(page) == THEIRS)
     assert bare(prompt_of(page)) == bare(before)
-    command(page, "Comfy.Redo")
+    page.command("Comfy.Redo")
     page.until(lambda: loaders(page) == OURS)
-    command(page, "Spillway.ConvertBack")
+    page.command("Spillway.ConvertBack")
     page.until(lambda: loaders(page) == THEIRS)
     assert bare(prompt_of(page)) == bare(before)
-    command(page, "Spillway.Convert")
+    page.command("Spillway.Convert")
     page.succeed()
 
 
@@ -96,7 +87,7 @@ def test_a_loader_that_nothing_stands_for_stays_with_its_links(page):
     limited["2"]["inputs"]["weight_dtype"] = "int8"
     page.load(limited)
     before = prompt_of(page)
-    command(page, "Spillway.ConvertBack")
+    page.command("Spillway.ConvertBack")
     page.until(lambda: loaders(page) == {**THEIRS, "2": "SpillwayLoadDiffusionModel"})
     after = prompt_of(page)
     assert after["2"] == before["2"] and after["7"]["inputs"] == before["7"]["inputs"]
@@ -116,7 +107,7 @@ def test_loaders_in_a_subgraph_are_converted_too(page):
     )
     assert made
     before = prompt_of(page)
-    command(page, "Spillway.Convert")
+    page.command("Spillway.Convert")
     page.until(lambda: any("SpillwayLoadVAE" == one["class_type"] for one in prompt_of(page).values()))
     after = prompt_of(page)
     assert sorted(after) == sorted(before)

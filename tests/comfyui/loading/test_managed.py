@@ -66,7 +66,7 @@ def standing():
 def test_a_diffusion_model_gives_comfyuis_latents(arch, checkpoint, on):
     path = checkpoint(arch)
     wanted = run(comfy.sd.load_diffusion_model(path, **CLASSIC))
-    with on():
+    with comfyuis_dynamic_models(), on():
         model = comfy.sd.load_diffusion_model(path)
     assert lies_in_its_file(model)
     assert_same(run(model), wanted)
