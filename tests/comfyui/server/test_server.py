@@ -24,6 +24,7 @@ def server(tmp_path_factory, checkpoint):
         "checkpoints/sd15": checkpoint("sd15"),
         "text_encoders/clip": checkpoint("clip_l"),
         "vae/flux": checkpoint("flux_vae"),
+        "upscale_models/small": checkpoint("compact"),
     }
     for name, path in files.items():
         (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,12 +113,16 @@ def ran_as(server, prompt, managed):
 
 
 def test_comfyuis_loaders_give_the_same_pictures_with_every_loader_managed(server):
-    wanted, said = ran_as(server, graph(THEIRS), False)
+    prompt = graph(THEIRS)
+    prompt["upscaler"] = node("UpscaleModelLoader", model_name="small.safetensors")
+    prompt["upscaled"] = node("ImageUpscaleWithModel", upscale_model=["upscaler", 0], image=["flux image", 0])
+    prompt["larger"] = node("SaveImage", images=["upscaled", 0], filename_prefix="larger")
+    wanted, said = ran_as(server, prompt, False)
     assert "bundles" not in said
-    got, said = ran_as(server, graph(THEIRS), True)
-    assert set(got) == {"flux", "sd15"}
+    got, said = ran_as(server, prompt, True)
+    assert set(got) == {"flux", "sd15", "larger"}
     assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
-    assert all(f"{name}: all " in said for name in ("Flux", "AutoencodingEngine"))
+    assert all(f"{name}: all " in said for name in ("Flux", "AutoencodingEngine", "SRVGGNetCompact"))
     assert "left to ComfyUI" not in said and "manage every loader: off" in said and "another pack keeps" not in said
 
 
