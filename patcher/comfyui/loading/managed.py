@@ -254,7 +254,7 @@ class _Building:
         for tensors, left in zip(dicts, copies, strict=True):
             for key in [key for key in tensors if key not in left]:
                 del tensors[key]
-        if "disable_dynamic" in self.signature.parameters and len(patchers) == 1:
+        if dicts and "disable_dynamic" in self.signature.parameters and len(patchers) == 1:
             self._keep_way(patchers[0], given, kept)
         return made
 

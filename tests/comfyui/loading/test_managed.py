@@ -250,12 +250,15 @@ def test_what_other_packs_build_for_themselves_stays_theirs(flux, checkpoint, on
     assert_same(run(patcher), run(comfy.sd.load_diffusion_model(flux, **CLASSIC)))
 
 
-def test_a_classic_model_is_a_classic_model(flux, on):
+def test_a_classic_model_is_a_classic_model(flux, checkpoint, on):
     if not CLASSIC:
         pytest.skip("this ComfyUI has no other")
     with on():
         model = comfy.sd.load_diffusion_model(flux, disable_dynamic=True)
+        of_a_vae = comfy.sd.load_vae_patcher(checkpoint("sd_vae"), disable_dynamic=True)
     assert type(model) is comfy.model_patcher.ModelPatcher
+        dynamic = comfy.sd.load_vae_patcher(checkpoint("sd_vae"))  # as ComfyUI loads one again for another device
+    assert not isinstance(of_a_vae, DynamicModelPatcher) and isinstance(dynamic, DynamicModelPatcher)
 
 
 # --- when it fails ----------------------------------------------------------------------------------------------------
@@ -276,6 +279,7 @@ def test_a_vae_that_fails_inside_is_built_anew(checkpoint, on, caplog, monkeypat
     wanted = comfyui_vae(path)
 
     def fail(made):
+        made.of_the_first_attempt = True
         for patcher in managed._patchers(made):
             raise RuntimeError(f"{type(patcher).__name__} does not please")
 
@@ -285,6 +289,17 @@ def test_a_vae_that_fails_inside_is_built_anew(checkpoint, on, caplog, monkeypat
     assert "this VAE is left to ComfyUI (RuntimeError: DynamicModelPatcher does not please)" in caplog.text
     assert type(vae.patcher) is type(wanted.patcher) and set(vars(vae)) == set(vars(wanted))
     assert_same(coded(vae), coded(wanted))
+
+
+def test_a_late_failure_leaves_all_tensors_to_comfyui(flux, on, monkeypatch):
+    """ComfyUI takes out of a dict what it uses."""
+    monkeypatch.setattr(managed, "_checked", lambda made: 1 // 0)
+    with on():
+        tensors = comfy.utils.load_torch_file(flux)
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, **CLASSIC)
+        other = comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(flux))
+    assert not isinstance(other, DynamicModelPatcher)
+    assert_same(run(other), run(model))
 
 
 def test_tensors_that_were_written_into_are_read_anew(checkpoint, on, monkeypatch):
