@@ -256,8 +256,8 @@ def test_a_classic_model_is_a_classic_model(flux, checkpoint, on):
     with on():
         model = comfy.sd.load_diffusion_model(flux, disable_dynamic=True)
         of_a_vae = comfy.sd.load_vae_patcher(checkpoint("sd_vae"), disable_dynamic=True)
-    assert type(model) is comfy.model_patcher.ModelPatcher
         dynamic = comfy.sd.load_vae_patcher(checkpoint("sd_vae"))  # as ComfyUI loads one again for another device
+    assert type(model) is comfy.model_patcher.ModelPatcher
     assert not isinstance(of_a_vae, DynamicModelPatcher) and isinstance(dynamic, DynamicModelPatcher)
 
 
