@@ -193,7 +193,8 @@ def test_a_pickle_is_managed_in_memory(flux, tmp_path, on):
     assert_same(run(model), wanted)
 
 
-def test_a_state_dict_of_another_pack_is_managed_and_loses_the_keys_that_are_used(flux, on):
+def test_a_state_dict_of_another_pack_is_managed(flux, on):
+    """And loses the keys that are used, as ComfyUI has it."""
     wanted = run(comfy.sd.load_diffusion_model(flux, **CLASSIC))
     left = comfy.utils.load_torch_file(flux)
     comfy.sd.load_diffusion_model_state_dict(left, **CLASSIC)
