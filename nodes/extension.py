@@ -13,7 +13,7 @@ from ..ops.never_raises import never_raises
 from ..patcher.comfyui import graph_policy, loads, run_record
 from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
-from . import routes
+from . import compare, manage, routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
 from .forecast import SpillwayMemoryForecast
@@ -63,6 +63,9 @@ class SpillwayExtension(ComfyExtension):
             run_record.install()
         with never_raises("learning from what runs take"):
             learning.install()
+        with never_raises("managing every loader"):
+            compare.install()
+            manage.install()
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

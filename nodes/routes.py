@@ -1,12 +1,16 @@
-"""Serves GET /spillway/memory and POST /spillway/free, /model, /look and /forecast, behind ComfyUI's own middleware."""
+"""Serves GET /spillway/memory and /compare and POST /spillway/free, /model, /look, /forecast and /compare.
+
+ComfyUI's own middleware stands before them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
+import time
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
@@ -15,7 +19,7 @@ from aiohttp import web
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
 from ..patcher import dynamic_model as dynamic
-from . import forecast_report, model_actions
+from . import compare, forecast_report, model_actions
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
 from .watchers import Watchers
@@ -32,6 +36,10 @@ USAGE = (
 LOOK_USAGE = 'a JSON object: "client_id" of an open websocket, and "looks" as true or false'
 MOST_ID = 100  # characters
 FORECAST_USAGE = 'a JSON object: "prompt", a workflow in API format'
+COMPARE_USAGE = (
+    'a JSON object: "prompt", a workflow in API format, and, as one likes, "comfyui", the same with ComfyUI\'s '
+    'loaders, "same", a list of what stays in both, and "client_id"'
+)
 MAX_PROMPT_BYTES = 2 << 20
 MOST_NODES = 5000
 
@@ -111,6 +119,42 @@ def install() -> bool:
         async with foreseeing:
             told = await asyncio.get_running_loop().run_in_executor(None, foreseen, prompt)
         return web.json_response(told)
+
+    @running.routes.get("/spillway/compare")
+    @never_raises("GET /spillway/compare", failed)
+    async def get_compare(request: web.Request) -> web.Response:
+        comparison = compare.current()
+        if comparison is None:
+            return web.json_response({"state": "none"})
+        compare.look(comparison)
+        return web.json_response(comparison.as_dict())
+
+    @running.routes.post("/spillway/compare")
+    @never_raises("POST /spillway/compare", failed)
+    async def post_compare(request: web.Request) -> web.Response:
+        try:
+            asked = parse_compare(await json_object(request, 2 * MAX_PROMPT_BYTES))
+            last = compare.current()
+            if last is not None:
+                compare.look(last)
+                if last.state == "runs":
+                    raise BadRequest("another comparison is under way.", status=429)
+            comparison = compare.Comparison(running.prompt_queue, asked.same)
+            queued = compare.prompts(comparison, asked.prompts, asked.client)
+            outputs = []
+            for number, prompt, _ in queued:
+                valid = await sys.modules["execution"].validate_prompt(number, prompt, None)
+                if not valid[0] or valid[3]:  # ComfyUI would run what is left, which may be another part in each run
+                    raise BadRequest(f"this workflow cannot run: {invalid(valid)}.")
+                outputs.append(valid[2])
+        except BadRequest as error:
+            return refusal(error, COMPARE_USAGE)
+        compare.begin(comparison)
+        for (number, prompt, extra_data), wanted in zip(queued, outputs, strict=True):
+            created = {**extra_data, "create_time": int(time.time() * 1000)}
+            running.prompt_queue.put((running.number, number, prompt, created, wanted, {}))
+            running.number += 1
+        return web.json_response(comparison.as_dict())
 
     return True
 
@@ -207,6 +251,34 @@ def parse_prompt(asked: dict[str, Any]) -> dict[str, Any]:
         if not is_node or not isinstance(node.get("inputs"), dict):
             raise BadRequest(f'node "{name[:MOST_ID]}" has no "class_type" and "inputs".')
     return prompt
+
+
+class Asked(NamedTuple):
+    """What is to be compared. prompts: by whose loaders it is to be run through."""
+
+    prompts: dict[str, dict[str, Any]]
+    same: list[str]
+    client: str | None
+
+
+def parse_compare(asked: dict[str, Any]) -> Asked:
+    """Read what is to be compared. Raises BadRequest."""
+    same, client = asked.get("same", []), asked.get("client_id")
+    if not isinstance(same, list) or len(same) > MOST_ID or not all(isinstance(name, str) for name in same):
+        raise BadRequest(f'"same" is no list of at most {MOST_ID} names.')
+    if client is not None and (not isinstance(client, str) or not 0 < len(client) <= MOST_ID):
+        raise BadRequest('"client_id" is no id.')
+    rest = {name: value for name, value in asked.items() if name not in ("same", "client_id", "comfyui")}
+    ours = parse_prompt(rest)
+    theirs = parse_prompt({"prompt": asked["comfyui"]}) if "comfyui" in asked else ours
+    return Asked(dict(zip(compare.KINDS, (theirs, ours), strict=True)), [name[:MOST_ID] for name in same], client)
+
+
+def invalid(valid: Any) -> str:
+    """Say why ComfyUI refuses a prompt."""
+    errors = [error for node in (valid[3] or {}).values() for error in node.get("errors", ())]
+    found = errors[0] if errors else valid[1]
+    return f"{found.get('message', '')} {found.get('details', '')}".strip()[:300]
 
 
 def parse(wanted: dict[str, Any]) -> dict[str, Any]:

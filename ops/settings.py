@@ -89,6 +89,7 @@ _ADDRESS = r"(/|~|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]+://).{0,2000}"
 _ADDRESSES = "an address such as file:///mnt/nas/cache or s3://bucket/prefix"
 STORE = Text("SPILLWAY_STORE", _ADDRESS, _ADDRESSES)
 STORE_KEY = Text("SPILLWAY_STORE_KEY", r".{8,200}", "a text of 8 to 200 characters", secret=True)
+MANAGE = Switch("SPILLWAY_MANAGE", "1 or 0")
 CACHE_ENABLED = Switch("Spillway.Cache.Enabled", "true or false")
 CACHE_RAM_GB = Number("Spillway.Cache.RamGB", 0, 1e6, _GIGABYTES)
 DISK_GB = Number("Spillway.Cache.DiskGB", 0, 1e6, _GIGABYTES)
@@ -99,14 +100,16 @@ STORE_SECONDS = Number("Spillway.Store.Seconds", 0, 1e9, "a number of seconds fr
 STORE_WAIT = Number("Spillway.Store.WaitSeconds", 0, 1e9, "a number of seconds from 0 on, such as 5")
 STORE_SIZE = Number("Spillway.Store.GB", 0, 1e6, _GIGABYTES)
 STORE_DAYS = Number("Spillway.Store.Days", 0, 1e6, "a number of days from 0 on, such as 30")
+MODELS_MANAGE = Switch("Spillway.Models.Manage", "true or false")
 MODELS_DEVICE_GB = Number("Spillway.Models.DeviceGB", 0, 1e6, _GIGABYTES)
 
-VARIABLES: tuple[Option, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR, STORE, STORE_KEY)
+VARIABLES: tuple[Option, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR, STORE, STORE_KEY, MANAGE)
 _OF_THE_STORE = (STORE_ADDRESS, STORE_SECONDS, STORE_SECRET, STORE_WAIT, STORE_SIZE, STORE_DAYS)
 IN_COMFYUI: tuple[Option, ...] = (
     *(CACHE_ENABLED, CACHE_RAM_GB, DISK_GB, DISK_SECONDS),
     *_OF_THE_STORE,
     MODELS_DEVICE_GB,
+    MODELS_MANAGE,
 )
 
 

@@ -47,6 +47,12 @@ def models_cap() -> int | None:
     return _cap(settings.MODELS_GB, settings.MODELS_DEVICE_GB)
 
 
+def manages_loaders() -> bool:
+    """Say whether every loader is to build Spillway models. The variable goes before the setting."""
+    wanted = settings.variable(settings.MANAGE)
+    return bool(setting(settings.MODELS_MANAGE) if wanted is None else wanted)
+
+
 def _cap(variable: settings.Number, in_comfyui: settings.Number) -> int | None:
     """Read a cap in bytes, of which 0 is none. The variable goes before the setting."""
     gigabytes = settings.variable(variable)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 COMFYUI = "tests/comfyui"
 PARITY = f"{COMFYUI}/loading/test_parity.py"
+MANAGED = f"{COMFYUI}/loading/test_managed.py"
 DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
@@ -83,7 +84,10 @@ RUNS = {
         (DEVICE, *FOLDERS),
     ),
     "device, dynamic VRAM": DeviceRun(
-        "--force-fp32", True, (STAYS, CACHED, SAVED, PARITY, "-k", "not t5"), (DEVICE, PARITY)
+        "--force-fp32",
+        True,
+        (STAYS, CACHED, SAVED, PARITY, f"{MANAGED}::test_a_state_dict_of_another_pack_is_managed", "-k", "not t5"),
+        (DEVICE, PARITY, MANAGED),
     ),
     # As most users have it.
     "device, dynamic VRAM, 16 bit": DeviceRun("", True, (), IN_16_BIT_WITH_DYNAMIC_VRAM),

@@ -1,11 +1,12 @@
 """A function replaced for one thread for a while, and put back as it was."""
 
+import inspect
 import threading
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 
-from spillway.ops.overrides import overridden
+from spillway.ops.overrides import is_overridden, overridden, override_everywhere
 
 
 class Base:
@@ -119,3 +120,75 @@ def test_the_thread_that_came_first_may_leave_first():
         assert Owner.plain(3) == 3
     assert results == [4, 4]
     assert vars(Owner)["plain"] is before
+
+
+# --- for all threads --------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    def method(self, value):
+        return (type(self), value)
+
+    @classmethod
+    def of_class(cls, value):
+        return (cls, value)
+
+
+def twice(original, owner, value):
+    return original(owner, 2 * value)
+
+
+@pytest.mark.parametrize("name", ["method", "of_class"])
+def test_every_thread_has_the_replacement_until_it_is_put_back(name):
+    before, seen = vars(Loader)[name], []
+
+    class Below(Loader):
+        pass
+
+    put_back = override_everywhere(Loader, name, by=twice)
+    thread = threading.Thread(target=lambda: seen.append(getattr(Below(), name)(3)))
+    thread.start()
+    thread.join()
+    assert seen == [(Below, 6)] and not is_overridden(Loader, name)
+    put_back()
+    assert vars(Loader)[name] is before and Below().method(3) == (Below, 3)
+
+
+def test_a_replacement_of_one_thread_goes_before_that_of_all():
+    before = Owner.plain
+    put_back = override_everywhere(Owner, "plain", by=double)
+    with overridden(Owner, "plain", by=add_one):
+        assert is_overridden(Owner, "plain") and Owner.plain(5) == 11
+        put_back()
+        assert Owner.plain(5) == 6
+    assert Owner.plain is before
+
+
+def test_what_others_put_around_it_meanwhile_stays():
+    def original(value):
+        return value
+
+    namespace = type("Namespace", (), {})()
+    namespace.call = original
+    put_back = override_everywhere(namespace, "call", by=double)
+    ours = namespace.call
+
+    def theirs(value):
+        return ours(value) + 100
+
+    namespace.call = theirs
+    assert namespace.call(1) == 102
+    put_back()
+    assert namespace.call is theirs and namespace.call(1) == 101
+    put_back = override_everywhere(namespace, "call", by=double)
+    assert namespace.call(1) == 202
+    put_back()
+    assert namespace.call is theirs
+
+
+def test_the_replacement_says_what_the_function_takes():
+    put_back = override_everywhere(Base, "method", by=lambda original, *args: original(*args))
+    try:
+        assert list(inspect.signature(Base.method).parameters) == ["self", "value"]
+    finally:
+        put_back()

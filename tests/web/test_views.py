@@ -280,6 +280,39 @@ def test_forecast_and_fact_stand_side_by_side():
     assert "Brought each step" not in other["text"], "that was another model, size or format"
 
 
+# --- the comparison with ComfyUI --------------------------------------------------------------------------------------
+
+
+def comparison(state="done", equal=2, count=2, same=(), kept=()):
+    """What the server says of one."""
+    run = {"state": "done", "seconds": 12.3, "rss": 3 * GIB, "peaks": {"cuda:0": 9 * GIB}}
+    runs = {"ComfyUI": run, "Spillway": run | {"seconds": 8.1, "peaks": {}}}
+    pictures = {"count": count, "equal": equal, "most": 7}
+    return {"state": state, "runs": runs, "pictures": pictures, "same": list(same), "kept": list(kept), "text": "t"}
+
+
+COMPARISONS = [
+    comparison(),
+    comparison(equal=1, same=["SpillwayLoadDiffusionModel"], kept=["SD1ClipModel"]),
+    comparison(count=0, equal=0),
+    comparison("runs"),
+    comparison("was interrupted"),
+]
+
+
+def test_a_comparison_stands_side_by_side():
+    told = seen([report(comparison=one) for one in COMPARISONS])
+    same, other, none, runs, ended = (" ".join(one["text"].split()) for one in told)
+    assert "ComfyUI Spillway Seconds 12 s 8.1 s Most RAM 3.0 GB 3.0 GB Most of cuda:0 9.0 GB 0 Pictures: 2" in same
+    assert "Pictures: 2 of 2 are equal, pixel by pixel." in same and "Copy as text" in same
+    assert "Pictures: 1 of 2 are equal; others differ by up to 7 of 255." in other
+    assert "Spillway's in both runs: SpillwayLoadDiffusionModel." in other
+    assert "models of the first, which another pack keeps: SD1ClipModel." in other and "another pack" not in same
+    assert "no pictures that could be compared" in none
+    assert "Running…" in runs and "Most RAM" not in runs
+    assert "The comparison did not end: was interrupted." in ended
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +348,7 @@ def test_every_text_that_the_code_asks_for_is_there_and_used(language):
     """Views in their odd states too, and the texts of toasts, which no view shows."""
     seen([report(model=changes) for changes, _ in SENTENCES.values()], language)
     seen([report(models=[], run=None, cache=None), *(report(forecast=one) for one in FORECASTS)], language)
+    seen([report(comparison=one) for one in COMPARISONS], language)
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").rglob("*.js"))
     known = {key for key, _ in flat(texts(language, "main")["spillway"])}
     named = set(re.findall(r'"([a-z]+(?:\.[a-z]+)*)"', code))
@@ -323,13 +357,15 @@ def test_every_text_that_the_code_asks_for_is_there_and_used(language):
 
 
 # Keys that the code puts together.
-COMPOSED = {f"{area}.title" for area in ("memory", "models", "run", "cache", "forecast")}
+COMPOSED = {f"{area}.title" for area in ("memory", "models", "run", "cache", "forecast", "compare")}
 # The rows of a forecast that has come true.
 COMPOSED |= {f"forecast.{name}" for name in ("told", "was", "row.stays", "row.streamed", "row.step", "row.peak")}
 
 
 def test_the_english_settings_and_commands_are_those_of_the_code():
-    code = "".join((ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js"))
+    code = "".join(
+        (ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js", "convert.js")
+    )
     joined = re.sub(r'"\s*\+\s*"', "", code)
     for table in ("settings", "commands"):
         for _, text in flat(texts("en", table)):

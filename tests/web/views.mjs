@@ -20,7 +20,7 @@ const actions = { nodeTitle: (node) => `${node.kind} #${node.id}` };
 
 const reports = JSON.parse(readFileSync(0));
 const told = reports.map((report) => ({
-  text: panelView(report, actions, t, report.forecast).map(textOf).join("\n"),
+  text: panelView(report, actions, t, report.forecast, report.comparison).map(textOf).join("\n"),
   sum: words.summary(report, t),
   devices: figures.deviceBars(report),
   ram: figures.ramBar(report),

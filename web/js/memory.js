@@ -1,7 +1,8 @@
 // The sidebar tab 'Memory', its commands, the badges of nodes and the number on the tab's icon.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { Connection, fetchReport, post } from "./panel/connection.js";
+import { withTheirs } from "./convert/prompt.js";
+import { Connection, fetchComparison, fetchReport, post } from "./panel/connection.js";
 import { iconNumber } from "./panel/figures.js";
 import { addBadge, goTo, nodeTitle, setWidget } from "./panel/graph.js";
 import { showNotices, toast } from "./panel/notices.js";
@@ -11,11 +12,12 @@ import { panelView } from "./panel/view.js";
 import { asText, size } from "./panel/words.js";
 
 const ID = "spillway-memory";
-const state = { report: null, root: null, forecast: { busy: false, told: null, undo: null } };
+const LOOK_MS = 1000; // how often to ask how far a comparison is
+const state = { report: null, root: null, comparison: null, forecast: { busy: false, told: null, undo: null } };
 const setting = (name) => app.extensionManager.setting.get(`Spillway.Panel.${name}`) ?? true;
 
 function redraw() {
-  if (state.root) draw(state.root, panelView(state.report, actions, t, state.forecast));
+  if (state.root) draw(state.root, panelView(state.report, actions, t, state.forecast, state.comparison));
 }
 
 function show(report) {
@@ -95,6 +97,21 @@ const actions = {
     if (!undo || !setWidget(undo, undo.widget, undo.value)) toast("info", t("card.gone"));
     return actions.forecast();
   },
+  async compare() {
+    if (state.comparison?.state === "runs") return;
+    try {
+      const { output } = await app.graphToPrompt();
+      const { prompt, same } = withTheirs(output);
+      const client_id = api.clientId ?? api.initialClientId;
+      showComparison(await post("compare", { prompt: output, comfyui: prompt, same, client_id }));
+    } catch (error) {
+      toast("error", error.message);
+    }
+  },
+  copyComparison: async () => {
+    await copy(state.comparison.text);
+    toast("success", t("copy.done"));
+  },
   freeAll: () => act(t("models.free.label"), "free", { models: true }),
   clearCache: () => act(t("cache.clear.label"), "free", { cache: true }),
   async copy() {
@@ -106,6 +123,14 @@ const actions = {
     }
   },
 };
+
+/** Show a comparison, and ask for it again while it runs. */
+function showComparison(told) {
+  state.comparison = told;
+  redraw();
+  if (told.state === "runs")
+    setTimeout(() => fetchComparison().then(showComparison, () => showComparison(told)), LOOK_MS);
+}
 
 const connection = new Connection(show);
 const quietly = () => fetchReport().then(show, () => {}); // a number on an icon is worth no error
@@ -143,6 +168,7 @@ app.registerExtension({
     command("FreeVRAM", "mdi mdi-eject", "Free VRAM of all models", () => actions.freeAll()),
     command("ClearCache", "mdi mdi-broom", "Clear the output cache", () => actions.clearCache()),
     command("CopyReport", "mdi mdi-content-copy", "Copy the memory report", () => actions.copy()),
+    command("Compare", "mdi mdi-scale-balance", "Compare with ComfyUI", () => actions.compare()),
   ],
   keybindings: [
     binding("ShowMemory", "u"),
@@ -153,7 +179,7 @@ app.registerExtension({
   menuCommands: [
     {
       path: ["Extensions", "Spillway"],
-      commands: ["ShowMemory", "Forecast", "FreeVRAM", "ClearCache", "CopyReport"].map((id) => `Spillway.${id}`),
+      commands: ["ShowMemory", "Forecast", "FreeVRAM", "ClearCache", "CopyReport", "Compare"].map((id) => `Spillway.${id}`),
     },
   ],
 

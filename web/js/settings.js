@@ -123,5 +123,17 @@ app.registerExtension({
       attrs: { min: 0, max: 10000, step: 1 },
       defaultValue: 0,
     },
+    {
+      id: "Spillway.Models.Manage",
+      name: "Let every loader build Spillway models",
+      tooltip:
+        "ComfyUI's own loaders, and those of other packs, give models that Spillway manages: checkpoints, " +
+        "diffusion models, text encoders, VAEs, CLIP vision, ControlNets, upscale models, audio encoders. " +
+        "What cannot be managed is left to ComfyUI. Takes effect with the next prompt, which loads models " +
+        "anew.",
+      category: ["Spillway", "Models", "Manage"],
+      type: "boolean",
+      defaultValue: false,
+    },
   ],
 });

@@ -12,6 +12,7 @@ def limited():
     found = graph(seed=21)
     found["1"] = node("SpillwayPolicy", model=["2", 0], vram_gb=LIMIT, unit="percent", **amounts)
     found["7"]["inputs"]["model"] = ["1", 0]
+    found["6"]["inputs"]["width"] = 96  # a size that no other test of this server has run
     return found
 
 

@@ -28,6 +28,11 @@ def test_the_panel_works_in_it(frontend, start, visit, shots):
     with start(["--front-end-root", str(frontend)]) as server:
         page = visit(server)
         page.load(graph())
+        ours = page.kinds()
+        page.command("Spillway.ConvertBack")
+        page.until(lambda: {"UNETLoader", "CLIPLoader", "VAELoader"} <= set(page.kinds().values()), panel=False)
+        page.page.get_by_role("button", name="Spillway's loaders").first.click()
+        page.until(lambda: page.kinds() == ours, panel=False)
         page.open()
         page.succeed()
         page.until(lambda: "VAE Decode #8" in page.text())

@@ -24,6 +24,7 @@ def server(tmp_path_factory, checkpoint):
         "checkpoints/sd15": checkpoint("sd15"),
         "text_encoders/clip": checkpoint("clip_l"),
         "vae/flux": checkpoint("flux_vae"),
+        "upscale_models/small": checkpoint("compact"),
     }
     for name, path in files.items():
         (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,67 @@ def test_the_server_knows_our_nodes(server):
     assert ours["SpillwayLoadDiffusionModel"]["input"]["required"]["unet_name"]
     assert all(info["category"] == "spillway" for info in ours.values())
     assert "IMPORT FAILED" not in server.said()
+
+
+def ran_as(server, prompt, managed):
+    """Run a prompt that asks whether every loader is managed. Returns its pictures and what the log said meanwhile."""
+    before = len(server.said())
+    asked = {"prompt": prompt, "extra_data": {"spillway_manage": managed}}
+    number = server.get("prompt", asked)["prompt_id"]
+    history = server.wait(lambda: server.get(f"history/{number}").get(number), 240)
+    assert history["status"]["status_str"] == "success", server.said()
+    return server.pictures_of(history), server.said()[before:]
+
+
+def test_comfyuis_loaders_give_the_same_pictures_with_every_loader_managed(server):
+    prompt = graph(THEIRS)
+    prompt["upscaler"] = node("UpscaleModelLoader", model_name="small.safetensors")
+    prompt["upscaled"] = node("ImageUpscaleWithModel", upscale_model=["upscaler", 0], image=["flux image", 0])
+    prompt["larger"] = node("SaveImage", images=["upscaled", 0], filename_prefix="larger")
+    wanted, said = ran_as(server, prompt, False)
+    assert "bundles" not in said
+    got, said = ran_as(server, prompt, True)
+    assert set(got) == {"flux", "sd15", "larger"}
+    assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+    assert all(f"{name}: all " in said for name in ("Flux", "AutoencodingEngine", "SRVGGNetCompact"))
+    assert "left to ComfyUI" not in said and "manage every loader: off" in said and "another pack keeps" not in said
+
+
+def test_a_graph_is_compared_with_comfyui_and_nothing_stays(server):
+    before = sorted(os.listdir(server.base / "output")) if (server.base / "output").exists() else []
+    told = server.get("spillway/compare", {"prompt": graph(OURS), "comfyui": graph(THEIRS)})
+    assert told["state"] == "runs"
+    status, body = server.ask("spillway/compare", json.dumps({"prompt": graph(OURS)}).encode())
+    assert status == 429 and b"another comparison" in body
+    done = server.wait(lambda: (found := server.get("spillway/compare"))["state"] != "runs" and found, 240)
+    assert done["state"] == "done", (done, server.said())
+    assert done["pictures"] == {"count": 2, "equal": 2, "most": 0}
+    assert all(words in done["text"] for words in ("2 of 2 are equal, pixel by pixel", "seconds", "most RAM"))
+    after = sorted(os.listdir(server.base / "output")) if (server.base / "output").exists() else []
+    assert after == before
+    server.wait(lambda: server.get("queue") == {"queue_running": [], "queue_pending": []}, 30)
+
+
+def test_a_comparison_that_is_interrupted_leaves_nothing_behind(server):
+    long = graph(THEIRS)
+    long["flux sampler"]["inputs"]["steps"] = 2000
+    server.get("spillway/compare", {"prompt": long})
+    server.wait(lambda: server.get("spillway/memory")["run"]["running"], 60)
+    server.wait(lambda: (server.get("spillway/memory")["run"]["running"] or {}).get("kind") == "KSampler", 60)
+    server.get("interrupt", {})
+    done = server.wait(lambda: (found := server.get("spillway/compare"))["state"] != "runs" and found, 60)
+    assert done["state"] == "was interrupted" and done["text"] is None
+    server.wait(lambda: server.get("queue") == {"queue_running": [], "queue_pending": []}, 30)
+    said = server.said()
+    assert said.count("manage every loader: on") == said.count("manage every loader: off")
+
+
+def test_a_workflow_that_cannot_run_is_refused_before_it_is_compared(server):
+    wrong = graph(THEIRS)
+    wrong["vae"]["inputs"]["vae_name"] = "none.safetensors"
+    status, body = server.ask("spillway/compare", json.dumps({"prompt": wrong}).encode())
+    assert status == 400 and b"cannot run" in body
+    assert server.get("queue") == {"queue_running": [], "queue_pending": []}
 
 
 def test_our_loaders_and_make_dynamic_give_comfyuis_pictures(server):

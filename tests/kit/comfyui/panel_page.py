@@ -60,6 +60,15 @@ class Page:
         self.page.evaluate("(prompt) => window.app.loadApiJson(prompt, 'test')", prompt)
         self.page.wait_for_function(f"window.app.graph.nodes.length === {len(prompt)}")
 
+    def kinds(self):
+        """Return the class of each node of the open graph, by its id."""
+        nodes = "window.app.graph.nodes.map((node) => [String(node.id), node.type])"
+        return self.page.evaluate(f"Object.fromEntries({nodes})")
+
+    def command(self, name):
+        """Run a command of the frontend's."""
+        self.page.evaluate("(name) => window.app.extensionManager.command.execute(name)", name)
+
     def run(self):
         """Press Run. Returns the history of the prompt when it has ended."""
         before = set(self.server.get("history"))

@@ -16,12 +16,17 @@ export async function post(path, body) {
   return told;
 }
 
-/** The next report, asked for once. */
-export async function fetchReport() {
-  const answer = await api.fetchApi("/spillway/memory");
+async function get(path) {
+  const answer = await api.fetchApi(`/spillway/${path}`);
   if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
   return answer.json();
 }
+
+/** The next report, asked for once. */
+export const fetchReport = () => get("memory");
+
+/** How far the comparison with ComfyUI is. */
+export const fetchComparison = () => get("compare");
 
 /** Hand every report to `onReport` while it is on. The listener stays: an event that nobody knows would be an error. */
 export class Connection {

@@ -3,9 +3,12 @@ import { api } from "../../../../scripts/api.js";
 import { app } from "../../../../scripts/app.js";
 
 let tables = {};
+let loading = null;
 
-/** Fetch the texts. Call it once, before anything is drawn. */
-export async function loadTexts() {
+/** Fetch the texts, once. Call it before anything is drawn. */
+export const loadTexts = () => (loading ??= fetchTexts());
+
+async function fetchTexts() {
   try {
     tables = await (await api.fetchApi("/i18n")).json();
   } catch (error) {

@@ -1,6 +1,7 @@
 // The whole panel as a tree. Pure: a report, what the buttons do, and the texts go in.
 import { deviceBar, ramBarView } from "./bars.js";
 import { cardView } from "./cards.js";
+import { compareView } from "./compare.js";
 import { deviceBars, modelCards, ramBar } from "./figures.js";
 import { forecastView } from "./forecast.js";
 import { cacheView, runView } from "./sections.js";
@@ -15,8 +16,8 @@ const section = (name, t, ...children) =>
     ...children,
   );
 
-/** forecast: what was asked for before a run, or null. */
-export function panelView(report, actions, t, forecast = null) {
+/** forecast: what was asked for before a run. comparison: the last one with ComfyUI. Both may be null. */
+export function panelView(report, actions, t, forecast = null, comparison = null) {
   if (!report) return [h("p", { class: "sw-sum", role: "status", key: "sum" }, t("wait"))];
   const cards = modelCards(report);
   return [
@@ -46,6 +47,7 @@ export function panelView(report, actions, t, forecast = null) {
     section("forecast", t, forecastView(forecast, report, actions, t)),
     section("run", t, runView(report, actions, t)),
     section("cache", t, cacheView(report, actions, t)),
+    section("compare", t, compareView(comparison, actions, t)),
     h(
       "footer",
       { class: "sw-buttons", key: "foot" },

@@ -1,0 +1,30 @@
+// A workflow in API format with ComfyUI's loaders in the place of Spillway's. Pure.
+import { isOurs, toTheirs } from "./loaders.js";
+
+const OUTPUTS = { SpillwayLoadCheckpoint: ["MODEL", "CLIP", "VAE", "CLIP_VISION"] };
+const isLink = (value) => Array.isArray(value);
+
+/** {prompt, same}: the workflow, and the classes of what stays, as ComfyUI has nothing like it. */
+export function withTheirs(prompt) {
+  const made = {};
+  const same = [];
+  for (const [id, node] of Object.entries(prompt)) {
+    const wanted = isOurs(node.class_type) ? toTheirs(node.class_type, node.inputs, usesOf(prompt, id)) : null;
+    if (isOurs(node.class_type) && !wanted) same.push(node.class_type);
+    // A policy says what Spillway may take. ComfyUI's loaders have none.
+    made[id] = wanted ? { ...node, class_type: wanted.type, inputs: wanted.values } : node;
+  }
+  return { prompt: made, same };
+}
+
+function usesOf(prompt, id) {
+  const node = prompt[id];
+  const slots = Object.values(prompt).flatMap((other) =>
+    Object.values(other.inputs).filter((value) => isLink(value) && String(value[0]) === id).map((value) => value[1]),
+  );
+  const names = OUTPUTS[node.class_type] ?? [];
+  return {
+    inputs: Object.keys(node.inputs).filter((name) => isLink(node.inputs[name])),
+    outputs: slots.map((slot) => names[slot]),
+  };
+}
