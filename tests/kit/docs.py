@@ -1,4 +1,4 @@
-"""What is written for users: its files, links, commands and figures. Imports the standard library alone, as dev.py does."""
+"""What is written for users: its links, lengths and figures. Imports the standard library alone, as dev.py does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_LINES = 130
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Seconds, milliseconds and megabytes are measured here; GB and percent are what one sets, too.
 FIGURE = re.compile(r"(?<![\w.])\d[\d.,]* ?(?:s|ms|MB|秒)(?![\w/])")
-DATE = re.compile(r"\d{1,2} (?:January|February|March|April|May|June|July|August|September|October|November|December) \d{4}")
+DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ 20\d\d")
 OTHER_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{4} 年 \d{1,2} 月 \d{1,2} 日")
 COMMAND = re.compile(r"`(?:python3? dev\.py [a-z_]+|tests/)")
 ARITHMETIC = re.compile(r"[Aa]rithmetic|算术|計算です")

@@ -1,6 +1,5 @@
 """What is written for users leads somewhere, names what there is, and says where its figures come from."""
 
-import ast
 import json
 import math
 import re
@@ -169,8 +168,3 @@ def test_the_readmes_figures_are_those_of_the_results():
         for figure in (*first, *grown, *errors, f"| {graphs} ", second, *steps([theirs]), *steps(ours)):
             assert figure in text, f"{readme.name}: {figure} is nowhere"
     assert all(math.isclose(before[name]["max_abs_difference"], 0) for name in (*ours,))
-
-
-def test_a_benchmark_says_in_one_line_what_it_is():
-    for path in BENCHMARKS.glob("[!_]*.py"):
-        assert (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0].endswith("."), path
