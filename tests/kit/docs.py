@@ -27,7 +27,7 @@ def published(path: Path) -> bool:
     """Say whether the registry's archive has a file of this folder."""
     name = path.relative_to(ROOT).as_posix()
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    rules = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    rules = [line.strip().removeprefix("/") for line in lines if line.strip() and not line.startswith("#")]
     return not any(name.startswith(rule) if rule.endswith("/") else fnmatch.fnmatch(name, rule) for rule in rules)
 
 
