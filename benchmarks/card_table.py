@@ -1,7 +1,7 @@
 """Prints what fits on a card by arithmetic: resident and streamed GB, and seconds of the bus in each step.
 
 Nothing is measured. Shapes are those of tests/kit/virtual/models. Speeds are those of tests/kit/virtual/devices.py,
-four fifths of what a bus has by its name. The table stands in the README and in docs/small-cards.md. A test compares it.
+four fifths of what a bus has by its name. The table stands in the README and in docs/small-cards.md. A test looks.
 
     python dev.py bench card_table [--bits 16|8]
 """
