@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import folder_paths
 from ...ops import settings
 
 DISK_SECONDS = 10.0
+# ComfyUI empties the file before it writes it anew. Whoever reads it in between finds nothing, or a part.
+WRITTEN_WITHIN, PAUSE, TIMES = 1.0, 0.02, 5
 
 
 def setting(kind: settings.Number | settings.Switch) -> Any:
     """Read a setting of ComfyUI's default user. None where there is none, or none that makes sense."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _read(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -27,6 +30,18 @@ def setting(kind: settings.Number | settings.Switch) -> Any:
         settings.warn_once(f"{path} cannot be read (no JSON object): the defaults of Spillway's settings are used.")
         return None
     return settings.setting(kind, values)
+
+
+def _read(path: Path) -> Any:
+    """Read the file, and again for a moment where it is damaged and was written just now."""
+    for _ in range(TIMES):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            if abs(time.time() - path.stat().st_mtime) > WRITTEN_WITHIN:
+                raise
+            time.sleep(PAUSE)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def ram_cap() -> int | None:
