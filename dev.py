@@ -10,6 +10,7 @@
     python dev.py convert FILE... [--to FOLDER]
     python dev.py soak [--minutes N] [--seed S] [--fuzz N | --kills N]
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
+    python dev.py release [--untested | --archive FILE]
 
 Each sets up what it needs in .venv beside this file, and a second call finds it there. `probe` says what is in a
 safetensors or GGUF file and needs nothing. `convert` makes safetensors files of pickles (.ckpt, .pt, .pth, .bin), which
@@ -17,7 +18,8 @@ are not run, beside them or in a folder. `--only host` means `--only comfyui`, a
 device of tests/fake_device, which runs a choice of the tests. `--slow` runs all of them there, for an hour or two, and
 everywhere the slow tests and the planted faults. `browser` looks at the panel in Chromium, and with `--slow` in the
 oldest and the newest frontend too. `soak` disturbs real ComfyUI servers and compares what they make with what fresh
-ones make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none.
+ones make. `gpu` tests the GPU of this machine, measures on it, and exits with 2 where there is none. `release` says
+what must still be mended before a version is tagged, and writes the archive that the registry would serve.
 
 Variables:
     SPILLWAY_TORCH    what to install as torch in .venv, for example "torch==2.11.0"; pip options may follow
@@ -30,7 +32,6 @@ from __future__ import annotations
 import ast
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,6 @@ TESTS = ROOT / "tests"
 COMFYUI_TESTS = TESTS / "comfyui"  # the others in TESTS are the engine's
 SOAK_TESTS = TESTS / "soak"
 BROWSER_TESTS = COMFYUI_TESTS / "browser"
-ENGINE = ("patcher", "ops", "cache")
 QUICK = "not slow and not planted"  # the tests of a run without --slow
 NO_TESTS_COLLECTED = 5
 AT_ONCE = 2  # processes of tests; each computes with two threads
@@ -73,6 +73,9 @@ from kit.environment import (  # noqa: E402
 from kit.find_comfyui import WrongVariable, find_comfyui, find_comfyui_python  # noqa: E402
 from kit.gpu import Command, Suites  # noqa: E402
 from kit.gpu import main as gpu_main  # noqa: E402
+from kit.mypy_engine import mypy_engine  # noqa: E402
+from kit.release import main as release_main  # noqa: E402
+from kit.release import note_tested  # noqa: E402
 from kit.soak_runs import ONLY_MIX, SoakRun, asked_for  # noqa: E402
 
 # `python -m pytest` would put this folder on sys.path, and ComfyUI's `import nodes` would find the pack's.
@@ -83,7 +86,7 @@ def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is the first thing that an older Python meets
         return fail(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     commands = {"test": test, "lint": lint, "demo": demo, "sim": sim, "bench": bench, "probe": probe}
-    commands |= {"convert": convert, "soak": soak, "gpu": gpu}
+    commands |= {"convert": convert, "soak": soak, "gpu": gpu, "release": release_main}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -106,11 +109,14 @@ def test(arguments: list[str]) -> int:
         wanted, arguments = {"comfyui" if part == "host" else part for part in arguments[1:2]}, arguments[2:]
         if not wanted or wanted - set(parts):
             return fail("--only takes engine, comfyui, device, browser or soak.", 2)
+    whole = not arguments and wanted == set(parts)
     commands: dict[str, Command] = {}
     for name, prepare in parts.items():
         if name in wanted:
             mine = (None, "comfyui" if name == "device" else name)
-            commands |= prepare([argument for argument in arguments if part_of(argument) in mine])
+            prepared = prepare([argument for argument in arguments if part_of(argument) in mine])
+            whole = whole and bool(prepared)
+            commands |= prepared
     ran = run_beside(commands)
     if not ran:
         return fail("No test ran.")
@@ -122,6 +128,8 @@ def test(arguments: list[str]) -> int:
         if code:
             why = "no test was collected" if code == NO_TESTS_COLLECTED else f"pytest ended with code {code}"
             fail(f"The {name} tests failed: {why}.")
+    if whole and not any(ran.values()):
+        note_tested()
     return next((code for code in ran.values() if code), 0)
 
 
@@ -374,30 +382,6 @@ def comfyui_and_python() -> tuple[Path, Path, dict[str, str]] | None:
 
 def pytest(title: str, python: Path, arguments: list[str], environment: dict[str, str]) -> Command:
     return Command(title, [str(python), "-c", PYTEST, "-p", "no:cacheprovider", *arguments], environment)
-
-
-# mypy
-
-
-def mypy_engine(python: str) -> int:
-    """Check a copy of the engine laid out as the package `spillway`: only so do the pack's relative imports resolve."""
-    sources = [path for part in ENGINE for path in (ROOT / part).rglob("*.py") if "comfyui" not in path.parts]
-    if not sources:
-        print("no engine files")
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "spillway"
-        for source in sources:
-            copy = package / source.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
-        (package / "__init__.py").touch()  # empty: the real one leads to ComfyUI's side
-        cache = ROOT / ".mypy_cache"
-        options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache), "-p", "spillway"]
-        done = subprocess.run([python, "-m", "mypy", *options], cwd=folder, capture_output=True, text=True)
-    for line in (done.stdout + done.stderr).splitlines():
-        print(line.removeprefix("spillway" + os.sep))
-    return done.returncode
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def free_old_ids() -> list[type[io.ComfyNode]]:
     """Return the nodes to register under older ids: those that no pack has taken that was loaded before.
 
     A pack that is loaded later takes its id over, as ComfyUI keeps the last.
+    There is no node replacement beside them. ComfyUI applies one only where nobody has the old id, never so with
+    this list, and it stops with a KeyError at a prompt that lacks an input of the mapping, as one of either form does.
     """
     taken = comfyui_nodes.NODE_CLASS_MAPPINGS.get(OLD_COMPILE)
     if taken is None or getattr(taken, "of_spillway", False):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Linear  # ComfyUI's layers are for models; the engine knows none of them
 
 from ..ops.device.backend import Backend
 from ..ops.device.identity import pack_version
@@ -27,8 +28,8 @@ SHARES = (1.0, 0.5, 0.0)
 class _Layer(torch.nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.wide = torch.nn.Linear(width, 4 * width)
-        self.narrow = torch.nn.Linear(4 * width, width)
+        self.wide = Linear(width, 4 * width)
+        self.narrow = Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.remainder(self.narrow(torch.remainder(self.wide(x), 5) - 2), 7) - 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..store.shared_store import Options
 
 DISK_SECONDS = 10.0
 STORE_SECONDS, STORE_WAIT_SECONDS, STORE_GB, STORE_DAYS = 10.0, 5.0, 50.0, 30.0
+# ComfyUI empties the file before it writes it anew. Whoever reads it in between finds nothing, or a part.
+WRITTEN_WITHIN, PAUSE, TIMES = 1.0, 0.02, 5
 
 
 def setting(kind: settings.Option) -> Any:
@@ -25,7 +28,7 @@ def _values() -> dict[str, Any] | None:
     """Read all settings of ComfyUI's default user. None where they cannot be read, which is said once."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _read(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -35,6 +38,18 @@ def _values() -> dict[str, Any] | None:
         settings.warn_once(f"{path} cannot be read (no JSON object): the defaults of Spillway's settings are used.")
         return None
     return values
+
+
+def _read(path: Path) -> Any:
+    """Read the file, and again for a moment where it is damaged and was written just now."""
+    for _ in range(TIMES):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            if abs(time.time() - path.stat().st_mtime) > WRITTEN_WITHIN:
+                raise
+            time.sleep(PAUSE)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def ram_cap() -> int | None:

@@ -21,7 +21,7 @@ const command = (id, icon, label, back) => ({ id: `Spillway.${id}`, icon, label,
 
 await loadTexts(); // the button's are read when the extension is registered
 app.registerExtension({
-  name: "Spillway.Convert",
+  name: "spillway.Convert",
   commands: [
     command("Convert", "mdi mdi-swap-horizontal", "Use Spillway's loaders in this graph", false),
     command("ConvertBack", "mdi mdi-undo-variant", "Use ComfyUI's loaders in this graph", true),

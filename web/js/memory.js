@@ -56,7 +56,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text); // not there on pages that came without encryption from elsewhere
   } catch {
     area.value = text;
-    document.body.append(area);
+    (state.root ?? app.canvas.canvas.parentElement).append(area); // not the page's body, which is everybody's
     area.select();
     document.execCommand("copy");
     area.remove();
@@ -139,7 +139,7 @@ const command = (id, icon, label, run) => ({ id: `Spillway.${id}`, icon, label, 
 const binding = (id, key) => ({ commandId: `Spillway.${id}`, combo: { key, alt: true, shift: true } });
 
 app.registerExtension({
-  name: "Spillway.Memory",
+  name: "spillway.Memory",
   settings: [
     {
       id: "Spillway.Panel.Badges",
@@ -187,7 +187,6 @@ app.registerExtension({
     const style = document.createElement("link");
     style.rel = "stylesheet";
     style.href = new URL("./panel/panel.css", import.meta.url).href;
-    document.head.append(style);
     await loadTexts();
     app.extensionManager.registerSidebarTab({
       id: ID,
@@ -200,7 +199,7 @@ app.registerExtension({
         state.root.className = "spillway-panel";
         state.root.setAttribute("role", "region");
         state.root.setAttribute("aria-label", t("title"));
-        element.replaceChildren(state.root);
+        element.replaceChildren(style, state.root);
         redraw();
         connection.start();
       },

@@ -2,7 +2,7 @@
 import { app } from "../../../scripts/app.js";
 
 app.registerExtension({
-  name: "Spillway.Settings",
+  name: "spillway.Settings",
   settings: [
     {
       id: "Spillway.Cache.Enabled",

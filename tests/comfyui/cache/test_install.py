@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import execution
 import folder_paths
@@ -12,6 +13,7 @@ from comfy_execution import caching
 from kit.comfyui.executor import Executor
 from spillway.cache.comfyui import cache as comfy_cache
 from spillway.cache.comfyui import install as cache_install
+from spillway.cache.comfyui import settings as comfy_settings
 from spillway.ops.ram.available import Available
 
 
@@ -40,6 +42,27 @@ def test_the_variable_and_the_setting_turn_it_off(installed, monkeypatch, tmp_pa
     monkeypatch.delenv("SPILLWAY_CACHE")
     settings.write_text("{ damaged")
     assert isinstance(Executor().cache, comfy_cache.SpillwayCache) and "cannot be read" in caplog.text
+
+
+def test_settings_that_are_just_being_written_are_read_when_they_are_there(monkeypatch, tmp_path, caplog):
+    """ComfyUI empties its file, and then writes it."""
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    path = tmp_path / "default" / "comfy.settings.json"
+    path.parent.mkdir()
+    path.write_text("")
+    waited = []
+
+    def write(seconds):
+        waited.append(seconds)
+        path.write_text('{"Spillway.Cache.RamGB": ' if len(waited) == 1 else '{"Spillway.Cache.RamGB": 3}')
+
+    monkeypatch.setattr(comfy_settings.time, "sleep", write)
+    assert comfy_settings.ram_cap() == 3 << 30
+    assert len(waited) == 2 and not caplog.text
+    # One that has been damaged for a while holds nobody up.
+    path.write_text("{ damaged")
+    os.utime(path, (1, 1))
+    assert comfy_settings.ram_cap() is None and len(waited) == 2
 
 
 @pytest.mark.parametrize(

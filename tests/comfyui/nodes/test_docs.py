@@ -21,6 +21,8 @@ from spillway.nodes.extension import SpillwayExtension
 PAGES = ROOT / "web" / "docs"
 LOCALE = ROOT / "locales" / "en"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+RUN_BY_COMFY_TEST = sorted((ROOT / "workflows" / "tests").glob("*.json"))
+GRAPHS = [*WORKFLOWS, *RUN_BY_COMFY_TEST]
 
 NODES = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
 # A node under an older id is the same node, and nobody is to choose it.
@@ -149,14 +151,14 @@ def test_a_workflow_has_a_small_preview(path):
     assert picture.startswith(b"\xff\xd8\xff") and len(picture) < MAX_PREVIEW_BYTES
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_workflow_has_an_output_so_that_it_can_be_run(path):
     """ComfyUI refuses a prompt without one."""
     known = {**OURS, **COMFYUI}
     assert any(getattr(known.get(node["type"]), "OUTPUT_NODE", False) for node in read(path)["nodes"])
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
     for node in read(path)["nodes"]:
         if node["type"] in NOTES:
@@ -184,7 +186,7 @@ def test_a_workflow_has_known_nodes_with_values_that_they_take(path):
         assert not files, f"{node['type']}: {files} are named and not used"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_workflows_links_fit_their_slots(path):
     workflow = read(path)
     by_id = {node["id"]: node for node in workflow["nodes"]}
@@ -205,6 +207,17 @@ def test_a_workflows_links_fit_their_slots(path):
         assert sockets <= linked, f"{node['type']}: {', '.join(sockets - linked)} is not connected"
 
 
+def test_comfy_test_has_a_workflow_that_it_can_run():
+    """It refuses notes, and needs every widget's value at its place. Each runs without a model file."""
+    assert RUN_BY_COMFY_TEST
+    named = (ROOT / "comfy-test.toml").read_text(encoding="utf-8")
+    for path in RUN_BY_COMFY_TEST:
+        assert f'"{path.name}"' in named
+        types = {node["type"] for node in read(path)["nodes"]}
+        assert not types & NOTES and types & set(OURS)
+        assert not any(node["properties"].get("models") for node in read(path)["nodes"])
+
+
 def box(node):
     """(left, top, right, bottom) of a node as the frontend draws it: high enough for its slots and widgets."""
     sockets = [entry for entry in node.get("inputs", []) if "widget" not in entry]
@@ -215,7 +228,7 @@ def box(node):
     return left, top - 30, left + width, top + height  # the title is above
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_no_node_of_a_workflow_lies_on_another(path):
     """A node that has got an input since is drawn larger than it was."""
     boxes = [(f"{node['type']} {node['id']}", box(node)) for node in read(path)["nodes"]]

@@ -36,7 +36,7 @@ export class Connection {
   constructor(onReport) {
     api.addEventListener(EVENT, (event) => onReport(event.detail));
     api.addEventListener("reconnected", () => this.#tell());
-    document.addEventListener("visibilitychange", () => this.#tell());
+    window.addEventListener("visibilitychange", () => this.#tell());
   }
 
   start() {
