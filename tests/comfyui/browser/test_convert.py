@@ -73,7 +73,7 @@ def test_one_node_is_converted_from_its_menu(page):
         """() => {
           const node = window.app.graph.getNodeById(4);
           const items = window.app.extensions
-            .filter((one) => one.name === "Spillway.Convert")
+            .filter((one) => one.name === "spillway.Convert")
             .flatMap((one) => one.getNodeMenuItems(node));
           items.find((item) => item.content === "Use Spillway's loader").callback();
         }"""
