@@ -14,6 +14,7 @@ import torch
 from ..ops.device.backend import Backend, backend_for
 from ..ops.device.careful_backend import CarefulBackend
 from ..ops.device.out_of_memory import is_out_of_memory
+from ..ops.files.coming_file import ComingFile, Range
 from ..ops.files.source import Source
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
@@ -106,6 +107,8 @@ class DynamicModel(Figures):
         self._unused_pins = 0  # bytes of their blocks that no bundle may fit into
         self.last_used = 0.0  # time.monotonic() of the last step
         self._placed = PlacedBuffers(module, self.device)
+        self._is_coming = any(bundle.coming for bundle in self.bundles)
+        self._foresee(soon=False)
         self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
@@ -165,6 +168,7 @@ class DynamicModel(Figures):
                     self._may_init,
                     self.placed_bytes,
                 )
+                self._foresee(soon=True)
                 residency.caster.on_step = partial(self._on_step, residency)
                 self.residency = residency
             except BaseException:
@@ -188,7 +192,35 @@ class DynamicModel(Figures):
     def check_files(self) -> None:
         """Raise FileChanged where a file of the model has changed since it was opened. A few microseconds."""
         for disk_map in self._files:
-            disk_map.check()
+            disk_map.check_unchanged()
+
+    @property
+    def is_coming(self) -> bool:
+        """Say whether weights have yet to come into their file."""
+        return not all(bundle.has_come() for bundle in self.bundles)
+
+    def _foresee(self, soon: bool) -> None:
+        """Say in which order the weights will be used, where they are still coming. soon: now, before other models'.
+
+        Of tables, rows alone are used, so the rest of one comes last.
+        """
+        if not self._is_coming:
+            return
+        ranges: dict[ComingFile, list[Range]] = {}
+        for bundle in sorted(self._remembered.order, key=lambda bundle: bundle.by_rows):
+            for file, offset, nbytes in bundle.coming:
+                if file.coming is not None:
+                    ranges.setdefault(file.coming, []).append((offset, nbytes))
+        for coming, wanted in ranges.items():
+            coming.expect(wanted, soon)
+
+    def _stand_by_themselves(self) -> None:
+        """Let weights that have come be read where they lie, where the device computes in host memory."""
+        self._is_coming = self.is_coming
+        if not self._is_coming:
+            for bundle in self.bundles:
+                bundle.arrive()  # they have: it lets go of the download
+                bundle.stand_in(self._idle_device)
 
     def _lend_through(self, lender: Lender) -> None:
         for bundle in self.bundles:
@@ -197,6 +229,8 @@ class DynamicModel(Figures):
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
         self.check_files()
+        if self._is_coming:
+            self._stand_by_themselves()
         self.ledger.begin_step(residency.caster.ahead_bytes)
         self.last_used = time.monotonic()
         relieve(models)

@@ -22,6 +22,7 @@ from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES, is_pickle
 from ....ops.gather import memory_of
+from ....ops.lending.idle_weight import as_stored
 from ....ops.overrides import overridden
 from ....ops.parts.index import is_index
 from ....ops.parts.open_map import open_map
@@ -88,7 +89,7 @@ class Opened:
             # A state dict has the source of a weight that stands idle.
             for tensor in model.state_dict().values()
             if isinstance(tensor, torch.Tensor)
-            for part in memory_of(tensor)
+            for part in memory_of(as_stored(tensor))
             if (place := locate(part)) is not None
         }
         return [str(source.path) for source in self.sources if not used & set(source.files)]
@@ -182,7 +183,7 @@ def building(
     ):
         yield opened
         for disk_map in opened.maps:
-            disk_map.check()
+            disk_map.check_unchanged()
 
 
 def _assigned(load: Callable[..., Any], root: torch.nn.Module, tensors: Mapping[str, Any], strict: bool) -> Any:

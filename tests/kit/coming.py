@@ -1,0 +1,58 @@
+"""Files that come from a server of the test, with NaN wherever a part has yet to come."""
+
+import threading
+from contextlib import contextmanager
+
+from kit.range_server import serving
+from spillway.ops.files.coming_file import coming_file
+from spillway.ops.remote.fetch import fetch
+
+BLOCK = 16 << 10
+PAUSES = (0.01, 0.02)
+
+
+def poison(coming):
+    """Fill what has not come with bytes that are NaN in every dtype, so that a read without a wait shows."""
+    with open(coming.data, "r+b") as file, coming.condition:
+        for block, come in enumerate(coming.come):
+            if not come:
+                file.seek(block * coming.block_bytes)
+                file.write(b"\xff" * min(coming.block_bytes, coming.file_bytes - file.tell()))
+
+
+def begin(server, name, path, block_bytes=BLOCK):
+    """Have a file come. Its gate is closed: nothing comes until the test opens it."""
+    server.gate.clear()
+    coming = fetch(server.address(name), path, block_bytes=block_bytes, pauses=PAUSES)
+    poison(coming)
+    return coming
+
+
+@contextmanager
+def slowly(original, folder, after=0.1, rate=float("inf"), block_bytes=BLOCK):
+    """Let a file come to `folder`, from a moment on. Yields (server, the path that it will have)."""
+    with serving(original.parent) as server:
+        server.rate = rate
+        path = folder / original.name
+        coming = begin(server, original.name, path, block_bytes)
+        opening = threading.Timer(after, server.gate.set)
+        opening.start()
+        try:
+            yield server, path
+            server.gate.set()
+            server.rate = float("inf")
+            coming.wait()
+            settle(path)
+        finally:
+            opening.cancel()
+            server.gate.set()
+
+
+def settle(path):
+    """Wait until a file has its name."""
+    done = threading.Event()
+    for _ in range(500):
+        if coming_file(path) is None:
+            return
+        done.wait(0.01)
+    raise AssertionError(f"{path} does not get its name")
