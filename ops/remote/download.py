@@ -99,7 +99,7 @@ class Download:
             self._finish_if_whole()
         except Changed as error:
             self._end(error)
-        except (SourceError, OSError) as error:
+        except Exception as error:  # whatever it is: whoever waits must not wait for ever
             self._fail(error)
         finally:
             self._leave()
@@ -199,15 +199,15 @@ class Download:
 
     def _fail(self, error: Exception) -> None:
         """Stop for now. What has come is kept, and whoever asks next begins again."""
-        if isinstance(error, OSError):
+        if not isinstance(error, SourceError):
             error = SourceError(_disk_words(self.coming, error))
         with self._saving, suppress(OSError):
             self._save()
         with self.coming.condition:
-            if not self._halt.is_set():
+            if not self._halt.is_set():  # else another thread has said so, and who waits by now waits for the next try
                 log.warning("[Spillway] %s", error)
-            self._halt.set()
-            self.coming.note_failure(error)
+                self._halt.set()
+                self.coming.note_failure(error)
 
     def _end(self, error: Changed) -> None:
         """Stop for good: what has come is of a file that is no more."""
@@ -239,8 +239,8 @@ def coming_words(coming: ComingFile) -> str:
     return f"{coming.come_bytes / 1e6:,.1f} of {coming.file_bytes / 1e6:,.1f} MB"
 
 
-def _disk_words(coming: ComingFile, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _disk_words(coming: ComingFile, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         missing = coming.file_bytes - coming.come_bytes
         return (
             f"{coming.data}: the disk is full. {missing / 1e6:,.1f} MB are yet to come. Make room there and run the "

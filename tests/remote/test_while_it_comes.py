@@ -45,9 +45,9 @@ READERS = {
     "a model on a device, of which nothing stays": lambda path: ran(path, "sim", vram_bytes=0, pinned_bytes=0),
     "a model on a device, pinned": lambda path: ran(path, "sim", vram_bytes=0),
     "a preloaded model": lambda path: _preloaded(path),
-    "a weight outside of a layer": lambda path: dynamic(Stack, path).module.layers[5].weight.sum(),
-    "a view of one": lambda path: dynamic(Stack, path).module.layers[5].weight[3:5].t() + 1,
-    "a weight as an array": lambda path: torch.from_numpy(dynamic(Stack, path).module.layers[5].weight.numpy().copy()),
+    "a weight outside of a layer": lambda path: _of_a_weight(path, lambda weight: weight.sum()),
+    "a view of one": lambda path: _of_a_weight(path, lambda weight: weight[3:5].t() + 1),
+    "a weight as an array": lambda path: _of_a_weight(path, lambda weight: torch.from_numpy(weight.numpy().copy())),
     "a state dict": lambda path: [tensor + 0 for tensor in dynamic(Stack, path).module.state_dict().values()],
     "a state dict that is written": lambda path: _written_by_torch(dynamic(Stack, path).module.state_dict()),
     "a deep copy": lambda path: list(copy.deepcopy(dynamic(Stack, path).module).state_dict().values()),
@@ -61,6 +61,11 @@ READERS = {
     "a file in memory": lambda path: [tensor for _, tensor in sorted(read_whole(path)[0].items())],
     "a header": lambda path: torch.tensor(list(repr(probe(path).dtypes).encode())),
 }
+
+
+def _of_a_weight(path, read):
+    model = dynamic(Stack, path)
+    return read(model.module.layers[5].weight)
 
 
 def _preloaded(path):
