@@ -87,21 +87,27 @@ class ComingFile:
 
         Raises what kept it from coming, and what `patience` says.
         """
-        nbytes = self.file_bytes - offset if nbytes is None else nbytes
-        if self.has(offset, nbytes):
-            return
+        wanted = offset, self.file_bytes - offset if nbytes is None else nbytes
+        if not self.has(*wanted):
+            self._wait(lambda: self.has(*wanted), wanted)
+
+    def wait_whole(self) -> None:
+        """Block this thread until the file is whole and has its name."""
+        self._wait(lambda: self.is_whole, (0, self.file_bytes))
+
+    def _wait(self, done: Callable[[], bool], wanted: Range) -> None:
         with self.condition:
             before = self._failures
-            self.asked.append((offset, nbytes))
+            self.asked.append(wanted)
             try:
-                while not self.has(offset, nbytes):
+                while not done():
                     self.bring()
                     self.condition.wait(ASK_EVERY)
                     if self._failures != before:
                         raise self._failure
                     patience.check()
             finally:
-                self.asked.remove((offset, nbytes))
+                self.asked.remove(wanted)
 
     def expect(self, ranges: Sequence[Range], soon: bool) -> None:
         """Have ranges brought in this order. soon: before all that was foreseen until now."""
@@ -123,8 +129,6 @@ class ComingFile:
         """Let it be a file like any other. stamp: its size and the time of its last change."""
         with self.condition:
             self.stamp, self.is_whole = stamp, True
-            if not self.data.exists():  # else the system would not rename it, and it is found here alone
-                forget(self)
             self.condition.notify_all()
 
     def note_failure(self, error: Exception) -> None:
@@ -180,6 +184,13 @@ def forget(coming: ComingFile) -> None:
 def coming_file(path: str | os.PathLike[str]) -> ComingFile | None:
     """Return the file that is coming under this name; None where none is."""
     return _coming.get(Path(os.path.abspath(path))) if _coming else None
+
+
+def wait_whole(path: str | os.PathLike[str]) -> None:
+    """Wait until the file that is coming under this name has it, for code that opens it by its name."""
+    coming = coming_file(path)
+    if coming is not None:
+        coming.wait_whole()
 
 
 def is_any_coming() -> bool:

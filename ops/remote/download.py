@@ -72,7 +72,10 @@ class Download:
             if self._ended is not None:
                 self.coming.note_failure(self._ended)
                 return
-            if self._threads or self.coming.is_whole:
+            if self._threads:
+                return
+            if self.coming.is_whole:
+                self._give_name()
                 return
             self._halt.clear()
             self._threads = [
@@ -160,10 +163,17 @@ class Download:
         with self.coming.condition:
             runs, self._unsaved = self._unsaved, []
         self._saved_at = time.monotonic()
-        if runs:
-            os.fsync(self._file.fileno())
-        for run in runs:
-            self._record.note(run)
+        try:
+            if runs:
+                os.fsync(self._file.fileno())
+            for run in runs:
+                self._record.note(run)
+        except OSError:  # nobody knows what of them is on the disk
+            with self.coming.condition:
+                for run in runs:
+                    self.coming.come[run.start : run.stop] = bytes(len(run))
+                    self._order.give_back(run)
+            raise
 
     def _say(self) -> None:
         with self.coming.condition:
@@ -182,20 +192,30 @@ class Download:
             if coming.is_whole or self._ended is not None or coming.come.find(0) >= 0:
                 return
             self._save()
-            try:
-                if os.path.lexists(coming.path):
-                    raise FileExistsError(errno.EEXIST, "another file has this name by now", str(coming.path))
-                os.rename(coming.data, coming.path)
-                sync_folder(coming.path.parent)
-            except PermissionError as error:  # Windows renames no file that is in use
-                log.info("[Spillway] %s: whole. It gets its name in the next run (%s).", coming.path, error)
-            else:
-                with suppress(OSError):  # it says nothing to anybody without the sparse file
-                    self._record_path.unlink()
-                log.info("[Spillway] %s: whole, and a file like any other.", coming.path)
-            coming.note_whole(stamp(self._file.fileno()))
-            self._file.close()
+            os.fsync(self._file.fileno())
+            whole = stamp(self._file.fileno())
+            self._file.close()  # Windows renames no file that is open
             self._record.close()
+            self._give_name()
+            coming.note_whole(whole)
+
+    def _give_name(self) -> None:
+        """Give the file its name. Another file that has got it meanwhile stays, and this one goes."""
+        data, path = self.coming.data, self.coming.path
+        try:
+            if os.path.lexists(path):
+                data.unlink(missing_ok=True)
+                log.warning("[Spillway] %s: another file has got this name meanwhile, and is kept.", path)
+            else:
+                os.rename(data, path)
+                log.info("[Spillway] %s: whole, and a file like any other.", path)
+        except PermissionError as error:  # Windows renames no file that is mapped
+            log.info("[Spillway] %s: whole. It gets its name in a later run (%s).", path, error)
+            return
+        sync_folder(path.parent)
+        forget(self.coming)
+        with suppress(OSError):  # it says nothing to anybody without the sparse file
+            self._record_path.unlink()
 
     def _fail(self, error: Exception) -> None:
         """Stop for now. What has come is kept, and whoever asks next begins again."""

@@ -71,6 +71,10 @@ def fetch(
         if not data.exists():
             _remove_record(path)  # of a file that is gone
         file = _open_locked(data)
+        if path.is_file():  # of another process, that has just ended its download
+            file.close()
+            data.unlink()
+            return None
         try:
             found = block_record.read(record_path, state, block_bytes) if state.mark else None
             fits = os.fstat(file.fileno()).st_size == state.nbytes

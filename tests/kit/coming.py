@@ -29,23 +29,41 @@ def begin(server, name, path, block_bytes=BLOCK):
 
 
 @contextmanager
-def slowly(original, folder, after=0.1, rate=float("inf"), block_bytes=BLOCK):
-    """Let a file come to `folder`, from a moment on. Yields (server, the path that it will have)."""
+def slowly(original, folder, rate=float("inf"), block_bytes=BLOCK):
+    """Let a file come to `folder`: its header once somebody waits for it, the rest once somebody waits for more.
+
+    Whoever waits for nothing finds NaN. Yields (server, the path that it will have). In the end all of it has come.
+    """
     with serving(original.parent) as server:
         server.rate = rate
         path = folder / original.name
         coming = begin(server, original.name, path, block_bytes)
-        opening = threading.Timer(after, server.gate.set)
-        opening.start()
+        watching = threading.Event()
+        watcher = threading.Thread(target=_open_when_asked, args=(server, coming, watching), daemon=True)
+        watcher.start()
         try:
             yield server, path
-            server.gate.set()
+            watching.set()
+            watcher.join()
             server.rate = float("inf")
+            server.gate.set()
             coming.wait()
             settle(path)
         finally:
-            opening.cancel()
+            watching.set()
             server.gate.set()
+
+
+def _open_when_asked(server, coming, ended):
+    header = coming.block_bytes
+    while not ended.wait(0.005):
+        asked = list(coming.asked)
+        if asked:
+            server.opened = header
+        if any(offset + nbytes > header for offset, nbytes in asked):
+            ended.wait(0.02)
+            server.gate.set()
+            return
 
 
 def settle(path):

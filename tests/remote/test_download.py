@@ -1,7 +1,6 @@
 """A download that is cut off, lied to or killed loses time and nothing else."""
 
 import errno
-import fcntl
 import os
 import subprocess
 import sys
@@ -108,9 +107,9 @@ def test_a_server_that_fails_later_is_named_and_what_has_come_is_kept(fault, ser
         assert isinstance(raised.value, Unreachable) and "in 3 tries" in str(raised.value)
     assert left(path) == [RECORD, DATA]
     server.fault = ""
-    before = server.sent
+    server.asked.clear()
     finish(coming, path, original)
-    assert server.sent - before <= SIZE - 5 * BLOCK, "what had come was brought again"
+    assert sum(last + 1 - first for first, last in server.asked) <= SIZE - 5 * BLOCK, "what had come was brought again"
 
 
 def test_a_server_that_is_busy_for_a_while_is_asked_again(server, original, path):
@@ -179,11 +178,19 @@ def test_what_came_to_another_process_counts_only_where_it_is_of_this_file(chang
 
 def test_two_processes_do_not_bring_one_file(server, original, path):
     path.parent.mkdir()
-    with open(path.with_name(path.name + DATA), "wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SourceError, match="another process downloads this file"):
-            get(server.address(original.name), path)
+    other = fetching._open_locked(path.with_name(path.name + DATA))
+    with pytest.raises(SourceError, match="another process downloads this file"):
+        get(server.address(original.name), path)
+    other.close()
     finish(get(server.address(original.name), path), path, original)
+
+
+def test_a_file_that_gets_the_name_meanwhile_is_kept(server, original, path):
+    coming = begin(server, original.name, path)
+    path.write_bytes(b"the user's own")
+    server.gate.set()
+    coming.wait_whole()
+    assert path.read_bytes() == b"the user's own" and left(path) == [""]
 
 
 def test_no_room_is_said_before_anything_comes(server, original, path, monkeypatch):

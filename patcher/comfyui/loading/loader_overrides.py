@@ -18,6 +18,7 @@ import torch
 
 from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.check_before_read import CheckBeforeRead
+from ....ops.files.coming_file import wait_whole
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES, is_pickle
@@ -242,10 +243,14 @@ def _left_out_words(maps: Iterable[DiskMap]) -> str:
 
 @contextmanager
 def opening_indexes() -> Iterator[None]:
-    """Inside, ComfyUI's loaders open a model in several files, for a classic model of it."""
+    """Inside, ComfyUI's loaders open a model in several files, for a classic model of it.
+
+    They wait until all of a file that is coming is there.
+    """
 
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_index(path):
+            wait_whole(path)
             return load(path, *args, **kwargs)
         source = open_map(path)
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)
