@@ -233,10 +233,9 @@ def _written(func: Any, args: Any, kwargs: Any) -> IdleWeight | None:
 def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight:
     """Write into the source, of which the final form is made again. Other idle weights are read as sources too."""
     source = written.param.source
-    check_files(memory_of(source))  # what came into a page that was written into would never be seen
     place = source.device
     # A view of a weight in pieces would be one of a copy. The copy is written into, and then the pieces.
-    whole = source.whole() if isinstance(source, JoinedWeight) else None
+    whole = written.stored().whole() if isinstance(source, JoinedWeight) else None  # type: ignore[attr-defined]
 
     def beside(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, IdleWeight):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from kit.range_server import serving
 from spillway.ops.files.coming_file import coming_file
-from spillway.ops.remote.fetch import fetch
+from spillway.ops.remote import fetch as fetching
 
 BLOCK = 16 << 10
 PAUSES = (0.01, 0.02)
@@ -23,7 +23,7 @@ def poison(coming):
 def begin(server, name, path, block_bytes=BLOCK):
     """Have a file come. Its gate is closed: nothing comes until the test opens it."""
     server.gate.clear()
-    coming = fetch(server.address(name), path, block_bytes=block_bytes, pauses=PAUSES)
+    coming = fetching.fetch(server.address(name), path, block_bytes=block_bytes, pauses=PAUSES)
     poison(coming)
     return coming
 

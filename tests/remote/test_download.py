@@ -18,7 +18,7 @@ from spillway.ops.files.coming_file import ComingFile, coming_file, forget
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.ops.remote import fetch as fetching
 from spillway.ops.remote.block_record import read
-from spillway.ops.remote.fetch import DATA, RECORD, fetch
+from spillway.ops.remote.fetch import DATA, RECORD
 from spillway.ops.remote.open_store import open_store
 from spillway.ops.remote.order import Order
 from spillway.ops.remote.store import Changed, Refused, Unreachable
@@ -47,7 +47,7 @@ def path(tmp_path):
 
 
 def get(address, path):
-    return fetch(address, path, block_bytes=BLOCK, pauses=PAUSES)
+    return fetching.fetch(address, path, block_bytes=BLOCK, pauses=PAUSES)
 
 
 def left(path):
@@ -145,9 +145,10 @@ def test_a_file_that_became_shorter_is_a_changed_one(server, original, path):
         coming.wait()
 
 
-@pytest.mark.parametrize("change", ["rewritten", "no marks", "record damaged", "data gone", "nothing"])
+@pytest.mark.parametrize("change", ["rewritten", "no marks", "never marks", "record damaged", "data gone", "nothing"])
 def test_what_came_to_another_process_counts_only_where_it_is_of_this_file(change, server, original, path):
     """The other process is one whose memory of it is gone."""
+    server.marks = change != "never marks"
     coming = begin(server, original.name, path)
     server.opened = 20 * BLOCK
     coming.wait(0, 10 * BLOCK)
@@ -330,4 +331,4 @@ def test_a_range_that_was_read_of_another_content_is_refused(memory, original):
 def test_an_address_that_leads_nowhere_says_why(address, words, path):
     fsspec.register_implementation("nodriver", "no_such_module.FileSystem", errtxt="Install nodriver", clobber=True)
     with pytest.raises(SourceError, match=words):
-        fetch(address, path, pauses=PAUSES)
+        fetching.fetch(address, path, pauses=PAUSES)

@@ -36,11 +36,8 @@ FAULTS = {
     "a state dict has what has not come": Fault(
         f"{IDLE}:store_sources", "if parameter.bundle.coming and param.coming()", "if False", (READER,)
     ),
-    "a weight is written into before it has come": Fault(
-        f"{IDLE}:_write", "check_files(memory_of(source))", "pass", (f"{READER}[a write into a weight]",)
-    ),
     "what is checked has not come": Fault(
-        "ops.files.disk_map:check_files", "place[0].check(*place[1:])", "pass", (f"{READER}[tensors that are checked]",)
+        "ops.files.disk_map:check_files", "place[0].check(*place[1:])", "pass", (f"{READER}[a saved model]",)
     ),
     "half of a view is waited for": Fault(
         "ops.files.disk_map:extent", "(last + 1)", "(last + 1) // 2", (f"{READER}[tensors that are checked]", READER)
@@ -56,6 +53,18 @@ FAULTS = {
         "self.check(spec.offset, spec.nbytes)",
         "pass",
         (f"{READER}[a mapping]",),
+    ),
+    "a map makes norms of what has not come": Fault(
+        "ops.gguf.gguf_map:GgufMap.tensor",
+        "self.check(spec.offset, spec.nbytes)",
+        "pass",
+        (f"{WAITS}::test_what_a_map_makes_of_its_tensors_waits_for_them",),
+    ),
+    "a map joins what has not come": Fault(
+        "ops.gguf.vision:_rows",
+        "check_files(memory for part in parts for memory in memory_of(part))",
+        "pass",
+        (f"{WAITS}::test_what_a_map_makes_of_its_tensors_waits_for_them",),
     ),
     "a file is read before it has come": Fault(
         "ops.files.coming_file:_Reader.readinto",
@@ -106,7 +115,7 @@ FAULTS = {
         (f"{WAITS}::test_a_model_that_is_whole_is_an_ordinary_one",),
     ),
     "nobody may end a wait": Fault(
-        "ops.files.coming_file:ComingFile.wait",
+        "ops.files.coming_file:ComingFile._wait",
         "patience.check()",
         "pass",
         (f"{WAITS}::test_whoever_asks_for_a_stop_ends_the_wait_and_not_the_download",),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from kit.coming import slowly
+from kit.gguf_files import write_gguf
 from kit.nets import Blocks, Stack, dynamic, random_state, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.files.check_before_read import CheckBeforeRead
@@ -17,7 +18,10 @@ from spillway.ops.files.deferred import Deferred, Stored
 from spillway.ops.files.disk_map import DiskMap, check_files
 from spillway.ops.files.read_whole import read_whole
 from spillway.ops.files.save_pipeline import save
+from spillway.ops.gguf.header import WINDOW_BYTES
+from spillway.ops.gguf.vision import as_one
 from spillway.ops.lending.table import LARGE_BYTES
+from spillway.ops.parts.open_map import open_map
 from spillway.ops.parts.probe import probe
 from spillway.patcher.preload import load_now
 
@@ -131,6 +135,33 @@ def test_every_reader_waits_for_what_it_reads(how, original, tmp_path):
     assert len(found) == len(wanted) and all(map(same, found, wanted))
     assert path.read_bytes() == original.read_bytes()
     assert {file.name for file in tmp_path.iterdir()} <= {"there", "model.safetensors", "model.saved"}
+
+
+def _norm(path):
+    return open_map(path).tensor("model.layers.0.input_layernorm.weight")
+
+
+def _tower(path):
+    return as_one(DiskMap(path).state_dict())["visual.blocks.0.attn.qkv.weight"]
+
+
+@pytest.mark.parametrize("read", [_norm, _tower])
+def test_what_a_map_makes_of_its_tensors_waits_for_them(read, tmp_path):
+    """Norms of llama.cpp's files in the dtype of the model, and weights that a vision tower has in pieces."""
+    (tmp_path / "there").mkdir()
+    fill = torch.randn(64, 256 if read is _tower else WINDOW_BYTES // 64)
+    if read is _norm:
+        heads = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 2}
+        tensors = {"blk.0.ffn_up.weight": fill, "blk.0.attn_norm.weight": torch.randn(32)}
+        original = tmp_path / "there" / "llama.gguf"
+        write_gguf(original, tensors, {"general.architecture": "llama", **heads})
+    else:
+        original = tmp_path / "there" / "tower.safetensors"
+        save_file({f"visual.blocks.0.attn.{part}.weight": fill + n for n, part in enumerate("qkv")}, original)
+    wanted = read(original)
+    with slowly(original, tmp_path) as (_, path):
+        found = read(path)
+    assert same(found, wanted)
 
 
 def test_code_that_only_looks_at_a_file_waits_for_nothing(original, tmp_path):

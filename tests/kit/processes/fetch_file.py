@@ -1,12 +1,20 @@
 """Have a file come from an address, until it is whole: fetch_file.py ADDRESS FILE. A test kills this at any moment."""
 
+import json
+import os
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from ops.remote import download
-from ops.remote.fetch import fetch
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import kit.pack  # noqa: F401 - makes the package `spillway`
+from spillway.ops.remote import download
+from spillway.ops.remote.fetch import fetch
+
+if os.environ.get("SPILLWAY_PLANTED_FAULT"):
+    from kit.planting import VARIABLE, plant
+
+    plant(*json.loads(os.environ[VARIABLE]))
 
 download.SAVE_EVERY = 0.01
 
