@@ -73,9 +73,14 @@ class _WaitForDirect(TorchFunctionMode):
 
 class _WaitForOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if _reads(func):
             _wait((args, kwargs))
-        return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        # In inference mode, `to` and `reshape` come as they are. Whether they copy shows in what they are made of.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
 @cache

@@ -78,6 +78,12 @@ FAULTS = {
         "pass",
         (f"{READER}[code of others]",),
     ),
+    "what may be a view counts as one": Fault(
+        "ops.files.check_before_read:_WaitForOperations.__torch_dispatch__",
+        "result = func.decompose(*args, **kwargs)",
+        "result = NotImplemented",
+        (f"{READER}[code of others in inference mode]",),
+    ),
     "others read memory that has not come": Fault(
         "ops.files.check_before_read:_WaitForDirect.__torch_function__",
         "_wait(args)",

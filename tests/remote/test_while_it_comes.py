@@ -62,6 +62,7 @@ READERS = {
     "a mapping in another dtype": lambda path: list(DiskMap(path, dtype=torch.bfloat16).state_dict().values()),
     "tensors that are checked": lambda path: _checked(path),
     "code of others": lambda path: _by_others(path),
+    "code of others in inference mode": torch.inference_mode()(lambda path: _by_others(path)),
     "a file in memory": lambda path: [tensor for _, tensor in sorted(read_whole(path)[0].items())],
     "a header": lambda path: torch.tensor(list(repr(probe(path).dtypes).encode())),
 }
@@ -120,7 +121,9 @@ def _by_others(path):
         joined = torch.cat([tensors["layers.0.weight"].detach(), torch.nn.Parameter(tensors["layers.1.weight"]).data])
         listed = torch.tensor(tensors["layers.2.bias"].view(-1).tolist())
         array = torch.from_numpy(tensors["layers.3.bias"].numpy() + 1)
-        return joined, listed, array, torch.tensor(tensors["layers.9.bias"][0].item())
+        cast, moved = tensors["layers.4.bias"].to(torch.bfloat16), tensors["layers.5.weight"].t().reshape(-1)
+        laid = tensors["layers.6.weight"].t().contiguous()
+        return joined, listed, array, cast, moved, laid, torch.tensor(tensors["layers.9.bias"][0].item())
 
 
 def flat(value):

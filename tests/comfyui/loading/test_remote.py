@@ -11,6 +11,7 @@ import execution
 import nodes as comfyui_nodes
 import pytest
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from safetensors.torch import save_file
 
 from kit.comfyui import sampling
 from kit.comfyui.executor import Server, node_class
@@ -24,6 +25,8 @@ from spillway.nodes.probe import SpillwayProbeModel
 from spillway.nodes.remote import SpillwayRemoteModelFile
 from spillway.ops.files.coming_file import coming_file
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_diffusion_model
+from spillway.patcher.comfyui.patches.lora import read_lora
+from spillway.patcher.comfyui.saving.save import save_model
 from spillway.patcher.policy import Policy
 
 
@@ -78,6 +81,27 @@ def test_others_models_take_all_of_a_file_that_is_coming(flux, checkpoint, tmp_p
     with slowly(Path(flux), tmp_path) as (_, path):
         found = merged(str(path))
     assert_same(found, wanted)
+
+
+def test_a_lora_and_a_classic_model_wait_for_all_of_their_file(flux, tmp_path):
+    (tmp_path / "there").mkdir()
+    original = tmp_path / "there" / "lora.safetensors"
+    save_file(forms("lora"), original)
+    wanted, classic = read_lora(str(original))[0], run(load_diffusion_model(flux, disable_dynamic=True))
+    with slowly(original, tmp_path) as (_, path):
+        found = read_lora(str(path))[0]
+    assert found.keys() == wanted.keys()
+    assert_same([found[key] for key in wanted], list(wanted.values()))
+    with slowly(Path(flux), tmp_path) as (_, path):
+        latent = run(load_diffusion_model(str(path), disable_dynamic=True))
+    assert_same(latent, classic)
+
+
+def test_a_model_that_is_coming_is_saved(flux, tmp_path):
+    save_model(str(tmp_path / "wanted.safetensors"), load_diffusion_model(flux), dtype="fp16")
+    with slowly(Path(flux), tmp_path) as (_, path):
+        save_model(str(tmp_path / "found.safetensors"), load_diffusion_model(str(path)), dtype="fp16")
+    assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
 
 
 @pytest.fixture
