@@ -24,7 +24,7 @@ from spillway.nodes.load import SpillwayLoadDiffusionModel, model_path
 from spillway.nodes.probe import SpillwayProbeModel
 from spillway.nodes.remote import SpillwayRemoteModelFile
 from spillway.ops.files.coming_file import coming_file
-from spillway.patcher.comfyui.loading.load import load_checkpoint, load_diffusion_model
+from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
 from spillway.patcher.comfyui.patches.lora import read_lora
 from spillway.patcher.comfyui.saving.save import save_model
 from spillway.patcher.policy import Policy
@@ -52,11 +52,41 @@ def test_a_model_that_is_coming_gives_the_latents_of_its_file(use, flux, tmp_pat
     assert_same(found, wanted)
 
 
-def test_a_quantised_file_that_is_coming_gives_its_latents(quantised_file, tmp_path):
-    original = Path(quantised_file("scaled_fp8"))
+@pytest.mark.parametrize("kind", ["scaled_fp8", "int8_tensorwise", "nvfp4"])
+def test_a_quantised_file_that_is_coming_gives_its_latents(kind, quantised_file, tmp_path):
+    original = Path(quantised_file(kind))
     wanted = plainly(str(original))
     with slowly(original, tmp_path) as (_, path):
         found = plainly(str(path))
+    assert_same(found, wanted)
+
+
+def encoded(path, clip_type):
+    return sampling.text_encode(load_clip([path], clip_type), "a red house")
+
+
+KINDS = {
+    "flux_as_diffusers": ({"hidden": 128, "depth": 1, "depth_single": 1}, plainly),
+    "wan": ({"dim": 256, "layers": 2}, plainly),
+    "z_image": ({"dim": 256, "layers": 2, "context": 256}, plainly),
+    "lumina2": ({"dim": 288, "layers": 2}, plainly),
+    "qwen_image": ({"dim": 256, "layers": 1}, plainly),
+    "clip_l": ({}, lambda path: encoded(path, "stable_diffusion")),
+    "t5_base": ({}, lambda path: encoded(path, "stable_audio")),
+    "flux_vae": ({}, lambda path: sampling.vae_decode(load_vae(path), sampling.latent(16))),
+}
+ALWAYS = ("flux_as_diffusers", "clip_l", "flux_vae")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_every_kind_of_file_can_be_used_while_it_comes(kind, checkpoint, tmp_path):
+    options, use = KINDS[kind]
+    original = Path(checkpoint(kind, **options))
+    wanted = use(str(original))
+    with slowly(original, tmp_path, block_bytes=64 << 10) as (_, path):
+        found = use(str(path))
     assert_same(found, wanted)
 
 
