@@ -14,6 +14,7 @@ import torch
 from ..ops.device.backend import Backend, backend_for
 from ..ops.device.careful_backend import CarefulBackend
 from ..ops.device.out_of_memory import is_out_of_memory
+from ..ops.files.check_before_read import waiting_for_reads
 from ..ops.files.coming_file import ComingFile, Range
 from ..ops.files.source import Source
 from ..ops.ledger import Ledger, in_words
@@ -90,7 +91,8 @@ class DynamicModel(Figures):
         self.policy = self._in_bytes(self.asked)
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__, quiet=sketch)
-        self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
+        with waiting_for_reads():  # a quantised weight may copy its scales where it is only looked at
+            self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
         self._files = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:

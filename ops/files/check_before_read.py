@@ -19,7 +19,9 @@ from .disk_map import DiskMap, check_files
 # Functions that read the memory of a tensor without an operation of torch.
 DIRECT = frozenset(("numpy", "tolist", "__array__"))
 # Operations that take a tensor for its shape and dtype.
+
 SHAPES = "new_", "empty", "is_", "sym_"
+_PLAIN = torch.Tensor.__torch_dispatch__  # of tensors that leave operations to torch
 
 
 class CheckBeforeRead(TorchFunctionMode):
@@ -74,6 +76,10 @@ class _WaitForDirect(TorchFunctionMode):
 class _WaitForOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and type(value).__torch_dispatch__ is not _PLAIN:
+                with self:  # what it does with its parts is seen too: a view of a quantised weight may copy scales
+                    return type(value).__torch_dispatch__(func, types, args, kwargs)
         if _reads(func):
             _wait((args, kwargs))
             return func(*args, **kwargs)

@@ -32,12 +32,16 @@ def begin(server, name, path, block_bytes=BLOCK):
 def slowly(original, folder, rate=float("inf"), block_bytes=BLOCK):
     """Let a file come to `folder`: its header once somebody waits for it, the rest once somebody waits for more.
 
-    Whoever waits for nothing finds NaN. Yields (server, the path that it will have). In the end all of it has come.
+    Without a rate, blocks come that somebody waits for, and no others. Whoever waits for nothing finds NaN. Yields
+    (server, the path that it will have). In the end all of it has come.
     """
     with serving(original.parent) as server:
         server.rate = rate
         path = folder / original.name
         coming = begin(server, original.name, path, block_bytes)
+        order = coming.bring.__self__._order
+        if rate == float("inf"):
+            order.take = lambda most: _asked_alone(order, coming, most)
         watching = threading.Event()
         watcher = threading.Thread(target=_open_when_asked, args=(server, coming, watching), daemon=True)
         watcher.start()
@@ -46,12 +50,20 @@ def slowly(original, folder, rate=float("inf"), block_bytes=BLOCK):
             watching.set()
             watcher.join()
             server.rate = float("inf")
+            vars(order).pop("take", None)
             server.gate.set()
             coming.wait()
             settle(path)
         finally:
             watching.set()
             server.gate.set()
+
+
+def _asked_alone(order, coming, most):
+    run = order._of(coming.asked, most)
+    if run is not None:
+        order._busy[run.start : run.stop] = b"\1" * len(run)
+    return run
 
 
 def _open_when_asked(server, coming, ended):

@@ -23,6 +23,7 @@ from spillway.ops.gguf.vision import as_one
 from spillway.ops.lending.table import LARGE_BYTES
 from spillway.ops.parts.open_map import open_map
 from spillway.ops.parts.probe import probe
+from spillway.ops.remote.download import THREADS
 from spillway.patcher.preload import load_now
 
 
@@ -265,7 +266,9 @@ def test_layers_that_run_in_another_order_than_they_lie_in_the_file_come_in_that
         last = disk_map.spec("conv.weight").offset
         model(model.module.input())
     came = [next(n for n, (first, stop) in enumerate(server.asked) if first <= at <= stop) for at in (*places, last)]
-    assert came == sorted(came), server.asked
+    # Threads that take blocks one after the other may ask in another order.
+    assert all(abs(one - other) < THREADS for one, other in zip(came, sorted(came), strict=True)), server.asked
+    assert came[-1] > came[0] + THREADS
 
 
 class Stop(Exception):
