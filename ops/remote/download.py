@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -111,9 +112,12 @@ class Download:
         """Close the files behind the last thread of a download that has ended for good."""
         with self.coming.condition:
             self._threads.remove(threading.current_thread())
-            if self._ended is not None and not self._threads:
-                self._file.close()
-                self._record.close()
+            if self._ended is None or self._threads:
+                return
+            self._file.close()
+            self._record.close()
+            if sys.platform == "win32":  # which removes no file that is open
+                self._remove()
 
     def _bring(self, run: range) -> None:
         coming = self.coming
@@ -237,11 +241,14 @@ class Download:
             self._ended = error
             self._halt.set()
             log.warning("[Spillway] %s", error)
-            with suppress(OSError):
-                self._record_path.unlink()  # first: without it nothing counts as come
-                self.coming.data.unlink()
+            self._remove()
             forget(self.coming)
             self.coming.note_failure(error)
+
+    def _remove(self) -> None:
+        with suppress(OSError):
+            self._record_path.unlink()  # first: without it nothing counts as come
+            self.coming.data.unlink()
 
     def use(self, address: str, store: Store) -> None:
         """Read from another address of this file, as one that was signed anew. Raises SourceError for another file."""
