@@ -79,7 +79,8 @@ class HttpStore:
         """Return the state that an answer is of. Raises Refused where it is not the range that was asked for."""
         said = answer.headers.get("Content-Range", "")
         found = CONTENT_RANGE.match(said.strip())
-        if answer.status != 206 or found is None:
+        packed = answer.headers.get("Content-Encoding", "identity") != "identity"  # other bytes than the file's
+        if answer.status != 206 or found is None or packed:
             raise Refused(
                 f"{self.address}: the server does not send parts of files: asked for bytes {offset} to "
                 f"{offset + nbytes - 1}, it answered {answer.status}. Download the whole file with a browser or curl, "

@@ -14,7 +14,7 @@ CHUNK = 16 << 10
 class RangeServer:
     """rate: bytes a second for all requests together. asked: (first, last) of each range that was asked for.
 
-    fault: what the next answers are: '', 'no ranges', 'other range', 'cut', 'busy', 'gone'. gate: cleared, answers to
+    fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone'. gate: cleared, answers to
     ranges from `opened` on wait, but the first byte's. sent: bytes of bodies.
     """
 
@@ -93,6 +93,8 @@ def _handler(server):
                 status_of = path.stat()
                 mark = hashlib.sha256(f"{status_of.st_mtime_ns} {size}".encode()).hexdigest()[:16]
                 self.send_header("ETag", f'"{mark}"')
+            if server.fault == "packed":
+                self.send_header("Content-Encoding", "gzip")
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             self.end_headers()

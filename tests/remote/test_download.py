@@ -86,7 +86,7 @@ def test_blocks_are_taken_in_the_order_of_need():
     assert [order.take(9) for _ in range(5)] == [range(3, 4), range(5, 7), range(9, 10), range(14, 20), None]
 
 
-@pytest.mark.parametrize("fault", ["no ranges", "other range", "gone"])
+@pytest.mark.parametrize("fault", ["no ranges", "other range", "packed", "gone"])
 def test_a_server_that_cannot_serve_a_file_is_named_at_once(fault, server, original, path):
     server.fault = fault
     with pytest.raises(Refused, match=rf"127\.0\.0\.1:{server.port}/model\.safetensors: .*(asked for|answered 404)"):
