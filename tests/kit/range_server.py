@@ -14,8 +14,8 @@ CHUNK = 16 << 10
 class RangeServer:
     """rate: bytes a second for all requests together. asked: (first, last) of each range that was asked for.
 
-    fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone'. gate: cleared, answers to
-    ranges from `opened` on wait, but the first byte's. sent: bytes of bodies.
+    fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone'. gate: cleared,
+    answers to ranges from `opened` on wait, but the first byte's. sent: bytes of bodies.
     """
 
     def __init__(self, folder):
