@@ -58,14 +58,14 @@ def fetch(
         if known is not None and download is not None:
             if download.address != address:
                 other = open_store(address)
-                interruptible(lambda: _patiently(lambda: download.use(address, other), other.address, pauses))
+                interruptible(lambda: patiently(lambda: download.use(address, other), other.address, pauses))
             download.start()
             return known
         if path.is_file():
             _remove_record(path)
             return None
         store = open_store(address)
-        state = interruptible(lambda: _patiently(store.state, store.address, pauses))
+        state = interruptible(lambda: patiently(store.state, store.address, pauses))
         path.parent.mkdir(parents=True, exist_ok=True)
         data, record_path = path.with_name(path.name + DATA), path.with_name(path.name + RECORD)
         if not data.exists():
@@ -143,7 +143,7 @@ def _is_ours(path: Path, download: Download) -> bool:
     return False
 
 
-def _patiently(call: Callable[[], T], address: str, pauses: Sequence[float]) -> T:
+def patiently(call: Callable[[], T], address: str, pauses: Sequence[float]) -> T:
     """Make a call that the network may fail, three times at most."""
     for pause in (*pauses[:2], None):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from ..files.coming_file import ComingFile, forget, register
@@ -10,6 +11,8 @@ from ..files.probe import Probe
 from ..files.safetensors_header import SourceError
 from ..parts.index import is_index
 from ..parts.probe import probe
+from .download import PAUSES
+from .fetch import patiently
 from .open_store import open_store
 from .store import Refused, State, Store, file_name
 
@@ -19,7 +22,7 @@ def probe_address(address: str) -> Probe:
     store = open_store(address)
     if is_index(file_name(address)):
         raise Refused(f"{store.address}: an index is probed with its parts beside it. Give the address of one part.")
-    state = store.state()
+    state = patiently(store.state, store.address, PAUSES)
     with tempfile.TemporaryDirectory(prefix="spillway-") as folder:
         path = Path(folder) / (file_name(address) or "model.safetensors")
         data = path.with_name("data")
@@ -47,7 +50,8 @@ def _bring(coming: ComingFile, store: Store, state: State) -> None:
             continue
         run = range(missing[0], missing[-1] + 1)
         start = run.start * coming.block_bytes
-        part = store.read(start, min(run.stop * coming.block_bytes, coming.file_bytes) - start, state)
+        nbytes = min(run.stop * coming.block_bytes, coming.file_bytes) - start
+        part = patiently(partial(store.read, start, nbytes, state), store.address, PAUSES)
         with open(coming.data, "r+b") as file:
             file.seek(start)
             file.write(part)

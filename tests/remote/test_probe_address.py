@@ -15,6 +15,7 @@ from kit.range_server import serving
 from spillway.ops.files.coming_file import is_any_coming
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.ops.parts.probe import probe
+from spillway.ops.remote import probe as probing
 from spillway.ops.remote.probe import probe_address
 
 
@@ -49,6 +50,13 @@ def test_an_error_names_the_address(name, words, files):
         probe_address(files.address(name))
     assert str(raised.value).startswith(files.address(name))
     assert not is_any_coming()
+
+
+def test_a_server_that_is_busy_is_named_after_a_few_tries(files, monkeypatch):
+    monkeypatch.setattr(probing, "PAUSES", (0.01, 0.01))
+    files.fault = "busy"
+    with pytest.raises(SourceError, match=r"model\.gguf: the server answered 503 .* Check the address and the network"):
+        probe_address(files.address("model.gguf"))
 
 
 def test_the_command_takes_an_address(files):
