@@ -15,7 +15,6 @@ from ..ops.device.backend import Backend, backend_for
 from ..ops.device.careful_backend import CarefulBackend
 from ..ops.device.out_of_memory import is_out_of_memory
 from ..ops.files.check_before_read import waiting_for_reads
-from ..ops.files.coming_file import ComingFile, Range
 from ..ops.files.source import Source
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
@@ -26,6 +25,7 @@ from ..ops.ram import shortage
 from ..ops.ram.available import total_ram
 from ..ops.vbar.aimdo import serves
 from . import order_record
+from .arrival import foresee
 from .attach import ModelDtype, Quantise, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
 from .figures import Figures
@@ -110,7 +110,7 @@ class DynamicModel(Figures):
         self.last_used = 0.0  # time.monotonic() of the last step
         self._placed = PlacedBuffers(module, self.device)
         self._is_coming = any(bundle.coming for bundle in self.bundles)
-        self._foresee(soon=False)
+        foresee(self._remembered.order, soon=False)
         self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
@@ -170,7 +170,7 @@ class DynamicModel(Figures):
                     self._may_init,
                     self.placed_bytes,
                 )
-                self._foresee(soon=True)
+                foresee(self._remembered.order, soon=True)
                 residency.caster.on_step = partial(self._on_step, residency)
                 self.residency = residency
             except BaseException:
@@ -200,21 +200,6 @@ class DynamicModel(Figures):
     def is_coming(self) -> bool:
         """Say whether weights have yet to come into their file."""
         return not all(bundle.has_come() for bundle in self.bundles)
-
-    def _foresee(self, soon: bool) -> None:
-        """Say in which order the weights will be used, where they are still coming. soon: now, before other models'.
-
-        Of tables, rows alone are used, so the rest of one comes last.
-        """
-        if not self._is_coming:
-            return
-        ranges: dict[ComingFile, list[Range]] = {}
-        for bundle in sorted(self._remembered.order, key=lambda bundle: bundle.by_rows):
-            for file, offset, nbytes in bundle.coming:
-                if file.coming is not None:
-                    ranges.setdefault(file.coming, []).append((offset, nbytes))
-        for coming, wanted in ranges.items():
-            coming.expect(wanted, soon)
 
     def _stand_by_themselves(self) -> None:
         """Let weights that have come be read where they lie, where the device computes in host memory."""

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 import warnings
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import torch
 
-from ..ram.available import available_ram
-from ..ram.process_limits import private_room
 from ..ram.shortage import obtain
-from .coming_file import ComingFile, Range, coming_of
+from .coming_file import coming_of
+from .mapped_file import MappedFile, map_file
 from .private_pages import has_private_pages
 from .safetensors_header import Header, MissingTensor, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
@@ -129,66 +127,6 @@ def check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
         before, end = key, spec.offset + spec.nbytes
 
 
-class MappedFile(mmap.mmap):
-    """The map of a file. It lives as long as a tensor in it, and knows whether the file is what was opened.
-
-    coming: of a file of which a part has yet to come; None once it is whole.
-    """
-
-    address: int
-    file_bytes: int
-    check_unchanged: Callable[[], None]
-    coming: ComingFile | None = None
-
-    def check(self, offset: int = 0, nbytes: int | None = None) -> None:
-        """Raise FileChanged where the file has changed since it was opened. Wait until the range has come.
-
-        Whoever does not say what he is about to read waits for all of the file.
-        """
-        self.check_unchanged()
-        coming = self.coming
-        if coming is None:
-            return
-        coming.wait(offset, nbytes)
-        if coming.is_whole:
-            self.coming = None
-
-    def check_all(self, ranges: Sequence[Range]) -> None:
-        """Do so for many ranges, which come at the same time."""
-        self.check_unchanged()
-        if self.coming is not None:
-            self.coming.expect(ranges, soon=True)
-        for offset, nbytes in ranges:
-            self.check(offset, nbytes)
-
-    def has(self, offset: int, nbytes: int) -> bool:
-        """Say whether a range of bytes has come."""
-        return self.coming is None or self.coming.has(offset, nbytes)
-
-
-def _map(file: BinaryIO, file_bytes: int) -> tuple[MappedFile, bool]:
-    """Map a whole file, however large. Return the map, and whether it is read-only.
-
-    A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
-    unless told not to, which a model larger than RAM would fail. Windows cannot be told, and `ulimit -d` counts the map
-    all the same. There the map is writable while that leaves as much again to others. Else it is read-only, and a write
-    ends the process.
-    """
-    room = private_room()
-    try:
-        if room is not None and 2 * file_bytes > room:
-            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
-        if sys.platform != "win32":
-            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
-            flags, prot = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-            return MappedFile(file.fileno(), 0, flags=flags, prot=prot), False
-        if 2 * file_bytes <= available_ram().available:
-            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_COPY), False
-    except OSError:  # a system that never overcommits
-        pass
-    return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
-
-
 class DiskMap(Mapping[str, torch.Tensor]):
     """A safetensors file, as a mapping from key to tensor. Its tensors are views of its memory map.
 
@@ -222,7 +160,7 @@ class DiskMap(Mapping[str, torch.Tensor]):
             self._leave_cache = watched.leave_cache
             self._specs = self._describe(file, keep, rename)
             self._map, self.read_only = obtain(
-                lambda: _map(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
+                lambda: map_file(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
             )
         self.check_unchanged()  # the system maps the file as it is now
         self.check = self._map.check

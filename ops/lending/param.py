@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..files.disk_map import MappedFile, extent, locate
+from ..files.disk_map import extent, locate
+from ..files.mapped_file import MappedFile
 from ..gather import inner_tensors, is_wrapper, like, memory_of
 from ..gguf.weight import GgufWeight
 from ..joined_weight import JoinedWeight

@@ -112,7 +112,7 @@ FAULTS = {
         "ops.files.watched_file:WatchedFile._still_comes", "return nbytes ==", "return nbytes !=", (WAITS,)
     ),
     "nobody foresees in which order layers run": Fault(
-        "patcher.dynamic_model:DynamicModel._foresee", "coming.expect(wanted, soon)", "pass", (WAITS,)
+        "patcher.arrival:foresee", "coming.expect(wanted, soon)", "pass", (WAITS,)
     ),
     "weights that have come stay idle": Fault(
         "patcher.dynamic_model:DynamicModel._stand_by_themselves",
