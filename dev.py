@@ -6,7 +6,7 @@
     python dev.py demo [arguments]
     python dev.py sim [--capacity 2GB] [--version 0.6.0] [arguments]
     python dev.py bench [NAME [arguments]]
-    python dev.py probe FILE...
+    python dev.py probe FILE|ADDRESS...
     python dev.py convert FILE... [--to FOLDER]
     python dev.py soak [--minutes N] [--seed S] [--fuzz N | --kills N]
     python dev.py gpu [--only check|engine|comfyui|bench] [--short] [--fake] [--json FILE]
@@ -180,13 +180,15 @@ def bench(arguments: list[str]) -> int:
 def probe(arguments: list[str]) -> int:
     """Say what is in each of the model files named, from their headers alone."""
     if not arguments:
-        return fail("probe takes the names of model files.", 2)
+        return fail("probe takes the names of model files, or addresses.", 2)
     sys.path.insert(0, str(ROOT))
     module, errors = importlib.import_module("ops.parts.probe"), importlib.import_module("ops.files.safetensors_header")
+    remote, store = importlib.import_module("ops.remote.probe"), importlib.import_module("ops.remote.store")
     failed = 0
     for name in arguments:
         try:
-            print(module.probe(name).words, flush=True)
+            found = remote.probe_address(name) if store.is_address(name) else module.probe(name)
+            print(found.words, flush=True)
         except (errors.SourceError, OSError) as error:
             failed = fail(str(error))
     return failed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+
+import folder_paths
 
 from .load import file_stamps, model_names, model_path
 
@@ -24,3 +27,14 @@ def path_of(node: str, file: str, folders: Sequence[str]) -> str:
     if folder not in folders:
         raise ValueError(f"{node}: '{file}' is in none of the folders {', '.join(folders)}.")
     return model_path(folder, name)
+
+
+def place_of(folder: str) -> str:
+    """Return the place of ComfyUI's folder of models that is named like it, to write a file there.
+
+    ComfyUI has older names for some first.
+    """
+    places = folder_paths.get_folder_paths(folder)
+    place = next((path for path in places if os.path.basename(os.path.normpath(path)) == folder), places[0])
+    os.makedirs(place, exist_ok=True)
+    return place

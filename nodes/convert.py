@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import folder_paths
@@ -14,7 +13,7 @@ from ..ops.parts.index import index_of
 from ..ops.pickles.convert import convert
 from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.target import journal
-from .any_folder import path_of, stamps_of
+from .any_folder import path_of, place_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
 from .load import files_below
@@ -48,14 +47,6 @@ def _files() -> list[str]:
             names = (name for name in files_below(place) if is_pickle(name) and index_of(Path(place, name)) is None)
             found += [f"{folder}/{name}" for name in names]
     return sorted(set(found))
-
-
-def _place(folder: str) -> str:
-    """Return the place of ComfyUI's folder of models that is named like it. ComfyUI has older names for some first."""
-    places = folder_paths.get_folder_paths(folder)
-    place = next((path for path in places if os.path.basename(os.path.normpath(path)) == folder), places[0])
-    os.makedirs(place, exist_ok=True)
-    return place
 
 
 class SpillwayConvertToSafetensors(CheckedNode):
@@ -94,7 +85,7 @@ class SpillwayConvertToSafetensors(CheckedNode):
     @classmethod
     def execute(cls, file: str, folder: str = BESIDE) -> io.NodeOutput:
         path = path_of("Convert to Safetensors", file, SOURCES)
-        target = None if folder == BESIDE else _place(folder)
+        target = None if folder == BESIDE else place_of(folder)
         done = convert(path, target, progress=Progress(), journal=journal())
         log.info("[Spillway] %s", done.words)
         return io.NodeOutput(str(done.path), ui=ui.PreviewText(done.words))

@@ -35,6 +35,7 @@ from .old_ids import free_old_ids
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .quantise import SpillwayQuantiseModel
+from .remote import SpillwayRemoteModelFile
 from .rules import SpillwayPlacementRules
 from .save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from .scan import SpillwayScanModels
@@ -93,6 +94,7 @@ class SpillwayExtension(ComfyExtension):
             SpillwaySaveDiffusionModel,
             SpillwaySaveCheckpoint,
             SpillwaySaveLora,
+            SpillwayRemoteModelFile,
             SpillwayProbeModel,
             SpillwayScanModels,
             SpillwayConvertToSafetensors,

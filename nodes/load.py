@@ -9,6 +9,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..ops.files.coming_file import coming_file
 from ..ops.gguf.header import is_gguf
 from ..ops.parts.folder import PIPELINE, may_be_model
 from ..ops.parts.index import files_of, is_index, model_of, part_of
@@ -36,7 +37,7 @@ def model_path(folder: str, name: str) -> str:
     try:
         return folder_paths.get_full_path_or_raise(folder, name)
     except FileNotFoundError:
-        found = _folder(folder, name)
+        found = _coming(folder, name) or _folder(folder, name)
         if found is not None:
             return found
         places = ", ".join(folder_paths.get_folder_paths(folder))
@@ -44,6 +45,12 @@ def model_path(folder: str, name: str) -> str:
             f"There is no file '{name}' in {places}. Put it there, or press R to bring the lists up to date and choose "
             "another."
         ) from None
+
+
+def _coming(folder: str, name: str) -> str | None:
+    """Return the path that a file will have which Remote Model File has come into one of ComfyUI's folders."""
+    paths = (os.path.join(place, name) for place in folder_paths.get_folder_paths(folder))
+    return next((path for path in paths if coming_file(path) is not None), None)
 
 
 def _folder(folder: str, name: str) -> str | None:
@@ -95,13 +102,16 @@ def shown(*patchers: Any) -> Any:
     return ui.PreviewText("\n".join(noted)) if noted else None
 
 
-def file_stamps(folder: str, *names: str) -> list[str]:
+def file_stamps(folder: str, *names: str | None) -> list[str]:
     """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
 
     Its size and the time of its content can be those of the file before. The time of its last change cannot be set.
+    A name that comes over a wire is None, and whoever sends it says himself when it names another file.
     """
     stamps = []
     for name in names:
+        if name is None:
+            continue
         path = folder_paths.get_full_path(folder, name) or _folder(folder, name)
         # A loader says itself that a file is missing.
         stamps += [""] if path is None else [stamp(file) for file in all_files(path)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..ops.parts.index import is_index
+from ..ops.remote.fetch import interruptible
+from ..ops.remote.probe import probe_address
 from ..patcher.comfyui.loading.probe import probe_file
 from .any_folder import files_in, path_of, stamps_of
 from .checked_node import CheckedNode
@@ -37,19 +40,30 @@ class SpillwayProbeModel(CheckedNode):
                     options=_files(),
                     tooltip="A safetensors or GGUF file in ComfyUI's models folder, or the index of a model in several "
                     "files, and the folder that it lies in.",
-                )
+                ),
+                io.String.Input(
+                    "address",
+                    default="",
+                    optional=True,
+                    tooltip="In place of the file: an address such as https://server/model.safetensors or "
+                    "s3://bucket/file. Only the header is brought.",
+                ),
             ],
             outputs=[io.String.Output("report", tooltip="One fact a line, for Preview as Text.")],
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> list[str]:
-        return stamps_of(file, FOLDERS)
+    def fingerprint_inputs(cls, file: str, address: str = "") -> Any:
+        # What lies at an address may be another file each time.
+        return float("nan") if address else stamps_of(file, FOLDERS)
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        contents, comfyui_name = probe_file(path_of("Probe Model", file, FOLDERS))
+    def execute(cls, file: str, address: str = "") -> io.NodeOutput:
+        if address:
+            contents, comfyui_name = interruptible(lambda: probe_address(address)), ""
+        else:
+            contents, comfyui_name = probe_file(path_of("Probe Model", file, FOLDERS))
         words = contents.words + (f"\nComfyUI loads it as: {comfyui_name}" if comfyui_name else "")
         log.info("[Spillway] %s", words)
         return io.NodeOutput(words, ui=ui.PreviewText(words))

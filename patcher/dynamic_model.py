@@ -14,6 +14,7 @@ import torch
 from ..ops.device.backend import Backend, backend_for
 from ..ops.device.careful_backend import CarefulBackend
 from ..ops.device.out_of_memory import is_out_of_memory
+from ..ops.files.check_before_read import waiting_for_reads
 from ..ops.files.source import Source
 from ..ops.ledger import Ledger, in_words
 from ..ops.lending.bundle import Bundle, Lender
@@ -24,6 +25,7 @@ from ..ops.ram import shortage
 from ..ops.ram.available import total_ram
 from ..ops.vbar.aimdo import serves
 from . import order_record
+from .arrival import foresee
 from .attach import ModelDtype, Quantise, attach, collect_bundles, detach, load_buffers
 from .buffers import PlacedBuffers
 from .figures import Figures
@@ -89,7 +91,8 @@ class DynamicModel(Figures):
         self.policy = self._in_bytes(self.asked)
         self.device = self.backend.device
         self.ledger = Ledger(name or type(module).__name__, quiet=sketch)
-        self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
+        with waiting_for_reads():  # a quantised weight may copy its scales where it is only looked at
+            self.bundles = collect_bundles(module, source, self.policy, model_dtype, quantise, blocks)
         self._files = {disk_map for bundle in self.bundles for disk_map in bundle.maps()}
         self.by_key = {param.key: bundle for bundle in self.bundles for param in bundle.params}
         if source is not None:
@@ -106,6 +109,8 @@ class DynamicModel(Figures):
         self._unused_pins = 0  # bytes of their blocks that no bundle may fit into
         self.last_used = 0.0  # time.monotonic() of the last step
         self._placed = PlacedBuffers(module, self.device)
+        self._is_coming = any(bundle.coming for bundle in self.bundles)
+        foresee(self._remembered.order, soon=False)
         self._peak = self._peak_held = 0  # bytes, the most of the residencies that have ended
         attach(self.bundles, self._idle_device)
         note_kept(self.bundles, self.ledger)
@@ -165,6 +170,7 @@ class DynamicModel(Figures):
                     self._may_init,
                     self.placed_bytes,
                 )
+                foresee(self._remembered.order, soon=True)
                 residency.caster.on_step = partial(self._on_step, residency)
                 self.residency = residency
             except BaseException:
@@ -188,7 +194,20 @@ class DynamicModel(Figures):
     def check_files(self) -> None:
         """Raise FileChanged where a file of the model has changed since it was opened. A few microseconds."""
         for disk_map in self._files:
-            disk_map.check()
+            disk_map.check_unchanged()
+
+    @property
+    def is_coming(self) -> bool:
+        """Say whether weights have yet to come into their file."""
+        return not all(bundle.has_come() for bundle in self.bundles)
+
+    def _stand_by_themselves(self) -> None:
+        """Let weights that have come be read where they lie, where the device computes in host memory."""
+        self._is_coming = self.is_coming
+        if not self._is_coming:
+            for bundle in self.bundles:
+                bundle.arrive()  # they have: it lets go of the download
+                bundle.stand_in(self._idle_device)
 
     def _lend_through(self, lender: Lender) -> None:
         for bundle in self.bundles:
@@ -197,6 +216,8 @@ class DynamicModel(Figures):
     def _on_step(self, residency: Residency) -> None:
         """Begin a step: learn from the step before, then use a budget that has grown."""
         self.check_files()
+        if self._is_coming:
+            self._stand_by_themselves()
         self.ledger.begin_step(residency.caster.ahead_bytes)
         self.last_used = time.monotonic()
         relieve(models)

@@ -24,6 +24,7 @@ def load_now(model: DynamicModel, progress: Progress = _ignore) -> int:
     with model.backend.current(), torch.no_grad():
         for done, bundle in enumerate(model.bundles):
             progress(done, len(model.bundles))
+            bundle.arrive()
             with caster.lock:
                 if caster.has_room_for(bundle):
                     caster.bring(bundle)
@@ -45,6 +46,7 @@ def quantise_now(model: DynamicModel, progress: Progress = _ignore) -> int:
     with model.backend.current(), torch.no_grad():
         for done, bundle in enumerate(wanted):
             progress(done, len(wanted))
+            bundle.arrive()
             with caster.lock:
                 resides = caster.has_room_for(bundle)
                 if homeless and not resides:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 import warnings
 import weakref
 from bisect import bisect_left, bisect_right
@@ -18,9 +17,9 @@ from typing import BinaryIO, TypeVar
 
 import torch
 
-from ..ram.available import available_ram
-from ..ram.process_limits import private_room
 from ..ram.shortage import obtain
+from .coming_file import coming_of
+from .mapped_file import MappedFile, map_file
 from .private_pages import has_private_pages
 from .safetensors_header import Header, MissingTensor, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
@@ -52,6 +51,7 @@ for _name, _attribute in {
         DTYPES[_name] = getattr(torch, _attribute)
 # Dtypes of the format that no code here computes with, and the bits of a number. Such tensors are left out.
 LEFT_OUT = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+SMALL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -127,43 +127,12 @@ def check_overlap(path: Path, specs: dict[str, TensorSpec]) -> None:
         before, end = key, spec.offset + spec.nbytes
 
 
-class MappedFile(mmap.mmap):
-    """The map of a file. It lives as long as a tensor in it, and knows whether the file is what was opened."""
-
-    address: int
-    file_bytes: int
-    check: Callable[[], None]
-
-
-def _map(file: BinaryIO, file_bytes: int) -> tuple[MappedFile, bool]:
-    """Map a whole file, however large. Return the map, and whether it is read-only.
-
-    A private writable map keeps a write in this process and off the file. But the system reserves memory for all of it
-    unless told not to, which a model larger than RAM would fail. Windows cannot be told, and `ulimit -d` counts the map
-    all the same. There the map is writable while that leaves as much again to others. Else it is read-only, and a write
-    ends the process.
-    """
-    room = private_room()
-    try:
-        if room is not None and 2 * file_bytes > room:
-            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
-        if sys.platform != "win32":
-            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)
-            flags, prot = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-            return MappedFile(file.fileno(), 0, flags=flags, prot=prot), False
-        if 2 * file_bytes <= available_ram().available:
-            return MappedFile(file.fileno(), 0, access=mmap.ACCESS_COPY), False
-    except OSError:  # a system that never overcommits
-        pass
-    return MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ), True
-
-
 class DiskMap(Mapping[str, torch.Tensor]):
     """A safetensors file, as a mapping from key to tensor. Its tensors are views of its memory map.
 
     A write into a tensor stays in this process, and in memory. Pages of a range that was written into are the only
     copy, so they are not dropped. Whoever reads calls `check` first, which raises FileChanged where the file is no
-    longer the one that was opened.
+    longer the one that was opened, and waits where it is still coming.
 
     keep: only these keys (a predicate on the file's key). rename: file key -> key. dtype: floating-point tensors are
     cast on use to this dtype where given (a cast tensor is a copy, not a view). device: where `map[key]` puts a tensor;
@@ -185,20 +154,28 @@ class DiskMap(Mapping[str, torch.Tensor]):
         self.path = Path(path)
         self.dtype, self.device = dtype, device
         with open_file(path, pickles=self.pickles) as file:
-            watched = WatchedFile(self.path, file.fileno())  # before the header is read, which is then the file's
-            self.check, self.check_often = watched.check, watched.check_often
+            coming = coming_of(file)
+            watched = WatchedFile(self.path, file.fileno(), coming)  # before the header is read, which is then its
+            self.check_unchanged, self.check_often = watched.check, watched.check_often
             self._leave_cache = watched.leave_cache
             self._specs = self._describe(file, keep, rename)
             self._map, self.read_only = obtain(
-                lambda: _map(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
+                lambda: map_file(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
             )
-        self.check()  # the system maps the file as it is now
+        self.check_unchanged()  # the system maps the file as it is now
+        self.check = self._map.check
         self.address = self._view(torch.uint8, self.file_bytes, 0).data_ptr()
         # All tensors of a key share the version counter of the tensor here, so a write into any of them shows.
         self._lent: dict[str, torch.Tensor] = {}
         self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
         self._offsets = [self._offset(key) for key in self._order]
-        self._map.address, self._map.file_bytes, self._map.check = self.address, self.file_bytes, watched.check
+        self._map.address, self._map.file_bytes = self.address, self.file_bytes
+        self._map.check_unchanged = watched.check
+        if coming is not None:
+            self._map.coming = coming
+            # Small bytes beside weights say how those are to be read, so they are read while the model is built.
+            words = [spec for spec in self._specs.values() if spec.dtype == torch.uint8 and spec.nbytes <= SMALL_BYTES]
+            coming.expect([(spec.offset, spec.nbytes) for spec in words], soon=True)
         _mapped_files.add(self._map)
         _open_maps.add(self)
 
@@ -225,7 +202,8 @@ class DiskMap(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Return a tensor on the device. Raises MissingTensor, and FileChanged where the file has changed."""
-        self.check()
+        spec = self.spec(key)
+        self.check(spec.offset, spec.nbytes)
         tensor = self.tensor(key)
         return tensor if self.device is None else tensor.to(self.device)
 
@@ -256,7 +234,10 @@ class DiskMap(Mapping[str, torch.Tensor]):
             view = torch.empty(spec.shape, dtype=spec.dtype)
         else:
             view = self._lend(key, spec).view(spec.shape)
-        return view.to(self.dtype) if self.dtype is not None and spec.dtype.is_floating_point else view
+        if self.dtype is None or not spec.dtype.is_floating_point:
+            return view
+        self.check(spec.offset, spec.nbytes)
+        return view.to(self.dtype)
 
     def _lend(self, key: str, spec: TensorSpec) -> torch.Tensor:
         lent = self._lent.get(key)
@@ -343,10 +324,26 @@ def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
     return disk_map, tensor.data_ptr() - disk_map.address, tensor.numel() * tensor.element_size()
 
 
+def extent(tensor: torch.Tensor) -> tuple[MappedFile, int, int] | None:
+    """Return the mapped file that a strided tensor lies in, with the range that holds its elements; None for memory."""
+    file = mapped_file(tensor)
+    if file is None:
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return file, tensor.data_ptr() - file.address, (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
 def check_files(tensors: Iterable[torch.Tensor]) -> None:
-    """Raise FileChanged where a file that ordinary tensors lie in has changed since it was opened."""
-    for file in {mapped_file(tensor) for tensor in tensors} - {None}:
-        file.check()  # type: ignore[union-attr]
+    """Raise FileChanged where a file that ordinary tensors lie in has changed since it was opened.
+
+    Wait until all of the tensors have come.
+    """
+    places = [extent(tensor) for tensor in tensors]
+    for file in {place[0] for place in places if place is not None}:
+        file.check_unchanged()
+    for place in places:
+        if place is not None and place[0].coming is not None:
+            place[0].check(*place[1:])
 
 
 def open_maps() -> Iterator[DiskMap]:

@@ -73,6 +73,6 @@ class DiskMaps(Mapping[str, torch.Tensor]):
         return {key: disk_map.tensor(key) for key, disk_map in self._holder.items()}
 
     def check(self) -> None:
-        """Raise FileChanged where one of the files has changed since it was opened."""
+        """Raise FileChanged where one of the files has changed since it was opened. Wait until all have come."""
         for disk_map in self.maps:
             disk_map.check()

@@ -84,7 +84,7 @@ class PartialFile:
         else:
             self._take_a_name()
         self.file.close()
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
         self._forget()
 
     def _take_a_name(self) -> None:
@@ -209,7 +209,7 @@ def _exists(target: Path) -> FileExistsError:
     return FileExistsError(f"{target} exists already; it was left as it is.")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the new name to the disk, so that it survives a power failure."""
     if sys.platform == "win32":
         return

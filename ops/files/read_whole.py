@@ -10,9 +10,10 @@ import torch
 
 from ..ram.available import available_ram
 from ..ram.shortage import obtain
+from .coming_file import coming_of
 from .disk_map import DiskMap, tensor_specs
 from .safetensors_header import open_file, parse_header
-from .watched_file import changed, stamp
+from .watched_file import WatchedFile
 
 # The part of the RAM that this process can have which one file may take. A larger one is mapped.
 SHARE = 4
@@ -25,7 +26,7 @@ def read_whole(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], d
     """
     path = Path(path)
     with open_file(path) as file:
-        before = stamp(file.fileno())
+        watched = WatchedFile(path, file.fileno(), coming_of(file))
         header = parse_header(path, file)
         if header.file_bytes * SHARE > available_ram().available:
             return _mapped(path)
@@ -34,9 +35,7 @@ def read_whole(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], d
         memory = obtain(lambda: mmap.mmap(-1, size), size, f"{path}: reading this file")
         file.seek(0)
         file.readinto(memory)  # type: ignore[attr-defined]
-        now = stamp(file.fileno())
-    if now != before:
-        raise changed(path, before[0], now[0])
+        watched.check()
     tensors = {}
     for key, spec in specs.items():
         if spec.nbytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import SpillwayError
+from .coming_file import coming_file
 
 # The limit of the format's reference implementation.
 MAX_HEADER_BYTES = 100_000_000
@@ -112,7 +113,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryIO:
-    """Open a file to read. Raises SourceError for a folder, or nothing, and for a pickle unless `pickles`."""
+    """Open a file to read. Raises SourceError for a folder, or nothing, and for a pickle unless `pickles`.
+
+    A file that is coming is found under the name that it will have.
+    """
     path = Path(path)
     if is_pickle(path) and not pickles:
         what = "this is the index of" if path.suffix.lower() == ".json" else f"{path.suffix} files are"
@@ -125,6 +129,9 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
                 "dev.py convert FILE`. Then load the safetensors file."
             )
         )
+    coming = coming_file(path)
+    if coming is not None:
+        return coming.open()
     if not path.is_file():
         what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
         raise SourceError(f"{path}: {what}.")

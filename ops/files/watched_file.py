@@ -8,6 +8,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from .coming_file import ComingFile
 from .safetensors_header import SourceError
 
 # Seconds between two questions of `check_often`. A layer of a real model takes longer.
@@ -27,11 +28,12 @@ def stamp(fd: int) -> tuple[int, int]:
 class WatchedFile:
     """Holds a file open and compares what the system says of it. The file that was opened counts, not its name.
 
-    A file that another one replaces by renaming stays whole for who has it open.
+    A file that another one replaces by renaming stays whole for who has it open. coming: a file of which a part has yet
+    to come is written to all the time. What it is when it is whole, it must stay.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, fd: int, coming: ComingFile | None = None) -> None:
+        self.path, self._coming = path, coming
         self._fd = os.dup(fd)
         weakref.finalize(self, os.close, self._fd)
         self._opened = stamp(self._fd)
@@ -43,8 +45,18 @@ class WatchedFile:
         Without it, a read beyond a new end would end the process, and one of other numbers would mix two models.
         """
         status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != self._opened:
+        if (status.st_size, status.st_mtime_ns) != self._opened and not self._still_comes(status.st_size):
             raise changed(self.path, self._opened[0], status.st_size)
+
+    def _still_comes(self, nbytes: int) -> bool:
+        """Say whether it is the download that has written to the file."""
+        coming = self._coming
+        if coming is None:
+            return False
+        if coming.stamp is None:
+            return nbytes == self._opened[0]
+        self._opened, self._coming = coming.stamp, None
+        return stamp(self._fd) == self._opened
 
     def leave_cache(self, offset: int, nbytes: int) -> None:
         """Let the system's page cache forget a range of the file, so that its memory goes to something else first.

@@ -82,6 +82,8 @@ class GgufMap(DiskMap):
                 )
             return GgufWeight(view, Form(entry.kind.name, entry.shape, self.dtype or self.stands_for, heads))
         if self.encoder is not None and view.dim() < 2 and view.dtype == torch.float32:
+            spec = self.spec(key)
+            self.check(spec.offset, spec.nbytes)
             if self.encoder.grown and key.endswith("norm.weight"):
                 view = view - 1
             # llama.cpp writes norms in fp32. ComfyUI would take that for the dtype of the whole encoder.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..files.disk_map import check_files
+from ..gather import memory_of
 from .weight import GgufWeight, numbers_of
 
 QUANTISATION = re.compile(r"[-_.]?(ud-)?(i?q\d(_[a-z0-9]+)*|bf16|f16|f32)$")
@@ -31,12 +33,14 @@ def as_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 tensors[f"{found[1]}.qkv.{found[2]}"] = _rows([tensors.pop(name) for name in names])
     second = tensors.pop(f"{PATCHES}.1", None)
     if second is not None and PATCHES in tensors:
+        check_files(part for one in (tensors[PATCHES], second) for part in memory_of(one))
         tensors[PATCHES] = torch.stack([numbers_of(tensors[PATCHES]), numbers_of(second)], 2)
     return tensors
 
 
 def _rows(parts: list[torch.Tensor]) -> torch.Tensor:
     """Put weights below each other. Blocks of one type stay blocks."""
+    check_files(memory for part in parts for memory in memory_of(part))
     forms = {part.form._replace(shape=part.form.shape[1:]) for part in parts if isinstance(part, GgufWeight)}
     if len(forms) == 1 and all(isinstance(part, GgufWeight) for part in parts):
         (form,) = forms

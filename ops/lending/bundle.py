@@ -94,6 +94,7 @@ class Bundle:
         self.final = [param.final for param in self.params]
         self.source_bytes = gathered_bytes(self.source)
         self._files = list(self.maps())
+        self.coming = [place for param in self.params for place in param.coming()]  # emptied by `arrive`
         self.nbytes = gathered_bytes(self.final)
         # Tensors of inference mode do not count writes, and asking for their count raises.
         self._counting = [part for source in self.source for part in memory_of(source) if not part.is_inference()]
@@ -318,9 +319,28 @@ class Bundle:
         return total
 
     def check_files(self) -> None:
-        """Raise FileChanged where a file that this bundle is read from has changed since it was opened."""
+        """Raise FileChanged where a file that this bundle is read from has changed since it was opened.
+
+        Wait until the bundle has come.
+        """
+        self.check_unchanged()
+        self.arrive()
+
+    def check_unchanged(self) -> None:
+        """Do so without waiting. The caller waits for what he reads."""
         for disk_map in self._files:
-            disk_map.check()
+            disk_map.check_unchanged()
+
+    def arrive(self) -> None:
+        """Wait until the bundle has come. Without this the op would compute with the zeros of a hole."""
+        if self.coming:
+            for file, offset, nbytes in self.coming:
+                file.check(offset, nbytes)
+            self.coming = []
+
+    def has_come(self) -> bool:
+        """Say whether all of the bundle is in its file."""
+        return all(file.has(offset, nbytes) for file, offset, nbytes in self.coming)
 
     def check_files_often(self) -> None:
         """Do so at most once a millisecond."""

@@ -74,6 +74,8 @@ class Caster:
 
         Raises SourceError where a parameter has no data. After any error no slice stays pinned.
         """
+        if bundle.coming:
+            self._await(bundle)
         with self.lock:
             self.lent += 1
             if bundle is self.first or self.lent > self.per_step:
@@ -108,6 +110,13 @@ class Caster:
             if self.watch is not None:
                 self.watch.begin(bundle)  # what this thread waits for above is no part of the computation
         return self
+
+    def _await(self, bundle: Bundle) -> None:
+        """Wait until the bundle has come, with the lock free: whoever frees memory meanwhile need not wait as long."""
+        with self.lock:
+            if self.watch is not None:
+                self.watch.end()  # the wait is no part of the computation
+        bundle.arrive()
 
     def _bring(self, bundle: Bundle) -> Loan:
         """Return a loan whose tensors stand in the module."""
@@ -189,6 +198,7 @@ class Caster:
         if bundle.loan is not None:
             yield [param.owner._parameters[param.attr] for param in bundle.params]  # type: ignore[misc]
             return
+        bundle.arrive()
         with self.lock:
             try:
                 loan = self._bring_aside(bundle)

@@ -351,6 +351,8 @@ class DeviceCaster(Caster):
 
     def _start_ahead(self, bundle: Bundle) -> bool:
         """Start a bundle ahead of its use. Return False where that has to wait."""
+        if not bundle.has_come():
+            return False
         loan = self.ask(bundle)
         if loan.views is not None:
             self.end(loan)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..gather import inner_tensors
+from ..files.disk_map import check_files
+from ..gather import inner_tensors, memory_of
 from ..gguf.weight import numbers_of, stays_quantised
 from ..joined_weight import JoinedWeight
 from .lookup import Asked, asked_for, with_rows
@@ -19,12 +20,13 @@ from .param import Param
 
 
 class Owner(Protocol):
-    """The bundle of a parameter, as far as a read knows it. lender, by_rows, depth: see bundle.py."""
+    """The bundle of a parameter, as far as a read knows it. The fields: see bundle.py."""
 
     lender: Any
     params: list[Param]
     by_rows: bool
     depth: int
+    coming: Any
 
 
 # Operations that make a view, in their order: each with its arguments after the tensor, and which result was taken.
@@ -42,6 +44,7 @@ class IdleWeight(torch.Tensor):
     param: Param
     shown: torch.Tensor
     steps: Steps
+    gives_source = False  # to an operation, in place of the final form
 
     @staticmethod
     def __new__(
@@ -76,14 +79,20 @@ class IdleWeight(torch.Tensor):
     def lent(self) -> Iterator[torch.Tensor]:
         """Lend the weight for one operation. Once its model is closed, give the source."""
         kept = self.param.idle is self.param.original if self.inner is None else not self.bundle.depth
-        if kept:  # by somebody, from a model that is closed or a call that has ended
+        if kept or self.gives_source:  # kept by somebody, from a model that is closed or a call that has ended
             yield self.view_of(self.stored().to(self.device, self.dtype))
             return
         with self.bundle.lender.read(self.bundle) as tensors:
             yield self.view_of(self._of(tensors[self.bundle.params.index(self.param)]))
 
     def stored(self) -> torch.Tensor:
-        """Return the tensor of the source that the weight is a view of."""
+        """Return the tensor of the source that the weight is a view of, to be read. Wait until it has come."""
+        source = self.in_source()
+        check_files(memory_of(source))
+        return source
+
+    def in_source(self) -> torch.Tensor:
+        """Return that tensor to ask where it lies and what it looks like."""
         return self._of(self.param.source)
 
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +100,9 @@ class IdleWeight(torch.Tensor):
 
     def like(self, shown: torch.Tensor, *steps: Any) -> IdleWeight:
         """Return a view, or a cast, of this weight that is idle too."""
-        return IdleWeight(self.bundle, self.param, self.device, shown, (*self.steps, *steps), self.inner)
+        view = IdleWeight(self.bundle, self.param, self.device, shown, (*self.steps, *steps), self.inner)
+        view.gives_source = self.gives_source
+        return view
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Make the same view of a tensor that this one is of its parameter."""
@@ -167,7 +178,7 @@ def _have_rows(tables: Collection[torch.Tensor]) -> bool:
     owners = {table.bundle for table in idle}
     if len(idle) != len(tables) or len(owners) != 1 or not owners.pop().by_rows:
         return False
-    return all(func is _CAST for table in idle for func, *_ in table.steps)
+    return all(func is _CAST for table in idle for func, *_ in table.steps) and not any(t.gives_source for t in idle)
 
 
 def _look_up(tables: dict[int, IdleWeight], asked: Asked, func: Any, args: Any, kwargs: Any) -> Any:
@@ -224,7 +235,7 @@ def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight
     source = written.param.source
     place = source.device
     # A view of a weight in pieces would be one of a copy. The copy is written into, and then the pieces.
-    whole = source.whole() if isinstance(source, JoinedWeight) else None
+    whole = written.stored().whole() if isinstance(source, JoinedWeight) else None  # type: ignore[attr-defined]
 
     def beside(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, IdleWeight):
@@ -243,8 +254,11 @@ def _write(written: IdleWeight, func: Any, args: Any, kwargs: Any) -> IdleWeight
 
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor that holds the numbers: the source of an idle weight, else the tensor itself."""
-    return tensor.view_of(tensor.stored()) if isinstance(tensor, IdleWeight) else tensor
+    """Return the tensor that holds the numbers: the source of an idle weight, else the tensor itself.
+
+    Whoever reads them checks the tensor's file first.
+    """
+    return tensor.view_of(tensor.in_source()) if isinstance(tensor, IdleWeight) else tensor
 
 
 # Set while code reads state dicts in order to compute with them.
@@ -262,10 +276,30 @@ def state_dicts_to_compute_with() -> Iterator[None]:
 
 
 def store_sources(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Put weights into a state dict as they are stored: it is read to be saved, or for its names and shapes."""
+    """Put weights into a state dict as they are stored: it is read to be saved, or for its names and shapes.
+
+    One whose file is still coming stays idle, and gives what is stored to whoever reads it.
+    """
     for attr, parameter in module._parameters.items():
         if isinstance(parameter, IdleWeight) and not _computing.get():
-            state[f"{prefix}{attr}"] = parameter.param.source
+            param = parameter.param
+            state[f"{prefix}{attr}"] = param.source
+            if parameter.bundle.coming and param.coming():
+                state[f"{prefix}{attr}"] = _of_source(parameter.bundle, param)
+
+
+def _of_source(bundle: Owner, param: Param) -> IdleWeight:
+    """Return a weight that waits for its source, and gives it, when it is read."""
+    source = param.source
+    shown = torch.empty(source.shape, dtype=source.dtype, device="meta")
+    idle = IdleWeight(bundle, param, source.device, shown)
+    idle.gives_source = True
+    return idle
+
+
+def stands_itself(param: Param, device: torch.device | None) -> bool:
+    """Say whether any code may read the source where it lies."""
+    return device is None and param.usable_in_place() and not param.coming()
 
 
 def idle_form(bundle: Owner, param: Param, device: torch.device | None) -> torch.Tensor:
@@ -273,7 +307,7 @@ def idle_form(bundle: Owner, param: Param, device: torch.device | None) -> torch
 
     A quantised weight is read by ops that know it, and stays as it is. So does one that has no data.
     """
-    if stays_quantised(param.source) or param.source.is_meta or (device is None and param.usable_in_place()):
+    if stays_quantised(param.source) or param.source.is_meta or stands_itself(param, device):
         return param.original
     idle = IdleWeight(bundle, param, device or param.source.device)
     idle._is_param = True  # torch takes it for an `nn.Parameter`

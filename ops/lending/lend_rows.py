@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from ..device.backend import Backend
-from ..files.disk_map import locate
-from ..gather import gathered_bytes, inner_tensors, interpret_gathered_like
+from ..files.disk_map import extent, locate
+from ..gather import gathered_bytes, inner_tensors, interpret_gathered_like, memory_of
 from ..gguf.weight import GgufWeight, numbers_of
 from ..ledger import Counters
 from ..rows import copy_rows, distinct_rows, row_bytes, rows_template
@@ -52,6 +52,9 @@ def lend_rows(
     rows, places = distinct_rows(asked.ids, count, from_end=asked.from_end)
     if rows.numel() == 1 and isinstance(table.params[0].final, GgufWeight) and table.params[0].patch is not None:
         rows = rows.repeat(2)  # torch rounds the product of a single row in another way
+    if table.coming:
+        for weight in idle:
+            _await(weight.in_source(), rows)
     with caster.lock:
         try:
             lent, held = _bring(caster, table, idle, rows)
@@ -73,19 +76,19 @@ def _bring(
     """Return the rows for each idle weight, and the bytes of device memory that they hold."""
     backend = caster.backend
     table.check_present()
-    stored = [weight.stored() for weight in idle]
+    stored = [weight.in_source() for weight in idle]
     templates = [rows_template(tensor, rows.numel()) for tensor in stored]
     nbytes = gathered_bytes(templates)
     held = 0 if backend.in_place else nbytes + sum(_cast_bytes(weight, rows.numel()) for weight in idle)
     caster.make_way(held)
     host = backend.empty(nbytes) if backend.in_place else torch.empty(nbytes, dtype=torch.uint8)
-    table.check_files()
+    table.check_unchanged()
     for tensor in stored:
         _read_ahead(tensor, rows)
     for target, tensor in zip(interpret_gathered_like(templates, host), stored, strict=True):
         assert target is not None
         copy_rows(target, tensor, rows)
-    table.check_files()  # rows that were written meanwhile must not be used
+    table.check_unchanged()  # rows that were written meanwhile must not be used
     table.note_read(rows.numel())
     memory = host
     if not backend.in_place:
@@ -98,6 +101,22 @@ def _bring(
         assert view is not None
         made.append(weight.view_of(_final(caster, weight, view, rows)))
     return made, held
+
+
+def _await(tensor: torch.Tensor, rows: torch.Tensor) -> None:
+    """Wait until the rows of a table have come. Of one in pieces, or with rows apart, the whole is waited for."""
+    parts = memory_of(tensor)
+    for part in parts:
+        place = extent(part)
+        if place is None:
+            continue
+        file, offset, nbytes = place
+        count = tensor.shape[0]
+        if len(parts) == 1 and part.is_contiguous() and nbytes % count == 0:
+            width = nbytes // count
+            file.check_all([(offset + row * width, width) for row in rows.tolist()])
+        else:
+            file.check(offset, nbytes)
 
 
 def _read_ahead(tensor: torch.Tensor, rows: torch.Tensor) -> None:

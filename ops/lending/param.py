@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..files.disk_map import locate
+from ..files.disk_map import extent, locate
+from ..files.mapped_file import MappedFile
 from ..gather import inner_tensors, is_wrapper, like, memory_of
 from ..gguf.weight import GgufWeight
 from ..joined_weight import JoinedWeight
@@ -96,6 +97,11 @@ class Param:
     def is_cast(self) -> bool:
         """Say whether the final form has other numbers than the source even without a patch."""
         return self.quantisation is not None or (not is_wrapper(self.source) and self.final.dtype != self.source.dtype)
+
+    def coming(self) -> list[tuple[MappedFile, int, int]]:
+        """Return the ranges of the source that have yet to come into their files."""
+        places = [place for part in memory_of(self.source) if (place := extent(part)) is not None]
+        return [(file, offset, nbytes) for file, offset, nbytes in places if not file.has(offset, nbytes)]
 
     def making_bytes(self) -> int:
         """Return the bytes of temporary memory in which the op makes numbers of a quantised weight. 0 for others.

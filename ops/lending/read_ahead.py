@@ -91,7 +91,8 @@ class ReadAhead:
 
     def _begin_sooner(self, bundle: Bundle, is_offloaded: Callable[[Bundle], bool]) -> bool:
         """Have a bundle read ahead of its use. Return False where that has to wait."""
-        if len(self._readings) >= MOST:
+        # A reader that waited for a download would hold up those that wait for the reader.
+        if len(self._readings) >= MOST or not bundle.has_come():
             return False
         if bundle.source_bytes + sum(reading.nbytes for reading in self._readings.values()) > self.staging.capacity:
             return False

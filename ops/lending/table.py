@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ..device.backend import Backend
-from ..gather import inner_tensors, tensor_bytes
+from ..files.disk_map import check_files
+from ..gather import inner_tensors, memory_of, tensor_bytes
 from ..gguf.weight import GgufWeight, stays_quantised
 from ..ledger import Ledger, in_words
 from ..rows import has_rows
 from .bundle import Bundle
-from .idle_weight import IdleWeight
+from .idle_weight import IdleWeight, stands_itself
 from .param import Param
 from .repeat import may_repeat
 
@@ -81,7 +82,7 @@ class Table(Bundle):
         super().stand_in(device)
         (param,) = self.params
         self._parts = []
-        if not stays_quantised(param.source) or (device is None and param.usable_in_place()):
+        if not stays_quantised(param.source) or stands_itself(param, device):
             return
         device = device or param.source.device
         for inner, part in enumerate(inner_tensors(param.source)):
@@ -116,7 +117,8 @@ class Table(Bundle):
         Where a CPU uses the source in place, that stands there itself.
         """
         (param,) = self.params
-        self.check_files()
+        self.check_unchanged()  # a lookup waits for its rows
+        check_files(one for part in self._parts if not isinstance(part, IdleWeight) for one in memory_of(part))
         self.depth = 1  # whatever the forward does with the weight is no loan of the whole
         try:
             if self._parts:

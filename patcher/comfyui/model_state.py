@@ -221,6 +221,9 @@ def sources_standing(dynamic: DynamicModel | None, key: str | None = None) -> It
     key: of the only one that is read.
     """
     bundles = [] if dynamic is None else dynamic.bundles if key is None else filter(None, [dynamic.by_key.get(key)])
+    bundles = list(bundles)
+    for bundle in bundles:
+        bundle.arrive()  # ComfyUI reads them
     params = [param for bundle in bundles for param in bundle.params]
     standing = [param.owner._parameters[param.attr] for param in params]
     for param in params:

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
+from ...ops.files.check_before_read import waiting_for_reads
 from ...ops.gather import is_wrapper
 from ...ops.ledger import Ledger, in_words
 from ...ops.lending.repeat import register_pure
@@ -234,9 +235,10 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             self.state.follow(self.policy)
             dynamic = self.dynamic
             dynamic.check_files()  # some weights are read right here
-            cast_in_ops(self, self.state, dynamic)
             hooked = self.get_combined_hook_patches(self.forced_hooks)
-            self._attach_patches(hooked)
+            with waiting_for_reads():
+                cast_in_ops(self, self.state, dynamic)
+                self._attach_patches(hooked)
             self._hooked = bool(hooked)
             dynamic.place_buffers()
             self.state.compilers.use(dynamic, self.compile_request)
@@ -246,7 +248,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
-            if self.state.quantise is not None:
+            if self.state.quantise is not None and not dynamic.is_coming:  # else each is made when it has come
                 quantise_now(dynamic, Progress())
 
     def _take_over(self) -> None:
@@ -263,6 +265,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[tuple]]:
         """Give the weights for merges into other models, each as it is in the model's dtype, whatever the file has."""
+        for disk_map in getattr(self.model, "spillway_maps", ()):
+            disk_map.check()  # other models' patchers read the sources
         patches: dict[str, list[tuple]] = super().get_key_patches(filter_prefix)
         for key, entries in patches.items():
             owner, _, attr = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Asks what ComfyUI is doing: whether a node runs, and which models it has on its list of loaded ones."""
+"""Asks what ComfyUI is doing: whether a node runs or is to stop, and which models it has on its list of loaded ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import Any
 import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
+from ...ops.files.coming_file import patience
+
 
 def in_a_node() -> bool:
     """Say whether this code runs in a node's execution, whose errors its author must see."""
     return get_executing_context() is not None
+
+
+def _interrupt() -> BaseException | None:
+    """Return ComfyUI's interrupt where the user has asked for it. The next prompt begins without."""
+    asked = comfy.model_management.processing_interrupted()
+    return comfy.model_management.InterruptProcessingException() if asked else None
+
+
+patience.interrupt = _interrupt
 
 
 # After a prompt, ComfyUI's worker unloads all models where `POST /free` has asked for it, and holds no lock meanwhile.

@@ -189,7 +189,10 @@ FAULTS = {
     # Rows of tables, whose one transfer nothing has to wait for.
     "rows are not brought": Fault(f"{ROWS}:_bring", "backend.copy(memory, host, None)", "pass", (TABLES,)),
     "rows come from a file that has changed": Fault(
-        f"{ROWS}:_bring", "table.check_files()  # rows that were written meanwhile must not be used", "pass", (TABLES,)
+        f"{ROWS}:_bring",
+        "table.check_unchanged()  # rows that were written meanwhile must not be used",
+        "pass",
+        (TABLES,),
     ),
     "rows ignore the budget": Fault(f"{ROWS}:_bring", "caster.make_way(held)", "pass", (TABLES,)),
     "rows are not counted": Fault(f"{ROWS}:lend_rows", "caster.rows_bytes += held", "pass", (TABLES,)),

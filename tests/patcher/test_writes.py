@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from kit.nets import Stack, budget, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.cache.measure import module_sizes, storage
-from spillway.ops.files import disk_map as disk_map_module
+from spillway.ops.files import disk_map, mapped_file
 from spillway.ops.files.copy_before_write import CopyBeforeWrite
 from spillway.ops.files.deferred import Deferred, Stored, drop_pages
 from spillway.ops.files.disk_map import DiskMap, SourceError
@@ -41,20 +41,20 @@ def device(request):
 @pytest.fixture
 def kernel_is_silent(monkeypatch):
     """A system that does not tell which pages are private: torch's own count is all there is."""
-    monkeypatch.setattr(disk_map_module, "has_private_pages", lambda address, nbytes: False)
+    monkeypatch.setattr(disk_map, "has_private_pages", lambda address, nbytes: False)
 
 
 @pytest.fixture
 def never_overcommits(monkeypatch):
     """A system without room for a private map of a model."""
-    make = disk_map_module.MappedFile
+    make = mapped_file.MappedFile
 
     def refuse(*args, **kwargs):
         if kwargs.get("access") != mmap.ACCESS_READ:
             raise OSError(12, "Cannot allocate memory")
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(disk_map_module, "MappedFile", refuse)
+    monkeypatch.setattr(mapped_file, "MappedFile", refuse)
 
 
 def change(tensor):
@@ -225,8 +225,8 @@ def test_where_a_private_map_is_refused_it_is_read_only(path, never_overcommits)
 @pytest.mark.parametrize(("available", "read_only"), [(2.1, False), (1.9, True)])
 def test_windows_maps_for_writing_while_that_leaves_as_much_to_others(path, monkeypatch, available, read_only):
     room = int(available * path.stat().st_size)
-    monkeypatch.setattr(disk_map_module, "available_ram", lambda: Available(room, room, "the test"))
-    monkeypatch.setattr(disk_map_module.sys, "platform", "win32")
+    monkeypatch.setattr(mapped_file, "available_ram", lambda: Available(room, room, "the test"))
+    monkeypatch.setattr(mapped_file.sys, "platform", "win32")
     mapped = DiskMap(path)
     monkeypatch.undo()
     assert mapped.read_only is read_only

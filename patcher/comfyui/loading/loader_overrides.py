@@ -18,10 +18,12 @@ import torch
 
 from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.files.check_before_read import CheckBeforeRead
+from ....ops.files.coming_file import wait_whole
 from ....ops.files.copy_before_write import CopyBeforeWrite
 from ....ops.files.disk_map import DiskMap, SourceError, locate
 from ....ops.files.safetensors_header import PICKLES, is_pickle
 from ....ops.gather import memory_of
+from ....ops.lending.idle_weight import as_stored
 from ....ops.overrides import overridden
 from ....ops.parts.index import is_index
 from ....ops.parts.open_map import open_map
@@ -88,7 +90,7 @@ class Opened:
             # A state dict has the source of a weight that stands idle.
             for tensor in model.state_dict().values()
             if isinstance(tensor, torch.Tensor)
-            for part in memory_of(tensor)
+            for part in memory_of(as_stored(tensor))
             if (place := locate(part)) is not None
         }
         return [str(source.path) for source in self.sources if not used & set(source.files)]
@@ -182,7 +184,7 @@ def building(
     ):
         yield opened
         for disk_map in opened.maps:
-            disk_map.check()
+            disk_map.check_unchanged()
 
 
 def _assigned(load: Callable[..., Any], root: torch.nn.Module, tensors: Mapping[str, Any], strict: bool) -> Any:
@@ -241,10 +243,14 @@ def _left_out_words(maps: Iterable[DiskMap]) -> str:
 
 @contextmanager
 def opening_indexes() -> Iterator[None]:
-    """Inside, ComfyUI's loaders open a model in several files, for a classic model of it."""
+    """Inside, ComfyUI's loaders open a model in several files, for a classic model of it.
+
+    They wait until all of a file that is coming is there.
+    """
 
     def load_file(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_index(path):
+            wait_whole(path)
             return load(path, *args, **kwargs)
         source = open_map(path)
         with_metadata = kwargs.get("return_metadata", args[2] if len(args) > 2 else False)

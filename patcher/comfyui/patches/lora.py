@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 
 from ....ops.errors import SpillwayError
+from ....ops.files.coming_file import wait_whole
 from ....ops.files.disk_map import SourceError
 from ....ops.files.read_whole import read_whole
 from ....ops.files.safetensors_header import PICKLES
@@ -74,6 +75,7 @@ def read_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     The tensors lie in memory, so what happens to the file afterwards reaches no model. Raises SourceError for a file
     that cannot be read.
     """
+    wait_whole(path)
     status = os.stat(path)
     key = path, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
     if key not in _kept:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
+from ....ops.files.disk_map import check_files
 from ....ops.gather import is_wrapper
 from ....ops.lending.idle_weight import as_stored
 from ....ops.subclasses import add_branch, linear_arguments, writes_into
@@ -159,7 +160,10 @@ def form_of(module: torch.nn.Module, multiplies: bool) -> Form | None:
     bits = 8 * QUANT_ALGOS[algorithm]["storage_t"].itemsize
     halves = weight._qdata.shape[-1] < weight.shape[-1]
     scale = module._parameters.get("input_scale")
-    given = None if scale is None else float(as_stored(scale))
+    given = None
+    if scale is not None:
+        check_files([as_stored(scale)])
+        given = float(as_stored(scale))
     return Form(Format(algorithm, algorithm, bits // 2 if halves else bits), 0, multiplies, given)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kit.comfyui.pairs import SMALL, assert_same, budget, pair, run
 from kit.comfyui.saving import assert_same_tensors, comfyui_save, read, save
-from spillway.ops.files import disk_map as mapping
+from spillway.ops.files import mapped_file as mapping
 from spillway.ops.files.disk_map import locate
 from spillway.patcher.comfyui.loading import loader_overrides
 from spillway.patcher.comfyui.loading.load import load_diffusion_model

@@ -1,0 +1,1 @@
+"""Files that lie elsewhere: probed by their header, and used while they come."""

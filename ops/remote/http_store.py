@@ -1,0 +1,115 @@
+"""A file on a web server, read by byte ranges. Each answer is checked: servers may ignore a range or send another."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import re
+from contextlib import suppress
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+from .store import Refused, State, Unreachable, changed, without_secrets
+
+# Seconds that a server may be silent.
+TIMEOUT = 30.0
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
+# Of errors that another try may not meet: too early, too many requests, and the server's own.
+PASSING = (408, 425, 429)
+NO_SUCH_RANGE = 416
+
+
+class HttpStore:
+    """address: with `user:password@` where the server wants one. fsspec's settings for http give further headers."""
+
+    def __init__(self, address: str, timeout: float = TIMEOUT) -> None:
+        self.address, self.timeout = without_secrets(address), timeout
+        parts = urlsplit(address)
+        user, _, place = parts.netloc.rpartition("@")
+        self._url = urlunsplit((parts.scheme, place, quote(parts.path, safe="/%:@+,;=~!$&'()*"), parts.query, ""))
+        self._private = dict(_headers_of_fsspec(parts.scheme.lower()))
+        if user:
+            self._private["Authorization"] = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+
+    def state(self) -> State:
+        with self._ask(0, 1) as answer:
+            return self._state_of(answer, 0, 1)
+
+    def read(self, offset: int, nbytes: int, state: State) -> bytes:
+        with self._ask(offset, nbytes, state) as answer:
+            now = self._state_of(answer, offset, nbytes)
+            if now != state:
+                raise changed(self.address, state, now)
+            try:
+                data: bytes = answer.read(nbytes)
+            except (OSError, http.client.HTTPException) as error:
+                raise Unreachable(f"{type(error).__name__}: {error}") from None
+        if len(data) != nbytes:
+            raise Unreachable(f"the answer was cut after {len(data)} of {nbytes} bytes")
+        return data
+
+    def _ask(self, offset: int, nbytes: int, state: State | None = None) -> Any:
+        """Ask for a range. Return the answer. state: that the range is in the file of."""
+        request = Request(self._url, headers={"Range": f"bytes={offset}-{offset + nbytes - 1}"})
+        request.add_header("Accept-Encoding", "identity")
+        request.add_header("User-Agent", "Spillway")
+        for name, value in self._private.items():  # not to be sent on to whatever server this one names
+            request.add_unredirected_header(name, value)
+        try:
+            return urlopen(request, timeout=self.timeout)
+        except HTTPError as error:
+            error.close()
+            if error.code == NO_SUCH_RANGE and state is not None:
+                total = error.headers.get("Content-Range", "").rpartition("/")[2]
+                now = State(int(total) if total.isdecimal() else 0, error.headers.get("ETag") or "")
+                raise changed(self.address, state, now) from None
+            if error.code in PASSING or error.code >= 500:
+                raise Unreachable(f"the server answered {error.code} ({error.reason})") from None
+            raise Refused(
+                f"{self.address}: the server answered {error.code} ({error.reason}). {_advice(error.code)}"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"{type(error).__name__}: {error}") from None
+        except ValueError as error:  # a URL that is none
+            raise Refused(f"{self.address}: this is no address of a file ({error}).") from None
+
+    def _state_of(self, answer: Any, offset: int, nbytes: int) -> State:
+        """Return the state that an answer is of. Raises Refused where it is not the range that was asked for."""
+        said = answer.headers.get("Content-Range", "")
+        found = CONTENT_RANGE.match(said.strip())
+        packed = answer.headers.get("Content-Encoding", "identity") != "identity"  # other bytes than the file's
+        if answer.status != 206 or found is None or packed:
+            raise Refused(
+                f"{self.address}: the server does not send parts of files: asked for bytes {offset} to "
+                f"{offset + nbytes - 1}, it answered {answer.status}. Download the whole file with a browser or curl, "
+                "into ComfyUI's models folder."
+            )
+        first, last, total = map(int, found.groups())
+        if (first, last) != (offset, min(offset + nbytes, total) - 1):
+            raise Refused(
+                f"{self.address}: asked for bytes {offset} to {offset + nbytes - 1}, the server sent {first} to "
+                f"{last}. Download the whole file with a browser or curl, into ComfyUI's models folder."
+            )
+        return State(total, answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+
+
+def _advice(code: int) -> str:
+    if code in (401, 403):
+        return (
+            "It wants to know who you are, or the address has expired. Give it a user and password "
+            "(https://user:password@server/file), or headers in fsspec's settings (~/.config/fsspec)."
+        )
+    return "Check the address in a browser."
+
+
+def _headers_of_fsspec(scheme: str) -> dict[str, str]:
+    """Return the headers that the user has set for fsspec, where it is installed: tokens, for example."""
+    with suppress(ImportError, AttributeError, TypeError):
+        from fsspec.config import conf
+
+        given = conf.get(scheme) or conf.get("http") or {}
+        headers = given.get("headers") or given.get("client_kwargs", {}).get("headers") or {}
+        return {str(name): str(value) for name, value in headers.items()}
+    return {}
