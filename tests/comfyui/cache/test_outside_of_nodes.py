@@ -210,7 +210,7 @@ def test_a_client_that_goes_before_its_body_has_come_is_no_failure(monkeypatch, 
             raise ConnectionResetError(104, "Connection reset by peer")
 
     posts = [route for route in table if route.method == "POST"]
-    assert len(posts) == 4
+    assert len(posts) == 5
     for route in posts:
         answer = asyncio.run(route.handler(make_mocked_request("POST", route.path, payload=Gone())))
         assert answer.status == 400 and "the connection ended" in json.loads(answer.body)["error"]
@@ -222,9 +222,9 @@ def test_routes_that_fail_say_so(monkeypatch):
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
     monkeypatch.setitem(sys.modules, "server", server)
     assert routes.install()
-    for name in ("memory_report", "is_same_origin"):
-        monkeypatch.setattr(routes, name, fails)
-    assert len(table) == 5
+    for owner, name in ((routes, "memory_report"), (routes, "is_same_origin"), (routes.compare, "current")):
+        monkeypatch.setattr(owner, name, fails)
+    assert len(table) == 7
     for route in table:
         answer = asyncio.run(route.handler(make_mocked_request(route.method, route.path)))
         assert answer.status == 500 and "the server's log says why" in json.loads(answer.body)["error"]
