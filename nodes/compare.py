@@ -22,6 +22,7 @@ import psutil
 import torch
 from PIL import Image
 
+from ..cache.comfyui import tiers
 from ..ops.ledger import in_words
 from ..ops.never_raises import never_raises
 from ..patcher.comfyui import run_record
@@ -166,7 +167,8 @@ def _measured(comparison: Comparison, run: Run, executor: Any) -> Iterator[None]
     run.state = "runs"
     stop, began = quietly(_watch_ram)(run), time.monotonic()
     try:
-        yield
+        with tiers.left_out():
+            yield
         run.seconds = time.monotonic() - began
     finally:
         if stop is not None:
@@ -209,8 +211,8 @@ def _end(comparison: Comparison, run: Run, executor: Any) -> None:
     for node in list(record.nodes) if record is not None else ():
         for device, nbytes in node.peaks.items():
             run.peaks[device] = max(run.peaks.get(device, 0), nbytes)
-    run.files = shown_files(getattr(executor, "history_result", None) or {})
     run.state = "done" if executor.success and run.seconds else _why(executor)
+    run.files = shown_files(getattr(executor, "history_result", None) or {})
     if run.state != "done":
         others = {other.prompt_id for other in comparison.runs.values() if other is not run}
         comparison.queue.delete_queue_item(lambda item: item[1] in others)
@@ -233,7 +235,7 @@ def shown_files(history: dict[str, Any]) -> list[tuple[str, int, str]]:
     for node, shown in (history.get("outputs") or {}).items():
         for place, entry in enumerate(shown.get("images") or ()):
             base = folder_paths.get_directory_by_type(entry.get("type", "")) if isinstance(entry, dict) else None
-            name = entry.get("filename", "") if isinstance(entry, dict) else ""
+            name = str(entry.get("filename") or "") if isinstance(entry, dict) else ""
             if base and name.lower().endswith(PICTURES):
                 found.append((str(node), place, os.path.join(base, entry.get("subfolder", ""), name)))
     return found

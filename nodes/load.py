@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..ops.files.coming_file import coming_file
+from ..ops.files.file_state import file_state
 from ..ops.gguf.header import is_gguf
 from ..ops.parts.folder import PIPELINE, may_be_model
 from ..ops.parts.index import files_of, is_index, model_of, part_of
@@ -105,7 +106,6 @@ def shown(*patchers: Any) -> Any:
 def file_stamps(folder: str, *names: str | None) -> list[str]:
     """Say which files these are: another one under the same name, or one written again, makes a loader run anew.
 
-    Its size and the time of its content can be those of the file before. The time of its last change cannot be set.
     A name that comes over a wire is None, and whoever sends it says himself when it names another file.
     """
     stamps = []
@@ -114,7 +114,7 @@ def file_stamps(folder: str, *names: str | None) -> list[str]:
             continue
         path = folder_paths.get_full_path(folder, name) or _folder(folder, name)
         # A loader says itself that a file is missing.
-        stamps += [""] if path is None else [stamp(file) for file in all_files(path)]
+        stamps += [""] if path is None else [file_state(file) for file in all_files(path)]
     return stamps
 
 
@@ -123,15 +123,6 @@ def all_files(path: str) -> list[str]:
     if os.path.isdir(path):
         return [os.path.join(path, name) for name in sorted(files_below(path))]
     return [str(file) for file in files_of(path)]
-
-
-def stamp(path: str) -> str:
-    """Say which file this is, and in which state."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
 
 
 def _checkpoints() -> list[str]:

@@ -147,6 +147,8 @@ def install() -> bool:
                 if not valid[0] or valid[3]:  # ComfyUI would run what is left, which may be another part in each run
                     raise BadRequest(f"this workflow cannot run: {invalid(valid)}.")
                 outputs.append(valid[2])
+            if compare.current() is not last:  # while that waited
+                raise BadRequest("another comparison is under way.", status=429)
         except BadRequest as error:
             return refusal(error, COMPARE_USAGE)
         compare.begin(comparison)

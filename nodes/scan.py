@@ -8,11 +8,12 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..ops.files.file_state import file_state
 from ..ops.scan import as_text, is_model_file, scan
 from ..patcher.comfyui.progress import Progress
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
-from .load import all_files, files_below, stamp
+from .load import all_files, files_below
 
 log = logging.getLogger("spillway")
 
@@ -82,7 +83,7 @@ class SpillwayScanModels(CheckedNode):
         if folder not in (ALL, *_known()):
             return []
         files = _files(folder, name_contains)
-        return [f"{name} {stamp(file)}" for name, path in files for file in all_files(str(path))]
+        return [f"{name} {file_state(file)}" for name, path in files for file in all_files(str(path))]
 
     @classmethod
     def execute(cls, folder: str = ALL, name_contains: str = "") -> io.NodeOutput:

@@ -87,14 +87,14 @@ ALLOCATOR = Switch("SPILLWAY_ALLOCATOR", "1 or 0")
 # A path that starts at its root, or any other address with its protocol.
 _ADDRESS = r"(/|~|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]+://).{0,2000}"
 _ADDRESSES = "an address such as file:///mnt/nas/cache or s3://bucket/prefix"
-STORE = Text("SPILLWAY_STORE", _ADDRESS, _ADDRESSES)
+STORE = Text("SPILLWAY_STORE", _ADDRESS, _ADDRESSES, secret=True)
 STORE_KEY = Text("SPILLWAY_STORE_KEY", r".{8,200}", "a text of 8 to 200 characters", secret=True)
 MANAGE = Switch("SPILLWAY_MANAGE", "1 or 0")
 CACHE_ENABLED = Switch("Spillway.Cache.Enabled", "true or false")
 CACHE_RAM_GB = Number("Spillway.Cache.RamGB", 0, 1e6, _GIGABYTES)
 DISK_GB = Number("Spillway.Cache.DiskGB", 0, 1e6, _GIGABYTES)
 DISK_SECONDS = Number("Spillway.Cache.DiskSeconds", 0, 1e9, "a number of seconds from 0 on, such as 10")
-STORE_ADDRESS = Text("Spillway.Store.Address", _ADDRESS, _ADDRESSES)
+STORE_ADDRESS = Text("Spillway.Store.Address", _ADDRESS, _ADDRESSES, secret=True)
 STORE_SECRET = Text("Spillway.Store.Key", r".{8,200}", "a text of 8 to 200 characters", secret=True)
 STORE_SECONDS = Number("Spillway.Store.Seconds", 0, 1e9, "a number of seconds from 0 on, such as 10")
 STORE_WAIT = Number("Spillway.Store.WaitSeconds", 0, 1e9, "a number of seconds from 0 on, such as 5")

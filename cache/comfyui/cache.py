@@ -22,7 +22,7 @@ from ..disk_tier import DiskTier
 from ..disk_writer import Job
 from ..holdings import Entry
 from ..output_cache import OutputCache
-from . import stamps
+from . import stamps, tiers
 from .disk import file_name, make_tier
 from .provider import asking, register
 from .settings import ram_cap
@@ -106,9 +106,14 @@ class SpillwayCache(caching.BasicCache):
         self.engine.begin_prompt([key for node in node_ids if (key := self._key(node)) is not None])
         with never_raises("output cache: a policy of this prompt"):
             self._apply_policies(node_ids)
-        with never_raises("shared store: beginning a prompt"):
+        with never_raises("shared store: what the last prompt did"):
             self.sharing.log_prompt()
-            store = make_store(self.sharing.ledger, former=self.sharing.store)
+        former = self.sharing.store
+        self.sharing.begin_prompt(None)  # whatever fails below, the last prompt's names are none of this one's
+        with never_raises("shared store: beginning a prompt"):
+            if not tiers.are_used():
+                return
+            store = make_store(self.sharing.ledger, former)
             self.sharing.begin_prompt(store if await register(store is not None) else None)
 
     @never_raises("output cache: listing nodes", lambda *_: set())
@@ -166,7 +171,7 @@ class SpillwayCache(caching.BasicCache):
         """Apply the prompt's policy nodes. Those whose outputs are still cached do not run, and count all the same."""
         self.engine.headroom = self.base_headroom
         self.engine.cap = ram_cap()
-        self.disk = make_tier(self.engine.ledger, former=self.disk)
+        self.disk = make_tier(self.engine.ledger, former=self.disk) if tiers.are_used() else None
         for node_id in node_ids:
             node = self._node(node_id)
             if node.get("class_type") == POLICY_NODE:
@@ -191,6 +196,8 @@ class SpillwayCache(caching.BasicCache):
 
     def set_disk(self, gigabytes: float) -> None:
         """Set the cap of the disk tier for the running prompt. 0 turns it off."""
+        if not tiers.are_used():
+            return
         self.disk = make_tier(self.engine.ledger, gigabytes, former=self.disk)
 
     # -- disk
@@ -253,6 +260,7 @@ class SpillwayCache(caching.BasicCache):
             with asking(self.sharing):
                 value = await self._get_immediate(node_id)
             if value is None:
+                self._prompt.started[node_id] = time.perf_counter()  # waiting for a store is no time of the node's
                 return None
             seconds, made_from = self.sharing.given(node_id) or (0.0, None)
             self.stamps.forget(hash(key))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import nodes
 from comfy_execution.graph_utils import is_link
 
+from ...ops.files.file_state import MARK as FILE_STATE
 from ...ops.ledger import Ledger, in_words
 from ..disk_format import NotStorable, describe
 from ..disk_tier import name_of
@@ -32,6 +33,8 @@ from .stamps import Stamps, portable
 KINDS = {"IMAGE", "LATENT", "CONDITIONING", "MASK", "AUDIO", "VIDEO"}
 # What was not there is asked for again after this time, as another member may have made it.
 ABSENT_SECONDS = 10.0
+# Stamps of an entry that are looked at, which takes time.
+MOST_STAMPS = 2000
 
 
 class Outputs(Protocol):
@@ -182,7 +185,7 @@ class Sharing:
         outputs, seconds, record = loaded
         also = self._checked(node_id, outputs, record)
         if also is None:
-            store.refuse(entry.name, "it is not what this node gives, or was made from other files")
+            store.refuse(entry.name, "it is not what this node gives, or was made from other files", damaged=False)
             return None
         asked.given[node_id] = seconds, entry.made_from | also
         return list(outputs)
@@ -235,7 +238,7 @@ class Sharing:
         count = len(getattr(kind, "RETURN_TYPES", ()))
         if not isinstance(outputs, list) or not all(isinstance(items, list) for items in outputs):
             return None
-        if len(outputs) != count or not isinstance(record, list):
+        if len(outputs) != count or not isinstance(record, list) or len(record) > MOST_STAMPS:
             return None
         found: Stamps = {}
         for one in record:
@@ -260,7 +263,8 @@ class Sharing:
             return
         kind = self.cache._node(node_id).get("class_type", "")
         made_from = self.cache.stamps.of(hash(self.cache._key(node_id)))
-        if made_from is None:
+        # A file that ComfyUI maps may have been written in place since its loader ran, and then was read as it is now.
+        if made_from is None or any(stamps.look(*name) != value for name, value in made_from.items()):
             self.ledger.decide_once(
                 f"{kind} is not written: what it was made from was not watched then, or has changed", level=logging.INFO
             )
@@ -290,6 +294,8 @@ def shared_name(key: Any, made_from: Stamps) -> str | None:
     """
 
     def content(text: str) -> Any:
+        if text.startswith(FILE_STATE):  # of a file that a loader's input names
+            return [FILE_STATE]
         places = made_from.get(("file", text))
         return [ntpath.basename(text), portable(places)] if places and _is_whole_path(text) else None
 

@@ -19,6 +19,7 @@ import folder_paths
 import nodes
 import psutil
 
+from ...ops.files.coming_file import coming_file
 from ...ops.parts.index import files_of
 from ..content import content_of
 
@@ -173,6 +174,8 @@ def _files(name: str) -> list[Place] | None:
     paths = [os.path.join(folder, inside) for folder in folders]
     if os.path.isabs(plain) or "/" in plain or "\\" in plain:
         paths.append(os.path.abspath(plain))
+    if any(map(coming_file, paths)):
+        return None  # which file it is shows only when it is whole
     found: list[Place] = []
     for path in dict.fromkeys(paths):
         stamp = _stamp(path)

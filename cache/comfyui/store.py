@@ -9,6 +9,9 @@ from ..store.shared_store import SharedStore
 from . import settings
 from .stamps import comfyui_digest
 
+# The one that was made last. It knows whether its place answers, also where the executor makes a new cache.
+_last: SharedStore | None = None
+
 
 def make_store(ledger: Any, former: SharedStore | None = None) -> SharedStore | None:
     """Make the store of the settings. None where it is off, as it is by default.
@@ -22,9 +25,11 @@ def make_store(ledger: Any, former: SharedStore | None = None) -> SharedStore | 
     if comfyui_digest() is None:
         ledger.decide_once("off until the next start, as files of ComfyUI have changed since this one")
         return None
-    if former is not None and former.options == options:
-        return former
-    store = SharedStore(options, ledger, room=lambda: available_ram().available)
+    global _last
+    for one in (former, _last):
+        if one is not None and one.options == options:
+            return one
+    store = _last = SharedStore(options, ledger, room=lambda: available_ram().available)
     sealed = "sealed with a key" if options.key else "not sealed, so whoever may write there is trusted"
     ledger.decide(f"{store.place}: outputs that took {options.least_seconds:g} s or more are shared, {sealed}")
     return store

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 from ...ops.errors import SpillwayError
 from ..disk_format import NotStorable, Stopped
@@ -54,8 +55,13 @@ class Place:
 
     def without_secrets(self, text: str) -> str:
         """Take the name and password of the address out of a text."""
-        found = re.search(r"://([^/]+)@", self.address)
-        return text.replace(found[1], "***") if found else text
+        found = re.search(r":/*(.+)@", self.address)
+        if found is None:
+            return text
+        for secret in (found[1], found[1].partition(":")[2]):
+            for form in (secret, unquote(secret)):
+                text = text.replace(form, "***") if form else text
+        return text
 
     # -- entries
 

@@ -81,6 +81,7 @@ class SharedStore:
         self._seal = keyed_hash(self._key) if self._key else plain_hash
         self._workers = Workers(ASK_AT_ONCE, "spillway-shared-store")
         self._bad: set[str] = set()
+        self._for_others: set[str] = set()  # right for them, and not asked for again
         self._too_slow: dict[str, float] = {}  # when it was
         self._held: int | None = None  # bytes in the store, as far as this process knows
         self._listed = 0.0
@@ -115,6 +116,8 @@ class SharedStore:
 
     async def there(self, name: str) -> bool:
         """Say whether an entry is there. False too where nobody says so in time, or it took too long to read."""
+        if name in self._for_others:
+            return False
         if time.monotonic() - self._too_slow.get(name, -LONGEST_PAUSE) < LONGEST_PAUSE:
             return False
         return await self._ask(lambda: self.place.size(name)) is not None
@@ -156,11 +159,12 @@ class SharedStore:
             self.refuse(name, first_line(error))
             return None
 
-    def refuse(self, name: str, why: str) -> None:
-        """Note that an entry cannot be used. The next one of its name takes its place."""
+    def refuse(self, name: str, why: str, *, damaged: bool = True) -> None:
+        """Note that an entry cannot be used here. Where it is damaged, the next one of its name takes its place."""
         self.counts.refused += 1
-        if len(self._bad) < MAX_BAD:
-            self._bad.add(name)
+        noted = self._bad if damaged else self._for_others
+        if len(noted) < MAX_BAD:
+            noted.add(name)
         self.ledger.decide_once(f"an entry is not used: {why} ({name[:12]})")
 
     async def _ask(self, work: Callable[[], Any]) -> Any:
@@ -243,7 +247,7 @@ class SharedStore:
         if due or (cap and self._held is not None and self._held + more > cap and not self._full):
             files = self.place.files()
             held = sum(file.nbytes for file in files)
-            gone = [file for file in going(files, cap, days, more) if self._remove(file.path)]
+            gone = [file for file in going(files, cap, days, time.time(), more) if self._remove(file.path)]
             freed = sum(file.nbytes for file in gone)
             self._held, self._listed, self._since = held - freed, time.monotonic(), 0
             self.counts.evicted += len(gone)

@@ -21,13 +21,14 @@ class Found(NamedTuple):
     whole: bool = True
 
 
-def going(files: Iterable[Found], cap: int, days: float, more: int = 0) -> list[Found]:
+def going(files: Iterable[Found], cap: int, days: float, here: float, more: int = 0) -> list[Found]:
     """List what goes so that `more` bytes fit under the cap, the oldest first. 0 is no cap, and no limit of days.
 
-    The store's youngest file says what time it is. A member whose clock is wrong would else remove everything.
+    The store's youngest file says what time it is, or `here`, this machine's clock, where that is earlier. A member
+    whose clock is wrong, or a file that is dated ahead, would else remove everything.
     """
     ordered = sorted(files, key=lambda file: (file.changed, file.path))
-    now = ordered[-1].changed if ordered else 0.0
+    now = min(ordered[-1].changed, here) if ordered else 0.0
     held = sum(file.nbytes for file in ordered)
     target = cap if held + more <= cap else int(cap * ROOM)
     chosen = []

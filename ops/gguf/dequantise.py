@@ -139,15 +139,20 @@ def _table(device: torch.device, work: torch.dtype) -> torch.Tensor:
     return torch.tensor(NON_LINEAR, dtype=work, device=device)
 
 
+def _looked_up(numbers: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    """Return what four bits stand for. Indexing would make the indices anew, in 64 bits each."""
+    return _table(numbers.device, work).index_select(0, numbers.int().view(-1)).view(numbers.shape)
+
+
 def _iq4_nl(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
-    return _table(blocks.device, work)[_nibbles(blocks[:, 2:]).int()].mul_(_half(blocks, 0, work))
+    return _looked_up(_nibbles(blocks[:, 2:]), work).mul_(_half(blocks, 0, work))
 
 
 def _iq4_xs(blocks: torch.Tensor, work: torch.dtype) -> torch.Tensor:
     count = blocks.shape[0]
     high = _bits(blocks[:, 2:4].unsqueeze(-1), (0, 2, 4, 6), 3).reshape(count, 8)
     low = _bits(blocks[:, 4:8].unsqueeze(-1), (0, 4), 0x0F).reshape(count, 8)
-    numbers = _table(blocks.device, work)[_nibbles(blocks[:, 8:], 8).int()]
+    numbers = _looked_up(_nibbles(blocks[:, 8:], 8), work)
     return _by_scale(numbers, _half(blocks, 0, work) * ((low | high << 4).to(work) - 32))
 
 

@@ -144,7 +144,7 @@ class Download:
         """Return a range of the file. Try again, with pauses, what may work later."""
         for pause in (*self.pauses, None):
             try:
-                return self.store.read(offset, nbytes, self.state)
+                return self._read_once(offset, nbytes)
             except Unreachable as error:
                 if pause is None or self._halt.is_set():
                     raise Unreachable(
@@ -155,6 +155,15 @@ class Download:
                 log.info("[Spillway] %s: %s. It is tried again in %g s.", self.store.address, error, pause)
                 self._halt.wait(pause)
         raise AssertionError("unreachable")
+
+    def _read_once(self, offset: int, nbytes: int) -> bytes:
+        """Read a range. One answer alone, as of a server among several, does not make it another file."""
+        try:
+            return self.store.read(offset, nbytes, self.state)
+        except Changed as error:
+            if self.store.state() != self.state:
+                raise
+            raise Unreachable(f"one answer was of another file ({error})") from None
 
     def _write(self, offset: int, data: bytes) -> None:
         self._file.seek(offset)
@@ -197,17 +206,24 @@ class Download:
                 return
             self._save()
             os.fsync(self._file.fileno())
-            whole = stamp(self._file.fileno())
-            self._file.close()  # Windows renames no file that is open
+            self._file.close()  # Windows renames no file that is open, and a server may set its time then
             self._record.close()
-            self._give_name()
+            try:
+                with open(coming.data, "rb") as file:
+                    whole = stamp(file.fileno())
+                self._give_name()
+            except OSError as error:  # somebody has removed it: the next run begins anew
+                self._ended = SourceError(f"{coming.path}: all of it has come, and it cannot get its name ({error}).")
+                forget(coming)
+                coming.note_failure(self._ended)
+                return
             coming.note_whole(whole)
 
     def _give_name(self) -> None:
         """Give the file its name. Another file that has got it meanwhile stays, and this one goes."""
         data, path = self.coming.data, self.coming.path
         try:
-            if os.path.lexists(path):
+            if path.is_file():
                 data.unlink(missing_ok=True)
                 log.warning("[Spillway] %s: another file has got this name meanwhile, and is kept.", path)
             else:
@@ -246,14 +262,14 @@ class Download:
             self.coming.note_failure(error)
 
     def _remove(self) -> None:
-        with suppress(OSError):
-            self._record_path.unlink()  # first: without it nothing counts as come
-            self.coming.data.unlink()
+        for path in (self._record_path, self.coming.data):  # without the first nothing counts as come
+            with suppress(OSError):
+                path.unlink()
 
     def use(self, address: str, store: Store) -> None:
         """Read from another address of this file, as one that was signed anew. Raises SourceError for another file."""
         now = store.state()
-        if now != self.state:
+        if not now.mark or now != self.state:
             raise SourceError(
                 f"{self.coming.path}: a file of this name is coming from {self.store.address}. The one at "
                 f"{store.address} is another. Choose another name for it."

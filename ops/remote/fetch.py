@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ..files.coming_file import ASK_EVERY, BLOCK_BYTES, ComingFile, coming_file, patience, register
+from ..files.file_state import file_state
 from ..files.safetensors_header import SourceError
 from . import block_record
 from .download import PAUSES, Download, coming_words
 from .open_store import open_store
-from .store import Store, Unreachable
+from .store import State, Store, Unreachable
 
 if sys.platform == "win32":
     import msvcrt
@@ -64,8 +65,16 @@ def fetch(
         if path.is_file():
             _remove_record(path)
             return None
-        store = open_store(address)
-        state = interruptible(lambda: patiently(store.state, store.address, pauses))
+        if os.path.lexists(path):
+            raise SourceError(
+                f"{path}: a folder has this name, or a link to a file that is gone. Remove it, or choose another name."
+            )
+
+        def ask() -> tuple[Store, State]:
+            store = open_store(address)
+            return store, patiently(store.state, store.address, pauses)
+
+        store, state = interruptible(ask)
         path.parent.mkdir(parents=True, exist_ok=True)
         data, record_path = path.with_name(path.name + DATA), path.with_name(path.name + RECORD)
         if not data.exists():
@@ -75,6 +84,7 @@ def fetch(
             file.close()
             data.unlink()
             return None
+        record: block_record.BlockRecord | None = None
         try:
             found = block_record.read(record_path, state, block_bytes) if state.mark else None
             fits = os.fstat(file.fileno()).st_size == state.nbytes
@@ -97,6 +107,8 @@ def fetch(
             _check_room(path, state.nbytes - coming.come_bytes)
         except BaseException:
             file.close()
+            if record is not None:
+                record.close()
             raise
         register(coming)
         _downloads[path] = Download(store, state, coming, file, record, record_path, address, pauses)
@@ -108,9 +120,12 @@ def wait_for(coming: ComingFile, progress: Callable[[int, int], None]) -> None:
     """Wait until all of a file has come and it has its name. progress(done, total): told counts of bytes."""
     while not coming.is_whole:
         progress(coming.come_bytes, coming.file_bytes)
-        missing = max(0, coming.come.find(0)) * coming.block_bytes
-        coming.wait(missing, 1)
-        time.sleep(ASK_EVERY)
+        missing = coming.come.find(0)
+        if missing < 0:
+            coming.wait_whole()  # which raises what keeps it from getting its name
+        else:
+            coming.wait(missing * coming.block_bytes, 1)
+            time.sleep(ASK_EVERY)
     progress(coming.file_bytes, coming.file_bytes)
 
 
@@ -127,9 +142,9 @@ def token(path: str | os.PathLike[str]) -> str:
             _lost[path] = _lost.get(path, 0) + 1
             download = None
         if download is None:
-            with suppress(OSError):
-                status = os.stat(path)
-                return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+            state = file_state(path)
+            if state:
+                return state
         return f"download {_lost.get(path, 0)}"
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any
 
-from .store import Refused, State, Unreachable, changed, without_secrets
+from .store import Refused, State, Unreachable, changed, without_secrets, words_of
 
 # What places call the mark of a content, the most certain first.
-MARKS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "modified",
-         "updated", "created")  # fmt: skip
+MARKS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "sha", "modify"),
+    *("mtime", "LastModified", "last_modified", "modified", "updated", "created"),
+)
 # Where the package that pip knows is not called like the module.
 PACKAGES = {"smbclient": "smbprotocol", "google": "gcsfs", "azure": "adlfs", "pyarrow.fs": "pyarrow"}
+
+
+# Of which several threads may read at once. Others have one connection, or one open file, and would mix answers.
+AT_ONCE = {"file", "local", "memory", "smb", "hf", "github"}
 
 
 class FsspecStore:
@@ -32,7 +40,11 @@ class FsspecStore:
         except ValueError as error:
             raise Refused(f"{self.address}: fsspec does not know this kind of address ({error}).") from None
         except Exception as error:  # a driver's own: no credentials, no such host
-            raise Refused(f"{self.address}: {type(error).__name__}: {error}") from None
+            raise Refused(f"{self.address}: {words_of(error)}") from None
+        protocols = self._fs.protocol
+        names = {protocols} if isinstance(protocols, str) else set(protocols)
+        at_once = bool(names & AT_ONCE) or getattr(self._fs, "async_impl", False)
+        self._one_at_a_time: Any = nullcontext() if at_once else threading.Lock()
 
     def state(self) -> State:
         info = self._try(self._info)
@@ -58,18 +70,19 @@ class FsspecStore:
 
     def _try(self, call: Any) -> Any:
         try:
-            return call()
+            with self._one_at_a_time:
+                return call()
         except (FileNotFoundError, IsADirectoryError):
             raise Refused(f"{self.address}: there is no such file. Check the address.") from None
         except PermissionError as error:
             raise Refused(
-                f"{self.address}: access is refused ({error}). Give the driver its credentials, in the environment or "
-                "in fsspec's settings (~/.config/fsspec)."
+                f"{self.address}: access is refused ({words_of(error)}). Give the driver its credentials, in the "
+                "environment or in fsspec's settings (~/.config/fsspec)."
             ) from None
         except ImportError as error:
             raise Refused(f"{self.address}: {_missing(error)}") from None
         except Exception as error:  # drivers raise errors of their own where the network fails
-            raise Unreachable(f"{type(error).__name__}: {error}") from None
+            raise Unreachable(words_of(error)) from None
 
 
 def _missing(error: ImportError) -> str:

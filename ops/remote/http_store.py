@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import netrc
 import re
 from contextlib import suppress
 from typing import Any
@@ -19,19 +20,22 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 # Of errors that another try may not meet: too early, too many requests, and the server's own.
 PASSING = (408, 425, 429)
 NO_SUCH_RANGE = 416
+MOST_FILE_BYTES = 16 << 40
 
 
 class HttpStore:
-    """address: with `user:password@` where the server wants one. fsspec's settings for http give further headers."""
+    """address: with `user:password@` where the server wants one. Else ~/.netrc is asked for the server's host.
+
+    Nothing secret goes to a host that it was not given for: whoever made a workflow chooses its addresses.
+    """
 
     def __init__(self, address: str, timeout: float = TIMEOUT) -> None:
         self.address, self.timeout = without_secrets(address), timeout
         parts = urlsplit(address)
         user, _, place = parts.netloc.rpartition("@")
         self._url = urlunsplit((parts.scheme, place, quote(parts.path, safe="/%:@+,;=~!$&'()*"), parts.query, ""))
-        self._private = dict(_headers_of_fsspec(parts.scheme.lower()))
-        if user:
-            self._private["Authorization"] = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+        known = unquote(user) or _known_for(parts.hostname)
+        self._private = {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"} if known else {}
 
     def state(self) -> State:
         with self._ask(0, 1) as answer:
@@ -70,10 +74,10 @@ class HttpStore:
             raise Refused(
                 f"{self.address}: the server answered {error.code} ({error.reason}). {_advice(error.code)}"
             ) from None
+        except (http.client.InvalidURL, ValueError):  # whose words hold all of the address
+            raise Refused(f"{self.address}: this is no address of a file.") from None
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from None
-        except ValueError as error:  # a URL that is none
-            raise Refused(f"{self.address}: this is no address of a file ({error}).") from None
 
     def _state_of(self, answer: Any, offset: int, nbytes: int) -> State:
         """Return the state that an answer is of. Raises Refused where it is not the range that was asked for."""
@@ -92,24 +96,24 @@ class HttpStore:
                 f"{self.address}: asked for bytes {offset} to {offset + nbytes - 1}, the server sent {first} to "
                 f"{last}. Download the whole file with a browser or curl, into ComfyUI's models folder."
             )
+        if total > MOST_FILE_BYTES:
+            raise Refused(f"{self.address}: the server says that this file has {total} bytes, which no model has.")
         return State(total, answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
 
 
 def _advice(code: int) -> str:
     if code in (401, 403):
         return (
-            "It wants to know who you are, or the address has expired. Give it a user and password "
-            "(https://user:password@server/file), or headers in fsspec's settings (~/.config/fsspec)."
+            "It wants to know who you are, or the address has expired. Write the server's name, a user and a password "
+            "or token into ~/.netrc. What stands in the address is saved with the workflow, and in pictures."
         )
     return "Check the address in a browser."
 
 
-def _headers_of_fsspec(scheme: str) -> dict[str, str]:
-    """Return the headers that the user has set for fsspec, where it is installed: tokens, for example."""
-    with suppress(ImportError, AttributeError, TypeError):
-        from fsspec.config import conf
-
-        given = conf.get(scheme) or conf.get("http") or {}
-        headers = given.get("headers") or given.get("client_kwargs", {}).get("headers") or {}
-        return {str(name): str(value) for name, value in headers.items()}
-    return {}
+def _known_for(host: str | None) -> str:
+    """Return `user:password` of ~/.netrc for a host, '' where it has none."""
+    with suppress(OSError, netrc.NetrcParseError):
+        given = netrc.netrc()
+        found = given.authenticators(host) if host in given.hosts else None  # and not what is for all hosts
+        return f"{found[0]}:{found[2] or ''}" if found is not None else ""
+    return ""

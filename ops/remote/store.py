@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ..files.safetensors_header import SourceError
+
+# In the words of others: who asks, and what an address was signed with.
+USER, SIGNATURE = re.compile(r"//[^/@\s'\"]*@"), re.compile(r"\?[^\s'\"]+")
 
 
 class Refused(SourceError):
@@ -48,9 +52,17 @@ def is_address(name: str) -> bool:
 
 
 def without_secrets(address: str) -> str:
-    """Return an address without passwords and signatures, for logs and errors."""
-    parts = urlsplit(address)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """Return an address without passwords and signatures, for logs and errors. Of a chain (`a::b`) in each part."""
+    shown = []
+    for link in address.split("::"):
+        parts = urlsplit(link)
+        shown.append(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")))
+    return "::".join(shown)
+
+
+def words_of(error: BaseException) -> str:
+    """Return what a driver says of an error, without passwords and signatures of addresses in it."""
+    return SIGNATURE.sub("?...", USER.sub("//", f"{type(error).__name__}: {error}"))
 
 
 def file_name(address: str) -> str:

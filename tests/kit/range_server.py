@@ -14,7 +14,8 @@ CHUNK = 16 << 10
 class RangeServer:
     """rate: bytes a second for all requests together. asked: (first, last) of each range that was asked for.
 
-    fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone'. gate: cleared,
+    fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone', 'other file' (one
+    answer alone). gate: cleared,
     answers to ranges from `opened` on wait, but the first byte's. sent: bytes of bodies.
     """
 
@@ -22,6 +23,7 @@ class RangeServer:
         self.folder = Path(folder)
         self.rate, self.fault = float("inf"), ""
         self.asked, self.sent = [], 0
+        self.told = []  # the headers of each request
         self.gate = threading.Event()
         self.gate.set()
         self.opened = 0
@@ -64,6 +66,7 @@ def _handler(server):
                 self.close_connection = True
 
         def _answer(self):
+            server.told.append(dict(self.headers))
             if server.fault == "busy":
                 self.send_error(503)
                 return
@@ -92,6 +95,8 @@ def _handler(server):
             if server.marks:
                 status_of = path.stat()
                 mark = hashlib.sha256(f"{status_of.st_mtime_ns} {size}".encode()).hexdigest()[:16]
+                if server.fault == "other file" and last > 0:
+                    server.fault, mark = "", "another"
                 self.send_header("ETag", f'"{mark}"')
             if server.fault == "packed":
                 self.send_header("Content-Encoding", "gzip")

@@ -143,6 +143,8 @@ class Quantised(Recipe):
         making = Making(self.form, self.weight.shape)
         rows = self._looked_at(making) if making.looks else self.weight.parts()
         for start, part in regrouped(rows, making.edges()):
+            if part.dtype.itemsize == 1:  # numbers of a file in fp8, in which nothing is computed
+                part = part.float()
             if not torch.isfinite(part).all():
                 raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
             for suffix, tensor in making.make(part).items():

@@ -15,6 +15,7 @@ from kit.comfyui.executor import ALL, MIB, Executor, prompt
 from kit.faulty_store import Faults, FaultyFileSystem
 from spillway.cache.comfyui import provider
 from spillway.nodes.memory_report import in_lines, memory_report
+from spillway.ops.files.file_state import MARK
 from spillway.ops.ram.available import Available
 
 pytestmark = pytest.mark.usefixtures("installed", "shared")
@@ -43,6 +44,28 @@ def picture(executor, kind="Decode"):
     engine = executor.cache.engine
     (found,) = (engine.values[key].outputs for key in engine.values if engine.entries[key].kind == kind)
     return found
+
+
+def test_loaders_that_say_which_file_they_read_are_the_same_elsewhere(user, evict, monkeypatch):
+    """What they say holds on one machine: a file that was copied has another time, and lies in another place."""
+    states = iter(f"{MARK}{number}" for number in range(100))
+    loader = kit.node_class("Load", lambda **_: (kit.patcher(40), "clip"), changed=lambda: next(states))
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Load", loader)
+    first = Executor()
+    first.run(prompt())
+    evict(first)
+    assert Executor().run(prompt()) == ["Save"]
+
+
+def test_what_is_known_of_a_store_outlives_a_cache(user):
+    """A place that does not answer would else be waited for anew whenever somebody frees all memory."""
+    first = Executor()
+    first.run(prompt())
+    known = first.cache.sharing.store
+    first.real.reset()
+    first.cache = first.real.caches.outputs
+    first.run(prompt())
+    assert known is not None and first.cache.sharing.store is known
 
 
 def test_another_machine_makes_nothing_again_and_reads_only_what_it_needs(user, evict):

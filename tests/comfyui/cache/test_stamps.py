@@ -15,6 +15,9 @@ from kit.changes import CHANGES, in_place, same_size_and_time
 from kit.comfyui.executor import Executor
 from spillway.cache import content as content_module
 from spillway.cache.comfyui import stamps as comfy_stamps
+from spillway.cache.comfyui import tiers
+from spillway.ops.files import coming_file
+from spillway.ops.files.coming_file import ComingFile
 
 pytestmark = pytest.mark.usefixtures("known_nodes", "installed", "tier")
 RAN = []
@@ -201,6 +204,28 @@ def test_what_was_not_there_and_now_is(named, evict):
     run(first, prompt)
     evict(first)
     path.write_bytes(b"now it is")
+    assert len(run(Executor(), prompt)) == 3
+
+
+def test_a_comparison_finds_nothing_that_was_made_before(places, evict):
+    (places / "loras" / "x.bin").write_bytes(b"first")
+    prompt, first = graph(node("File", value="x.bin")), Executor()
+    run(first, prompt)
+    evict(first)
+    with tiers.left_out():
+        assert len(run(Executor(), prompt)) == 3
+    assert run(Executor(), prompt) == ["Show"]
+
+
+def test_what_was_made_of_a_file_while_it_came_is_not_kept(places, monkeypatch, evict):
+    """Nothing says yet which file it is, and an address may lead to another one in the next run."""
+    path = places / "loras" / "x.bin"
+    coming = ComingFile(path, path.with_name("x.bin.spillway-coming"), 5)
+    monkeypatch.setattr(coming_file, "_coming", {path: coming})
+    prompt, first = graph(node("File", value="x.bin")), Executor()
+    run(first, prompt)
+    coming_file.forget(coming)
+    evict(first)
     assert len(run(Executor(), prompt)) == 3
 
 

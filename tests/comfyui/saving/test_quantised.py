@@ -91,6 +91,22 @@ def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
     assert_same_tensors(like(files[1], files[0]), files[0])
 
 
+@pytest.mark.parametrize("stored", ["default", "fp8_e4m3fn"])
+@pytest.mark.parametrize("dtype", SAVED_FORMATS)
+def test_weights_in_fp8_are_quantised_as_the_numbers_that_they_are(dtype, stored, checkpoint, tmp_path, small_parts):
+    tensors = comfy.utils.load_torch_file(checkpoint("flux", **SMALL))
+    wide = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    paths = [str(tmp_path / name) for name in ("fp8.safetensors", "same.safetensors")]
+    safetensors.torch.save_file(wide, paths[0])
+    same = {name: wide[name].to(tensor.dtype) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(same, paths[1])
+    got, wanted = (read(save(load_diffusion_model(*one), dtype))[0] for one in ((paths[0], stored), (paths[1],)))
+    layers = [name.removesuffix("comfy_quant") for name in wanted if name.endswith(".comfy_quant")]
+    quantised = [name for name in wanted if name.startswith(tuple(layers)) and not name.endswith(".bias")]
+    assert len(quantised) >= 3 * len(layers) > 0
+    assert_same_tensors({name: got[name] for name in quantised}, {name: wanted[name] for name in quantised})
+
+
 def test_a_matrix_of_zeros_is_quantised(checkpoint):
     path = checkpoint("flux", **SMALL)
     model = load_diffusion_model(path).clone()

@@ -7,6 +7,7 @@ import comfy.model_patcher
 import execution
 import torch
 
+from spillway.cache.comfyui import store
 from spillway.ops.ram.available import Available
 
 MIB = 1 << 20
@@ -91,6 +92,7 @@ def prompt(seed=1, text="a"):
 
 class Executor:
     def __init__(self, cache_type="RAM_PRESSURE"):
+        store._last = None  # each stands for a machine of its own
         cache_args = {"lru": 100, "ram": 2.0, "ram_inactive": 64.0}
         self.real = execution.PromptExecutor(Server(), getattr(execution.CacheType, cache_type), cache_args)
         self.cache = self.real.caches.outputs
