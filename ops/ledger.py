@@ -133,8 +133,12 @@ class Ledger:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, without the advice that torch puts below it."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error, without the advice that torch puts below it.
+
+    Where the line only announces the reason, as that of a compiler's failure does, the next one is said too.
+    """
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def in_words(nbytes: float) -> str:

@@ -334,6 +334,7 @@ def test_a_vae_in_tiles_gives_comfyuis_pictures(checkpoint):
 @pytest.mark.parametrize(("sizes", "stay"), [(0.9, False), (1.1, True)])
 def test_pins_of_other_models_give_way_to_the_size_of_a_loaded_one(sizes, stay, checkpoint, monkeypatch):
     """For its pins, which take the place of its pages in the cache."""
+    gc.collect()  # models of other tests would give theirs first
     path = checkpoint("flux", **SMALL)
     other = with_lora(
         comfy_load.load_diffusion_model(path, policy=Policy(vram_bytes=0, pinned_bytes=1 << 30)), forms("lora")
