@@ -137,8 +137,9 @@ def first_line(error: BaseException) -> str:
 
     Where the line only announces the reason, as that of a compiler's failure does, the next one is said too.
     """
-    first, *more = str(error).splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *more = lines or [type(error).__name__]
+    return f"{first} {more[0]}" if more and first.endswith(":") else first
 
 
 def in_words(nbytes: float) -> str:

@@ -19,6 +19,7 @@ import torch
 from ..device.out_of_memory import is_out_of_memory
 from ..errors import SpillwayError
 from ..gather import is_wrapper
+from ..ledger import first_line
 from .skeleton import skeleton
 
 # Described inputs that a function remembers. A schedule of floats would otherwise fill memory.
@@ -198,5 +199,4 @@ def reason_of(error: BaseException) -> str:
     """Return the first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
