@@ -1,6 +1,6 @@
 """Installing the pack into ComfyUI's Python installs nothing and moves no version."""
 
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -9,8 +9,9 @@ import pytest
 
 from kit.pack import ROOT
 
-# Importing pip would import distutils, which setuptools, and torch's inductor with it, wants to be the first to do.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="ComfyUI's Python has no pip")
+# Looking for the module pip has setuptools leave distutils to it, and torch's inductor wants it of setuptools.
+PIP = next(importlib.metadata.distributions(name="pip"), None)
+pytestmark = pytest.mark.skipif(PIP is None, reason="ComfyUI's Python has no pip")
 
 
 def dry_run(requirements):
