@@ -9,6 +9,18 @@ import folder_paths
 
 from .load import file_stamps, model_names, model_path
 
+# The folders of models that everybody has.
+USUAL_FOLDERS = (
+    "checkpoints",
+    "diffusion_models",
+    "text_encoders",
+    "vae",
+    "loras",
+    "controlnet",
+    "clip_vision",
+    "style_models",
+)
+
 
 def files_in(folders: Sequence[str], accepts: Callable[[str], bool]) -> list[str]:
     """List the files of ComfyUI's folders whose name is accepted."""

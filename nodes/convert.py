@@ -13,7 +13,7 @@ from ..ops.parts.index import index_of
 from ..ops.pickles.convert import convert
 from ..patcher.comfyui.progress import Progress
 from ..patcher.comfyui.saving.target import journal
-from .any_folder import path_of, place_of, stamps_of
+from .any_folder import USUAL_FOLDERS, path_of, place_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
 from .load import files_below
@@ -22,14 +22,7 @@ log = logging.getLogger("spillway")
 
 BESIDE = "beside the file"
 FOLDERS = (
-    "checkpoints",
-    "diffusion_models",
-    "text_encoders",
-    "vae",
-    "loras",
-    "controlnet",
-    "clip_vision",
-    "style_models",
+    *USUAL_FOLDERS,
     "upscale_models",
     "embeddings",
 )

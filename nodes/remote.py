@@ -11,21 +11,14 @@ from comfy_api.latest import io, ui
 from ..ops.remote.fetch import fetch, token, wait_for
 from ..ops.remote.store import file_name, without_secrets
 from ..patcher.comfyui.progress import Progress
-from .any_folder import place_of
+from .any_folder import USUAL_FOLDERS, place_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
 
 log = logging.getLogger("spillway")
 
 FOLDERS = (
-    "checkpoints",
-    "diffusion_models",
-    "text_encoders",
-    "vae",
-    "loras",
-    "controlnet",
-    "clip_vision",
-    "style_models",
+    *USUAL_FOLDERS,
     "model_patches",
     "upscale_models",
     "audio_encoders",

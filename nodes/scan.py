@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..ops.files.file_state import file_state
 from ..ops.scan import as_text, is_model_file, scan
 from ..patcher.comfyui.progress import Progress
+from .any_folder import USUAL_FOLDERS
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
 from .load import all_files, files_below
@@ -19,14 +20,7 @@ log = logging.getLogger("spillway")
 
 ALL = "all of them"
 FOLDERS = (
-    "checkpoints",
-    "diffusion_models",
-    "text_encoders",
-    "vae",
-    "loras",
-    "controlnet",
-    "clip_vision",
-    "style_models",
+    *USUAL_FOLDERS,
     "model_patches",
     "ipadapter",
     "diffusers",

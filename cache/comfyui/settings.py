@@ -88,21 +88,25 @@ def disk_seconds() -> float:
 
 def store_options() -> Options | None:
     """Return what is set of the shared store. None where it is off, as it is by default."""
-    in_comfyui = setting(settings.STORE_ADDRESS)
+    values = _values()  # once, as this is asked at each prompt
+
+    def of(kind: settings.Option) -> Any:
+        return None if values is None else settings.setting(kind, values)
+
+    in_comfyui = of(settings.STORE_ADDRESS)
     address = settings.variable(settings.STORE) or in_comfyui
-    key = _store_key()
-    seconds = _or(setting(settings.STORE_SECONDS), STORE_SECONDS)
-    wait = _or(setting(settings.STORE_WAIT), STORE_WAIT_SECONDS)
-    cap, days = _or(setting(settings.STORE_SIZE), STORE_GB), _or(setting(settings.STORE_DAYS), STORE_DAYS)
+    key = _store_key(values)
+    seconds = _or(of(settings.STORE_SECONDS), STORE_SECONDS)
+    wait = _or(of(settings.STORE_WAIT), STORE_WAIT_SECONDS)
+    cap, days = _or(of(settings.STORE_SIZE), STORE_GB), _or(of(settings.STORE_DAYS), STORE_DAYS)
     if address and key is None:
         settings.warn_once("the shared store is off, as its key makes no sense or the settings cannot be read.")
         return None
     return Options(address, key or "", seconds, wait, int(cap * (1 << 30)), days) if address else None
 
 
-def _store_key() -> str | None:
+def _store_key(values: dict[str, Any] | None) -> str | None:
     """Return the key of the shared store, "" for none. None for one that makes no sense: "" would trust everybody."""
-    values = _values()
     in_comfyui = None if values is None else settings.setting(settings.STORE_SECRET, values)
     if values is not None and not settings.is_set(settings.STORE_SECRET, values):
         in_comfyui = ""

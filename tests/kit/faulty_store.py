@@ -98,3 +98,12 @@ class FarFileSystem(FaultyFileSystem):
 
 for kind in (FaultyFileSystem, FarFileSystem):
     fsspec.register_implementation(kind.protocol[0], kind, clobber=True)
+
+
+def fresh_faults(monkeypatch):
+    """A fixture: the faults of this test, which end with it."""
+    found = Faults()
+    monkeypatch.setattr(FaultyFileSystem, "faults", found)
+    yield found
+    found.hangs.clear()
+    found.slow = 0.0

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from kit.faulty_store import Faults, FaultyFileSystem
+from kit.faulty_store import fresh_faults
 from kit.pack import ROOT
 from spillway.cache.disk_format import describe, read_record, write
 from spillway.cache.store import shared_store
@@ -25,13 +25,7 @@ ENTRY = 420  # bytes of one with a tensor of 50
 NAMES = [f"{number:064x}" for number in range(32)]
 
 
-@pytest.fixture(autouse=True)
-def faults(monkeypatch):
-    found = Faults()
-    monkeypatch.setattr(FaultyFileSystem, "faults", found)
-    yield found
-    found.hangs.clear()
-    found.slow = 0.0
+faults = pytest.fixture(autouse=True)(fresh_faults)
 
 
 def member(tmp_path, protocol="file", **options):

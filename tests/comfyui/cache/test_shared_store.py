@@ -12,7 +12,7 @@ from comfy_execution import cache_provider as providers
 
 from kit.comfyui import executor as kit
 from kit.comfyui.executor import ALL, MIB, Executor, prompt
-from kit.faulty_store import Faults, FaultyFileSystem
+from kit.faulty_store import fresh_faults
 from spillway.cache.comfyui import provider
 from spillway.nodes.memory_report import in_lines, memory_report
 from spillway.ops.files.file_state import MARK
@@ -21,13 +21,7 @@ from spillway.ops.ram.available import Available
 pytestmark = pytest.mark.usefixtures("installed", "shared")
 
 
-@pytest.fixture(autouse=True)
-def faults(monkeypatch):
-    found = Faults()
-    monkeypatch.setattr(FaultyFileSystem, "faults", found)
-    yield found
-    found.hangs.clear()
-    found.slow = 0.0
+faults = pytest.fixture(autouse=True)(fresh_faults)
 
 
 @pytest.fixture(autouse=True)
