@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections import defaultdict, deque
@@ -14,6 +13,7 @@ from ..ops.ledger import Ledger, in_words
 from ..ops.ram import allocator, shortage
 from ..ops.ram.arena_log import arenas_logged
 from ..ops.ram.available import Available, available_ram, refusing_limit
+from ..ops.ram.garbage import collect_garbage
 from .choose import Candidates, choose
 from .disk_writer import DiskWriter
 from .eviction import ALL, Eviction, Taken
@@ -393,5 +393,5 @@ class OutputCache:
 
     def _give_back(self, models: bool) -> None:
         if models:  # its modules refer to each other in cycles, which only the collector frees
-            gc.collect()
+            collect_garbage()
         allocator.trim()

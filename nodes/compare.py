@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ from PIL import Image
 from ..cache.comfyui import tiers
 from ..ops.ledger import in_words
 from ..ops.never_raises import never_raises
+from ..ops.ram.garbage import collect_garbage
 from ..patcher.comfyui import run_record
 from . import manage
 
@@ -181,7 +181,7 @@ def _from_nothing(executor: Any) -> None:
     """Let a run find nothing that the one before has left."""
     manage.drop_outputs(executor)
     comfy.model_management.unload_all_models()
-    gc.collect()
+    collect_garbage()
     comfy.model_management.soft_empty_cache()
 
 

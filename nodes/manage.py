@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..cache.comfyui.settings import manages_loaders
 from ..ops.never_raises import never_raises
+from ..ops.ram.garbage import collect_garbage
 from ..patcher.comfyui.loading import managed
 
 log = logging.getLogger("spillway")
@@ -47,7 +48,7 @@ def heed(wanted: bool, executor: Any = None) -> None:
 
 def kept_by_others() -> list[str]:
     """Name the models that are still there although no output holds them."""
-    gc.collect()
+    collect_garbage()
     alive = [one for one in gc.get_objects() if issubclass(type(one), ModelPatcher)]
     return sorted({type(patcher.model).__name__ for patcher in alive if isinstance(patcher.model, torch.nn.Module)})
 

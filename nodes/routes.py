@@ -18,6 +18,7 @@ from aiohttp import web
 
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
+from ..ops.ram.garbage import collect_garbage
 from ..patcher import dynamic_model as dynamic
 from . import compare, forecast_report, model_actions
 from .memory_report import memory_report, take_snapshot
@@ -318,9 +319,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 queue.set_flag("unload_models", True)
                 put_off.append("models")
             else:
-                comfy.model_management.unload_all_models()
-                for model in list(dynamic.models):
-                    model.free()
+                _free_models()
         if wanted.get("pins"):
             if running:
                 put_off.append("pins: ask again when the prompt has ended")
@@ -332,6 +331,10 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             taken = cache.engine.take(short, current=not running, reason="asked for by /spillway/free")
     freed = cache.engine.let_go(taken).freed if cache is not None and taken is not None else 0
     if not running:
+        if wanted.get("models"):
+            # What a model that nobody wants any more is made of refers to itself. ComfyUI's own collection after a
+            # prompt may have passed by while all models were held here, and the next is at the end of another prompt.
+            collect_garbage()
         comfy.model_management.soft_empty_cache()
     after = take_snapshot()
     return {
@@ -341,3 +344,10 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
         "words": before.difference(after),
         "memory": after.as_dict(),
     }
+
+
+def _free_models() -> None:
+    """Take all models off their devices. Holds none of them afterwards."""
+    comfy.model_management.unload_all_models()
+    for model in list(dynamic.models):
+        model.free()

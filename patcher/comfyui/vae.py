@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from ...ops.device.out_of_memory import is_out_of_memory
 from ...ops.errors import SpillwayError
+from ...ops.ram.garbage import collect_garbage
 from .. import dynamic_model as dynamic
 from .running import drop_unloaded
 
@@ -133,5 +133,5 @@ def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
         model.free_pins()
     if vae.device.type == "cpu":
         evict()
-    gc.collect()
+    collect_garbage()
     comfy.model_management.soft_empty_cache()

@@ -76,7 +76,7 @@ class Fuzz:
     """Makes prompts. Every input of every node comes up in turn."""
 
     def __init__(self, server, rng):
-        self.rng = rng
+        self.rng, self.models = rng, server.base / "models"
         self.nodes = our_nodes(server)
         self.turn = [(kind, entry) for kind, inputs in self.nodes.items() for entry in inputs]
         rng.shuffle(self.turn)
@@ -89,7 +89,9 @@ class Fuzz:
         prompt = base_prompt()
         # Device Control needs one of its optional inputs.
         chosen = [entry for entry in self.nodes[kind] if not entry[3] or entry[0] == "model" or self.rng.random() < 0.5]
-        inputs = {entry[0]: self.right(entry) for entry in chosen}
+        inputs = {}
+        for entry in chosen:
+            inputs[entry[0]] = self.right(entry, inputs)
         names = [name]
         if self.rng.random() < 0.2:
             names.append(self.rng.choice(self.nodes[kind])[0])
@@ -135,13 +137,17 @@ class Fuzz:
             inputs[name] = [any_name, 0]
         return value
 
-    def right(self, entry):
-        """A value that the node takes."""
+    def right(self, entry, inputs):
+        """A value that the node takes beside the inputs before it."""
         name, kind, options, _ = entry
         if name == "base":  # a model that is the same has no difference to make a LoRA of
             return ["second", 0]
         if kind in WIRES:
             return WIRES[kind]
+        if name == "address":  # of a model that is here already, so that nothing is fetched
+            return (self.models / "diffusion_models" / "flux.safetensors").as_uri()
+        if name == "folder" and "address" in inputs:
+            return "diffusion_models"
         if name == "mode" and "weighted sum" in options.get("options", []):
             return "weighted sum"  # the other needs a third model
         if kind == "COMBO":

@@ -1,7 +1,9 @@
 """POST /spillway/free: neither ComfyUI's queue nor whoever asked waits for the disk."""
 
+import gc
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +74,26 @@ def test_what_takes_long_is_done_without_the_queues_lock(monkeypatch):
     routes.free(held, {"cache": True, "pins": True})
     assert {name for name, _ in seen} == {"take_snapshot", "let_go", "soft_empty_cache"}
     assert not any(locked for _, locked in seen)
+
+
+@pytest.mark.parametrize("wanted", [{"models": True}, {"models": True, "cache": True, "pins": True}])
+def test_a_model_that_nobody_wants_is_gone_when_the_route_has_answered(wanted):
+    """Its parts refer to each other. The collector, which may not come by until another prompt ends, is run."""
+
+    class Part:
+        pass
+
+    part = Part()
+    part.whole = part
+    gone = weakref.ref(part)
+    held = SimpleNamespace(mutex=threading.Lock(), currently_running={}, set_flag=None)
+    gc.disable()
+    try:
+        del part
+        routes.free(held, wanted)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_waits_to_be_written_is_not_found_when_it_is_stale(slow_disk, user, monkeypatch):
