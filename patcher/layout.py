@@ -154,8 +154,8 @@ class Held:
         if bundle.vbar_slice is None:
             return
         signature = after.adopt(bundle.vbar_slice, before, self.vbar_slice, self.signature)
-        if signature is not None and self.views is bundle.source:
-            bundle.became_resident(signature, bundle.source)  # where it lies in its file
+        if signature is not None and self.views is not None and bundle.lies(self.views):
+            bundle.became_resident(signature, self.views)  # where it lies in its file
         elif signature is not None:
             memory = after.tensor(bundle.vbar_slice)[: bundle.nbytes]
             bundle.became_resident(signature, interpret_gathered_like(bundle.final, memory))  # type: ignore[arg-type]

@@ -35,6 +35,8 @@ from .idle_weight import idle_form, store_sources
 from .param import Param
 from .repeat import may_repeat
 
+LITTLE = 16  # a bundle of which no more than one in so many bytes is cast is used where it lies
+
 
 class Lending(Protocol):
     """A loan that has begun, and who ends it."""
@@ -140,7 +142,8 @@ class Bundle:
         """Compute the fields that follow from the parameters' patches."""
         self.patched = any(param.patch is not None for param in self.params)
         self.source_is_final = not self.patched and not any(param.is_cast for param in self.params)
-        self.in_place = all(param.usable_in_place() for param in self.params)
+        self._lying = [param.usable_in_place() for param in self.params]
+        self.in_place = all(self._lying) or self._lies_but_for_little()
         self.casts_at_use = any(param.compute_dtype is not None for param in self.params)
         # The host can make the final form, with the same bits.
         self.only_cast = not self.patched and not any(p.quantisation or is_wrapper(p.source) for p in self.params)
@@ -151,6 +154,31 @@ class Bundle:
         )
         # Making the final form costs more than bringing it.
         self.worth_keeping = self.patched or any(param.quantisation for param in self.params)
+
+    def _lies_but_for_little(self) -> bool:
+        """Say whether casts of a bias or a scale are all that keeps a CPU op from reading the source's own memory.
+
+        A quantised weight beside a bias in bf16 would else be copied for the sake of the bias.
+        """
+        cast = [param for param, lies in zip(self.params, self._lying, strict=True) if not lies]
+        nbytes = sum(param.source.numel() * param.final.dtype.itemsize for param in cast)
+        return any(self._lying) and nbytes * LITTLE <= self.nbytes and all(param.only_cast() for param in cast)
+
+    def where_it_lies(self) -> Sequence[torch.Tensor]:
+        """Return the tensors of a bundle that is used in place: the source, with casts in the place of the little."""
+        if all(self._lying):
+            return self.source
+        return [
+            param.source if lies else torch.empty(param.source.shape, dtype=param.final.dtype).copy_(param.source)
+            for param, lies in zip(self.params, self._lying, strict=True)
+        ]
+
+    def lies(self, views: Sequence[torch.Tensor] | None) -> bool:
+        """Say whether these tensors are the source itself, but for little."""
+        if not self.in_place or not views:
+            return False
+        place = self._lying.index(True)
+        return views[place] is self.source[place]
 
     # -- transitions
 

@@ -268,7 +268,7 @@ class Caster:
             if self.vbar.same(signature, bundle.signature):
                 counters.hits += 1
                 loan.views = views = bundle.views
-                if views is bundle.source:  # resident where it lies in its file
+                if bundle.in_place and bundle.lies(views):  # resident where it lies in its file
                     try:
                         bundle.check_files_often()
                     except BaseException:

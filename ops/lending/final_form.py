@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..gather import copy_into, inner_tensors, interpret_gathered_like
+from ..gather import copy_into, inner_tensors, interpret_gathered_like, is_wrapper
 from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
 from ..ledger import Counters
 from ..quantisation import QuantisedForm
@@ -35,10 +35,33 @@ def make_final(
             _fill_branch(view, param.patch)  # type: ignore[arg-type]
             counters.patched += 1
         else:
-            # A patch gets the weight in the dtype that the op computes in, and may write into it.
-            copy_into(view, param.patch(_writable(tensor, param.compute_dtype or view.dtype, in_place)))
+            _patch_into(view, param, tensor, in_place)
             counters.patched += 1
     return views  # type: ignore[return-value]
+
+
+def _patch_into(view: torch.Tensor, param: Param, tensor: torch.Tensor, in_place: bool) -> None:
+    """Patch a weight into its memory. A patch gets it in the dtype that the op computes in, and may write into it."""
+    assert param.patch is not None
+    dtype = param.compute_dtype or view.dtype
+    numbers = tensor if stays_quantised(tensor) or is_wrapper(view) else numbers_of(tensor)
+    is_copied = numbers.dtype != dtype or (in_place and numbers is tensor)
+    if is_copied and not is_wrapper(numbers) and view.dtype == dtype and view.shape == numbers.shape:
+        # Cast where it is to be: for a large weight, fresh memory for another copy costs as much as the patch.
+        view.copy_(numbers)
+        numbers = view
+    else:
+        numbers = _writable(tensor, dtype, in_place)
+    made = param.patch(numbers)
+    if made is not view:
+        copy_into(view, made.clone() if numbers is view and _share(made, view) else made)
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors lie in the same memory."""
+    if is_wrapper(one):
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _writable(tensor: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:

@@ -29,10 +29,10 @@ class HostCaster(Caster):
         bundle.check_present()
         if bundle.in_place:
             bundle.check_files()
-            loan.views = bundle.source
+            loan.views = bundle.where_it_lies()
             if loan.signature is not None:
                 self.vbar.drop_tensor(bundle.vbar_slice)  # of a patch that is gone; the map's pages serve now
-                self.keep_resident(loan, bundle.source)
+                self.keep_resident(loan, loan.views)
                 self.counters.bytes_loaded += bundle.source_bytes
         elif loan.signature is None:
             pin = self._current_pin(bundle)

@@ -123,6 +123,12 @@ class Param:
             part.is_contiguous() and part.data_ptr() % part.element_size() == 0 for part in inner_tensors(self.source)
         )
 
+    def only_cast(self) -> bool:
+        """Say whether all that the final form needs is another number format."""
+        plain = self.patch is None and self.quantisation is None and self.compute_dtype is None
+        odd = self.source.is_meta or is_wrapper(self.source) or isinstance(self.source, JoinedWeight)
+        return plain and not odd
+
 
 def number_format(param: Param) -> str:
     """Name the format that a weight stays in, for people: 'bf16', 'int8', 'Q4_K'."""

@@ -181,9 +181,9 @@ FAULTS = {
         (READS,),
     ),
     "a patch gets a weight on the CPU": Fault(
-        "ops.lending.final_form:make_final",
-        "_writable(tensor, param.compute_dtype or view.dtype, in_place))",
-        "_writable(tensor, param.compute_dtype or view.dtype, in_place).cpu())",
+        "ops.lending.final_form:_patch_into",
+        "made = param.patch(numbers)",
+        "made = param.patch(numbers.cpu())",
         (f"{ON_DEVICE}::test_patches_are_made_on_the_device",),
     ),
     # Rows of tables, whose one transfer nothing has to wait for.

@@ -18,6 +18,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from ....ops.files.disk_map import mapped_file
 from ....ops.gather import memory_of
 from ....ops.gguf.weight import numbers_of, stays_quantised
+from .plain_lora import calculate_weight
 
 
 class WeightPatch:
@@ -80,7 +81,7 @@ class WeightPatch:
         value = comfy.model_management.cast_to_device(weight, weight.device, compute_dtype, copy=copy)
         if self.dequantise is not None:
             value = self.dequantise(value, inplace=True)
-        value = comfy.lora.calculate_weight(patches, value, self.key, original_weights=self._originals(patches))
+        value = calculate_weight(patches, value, self.key, self._originals(patches))
         if not self.rounded:
             return value
         seed = comfy.utils.string_to_seed(self.key)

@@ -1,0 +1,138 @@
+"""Adds plain LoRAs to a weight in less memory than ComfyUI's own function, with the same bits; others go through it.
+
+That one makes the product of a LoRA's matrices and then the product times its strength, each of the weight's size in
+fp32. Here the second takes the place of the first. Fresh memory for it costs a CPU as much as the arithmetic, and with
+a large layer a card does not have it. Whatever is more than up times down goes through ComfyUI's function.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+
+from ....ops.device.out_of_memory import is_out_of_memory
+from ....ops.gather import is_wrapper
+
+# A pack that replaces one of these wants something else done.
+_CALCULATE = comfy.lora.calculate_weight
+_ADAPTED = LoRAAdapter.calculate_weight
+
+
+class Plain(NamedTuple):
+    """A LoRA that is up times down times factor. part: of the weight that it is added to."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    factor: float
+    part: torch.Tensor
+
+
+def calculate_weight(
+    patches: list[tuple], weight: torch.Tensor, key: str, originals: dict[str, list[tuple]] | None = None
+) -> torch.Tensor:
+    """Return the patched weight. It is written into.
+
+    Raises the error of a patch that finds no memory. ComfyUI's adapters log any error and leave the patch out, and the
+    picture would be another one.
+    """
+    for patch in patches:
+        plain = _as_plain(patch, weight) if _is_comfyuis_own() else None
+        if plain is None:
+            with _memory_errors():
+                weight = comfy.lora.calculate_weight([patch], weight, key, original_weights=originals)
+        else:
+            _add(plain)
+    return weight
+
+
+class _MemoryErrors(logging.Filter):
+    """Raises the error of which ComfyUI is about to say in the log that it goes on without a patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = sys.exc_info()[1]
+        if getattr(self.here, "patching", False) and error is not None and is_out_of_memory(error):
+            raise error
+        return True
+
+
+_filter = _MemoryErrors()
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Let errors that say out of memory come out of ComfyUI's adapters, which say so by the root logger."""
+    logging.getLogger().addFilter(_filter)  # which is there once, however often it is added
+    _filter.here.patching = True
+    try:
+        yield
+    finally:
+        _filter.here.patching = False
+
+
+def _as_plain(patch: tuple, weight: torch.Tensor) -> Plain | None:
+    strength, adapter, strength_model, offset, function = patch
+    if type(adapter) is not LoRAAdapter or function is not None or strength_model != 1.0 or is_wrapper(weight):
+        return None
+    up, down, alpha, *others = adapter.weights
+    if any(other is not None for other in others) or is_wrapper(up) or is_wrapper(down) or min(up.ndim, down.ndim) < 2:
+        return None
+    if not all(isinstance(number, int | float) for number in (strength, 1.0 if alpha is None else alpha)):
+        return None
+    part = weight if offset is None else weight.narrow(*offset)
+    if up[0].numel() != down.shape[0] or up.shape[0] * down[0].numel() != part.numel():
+        return None  # ComfyUI says so in the log, and leaves it out
+    return Plain(up, down, strength * (1.0 if alpha is None else alpha / down.shape[0]), part)
+
+
+def _add(plain: Plain) -> None:
+    up, down = (
+        comfy.model_management.cast_to_device(matrix, plain.part.device, torch.float32).flatten(start_dim=1)
+        for matrix in (plain.up, plain.down)
+    )
+    product = torch.mm(up, down)
+    product.mul_(plain.factor)
+    plain.part.add_(product.reshape(plain.part.shape).type(plain.part.dtype))
+
+
+def _is_comfyuis_own() -> bool:
+    """Say whether ComfyUI's functions are those that this file knows. They may come to compute in another way."""
+    if comfy.lora.calculate_weight is not _CALCULATE or LoRAAdapter.calculate_weight is not _ADAPTED:
+        return False
+    return _is_known()
+
+
+@functools.cache
+def _is_known() -> bool:
+    """Compare bits with ComfyUI's function once, on a small weight."""
+    if (_CALCULATE.__module__, _ADAPTED.__module__) != ("comfy.lora", LoRAAdapter.__module__):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    up, down, weight = (torch.randn(shape, generator=generator) for shape in ((24, 3), (3, 16), (24, 16)))
+    try:
+        patch = (0.7, LoRAAdapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
+        for dtype in (torch.float32, torch.bfloat16):
+            wanted, got = weight.to(dtype, copy=True), weight.to(dtype, copy=True)
+            wanted = _CALCULATE([patch], wanted, "")
+            plain = _as_plain(patch, got)
+            if plain is None:
+                return False
+            _add(plain)
+            if not torch.equal(wanted, got):
+                return False
+    except Exception:  # of a ComfyUI whose classes are others
+        return False
+    return True
