@@ -22,6 +22,7 @@ from ..files.safetensors_header import SourceError
 from ..files.watched_file import stamp
 from .block_record import BlockRecord
 from .order import Order
+from .pace import Pace
 from .store import Changed, State, Store, Unreachable
 
 log = logging.getLogger("spillway")
@@ -63,6 +64,7 @@ class Download:
         self._saved_at = self._began = time.monotonic()
         self._had = self._said = coming.come_bytes
         self._length = 1  # blocks of one request
+        self._pace = Pace()
         self._ended: Exception | None = None  # nothing is brought any more
         self._halt = threading.Event()  # nothing more is brought until somebody asks again
         coming.bring = self.start
@@ -141,11 +143,13 @@ class Download:
         self._say()
 
     def _read(self, offset: int, nbytes: int) -> bytes:
-        """Return a range of the file. Try again, with pauses, what may work later."""
+        """Return a range of the file. Try again, with pauses, what may work later, for what has not come of it."""
+        come = b""
         for pause in (*self.pauses, None):
             try:
-                return self._read_once(offset, nbytes)
+                return come + self._read_once(offset + len(come), nbytes - len(come))
             except Unreachable as error:
+                come += error.come
                 if pause is None or self._halt.is_set():
                     raise Unreachable(
                         f"{self.store.address}: bytes {offset} to {offset + nbytes - 1} could not be brought, in "
@@ -158,12 +162,20 @@ class Download:
 
     def _read_once(self, offset: int, nbytes: int) -> bytes:
         """Read a range. One answer alone, as of a server among several, does not make it another file."""
+        began = time.monotonic()
         try:
-            return self.store.read(offset, nbytes, self.state)
+            data = self.store.read(offset, nbytes, self.state, self._pace.limit(nbytes))
         except Changed as error:
             if self.store.state() != self.state:
                 raise
             raise Unreachable(f"one answer was of another file ({error})") from None
+        except Unreachable as error:
+            if error.slow:
+                self._pace.given_up()
+                self._length = 1
+            raise
+        self._pace.took(nbytes, time.monotonic() - began)
+        return data
 
     def _write(self, offset: int, data: bytes) -> None:
         self._file.seek(offset)

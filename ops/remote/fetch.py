@@ -58,8 +58,12 @@ def fetch(
         known, download = coming_file(path), _downloads.get(path)
         if known is not None and download is not None:
             if download.address != address:
-                other = open_store(address)
-                interruptible(lambda: patiently(lambda: download.use(address, other), other.address, pauses))
+
+                def use() -> None:
+                    other = open_store(address)
+                    patiently(lambda: download.use(address, other), other.address, pauses)
+
+                interruptible(use)
             download.start()
             return known
         if path.is_file():
