@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import comfy.model_management
@@ -24,6 +25,7 @@ from spillway.nodes.load import SpillwayLoadDiffusionModel, model_path
 from spillway.nodes.probe import SpillwayProbeModel
 from spillway.nodes.remote import SpillwayRemoteModelFile
 from spillway.ops.files.coming_file import coming_file
+from spillway.ops.remote.store import Refused
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
 from spillway.patcher.comfyui.patches.lora import read_lora
 from spillway.patcher.comfyui.saving.save import save_model
@@ -279,6 +281,32 @@ def test_a_server_that_goes_fails_the_prompt_and_the_next_one_goes_on(queue, rem
 def test_a_name_that_makes_no_sense_is_refused_before_anything_is_asked(inputs, words):
     with pytest.raises(ValueError, match=words):
         SpillwayRemoteModelFile.execute(folder="vae", **inputs)
+
+
+@pytest.mark.parametrize(
+    ("listen", "told", "allowed"),
+    [
+        ("127.0.0.1", "", True),
+        ("localhost,::1", "", True),
+        ("0.0.0.0,::", "", False),
+        ("192.168.1.5", "", False),
+        ("127.0.0.1", "off", False),
+        ("0.0.0.0", "file:///", True),
+    ],
+)
+def test_a_file_of_this_machine_is_brought_to_those_who_may(listen, told, allowed, flux, models_dir, monkeypatch):
+    monkeypatch.setattr("comfy.cli_args.args.listen", listen)
+    monkeypatch.setenv("SPILLWAY_REMOTE", told)
+    path = models_dir / "diffusion_models" / "brought.safetensors"
+    asked = [
+        lambda: SpillwayRemoteModelFile.execute(Path(flux).as_uri(), "diffusion_models", path.name, True),
+        lambda: SpillwayProbeModel.execute("none", f" {Path(flux).as_uri()}"),
+    ]
+    for ask in asked:
+        with nullcontext() if allowed else pytest.raises(Refused, match="SPILLWAY_REMOTE"):
+            ask()
+    assert path.exists() == allowed
+    path.unlink(missing_ok=True)
 
 
 def test_the_probe_node_brings_the_header_alone(remote, flux):
