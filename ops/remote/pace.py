@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ SLOWEST = 4 << 10
 MUCH_SLOWER = 20
 # Where one was given up, the others may be that many times slower than before: the network may have become so.
 LENIENT = 4
+# Seconds over which the speed that is shown is measured.
+OF_LATE = 10.0
 
 T = TypeVar("T")
 
@@ -38,6 +41,27 @@ class Pace:
     def given_up(self) -> None:
         """Learn from one that has not."""
         self._fastest /= LENIENT
+
+
+class Speed:
+    """How fast bytes have come of late. Called by whoever holds the file's condition."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int]] = deque()
+
+    def note(self, come: int) -> None:
+        """Note how many bytes have come by now."""
+        now = time.monotonic()
+        self._points.append((now, come))
+        while now - self._points[0][0] > OF_LATE:
+            self._points.popleft()
+
+    @property
+    def now(self) -> float:
+        """Return bytes a second. 0 where nothing came of late."""
+        points = list(self._points)
+        seconds = time.monotonic() - points[0][0] if points else 0.0
+        return (points[-1][1] - points[0][1]) / seconds if 0 < seconds < 2 * OF_LATE else 0.0
 
 
 class Deadline:

@@ -22,6 +22,7 @@ from kit.coming import settle, slowly
 from kit.gguf_files import quantised_copy, write_gguf
 from kit.range_server import serving
 from spillway.nodes.load import SpillwayLoadDiffusionModel, model_path
+from spillway.nodes.memory_report import in_lines, memory_report
 from spillway.nodes.probe import SpillwayProbeModel
 from spillway.nodes.remote import SpillwayRemoteModelFile
 from spillway.ops.files.coming_file import coming_file
@@ -259,14 +260,21 @@ def test_a_server_that_goes_fails_the_prompt_and_the_next_one_goes_on(queue, rem
     wanted = run(load_diffusion_model(flux), 1)
     server.gate.clear()
     server.opened = 256 << 10
+    assert memory_report()["coming"] == []
     threading.Timer(1.0, lambda: (setattr(server, "fault", "gone"), server.gate.set())).start()
     failed = queue(server.address(path.name))
     assert not failed.success
     assert "the server answered 404" in failed.status_messages[-1][1]["exception_message"]
+    (told,) = memory_report()["coming"]
+    assert told["file"] == path.name and 0 < told["come_bytes"] < told["total_bytes"] == Path(flux).stat().st_size
+    assert f"Coming: {path.name} from {server.address(path.name)}: " in in_lines(memory_report())
+    assert "no more comes: " in in_lines(memory_report()) and "answered 404" in told["stopped"]
     server.fault = ""
     done = queue(server.address(path.name))
     assert done.success, done.status_messages
     assert_same(KEPT, [wanted])
+    settle(path)
+    assert memory_report()["coming"] == []
 
 
 @pytest.mark.parametrize(
