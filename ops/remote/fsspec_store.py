@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from errno import EACCES, EISDIR, ENOENT, ENOTDIR, EPERM
 from typing import Any, NamedTuple, TypeVar
 
 from .pace import PATIENCE, within
@@ -45,18 +46,28 @@ class FsspecStore:
     def _open(self, again: bool) -> Driver:
         """Open a driver. again: one with connections of its own."""
         try:
+            from fsspec import get_filesystem_class
             from fsspec.core import url_to_fs
+            from fsspec.utils import get_protocol
         except ImportError:
             raise Refused(
                 f"{self.address}: this kind of address needs the package fsspec. Install it with `python -m pip "
                 "install fsspec`, in the Python that runs this."
             ) from None
+        options = {"skip_instance_cache": True} if again else {}
         try:
-            fs, path = url_to_fs(self._address, **{"skip_instance_cache": True} if again else {})
+            protocol = get_protocol(self._address)
+            get_filesystem_class(protocol)
+            # SMB's driver would let nobody else read the file meanwhile, this process included.
+            more = {"share_access": "r"} if protocol == "smb" else {}
         except ImportError as error:
             raise Refused(f"{self.address}: {_missing(error)}") from None
         except ValueError as error:
             raise Refused(f"{self.address}: fsspec does not know this kind of address ({error}).") from None
+        try:
+            fs, path = url_to_fs(self._address, **options, **more)
+        except ImportError as error:
+            raise Refused(f"{self.address}: {_missing(error)}") from None
         except Exception as error:  # a driver's own: no credentials, no such host
             raise (Unreachable if again else Refused)(f"{self.address}: {words_of(error)}") from None
         names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
@@ -105,16 +116,17 @@ class FsspecStore:
         try:
             with driver.one_at_a_time:
                 return call()
-        except (FileNotFoundError, IsADirectoryError):
-            raise Refused(f"{self.address}: there is no such file. Check the address.") from None
-        except PermissionError as error:
-            raise Refused(
-                f"{self.address}: access is refused ({words_of(error)}). Give the driver its credentials, in the "
-                "environment or in fsspec's settings (~/.config/fsspec)."
-            ) from None
         except ImportError as error:
             raise Refused(f"{self.address}: {_missing(error)}") from None
-        except Exception as error:  # drivers raise errors of their own where the network fails
+        except Exception as error:  # drivers raise errors of their own, also those of the system, as SMB's does
+            code = getattr(error, "errno", None)
+            if isinstance(error, FileNotFoundError | IsADirectoryError) or code in (ENOENT, EISDIR, ENOTDIR):
+                raise Refused(f"{self.address}: there is no such file. Check the address.") from None
+            if isinstance(error, PermissionError) or code in (EACCES, EPERM):
+                raise Refused(
+                    f"{self.address}: access is refused ({words_of(error)}). Give the driver its credentials, in the "
+                    "environment or in fsspec's settings (~/.config/fsspec)."
+                ) from None
             raise Unreachable(words_of(error)) from None
 
 
