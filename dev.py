@@ -60,6 +60,7 @@ from kit.environment import (  # noqa: E402
     banner,
     fail,
     find_chromium,
+    install_stores,
     run,
     say,
     set_up_bench,
@@ -275,6 +276,8 @@ def follow(future: Future, printed: BinaryIO) -> None:
 
 def engine_tests(arguments: list[str]) -> dict[str, Command]:
     set_up_engine()
+    if "--slow" in arguments:
+        install_stores(venv_python())
     ignored = [f"--ignore={folder}" for folder in (COMFYUI_TESTS, SOAK_TESTS)]
     arguments = [*ignored, *chosen(arguments, f"{QUICK} and not every_release and not fuzz")]
     return {"engine": pytest("engine tests", venv_python(), arguments, test_environment())}
@@ -286,6 +289,8 @@ def comfyui_tests(arguments: list[str]) -> dict[str, Command]:
     if found is None:
         return {}
     comfyui, python, environment = found
+    if "--slow" in arguments:
+        install_stores(python)
     folders = [folder for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder != COMFYUI_TESTS]
     others = [f"--ignore={folder}" for folder in (*folders, BROWSER_TESTS)]
     title = f"tests in ComfyUI: {comfyui}, {python}"

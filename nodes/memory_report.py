@@ -15,6 +15,7 @@ from ..cache.comfyui.sharing import in_line
 from ..cache.runs import Run
 from ..cache.snapshot import MemorySnapshot
 from ..ops.ledger import in_words
+from ..ops.remote.fetch import now_coming
 from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.run_record import last_run
 from .model_records import DECISIONS, model_records, notices
@@ -27,7 +28,7 @@ RESIDENT, AWAY = (86, 196, 140), (66, 72, 88)
 
 
 def memory_report() -> dict[str, Any]:
-    """Return memory, models (Spillway's and ComfyUI's), cache, shared store and the last run, ready for JSON.
+    """Return memory, models (Spillway's and ComfyUI's), files that come, cache, shared store and last run, for JSON.
 
     All sizes are in bytes.
 
@@ -47,6 +48,7 @@ def memory_report() -> dict[str, Any]:
         "words": snapshot.in_words(),
         "names": {name: _device_name(name) for name in snapshot.devices},
         "models": models,
+        "coming": now_coming(),
         "cache": figures,
         "store": cache.sharing.as_dict() if cache is not None else None,
         "run": run.as_dict() if run is not None else None,
@@ -85,6 +87,7 @@ def in_lines(report: dict[str, Any]) -> str:
         places = ", ".join(f"{place} {in_words(size)}" for place, size in model["bytes"].items() if size)
         lines.append(f"  {model['name']} ({model['by']}, {model['device']}), {in_words(model['total'])}: {places}")
         lines += [f"    {decision}" for decision in model["decisions"]]
+    lines += [f"Coming: {_coming_in_words(file)}" for file in report["coming"]]
     cache = report["cache"]
     if cache is None:
         return "\n".join([*lines, "", "Output cache: ComfyUI's own"])
@@ -103,6 +106,12 @@ def in_lines(report: dict[str, Any]) -> str:
         lines += ["", f"Shared store: {in_line(store)}"]
         lines += [f"    {decision}" for decision in store["decisions"][-DECISIONS:]]
     return "\n".join(lines)
+
+
+def _coming_in_words(file: dict[str, Any]) -> str:
+    part = f"{in_words(file['come_bytes'])} of {in_words(file['total_bytes'])}"
+    how = f"no more comes: {file['stopped']}" if file["stopped"] else f"{in_words(int(file['speed']))} a second"
+    return f"{file['file']} from {file['address']}: {part}, {how}"
 
 
 def residency_picture(models: list[dict[str, Any]]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ..ops.parts.index import is_index
 from ..ops.remote.fetch import interruptible
 from ..ops.remote.probe import probe_address
 from ..patcher.comfyui.loading.probe import probe_file
+from .addresses import check_address
 from .any_folder import files_in, path_of, stamps_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY, OpenChoice
@@ -61,6 +62,7 @@ class SpillwayProbeModel(CheckedNode):
     @classmethod
     def execute(cls, file: str, address: str = "") -> io.NodeOutput:
         if address:
+            check_address(address)
             contents, comfyui_name = interruptible(lambda: probe_address(address)), ""
         else:
             contents, comfyui_name = probe_file(path_of("Probe Model", file, FOLDERS))

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..ops.remote.fetch import fetch, token, wait_for
 from ..ops.remote.store import file_name, without_secrets
 from ..patcher.comfyui.progress import Progress
+from .addresses import check_address
 from .any_folder import USUAL_FOLDERS, place_of
 from .checked_node import CheckedNode
 from .inputs import CATEGORY
@@ -122,6 +123,7 @@ class SpillwayRemoteModelFile(CheckedNode):
     def execute(cls, address: str, folder: str, name: str = "", wait: bool = False) -> io.NodeOutput:
         address = address.strip()
         name = _name(address, name)
+        check_address(address)
         coming = fetch(address, _path(folder, name))
         if coming is not None and wait:
             wait_for(coming, Progress())

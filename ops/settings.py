@@ -62,12 +62,13 @@ class Switch(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text that a pattern describes as a whole. secret: the log never shows it."""
+    """A text that a pattern describes as a whole. secret: the log never shows it. else_: what others are."""
 
     name: str
     pattern: str
     expected: str
     secret: bool = False
+    else_: str = "ignored"
 
     def parse(self, value: Any) -> str | None:
         """Return the text; None where the pattern does not fit, or it is no text that can be written."""
@@ -87,8 +88,15 @@ ALLOCATOR = Switch("SPILLWAY_ALLOCATOR", "1 or 0")
 # A path that starts at its root, or any other address with its protocol.
 _ADDRESS = r"(/|~|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]+://).{0,2000}"
 _ADDRESSES = "an address such as file:///mnt/nas/cache or s3://bucket/prefix"
-STORE = Text("SPILLWAY_STORE", _ADDRESS, _ADDRESSES, secret=True)
+STORE = Text("SPILLWAY_STORE", f"off|{_ADDRESS}", f"{_ADDRESSES}, or off", secret=True)
 STORE_KEY = Text("SPILLWAY_STORE_KEY", r".{8,200}", "a text of 8 to 200 characters", secret=True)
+REMOTE = Text(
+    "SPILLWAY_REMOTE",
+    r"(?i:off|all)|(\s*[A-Za-z][A-Za-z0-9+.-]*://[^,]*,)*\s*[A-Za-z][A-Za-z0-9+.-]*://[^,]*,?",
+    "off, all, or addresses with a comma between them, such as https://huggingface.co/,s3://models/",
+    secret=True,
+    else_="taken for off",
+)
 MANAGE = Switch("SPILLWAY_MANAGE", "1 or 0")
 CACHE_ENABLED = Switch("Spillway.Cache.Enabled", "true or false")
 CACHE_RAM_GB = Number("Spillway.Cache.RamGB", 0, 1e6, _GIGABYTES)
@@ -103,7 +111,7 @@ STORE_DAYS = Number("Spillway.Store.Days", 0, 1e6, "a number of days from 0 on, 
 MODELS_MANAGE = Switch("Spillway.Models.Manage", "true or false")
 MODELS_DEVICE_GB = Number("Spillway.Models.DeviceGB", 0, 1e6, _GIGABYTES)
 
-VARIABLES: tuple[Option, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR, STORE, STORE_KEY, MANAGE)
+VARIABLES: tuple[Option, ...] = (RAM_GB, CACHE, CACHE_GB, MODELS_GB, ALLOCATOR, STORE, STORE_KEY, REMOTE, MANAGE)
 _OF_THE_STORE = (STORE_ADDRESS, STORE_SECONDS, STORE_SECRET, STORE_WAIT, STORE_SIZE, STORE_DAYS)
 IN_COMFYUI: tuple[Option, ...] = (
     *(CACHE_ENABLED, CACHE_RAM_GB, DISK_GB, DISK_SECONDS),
@@ -130,9 +138,13 @@ def setting(option: Option, values: Mapping[str, Any]) -> Any:
     return _checked(option, values[option.name]) if is_set(option, values) else None
 
 
+def _else(option: Option) -> str:
+    return option.else_ if isinstance(option, Text) else "ignored"
+
+
 def _checked(option: Option, value: Any) -> Any:
     parsed = option.parse(value)
     if parsed is None:
         shown = "not shown here" if isinstance(option, Text) and option.secret else repr(str(value)[:100])
-        warn_once(f"{option.name} is {shown}; expected {option.expected}. It is ignored.")
+        warn_once(f"{option.name} is {shown}; expected {option.expected}. It is {_else(option)}.")
     return parsed

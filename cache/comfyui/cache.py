@@ -236,7 +236,7 @@ class SpillwayCache(caching.BasicCache):
             return None
         value = execution.CacheEntry(ui=None, outputs=outputs)
         self._adopt(node_id, key, value, seconds, found=True)
-        self.stamps.remember(hash(key), stamps.from_record(record))
+        self.stamps.remember(hash(key), stamps.from_record(record), outputs)
         return value
 
     # -- lookup and store
@@ -255,8 +255,7 @@ class SpillwayCache(caching.BasicCache):
                 self._make_room(node_id, key)
             self._prompt.started[node_id] = time.perf_counter()
             with never_raises("output cache: looking at the files of a node"):
-                if self._watches:
-                    self.stamps.begin(node_id, self._node(node_id))
+                self.stamps.begin(node_id, self._node(node_id), self._watches)
             with asking(self.sharing):
                 value = await self._get_immediate(node_id)
             if value is None:
@@ -265,7 +264,7 @@ class SpillwayCache(caching.BasicCache):
             seconds, made_from = self.sharing.given(node_id) or (0.0, None)
             self.stamps.forget(hash(key))
             if made_from is not None:
-                self.stamps.remember(hash(key), made_from)
+                self.stamps.remember(hash(key), made_from, value.outputs)
             self._adopt(node_id, key, value, seconds, found=True)
         self._prompt.done.add(node_id)
         return value
@@ -307,13 +306,19 @@ class SpillwayCache(caching.BasicCache):
         """Stamp an output that was just made."""
         number = hash(self._key(node_id))
         if not self._watches:
-            self.stamps.forget(number)
+            self.stamps.made_unwatched(number, value.outputs)
             return
         node = self._node(node_id)
         parents = [link[0] for link in node.get("inputs", {}).values() if is_link(link)]
         parents += self._prompt.expanded.get(node_id, ())
         numbers = [hash(self._key(parent)) for parent in dict.fromkeys(parents)]
-        self.stamps.made(number, node_id, node, value.outputs, numbers)
+        replaced = self.stamps.made(number, node_id, node, value.outputs, numbers)
+        if replaced is not None:
+            self.ledger.decide_once(
+                f"{replaced} was replaced since it was first used. {node.get('class_type')} may have kept the old one, "
+                "so what is made of it is neither written nor shared until the next start",
+                level=logging.INFO,
+            )
 
     @never_raises("output cache: keeping an output", _drop_unbooked)
     def set_local(self, node_id: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from ...ops.ram.available import available_ram
 from ..output_cache import OutputCache
 from . import device_memory, settings
 from .cache import SpillwayCache
+from .first_seen import first_seen
 from .models import model_getter
 
 log = logging.getLogger("spillway")
@@ -105,6 +106,7 @@ def install() -> bool:
         off = settings.cache_turned_off()
         if off is not None:
             log.info("[Spillway] output cache: ComfyUI's own is in use (%s)", off)
+            first_seen.pass_all()
             return False
         caches.outputs = make_cache(executor_headroom)
         caches.objects = caching.HierarchicalCache(caching.CacheKeySetID)

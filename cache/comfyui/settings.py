@@ -95,6 +95,8 @@ def store_options() -> Options | None:
 
     in_comfyui = of(settings.STORE_ADDRESS)
     address = settings.variable(settings.STORE) or in_comfyui
+    if address == "off":  # which the variable says, as no setting can
+        return None
     key = _store_key(values)
     seconds = _or(of(settings.STORE_SECONDS), STORE_SECONDS)
     wait = _or(of(settings.STORE_WAIT), STORE_WAIT_SECONDS)

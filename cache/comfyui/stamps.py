@@ -22,6 +22,7 @@ import psutil
 from ...ops.files.coming_file import coming_file
 from ...ops.parts.index import files_of
 from ..content import content_of
+from .first_seen import first_seen, reads_anew
 
 # Size, time of the last change of the content, number, time of the last change of any kind, hash of the content, path
 # within the folder that was named. On some systems nobody can set the fourth. On others (Windows, network drives) it
@@ -58,42 +59,66 @@ class StampBook:
     def __init__(self) -> None:
         self._before: dict[str, Stamps] = {}
         self._known: OrderedDict[int, Stamps] = OrderedDict()
+        self._told: dict[int, set[tuple[str, str]]] = {}  # what an output names, for those who read it
 
     def begin_prompt(self) -> None:
         """What was seen before the nodes of the last prompt ran is of no use."""
         self._before.clear()
 
-    def begin(self, node_id: str, node: Mapping[str, Any]) -> None:
-        """A node is asked for, or about to run."""
-        if node_id not in self._before:
+    def begin(self, node_id: str, node: Mapping[str, Any], watched: bool) -> None:
+        """A node is asked for, or about to run. watched: whether anything asks for stamps."""
+        if not watched:
+            first_seen.pass_by(names_of(node))
+        elif node_id not in self._before:
             self._before[node_id] = stamps_of(node)
+            first_seen.look(self._before[node_id], STARTED)
 
-    def made(self, number: int, node_id: str, node: Mapping[str, Any], outputs: Any, parents: Iterable[int]) -> None:
-        """A node ran. Unknown where something changed while it did, or since what it was made from was made."""
+    def made(
+        self, number: int, node_id: str, node: Mapping[str, Any], outputs: Any, parents: Iterable[int]
+    ) -> str | None:
+        """A node ran. Unknown where something changed while it did, or since what it was made from was made.
+
+        Unknown too where the node may have kept a file that was replaced since. Returns the name of that file.
+        """
         self.forget(number)
         found = stamps_of(node)
         if found != self._before.pop(node_id, None):
-            return
-        # A text that was put together may name files of its own, for those who read it.
-        found |= {name: value for name, value in stamps_of({"inputs": outputs}).items() if name not in found}
+            return None
+        given = dict(found)
         for parent in parents:
             theirs = self._known.get(parent)
             if theirs is None or any(found.get(name, value) != value for name, value in theirs.items()):
-                return
+                return None
             found |= theirs
+            given |= {name: theirs[name] for name in self._told.get(parent, ()) if name in theirs}
+        replaced = None if reads_anew(node.get("class_type", "")) else first_seen.replaced(given)
+        if replaced is not None:
+            return replaced
+        # A text that was put together may name files of its own, for those who read it.
+        names = names_of({"inputs": outputs})
+        found |= {name: value for name, value in looked_up(names - set(found), look).items()}
         if all(value is not None for value in found.values()):
-            self.remember(number, found)
+            self.remember(number, found, outputs)
+        return None
 
-    def remember(self, number: int, stamps: Stamps) -> None:
+    def made_unwatched(self, number: int, outputs: Any) -> None:
+        """A node ran, and nothing asks for stamps."""
+        self.forget(number)
+        first_seen.pass_by(names_of({"inputs": outputs}))
+
+    def remember(self, number: int, stamps: Stamps, outputs: Any) -> None:
         """The stamps of an output that is known otherwise."""
         self._known[number] = stamps
         self._known.move_to_end(number)
+        told = self._told[number] = names_of({"inputs": outputs}) & set(stamps)
+        first_seen.look({name: stamps[name] for name in told}, STARTED)
         while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+            self._told.pop(self._known.popitem(last=False)[0], None)
 
     def forget(self, number: int) -> None:
         """An output that is now another one."""
         self._known.pop(number, None)
+        self._told.pop(number, None)
 
     def of(self, number: int) -> Stamps | None:
         """The stamps of an output; None where they are unknown."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -67,12 +68,12 @@ class Place:
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an entry. None where there is none."""
-        with self._driver() as (driver, root):
-            try:
+        try:
+            with self._driver() as (driver, root):
                 found = driver.info(_path(root, name))
-            except FileNotFoundError:
-                return None
-            return int(found["size"]) if found.get("type", "file") == "file" else None
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found.get("type", "file") == "file" else None
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -106,21 +107,44 @@ class Place:
             # Making it would fill the disk below the mount point of a drive that has gone.
             raise FileNotFoundError(f"the folder {self} does not exist; make it, or mount the drive that holds it")
         folder = os.path.dirname(path)
-        driver.makedirs(folder, exist_ok=True)
+        if not driver.isdir(folder):
+            for one in (root, folder):  # some servers make no folder below one that is not there
+                driver.makedirs(one, exist_ok=True)
         partial = f"{folder}/{PREFIX}{secrets.token_hex(8)}{PARTIAL}"
         try:
             with driver.open(partial, "wb") as file:
-                write(_Whole(file))  # type: ignore[arg-type]
+                if hasattr(file, "set_pipelined"):  # SFTP would wait for an answer to each of its small packets
+                    file.set_pipelined(True)
+                whole = _Whole(file)
+                write(whole)  # type: ignore[arg-type]
+            self._check_size(driver, partial, whole.written)
             if _is_local(driver):
                 os.replace(partial, path)
             else:
-                driver.mv(partial, path)
+                self._rename(driver, partial, path)
         except BaseException as error:
             with contextlib.suppress(Exception):  # what cannot be removed now is removed when it is a day old
                 driver.rm_file(partial)
             # Some drives replace nothing. Then another member has just written the same.
             if not isinstance(error, OSError) or not driver.isfile(path):
                 raise
+
+    @staticmethod
+    def _rename(driver: Any, partial: str, path: str) -> None:
+        try:
+            driver.mv(partial, path)
+        except Exception:
+            if driver.isdir(path) or not driver.exists(path):
+                raise
+            driver.rm_file(path)  # SMB replaces nothing, and what is there may be damaged
+            driver.mv(partial, path)
+
+    @staticmethod
+    def _check_size(driver: Any, path: str, nbytes: int) -> None:
+        """Raise OSError where less is there than was written: some drivers say nothing of a disk that filled up."""
+        size = driver.info(path)["size"]
+        if size != nbytes:
+            raise OSError(f"{size} bytes are there of {nbytes} that were written")
 
     def touch(self, name: str) -> None:
         """Note that an entry was used, where the place keeps such times."""
@@ -132,27 +156,27 @@ class Place:
 
     def files(self) -> list[Found]:
         """List the entries, and what is being written."""
-        with self._driver() as (driver, root):
-            driver.invalidate_cache()
-            try:
+        try:
+            with self._driver() as (driver, root):
+                driver.invalidate_cache()
                 listed = driver.find(root, detail=True)
-            except FileNotFoundError:
-                return []
-            found = []
-            for path, about in listed.items():
-                name = path.rsplit("/", 1)[-1]
-                if about.get("type", "file") == "file" and (ENTRY.fullmatch(name) or UNFINISHED.fullmatch(name)):
-                    found.append(Found(path, _changed(about), int(about.get("size") or 0), name.endswith(SUFFIX)))
-            return found
+        except FileNotFoundError:
+            return []
+        found = []
+        for path, about in listed.items():
+            name = path.rsplit("/", 1)[-1]
+            if about.get("type", "file") == "file" and (ENTRY.fullmatch(name) or UNFINISHED.fullmatch(name)):
+                found.append(Found(path, _changed(about), int(about.get("size") or 0), name.endswith(SUFFIX)))
+        return found
 
     def remove(self, path: str) -> bool:
         """Remove a file that `files` has listed. Returns whether it was this call that did."""
-        with self._driver() as (driver, _):
-            try:
+        try:
+            with self._driver() as (driver, _):
                 driver.rm_file(path)
-            except FileNotFoundError:  # another member was faster
-                return False
-            return True
+        except FileNotFoundError:  # another member was faster
+            return False
+        return True
 
     # -- drivers
 
@@ -164,6 +188,8 @@ class Place:
         except (FileNotFoundError, NoDriver, NotStorable, Stopped):
             raise
         except Exception as error:
+            if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR):  # in the words of the driver, as SMB's
+                raise FileNotFoundError(str(error)) from error
             self._here.driver = self._shared = None  # its connection may be dead
             if isinstance(error, OSError):
                 raise
@@ -183,12 +209,18 @@ class Place:
 
     def _open_driver(self) -> tuple[Any, str]:
         try:
+            from fsspec import get_filesystem_class
             from fsspec.core import url_to_fs
+            from fsspec.utils import get_protocol
 
-            driver, base = url_to_fs(self.address, skip_instance_cache=True)
+            protocol = get_protocol(self.address)
+            get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
             how = f"install it with {sys.executable} -m pip install NAME, and start ComfyUI again"
             raise NoDriver(f"nothing that is installed can open this address ({error}); {how}") from error
+        # SMB's driver would let nobody else read what one reads.
+        more = {"share_access": "rwd"} if protocol == "smb" else {}
+        driver, base = url_to_fs(self.address, skip_instance_cache=True, **more)
         # A listing that is remembered would hide what other members write.
         if getattr(driver, "dircache", None) is not None:
             driver.dircache.use_listings_cache = False
@@ -200,9 +232,11 @@ class _Whole:
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self.written = 0
 
     def write(self, data: memoryview) -> int:
         self._file.write(bytes(data))
+        self.written += len(data)
         return len(data)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from ...ops.ledger import Ledger, first_line, in_words
 from ..disk_format import Description, NotStorable, Stopped, keyed_hash, plain_hash, read_outputs, read_record, write
 from .breaker import LONGEST_PAUSE, Breaker
 from .place import NoDriver, Place
+from .reads import Reserved, Stoppable
 from .tidy import going
 from .waiting import Waiting
 from .workers import Workers
@@ -31,6 +33,8 @@ QUEUE_BYTES = 1 << 30
 LIST_EVERY_SECONDS = 600.0
 LIST_EVERY_PART = 20
 MAX_BAD = 10_000
+# The answer to a question that got none in time.
+LATE = object()
 
 
 @dataclass
@@ -72,7 +76,7 @@ class SharedStore:
     def __init__(self, options: Options, ledger: Ledger, room: Callable[[], int] = lambda: 1 << 62) -> None:
         self.options = options
         self.ledger = ledger
-        self.room = room
+        self.reserved = Reserved(room)
         self.place = Place(options.address)
         self.counts = Counts()
         self.waiting = Waiting(options.wait_seconds)
@@ -120,15 +124,14 @@ class SharedStore:
             return False
         if time.monotonic() - self._too_slow.get(name, -LONGEST_PAUSE) < LONGEST_PAUSE:
             return False
-        return await self._ask(lambda: self.place.size(name)) is not None
+        return await self._ask(lambda _: self.place.size(name)) not in (None, LATE)
 
     async def load(self, name: str) -> tuple[Any, float, Any] | None:
         """Read (outputs, seconds they took to make, stamps). None where none that is whole and sealed comes in time."""
-        late = self.counts.late
-        found = await self._ask(lambda: self._read(name))
-        if self.counts.late > late:  # else each prompt would wait for it in vain
+        found = await self._ask(lambda stop: self._read(name, stop))
+        if found is LATE:  # else each prompt would wait for it in vain
             self._too_slow[name] = time.monotonic()
-        if found is None:
+        if found is LATE or found is None:
             return None
         outputs, record = found
         self.counts.found += 1
@@ -137,23 +140,24 @@ class SharedStore:
         self.waiting.saved(record.seconds)
         return outputs, record.seconds, record.stamps
 
-    def _read(self, name: str) -> Any:
-        """Run in a worker. Raises OSError where the place fails."""
+    def _read(self, name: str, stop: Callable[[], bool]) -> Any:
+        """Run in a worker. Raises OSError where the place fails, and Stopped."""
         try:
-            with self.place.open(name) as file:
+            with self.place.open(name) as opened:
+                file: Any = Stoppable(opened, stop)
                 record = read_record(file, name, self._seal)
-                if record.nbytes > self.room():
-                    self.ledger.decide(
-                        f"{record.kind} is made again: its {in_words(record.nbytes)} are more than is free"
-                    )
-                    return None
-                outputs = read_outputs(file, record)
+                with self.reserved.of(record.nbytes) as fits:
+                    if not fits:
+                        more = "more than is free beside what is being read"
+                        self.ledger.decide(f"{record.kind} is made again: its {in_words(record.nbytes)} are {more}")
+                        return None
+                    outputs = read_outputs(file, record)
             with contextlib.suppress(OSError):  # a member that may only read keeps no time of use
                 self.place.touch(name)
             return outputs, record
         except FileNotFoundError:  # it may have been evicted while it was read
             return None
-        except (OSError, NoDriver):
+        except (OSError, NoDriver, Stopped):
             raise
         except Exception as error:  # however it is damaged, the node makes it again
             self.refuse(name, first_line(error))
@@ -167,13 +171,16 @@ class SharedStore:
             noted.add(name)
         self.ledger.decide_once(f"an entry is not used: {why} ({name[:12]})")
 
-    async def _ask(self, work: Callable[[], Any]) -> Any:
-        """Have a worker ask, for as long as the prompt may still wait. None where that brings nothing."""
+    async def _ask(self, work: Callable[[Callable[[], bool]], Any]) -> Any:
+        """Have a worker ask, for as long as the prompt may still wait. None where that brings nothing, LATE in time.
+
+        work: is given what tells it that nobody waits for it any more.
+        """
         left = self.waiting.left
         if left <= 0 or not self.reads.allows():
             return None
-        breaker, answered = self.reads, False
-        future = self._workers.submit(work)
+        breaker, answered, over = self.reads, False, threading.Event()
+        future = self._workers.submit(lambda: work(over.is_set))
         try:
             with self.waiting.counted():
                 found = await asyncio.wait_for(asyncio.wrap_future(future), left)
@@ -182,12 +189,13 @@ class SharedStore:
             self.counts.late += 1
             answered = True
             self._failed(breaker, f"no answer within {self.options.wait_seconds:g} s", at_once=True)
-            return None
+            return LATE
         except (OSError, NoDriver) as error:
             answered = True
             self._failed(breaker, self._words(error), at_once=isinstance(error, NoDriver))
             return None
         finally:
+            over.set()
             if not answered:
                 breaker.given_up()
         self._succeeded(breaker)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..files.coming_file import ComingFile, forget
 from ..files.partial_file import sync_folder
@@ -22,6 +22,7 @@ from ..files.safetensors_header import SourceError
 from ..files.watched_file import stamp
 from .block_record import BlockRecord
 from .order import Order
+from .pace import Pace, Speed
 from .store import Changed, State, Store, Unreachable
 
 log = logging.getLogger("spillway")
@@ -63,8 +64,10 @@ class Download:
         self._saved_at = self._began = time.monotonic()
         self._had = self._said = coming.come_bytes
         self._length = 1  # blocks of one request
+        self._pace, self._speed = Pace(), Speed()
         self._ended: Exception | None = None  # nothing is brought any more
         self._halt = threading.Event()  # nothing more is brought until somebody asks again
+        self._stopped: str | None = None  # why
         coming.bring = self.start
 
     def start(self) -> None:
@@ -79,11 +82,26 @@ class Download:
                 self._give_name()
                 return
             self._halt.clear()
+            self._stopped = None
+            self._speed = Speed()
+            self._speed.note(self.coming.come_bytes)
             self._threads = [
                 threading.Thread(target=self._work, name="spillway-download", daemon=True) for _ in range(THREADS)
             ]
             for thread in self._threads:
                 thread.start()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return how far it is, ready for JSON. speed: bytes a second, of late. stopped: why no more comes, or None."""
+        coming = self.coming
+        return {
+            "file": coming.path.name,
+            "address": self.store.address,
+            "come_bytes": coming.come_bytes,
+            "total_bytes": coming.file_bytes,
+            "speed": 0.0 if self._stopped else self._speed.now,
+            "stopped": self._stopped,
+        }
 
     # -- what a thread does
 
@@ -131,6 +149,7 @@ class Download:
         with coming.condition:
             self._unsaved.append(run)
             coming.note_come(run)
+            self._speed.note(coming.come_bytes)
             if took < QUICK and len(run) == self._length:
                 self._length = min(2 * self._length, max(1, MOST_BYTES // coming.block_bytes))
             elif took > SLOW:
@@ -141,11 +160,13 @@ class Download:
         self._say()
 
     def _read(self, offset: int, nbytes: int) -> bytes:
-        """Return a range of the file. Try again, with pauses, what may work later."""
+        """Return a range of the file. Try again, with pauses, what may work later, for what has not come of it."""
+        come = b""
         for pause in (*self.pauses, None):
             try:
-                return self._read_once(offset, nbytes)
+                return come + self._read_once(offset + len(come), nbytes - len(come))
             except Unreachable as error:
+                come += error.come
                 if pause is None or self._halt.is_set():
                     raise Unreachable(
                         f"{self.store.address}: bytes {offset} to {offset + nbytes - 1} could not be brought, in "
@@ -158,12 +179,20 @@ class Download:
 
     def _read_once(self, offset: int, nbytes: int) -> bytes:
         """Read a range. One answer alone, as of a server among several, does not make it another file."""
+        began = time.monotonic()
         try:
-            return self.store.read(offset, nbytes, self.state)
+            data = self.store.read(offset, nbytes, self.state, self._pace.limit(nbytes))
         except Changed as error:
             if self.store.state() != self.state:
                 raise
             raise Unreachable(f"one answer was of another file ({error})") from None
+        except Unreachable as error:
+            if error.slow:
+                self._pace.given_up()
+                self._length = 1
+            raise
+        self._pace.took(nbytes, time.monotonic() - began)
+        return data
 
     def _write(self, offset: int, data: bytes) -> None:
         self._file.seek(offset)
@@ -247,6 +276,7 @@ class Download:
             if not self._halt.is_set():  # else another thread has said so, and who waits by now waits for the next try
                 log.warning("[Spillway] %s", error)
                 self._halt.set()
+                self._stopped = str(error)
                 self.coming.note_failure(error)
 
     def _end(self, error: Changed) -> None:

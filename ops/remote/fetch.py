@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..files.coming_file import ASK_EVERY, BLOCK_BYTES, ComingFile, coming_file, patience, register
 from ..files.file_state import file_state
@@ -58,8 +58,12 @@ def fetch(
         known, download = coming_file(path), _downloads.get(path)
         if known is not None and download is not None:
             if download.address != address:
-                other = open_store(address)
-                interruptible(lambda: patiently(lambda: download.use(address, other), other.address, pauses))
+
+                def use() -> None:
+                    other = open_store(address)
+                    patiently(lambda: download.use(address, other), other.address, pauses)
+
+                interruptible(use)
             download.start()
             return known
         if path.is_file():
@@ -127,6 +131,12 @@ def wait_for(coming: ComingFile, progress: Callable[[int, int], None]) -> None:
             coming.wait(missing * coming.block_bytes, 1)
             time.sleep(ASK_EVERY)
     progress(coming.file_bytes, coming.file_bytes)
+
+
+def now_coming() -> list[dict[str, Any]]:
+    """Return how far each file is of which a part has yet to come, ready for JSON. See `Download.as_dict`."""
+    found = [download for path, download in list(_downloads.items()) if coming_file(path) is download.coming]
+    return [download.as_dict() for download in found if not download.coming.is_whole]
 
 
 def token(path: str | os.PathLike[str]) -> str:

@@ -12,15 +12,16 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from .pace import PATIENCE, Deadline, within
 from .store import Refused, State, Unreachable, changed, without_secrets
 
-# Seconds that a server may be silent.
-TIMEOUT = 30.0
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 # Of errors that another try may not meet: too early, too many requests, and the server's own.
 PASSING = (408, 425, 429)
 NO_SUCH_RANGE = 416
 MOST_FILE_BYTES = 16 << 40
+# Bytes that are read at once. Between two reads it is looked whether it takes too long.
+PIECE = 1 << 20
 
 
 class HttpStore:
@@ -29,7 +30,7 @@ class HttpStore:
     Nothing secret goes to a host that it was not given for: whoever made a workflow chooses its addresses.
     """
 
-    def __init__(self, address: str, timeout: float = TIMEOUT) -> None:
+    def __init__(self, address: str, timeout: float = PATIENCE) -> None:
         self.address, self.timeout = without_secrets(address), timeout
         parts = urlsplit(address)
         user, _, place = parts.netloc.rpartition("@")
@@ -38,20 +39,34 @@ class HttpStore:
         self._private = {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"} if known else {}
 
     def state(self) -> State:
+        return within(2 * self.timeout, self._state)
+
+    def _state(self) -> State:
         with self._ask(0, 1) as answer:
             return self._state_of(answer, 0, 1)
 
-    def read(self, offset: int, nbytes: int, state: State) -> bytes:
+    def read(self, offset: int, nbytes: int, state: State, seconds: float = 600.0) -> bytes:
+        # A server may also be slow to send what comes before the bytes, which no time limit of Python's covers.
+        return within(seconds + self.timeout, lambda: self._read(offset, nbytes, state, Deadline(seconds)))
+
+    def _read(self, offset: int, nbytes: int, state: State, deadline: Deadline) -> bytes:
         with self._ask(offset, nbytes, state) as answer:
             now = self._state_of(answer, offset, nbytes)
             if now != state:
                 raise changed(self.address, state, now)
+            pieces, left = [], nbytes
             try:
-                data: bytes = answer.read(nbytes)
+                while left and (piece := answer.read1(min(left, PIECE))):
+                    pieces.append(piece)
+                    left -= len(piece)
+                    if left and deadline.is_over:
+                        words = f"{nbytes - left} of {nbytes} bytes came in {deadline.seconds:.0f} s"
+                        raise Unreachable(words, come=b"".join(pieces), slow=True)
             except (OSError, http.client.HTTPException) as error:
-                raise Unreachable(f"{type(error).__name__}: {error}") from None
-        if len(data) != nbytes:
-            raise Unreachable(f"the answer was cut after {len(data)} of {nbytes} bytes")
+                raise Unreachable(f"{type(error).__name__}: {error}", come=b"".join(pieces)) from None
+        data = b"".join(pieces)
+        if left:
+            raise Unreachable(f"the answer was cut after {len(data)} of {nbytes} bytes", come=data)
         return data
 
     def _ask(self, offset: int, nbytes: int, state: State | None = None) -> Any:

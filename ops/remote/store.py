@@ -21,7 +21,11 @@ class Changed(SourceError):
 
 
 class Unreachable(SourceError):
-    """The file cannot be had now."""
+    """The file cannot be had now. come: the first bytes of the range, which have. slow: it took too long."""
+
+    def __init__(self, *args: object, come: bytes = b"", slow: bool = False) -> None:
+        super().__init__(*args)
+        self.come, self.slow = come, slow
 
 
 class State(NamedTuple):
@@ -42,8 +46,11 @@ class Store(Protocol):
     def state(self) -> State:
         """Ask which file lies there. Raises Refused or Unreachable."""
 
-    def read(self, offset: int, nbytes: int, state: State) -> bytes:
-        """Return a range of bytes of the file in that state, neither more nor less. Raises Changed too."""
+    def read(self, offset: int, nbytes: int, state: State, seconds: float = 600.0) -> bytes:
+        """Return a range of bytes of the file in that state, neither more nor less. Raises Changed too.
+
+        seconds: after which it is given up. Another call then asks over another connection.
+        """
 
 
 def is_address(name: str) -> bool:

@@ -23,6 +23,7 @@ REQUIREMENTS = ROOT / "requirements.txt"
 REQUIREMENTS_DEV = ROOT / "requirements-dev.txt"
 REQUIREMENTS_DEMO = ROOT / "benchmarks" / "demo" / "requirements.txt"
 REQUIREMENTS_BENCH = ROOT / "benchmarks" / "requirements.txt"
+REQUIREMENTS_STORES = ROOT / "tests" / "cache" / "store" / "requirements.txt"
 REQUIREMENTS_BROWSER = ROOT / "tests" / "comfyui" / "browser" / "requirements.txt"
 DEFAULT_TORCH = "torch==2.13.0"
 RECENT_TORCH = "import sys, torch; sys.exit([int(n) for n in torch.__version__.split('.')[:2]] < [2, 8])"
@@ -136,6 +137,27 @@ def add_playwright(python: Path, environment: dict[str, str]) -> None:
     add_tools(python, environment, REQUIREMENTS_BROWSER.read_text(encoding="utf-8").splitlines(), "browser-")
 
 
+def install_stores(python: Path) -> None:
+    """Install what tests of shared stores need, an S3 and its driver, where `stores_folder` says. It is 130 MB."""
+    folder, fingerprint = stores_folder(python), digest(REQUIREMENTS_STORES.read_text(encoding="utf-8"))
+    if stamp(folder) == fingerprint:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    what = ["--target", str(folder), "-r", str(REQUIREMENTS_STORES)]
+    pip_install(python, what, f"an S3 for tests into {folder.relative_to(ROOT)}")
+    write_stamp(folder, fingerprint)
+
+
+def stores_folder(python: Path | str) -> Path:
+    """Return a folder for this Python. Tests alone look there: its versions of common packages are for nobody else."""
+    return HOST_TOOLS / f"stores-{cache_tag(python)}"
+
+
+def cache_tag(python: Path | str) -> str:
+    asked = [str(python), "-c", "import sys; print(sys.implementation.cache_tag)"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def add_tools(python: Path, environment: dict[str, str], wanted: list[str], prefix: str = "") -> None:
     """Install requirements into a folder of their own, and put it on the path. Nothing where Python has them.
 
@@ -145,10 +167,7 @@ def add_tools(python: Path, environment: dict[str, str], wanted: list[str], pref
     if succeeds([str(python), "-c", f"import {', '.join(names)}"]):
         return
     # One folder for each Python: hypothesis has compiled parts.
-    tag = subprocess.run(
-        [str(python), "-c", "import sys; print(sys.implementation.cache_tag)"], capture_output=True, text=True
-    ).stdout.strip()
-    folder = HOST_TOOLS / f"{prefix}{tag or 'unknown'}"
+    folder = HOST_TOOLS / f"{prefix}{cache_tag(python)}"
     fingerprint = digest(*wanted)
     if stamp(folder) != fingerprint:
         shutil.rmtree(folder, ignore_errors=True)

@@ -96,7 +96,39 @@ class FarFileSystem(FaultyFileSystem):
     local_file = False
 
 
-for kind in (FaultyFileSystem, FarFileSystem):
+class DriveError(OSError):
+    """An error with a number that Python has a class for, and not of that class."""
+
+
+class ShareFileSystem(FarFileSystem):
+    """As SMB's driver: with errors of its own, no rename onto a file, and no folder made below one that is missing."""
+
+    protocol = ("share",)
+
+    def info(self, path, **kwargs):
+        try:
+            return super().info(path, **kwargs)
+        except FileNotFoundError as error:
+            raise DriveError(error.errno, "nothing is there") from None
+
+    def rm_file(self, path):
+        try:
+            super().rm_file(path)
+        except FileNotFoundError as error:
+            raise DriveError(error.errno, "nothing is there") from None
+
+    def makedirs(self, path, exist_ok=False):
+        if not os.path.isdir(os.path.dirname(path)):
+            raise DriveError(errno.EACCES, "there is no folder above it")
+        super().makedirs(path, exist_ok=exist_ok)
+
+    def mv(self, path1, path2, **kwargs):
+        if os.path.exists(path2):
+            raise DriveError(errno.EEXIST, "it is there")
+        os.rename(path1, path2)
+
+
+for kind in (FaultyFileSystem, FarFileSystem, ShareFileSystem):
     fsspec.register_implementation(kind.protocol[0], kind, clobber=True)
 
 

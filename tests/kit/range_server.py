@@ -15,13 +15,15 @@ class RangeServer:
     """rate: bytes a second for all requests together. asked: (first, last) of each range that was asked for.
 
     fault: what the next answers are: '', 'no ranges', 'other range', 'packed', 'cut', 'busy', 'gone', 'other file' (one
-    answer alone). gate: cleared,
-    answers to ranges from `opened` on wait, but the first byte's. sent: bytes of bodies.
+    answer alone). trickles: so many of the next answers send a few bytes now and then, after half of them; or, where
+    `in_head`, do so before them. gate: cleared, answers to ranges from `opened` on wait, but the first byte's. sent:
+    bytes of bodies.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.rate, self.fault = float("inf"), ""
+        self.trickles, self.in_head = 0, False
         self.asked, self.sent = [], 0
         self.told = []  # the headers of each request
         self.gate = threading.Event()
@@ -43,6 +45,11 @@ class RangeServer:
         self.gate.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def next_trickles(self):
+        with self._lock:
+            self.trickles -= 1
+            return self.trickles >= 0
 
     def take(self, nbytes):
         """Wait until so many bytes may be sent."""
@@ -90,6 +97,11 @@ def _handler(server):
                     return
             if server.fault == "other range":
                 first, last = first + 7, last + 7
+            trickles = last > 0 and server.next_trickles()
+            if trickles and server.in_head:
+                while not self.wfile.closed:
+                    self.wfile.write(b"H")
+                    time.sleep(0.02)
             self.send_response(status)
             self.send_header("Content-Length", str(last - first + 1))
             if server.marks:
@@ -103,18 +115,20 @@ def _handler(server):
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             self.end_headers()
-            self._send(path, first, last)
+            self._send(path, first, last, trickles)
 
-        def _send(self, path, first, last):
+        def _send(self, path, first, last, trickles):
             with open(path, "rb") as file:
                 file.seek(first)
                 left = last - first + 1
                 if server.fault == "cut" and left > 1:
                     left //= 2
+                few = left // 2
                 while left:
-                    data = file.read(min(CHUNK, left))
+                    data = file.read(1 if trickles and left <= few else min(CHUNK, max(1, left - few * trickles)))
                     if not data:
                         break
+                    time.sleep(0.02 * (trickles and left <= few))
                     server.take(len(data))
                     self.wfile.write(data)
                     left -= len(data)

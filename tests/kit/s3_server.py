@@ -1,7 +1,6 @@
-"""An S3 of moto's on this machine. It and the driver s3fs are large, and so are not installed by dev.py.
+"""An S3 of moto's on this machine. It and the driver s3fs are large: `dev.py test --slow` alone installs them.
 
-python -m pip install --target FOLDER s3fs "moto[s3]" flask flask-cors
-PYTHONPATH=FOLDER python dev.py test tests/cache/store/test_s3.py tests/comfyui/server/test_shared_store.py
+Once they are there, every run uses them. Without it they may also lie on PYTHONPATH.
 """
 
 import importlib.util
@@ -13,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from kit.environment import stamp, stores_folder
 from kit.skips import skip_loudly
 
 BUCKET = "shared"
@@ -20,9 +20,12 @@ BUCKET = "shared"
 
 def folder_of_s3():
     """Where s3fs and moto are installed. Skips the test where they are not."""
+    folder = stores_folder(sys.executable)
+    if stamp(folder) and str(folder) not in sys.path:
+        sys.path.append(str(folder))  # behind all else
     found = [importlib.util.find_spec(name) for name in ("s3fs", "moto", "flask", "flask_cors")]
     if None in found:
-        skip_loudly("a store in S3: it needs s3fs, moto[s3], flask and flask-cors (tests/kit/s3_server.py says how)")
+        skip_loudly("a store in S3: it needs s3fs, moto[s3], flask and flask-cors, which `dev.py test --slow` installs")
     return str(Path(found[0].origin).parents[1])
 
 

@@ -303,6 +303,40 @@ def test_a_sparse_file_that_was_removed_at_the_last_moment_comes_again(server, o
     finish(get(server.address(original.name), path), path, original)
 
 
+def test_the_report_says_how_far_each_file_is_and_why_no_more_comes(server, original, path):
+    assert fetching.now_coming() == []
+    coming = begin(server, original.name, path)
+    (told,) = fetching.now_coming()
+    assert told == {
+        "file": path.name,
+        "address": server.address(original.name),
+        "come_bytes": 0,
+        "total_bytes": SIZE,
+        "speed": 0.0,
+        "stopped": None,
+    }
+    server.opened = 10 * BLOCK
+    coming.wait(0, 5 * BLOCK)
+    (told,) = fetching.now_coming()
+    assert told["come_bytes"] >= 5 * BLOCK and told["come_bytes"] == coming.come_bytes
+    server.fault = "busy"
+    server.gate.set()
+    with pytest.raises(Unreachable):
+        coming.wait()
+    (told,) = fetching.now_coming()
+    assert "could not be brought, in 3 tries" in told["stopped"] and told["speed"] == 0.0
+    server.fault, server.rate = "", 0.5e6
+    end = time.monotonic() + 20
+    while told["stopped"] or not told["speed"]:  # threads that were under way may end first
+        assert time.monotonic() < end
+        coming.bring()
+        time.sleep(0.01)
+        (told,) = fetching.now_coming()
+    server.rate = float("inf")
+    finish(coming, path, original)
+    assert fetching.now_coming() == []
+
+
 # -- any moment
 
 

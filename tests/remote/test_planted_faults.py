@@ -11,6 +11,7 @@ from kit.planting import Fault, check_is_seen, check_passes
 
 WAITS = "remote/test_while_it_comes.py"
 BRINGS = "remote/test_download.py"
+SLOW = "remote/test_slow.py"
 READER = f"{WAITS}::test_every_reader_waits_for_what_it_reads"
 KILLED = f"{BRINGS}::test_a_process_that_is_killed_at_any_moment_forgets_and_never_invents"
 IDLE = "ops.lending.idle_weight"
@@ -150,10 +151,17 @@ FAULTS = {
         "if False",
         (BRINGS,),
     ),
-    "any state will do": Fault(f"{HTTP}.read", "if now != state", "if False", (BRINGS,)),
-    "an answer that was cut counts": Fault(f"{HTTP}.read", "if len(data) != nbytes", "if False", (BRINGS,)),
+    "any state will do": Fault(f"{HTTP}._read", "if now != state", "if False", (BRINGS,)),
+    "an answer that was cut counts": Fault(f"{HTTP}._read", "if left:", "if False:", (BRINGS,)),
+    "a range may take for ever": Fault(f"{HTTP}._read", "if left and deadline.is_over", "if False", (SLOW,)),
+    "a driver that hangs is asked again": Fault(
+        "ops.remote.fsspec_store:FsspecStore._within", "if error.slow", "if False", (SLOW,)
+    ),
+    "what had come of a range is counted twice": Fault(
+        f"{DOWNLOAD}._read", "offset + len(come), nbytes - len(come)", "offset, nbytes - len(come)", (SLOW,)
+    ),
     "what was read of another content counts": Fault(
-        "ops.remote.fsspec_store:FsspecStore.read",
+        "ops.remote.fsspec_store:FsspecStore._read",
         "if now != state",
         "if False",
         (f"{BRINGS}::test_a_range_that_was_read_of_another_content_is_refused",),

@@ -195,6 +195,35 @@ def test_a_line_says_what_the_shared_store_gave_and_one_what_is_wrong():
         assert "Shared store" not in off[part]
 
 
+def coming(**changes):
+    """What is told of a file that comes from elsewhere."""
+    told = {"file": "flux2.safetensors", "address": "https://server/flux2.safetensors", "stopped": None}
+    return told | {"come_bytes": 3 * GIB, "total_bytes": 12 * GIB, "speed": GIB / 8} | changes
+
+
+# Of each language: that it comes, and how fast and for how long yet; and that no more does.
+COMING = {
+    "en": ("flux2.safetensors is coming", ("3.0 of 12.0 GB, 0.1 GB a second, 1 min 12 s left",), "and no more comes"),
+    "zh": ("flux2.safetensors 正在下载", ("3.0 / 12.0 GB", "每秒 0.1 GB", "还需 1 min 12 s"), "下载已停止"),
+    "ja": ("flux2.safetensors をダウンロード中", ("3.0 / 12.0 GB、毎秒 0.1 GB、残り 1 min 12 s",), "止まっています"),
+}
+
+
+@pytest.mark.parametrize("language", COMING)
+def test_a_line_for_each_file_that_is_coming_says_how_far_it_is(language):
+    comes, figures, stops = COMING[language]
+    begins, fails = coming(come_bytes=0, speed=0), coming(stopped="the disk is full", speed=0)
+    some, both, third, none = seen(
+        [report(coming=[begins]), report(coming=[coming(), begins]), report(coming=[fails]), report(coming=[])],
+        language,
+    )
+    for part in ("text", "copied"):
+        assert some[part].count(comes) == 1 and figures[0] not in some[part]
+        assert both[part].count(comes) == 2 and all(words in both[part] for words in figures)
+        assert comes not in third[part] and stops in third[part] and "the disk is full" in third[part]
+        assert "flux2" not in none[part] and stops not in both[part]
+
+
 # --- will it fit ------------------------------------------------------------------------------------------------------
 
 NOTES = (

@@ -51,7 +51,7 @@ def a_tensor(size=64):
     return [[torch.arange(size, dtype=torch.uint8)]]
 
 
-@pytest.mark.parametrize("protocol", ["file", "far"])
+@pytest.mark.parametrize("protocol", ["file", "far", "share"])
 def test_what_comes_back_is_what_was_written(tmp_path, protocol, faults):
     image, text = torch.rand(1, 8, 8, 3), torch.randn(1, 77, 16, dtype=torch.bfloat16)
     large = torch.randint(0, 255, (RANGE * 2 + 7,), dtype=torch.uint8)
@@ -62,8 +62,10 @@ def test_what_comes_back_is_what_was_written(tmp_path, protocol, faults):
     assert torch.equal(found[2][0], large)
     assert torch.equal(found[1][0][0][0], text) and found[1][0][0][1] == {"pooled_output": None, "strength": 0.5}
     assert seconds == 20.0 and stamps == [["file", "x", "y"]]
-    assert faults.calls.count("cat_file") == (4 if protocol == "far" else 0), "its end, and three large ranges"
-    assert get(member(tmp_path, protocol), NAMES[2]) is None
+    assert faults.calls.count("cat_file") == (0 if protocol == "file" else 4), "its end, and three large ranges"
+    stranger = member(tmp_path, protocol)
+    assert [get(stranger, name) for name in NAMES[2:8]] == [None] * 6 and stranger.state is None
+    assert not asyncio.run(stranger.there(NAMES[2])) and not stranger.place.remove(str(tmp_path / "x"))
     assert not list(tmp_path.glob(f"{FOLDER}/*/{PREFIX}*"))
 
 
@@ -96,11 +98,12 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("protocol", ["file", "share"])
 @pytest.mark.parametrize("how", DAMAGE)
-def test_what_is_damaged_is_not_used_and_is_written_anew(tmp_path, how):
+def test_what_is_damaged_is_not_used_and_is_written_anew(tmp_path, how, protocol):
     if how == "a pipe" and not hasattr(os, "mkfifo"):
         pytest.skip("there are no pipes with names here")
-    store = member(tmp_path)
+    store = member(tmp_path, protocol)
     assert put(store, NAMES[1], a_tensor())
     (path,) = entries(tmp_path)
     DAMAGE[how](path)

@@ -94,6 +94,12 @@ def test_the_variable_goes_before_the_setting_and_a_bad_key_turns_it_off(user, s
     shared(Key="short")
     assert sorted(Executor().run(prompt())) == sorted(ALL) and "short" not in caplog.text
     assert "the shared store is off, as its key makes no sense" in caplog.text
+    monkeypatch.setenv("SPILLWAY_STORE", "off")
+    shared()
+    last = Executor()
+    last.run(prompt())
+    evict(last)
+    assert not written(user) and last.cache.sharing.store is None
 
 
 def test_members_of_one_key_find_each_other_and_no_others(shared, evict):

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import comfy.model_management
@@ -21,9 +22,11 @@ from kit.coming import settle, slowly
 from kit.gguf_files import quantised_copy, write_gguf
 from kit.range_server import serving
 from spillway.nodes.load import SpillwayLoadDiffusionModel, model_path
+from spillway.nodes.memory_report import in_lines, memory_report
 from spillway.nodes.probe import SpillwayProbeModel
 from spillway.nodes.remote import SpillwayRemoteModelFile
 from spillway.ops.files.coming_file import coming_file
+from spillway.ops.remote.store import Refused
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
 from spillway.patcher.comfyui.patches.lora import read_lora
 from spillway.patcher.comfyui.saving.save import save_model
@@ -257,14 +260,21 @@ def test_a_server_that_goes_fails_the_prompt_and_the_next_one_goes_on(queue, rem
     wanted = run(load_diffusion_model(flux), 1)
     server.gate.clear()
     server.opened = 256 << 10
+    assert memory_report()["coming"] == []
     threading.Timer(1.0, lambda: (setattr(server, "fault", "gone"), server.gate.set())).start()
     failed = queue(server.address(path.name))
     assert not failed.success
     assert "the server answered 404" in failed.status_messages[-1][1]["exception_message"]
+    (told,) = memory_report()["coming"]
+    assert told["file"] == path.name and 0 < told["come_bytes"] < told["total_bytes"] == Path(flux).stat().st_size
+    assert f"Coming: {path.name} from {server.address(path.name)}: " in in_lines(memory_report())
+    assert "no more comes: " in in_lines(memory_report()) and "answered 404" in told["stopped"]
     server.fault = ""
     done = queue(server.address(path.name))
     assert done.success, done.status_messages
     assert_same(KEPT, [wanted])
+    settle(path)
+    assert memory_report()["coming"] == []
 
 
 @pytest.mark.parametrize(
@@ -279,6 +289,32 @@ def test_a_server_that_goes_fails_the_prompt_and_the_next_one_goes_on(queue, rem
 def test_a_name_that_makes_no_sense_is_refused_before_anything_is_asked(inputs, words):
     with pytest.raises(ValueError, match=words):
         SpillwayRemoteModelFile.execute(folder="vae", **inputs)
+
+
+@pytest.mark.parametrize(
+    ("listen", "told", "allowed"),
+    [
+        ("127.0.0.1", "", True),
+        ("localhost,::1", "", True),
+        ("0.0.0.0,::", "", False),
+        ("192.168.1.5", "", False),
+        ("127.0.0.1", "off", False),
+        ("0.0.0.0", "file:///", True),
+    ],
+)
+def test_a_file_of_this_machine_is_brought_to_those_who_may(listen, told, allowed, flux, models_dir, monkeypatch):
+    monkeypatch.setattr("comfy.cli_args.args.listen", listen)
+    monkeypatch.setenv("SPILLWAY_REMOTE", told)
+    path = models_dir / "diffusion_models" / "brought.safetensors"
+    asked = [
+        lambda: SpillwayRemoteModelFile.execute(Path(flux).as_uri(), "diffusion_models", path.name, True),
+        lambda: SpillwayProbeModel.execute("none", f" {Path(flux).as_uri()}"),
+    ]
+    for ask in asked:
+        with nullcontext() if allowed else pytest.raises(Refused, match="SPILLWAY_REMOTE"):
+            ask()
+    assert path.exists() == allowed
+    path.unlink(missing_ok=True)
 
 
 def test_the_probe_node_brings_the_header_alone(remote, flux):

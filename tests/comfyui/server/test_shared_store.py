@@ -12,6 +12,7 @@ import torch
 
 from kit.comfyui.running_server import Server, node
 from kit.s3_server import BUCKET, S3Server
+from kit.store_servers import StoreServer
 
 KEY = "correct horse"
 FLUX = {"hidden": 128, "depth": 1, "depth_single": 1, "context": 768, "pooled": 768}  # as wide as CLIP-L
@@ -166,3 +167,12 @@ def test_a_bucket_of_s3_is_shared(tmp_path, files):
         first, second = (Machine(tmp_path / name, copy.copy(files), **s3.variables) for name in ("here", "there"))
         with first.server, second.server:
             shared_by(first, second, f"s3://{BUCKET}/some/prefix")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sftp", "smb"])
+def test_a_server_of_files_is_shared(kind, tmp_path, files):
+    with StoreServer(kind, tmp_path / "store") as there:
+        first, second = (Machine(tmp_path / name, copy.copy(files), **there.variables) for name in ("here", "there"))
+        with first.server, second.server:
+            shared_by(first, second, there.address)

@@ -8,6 +8,7 @@ import execution
 import torch
 
 from spillway.cache.comfyui import store
+from spillway.cache.comfyui.first_seen import first_seen
 from spillway.ops.ram.available import Available
 
 MIB = 1 << 20
@@ -93,6 +94,7 @@ def prompt(seed=1, text="a"):
 class Executor:
     def __init__(self, cache_type="RAM_PRESSURE"):
         store._last = None  # each stands for a machine of its own
+        first_seen.__init__()
         cache_args = {"lru": 100, "ram": 2.0, "ram_inactive": 64.0}
         self.real = execution.PromptExecutor(Server(), getattr(execution.CacheType, cache_type), cache_args)
         self.cache = self.real.caches.outputs

@@ -6,7 +6,7 @@ import { deviceBars, modelCards, ramBar } from "./figures.js";
 import { forecastView } from "./forecast.js";
 import { cacheView, runView } from "./sections.js";
 import { h } from "./tree.js";
-import { summary } from "./words.js";
+import { comingLine, summary } from "./words.js";
 
 const section = (name, t, ...children) =>
   h(
@@ -42,6 +42,9 @@ export function panelView(report, actions, t, forecast = null, comparison = null
           ),
         ),
       cards.map((card) => cardView(card, actions, t)),
+      (report.coming ?? []).map((file) =>
+        h("p", { class: "sw-note", key: `coming ${file.file}`, title: file.address }, comingLine(file, t)),
+      ),
       !cards.length && h("p", { class: "sw-note", key: "none" }, t("models.none")),
     ),
     section("forecast", t, forecastView(forecast, report, actions, t)),

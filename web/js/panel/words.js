@@ -75,6 +75,15 @@ export function storeLine(store, t) {
   return t("cache.store", { found: store.found, saved, written: store.written, size: size(store.written_bytes) });
 }
 
+/** How far a file is that comes from elsewhere. */
+export function comingLine(file, t) {
+  const part = sizeOf(file.come_bytes, file.total_bytes, t);
+  if (file.stopped) return t("coming.stopped", { name: file.file, part, why: file.stopped });
+  if (!(file.speed > 0)) return t("coming.waits", { name: file.file, part });
+  const left = seconds((file.total_bytes - file.come_bytes) / file.speed);
+  return t("coming.now", { name: file.file, part, speed: size(file.speed), left });
+}
+
 /** The whole report as text, for an issue or a forum. */
 export function asText(report, t) {
   const lines = [`## ${t("title")}`, "", summary(report, t), ""];
@@ -93,6 +102,7 @@ export function asText(report, t) {
     );
     lines.push(...card.decisions.map((decision) => `  - ${decision}`));
   }
+  lines.push(...(report.coming ?? []).map((file) => `- ${comingLine(file, t)}`));
   const run = runRows(report);
   if (run) {
     lines.push("", `### ${t("run.title")}: ${seconds(run.seconds)}`, "");
