@@ -101,9 +101,8 @@ const actions = {
     if (state.comparison?.state === "runs") return;
     try {
       const { output } = await app.graphToPrompt();
-      const { prompt, same } = withTheirs(output);
       const client_id = api.clientId ?? api.initialClientId;
-      showComparison(await post("compare", { prompt: output, comfyui: prompt, same, client_id }));
+      showComparison(await post("compare", { prompt: output, comfyui: withTheirs(output), client_id }));
     } catch (error) {
       toast("error", error.message);
     }

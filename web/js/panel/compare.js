@@ -3,6 +3,7 @@ import { h } from "./tree.js";
 import { seconds, size } from "./words.js";
 
 const KINDS = ["ComfyUI", "Spillway"];
+const SHOWN = ["pictures", "sounds", "latents"];
 
 function rowsOf(runs, t) {
   const devices = [...new Set(runs.flatMap((run) => Object.keys(run.peaks)))].sort();
@@ -14,9 +15,19 @@ function rowsOf(runs, t) {
   ];
 }
 
-function picturesInWords({ count, equal, most }, t) {
-  if (!count) return t("compare.none");
-  return count === equal ? t("compare.equal", { count }) : t("compare.differ", { count, equal, most });
+/** Whether what both runs show is equal, a sentence for each kind of it. */
+function shownInWords(shown, t) {
+  const kinds = SHOWN.filter((kind) => shown?.[kind]?.count);
+  const words = kinds.map((kind) => kindInWords(kind, shown[kind], t));
+  return words.length ? words : [t("compare.none")];
+}
+
+function kindInWords(kind, { count, frames, equal, most, other }, t) {
+  const what = t(`compare.kind.${kind}`);
+  if (count === equal) return t(kind === "pictures" && frames > count ? "compare.frames" : "compare.equal", { what, count, frames });
+  const by = t(`compare.by.${kind}`, { most: Number(most.toPrecision(3)) });
+  const ends = [equal + other < count && t("compare.differ", { by }), other > 0 && t("compare.other", { count: other })];
+  return t("compare.some", { what, count, equal, ends: ends.filter(Boolean).join("; ") });
 }
 
 function table(runs, t) {
@@ -44,10 +55,13 @@ export function compareView(told, actions, t) {
         { type: "button", disabled: busy, onclick: actions.compare, title: t("compare.tip") },
         t(busy ? "compare.runs" : "compare.ask"),
       ),
-      done && h("button", { type: "button", key: "copy", onclick: actions.copyComparison }, t("compare.copy")),
+      told?.text && h("button", { type: "button", key: "copy", onclick: actions.copyComparison }, t("compare.copy")),
     ),
     done && table(runs, t),
-    done && h("p", { class: "sw-figures", key: "pictures" }, picturesInWords(told.pictures ?? {}, t)),
+    done && shownInWords(told.shown, t).map((words, index) => h("p", { class: "sw-figures", key: `shown ${index}` }, words)),
+    done &&
+      told.shown?.left?.length > 0 &&
+      h("p", { class: "sw-note", key: "left" }, t("compare.left", { names: told.shown.left.join(", ") })),
     done &&
       told.same.length > 0 &&
       h("p", { class: "sw-note", key: "same" }, t("compare.same", { names: told.same.join(", ") })),
