@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfyui_version
@@ -16,14 +16,11 @@ from ..ops.device.identity import device_name, pack_version
 from ..ops.ledger import in_words
 from .compare_files import in_sentences
 
-if TYPE_CHECKING:
-    from .compare import Comparison
-
 MOST_NODES = 8  # of a graph, the slowest, whose seconds are told
 
 
-def text_of(comparison: Comparison) -> str:
-    """Say what both runs took and showed, on which machine, and what was the same in both."""
+def text_of(comparison: Any) -> str:
+    """Say what both runs of a `compare.Comparison` took and showed, on which machine, and what was the same in both."""
     runs = list(comparison.runs.values())
     rows = [("seconds", *(f"{run.seconds:.1f}" for run in runs))]
     rows.append(("most RAM of the process", *(in_words(run.rss) for run in runs)))
@@ -54,7 +51,7 @@ def table(heads: list[str], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"{name:<{wide}}" + "".join(f"{text:>12}" for text in texts) for name, *texts in [("", *heads), *rows]]
 
 
-def node_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+def node_rows(comparison: Any) -> list[tuple[str, ...]]:
     """Give the seconds of the nodes that took longest, of both runs. A loader that was replaced has both names."""
     runs = list(comparison.runs.values())
     slowest = sorted(
