@@ -280,6 +280,28 @@ def test_forecast_and_fact_stand_side_by_side():
     assert "Brought each step" not in other["text"], "that was another model, size or format"
 
 
+# --- the limit of the RAM ---------------------------------------------------------------------------------------------
+
+
+LIMITS = {
+    "machine": "Limited by the machine's 24.0 GB",
+    "commit": "Limited by Windows' commit limit of 24.0 GB",
+    "process": "Limited to 24.0 GB for this process (ulimit)",
+    "cgroup": "Limited by the container to 24.0 GB (cgroup)",
+    "variable": "Limited by SPILLWAY_RAM_GB to 24.0 GB",
+    "something new": "Limited by the machine's 24.0 GiB",
+}
+
+
+def test_who_limits_the_ram_is_said_in_the_users_language():
+    """A limit of a kind that the page does not know is named in the server's words."""
+    reports = [report(memory={"limit": kind}) for kind in LIMITS]
+    for words, told in zip(LIMITS.values(), seen(reports), strict=True):
+        assert words in " ".join(told["text"].split())
+    (told,) = seen([report(memory={"limit": "cgroup", "stalled": 0.25})], "ja")
+    assert "コンテナーの 24.0 GB" in told["text"] and "25 %" in told["text"]
+
+
 # --- the comparison with ComfyUI --------------------------------------------------------------------------------------
 
 
@@ -360,6 +382,7 @@ def test_every_text_that_the_code_asks_for_is_there_and_used(language):
     seen([report(model=changes) for changes, _ in SENTENCES.values()], language)
     seen([report(models=[], run=None, cache=None), *(report(forecast=one) for one in FORECASTS)], language)
     seen([report(comparison=one) for one in COMPARISONS], language)
+    seen([report(memory={"limit": kind}) for kind in LIMITS], language)
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").rglob("*.js"))
     known = {key for key, _ in flat(texts(language, "main")["spillway"])}
     named = set(re.findall(r'"([a-z]+(?:\.[a-z]+)*)"', code))

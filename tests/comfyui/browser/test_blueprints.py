@@ -9,6 +9,7 @@ from kit.comfyui.blueprints import BLUEPRINTS, files_of, parts, read
 from kit.comfyui.running_server import node
 
 RUN = "Checkpoint with tiled VAE (Spillway)"
+AT_ONCE = {"Any model within a limit (Spillway)", "Flux on 8 GB (Spillway)"}  # the others with --slow alone
 EMPTY = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of nothing: its name is all that validation asks for
 QUICK = {"width": 64, "height": 64, "steps": 1}
 
@@ -77,7 +78,11 @@ def test_it_is_found_by_its_name_and_makes_a_picture(page):
     assert page.said == []
 
 
-@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(one, marks=[] if one.stem in AT_ONCE else [pytest.mark.slow]) for one in BLUEPRINTS],
+    ids=lambda path: path.stem,
+)
 def test_it_opens_with_its_values_and_makes_a_prompt_that_the_server_takes(page, path, shots):
     assert path.stem in {one["name"] for one in page.server.get("global_subgraphs").values()}
     page.page.evaluate("(blueprint) => window.app.loadGraphData(blueprint)", read(path))
