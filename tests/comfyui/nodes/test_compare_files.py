@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import av
 import folder_paths
+import nodes as comfyui_nodes
 import numpy as np
 import pytest
 import torch
+from comfy_extras import nodes_audio, nodes_images, nodes_video
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -166,3 +168,24 @@ def test_the_slowest_nodes_of_both_runs_are_told_with_both_names():
     ]
     lines = compare_text.table(list(compare.KINDS), [("seconds", "1.0", "2.0"), ("a longer name", "3.0", "4.0")])
     assert len({len(line) for line in lines}) == 1, "columns stand below one another"
+
+
+def test_what_comfyuis_own_nodes_save_is_found_and_read(tmp_path, monkeypatch):
+    """An animation, a video, sound and a latent, in the form in which this ComfyUI's nodes tell of them."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    frames = torch.rand(FRAMES, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    sound = {"waveform": torch.rand(1, 2, 4000) - 0.5, "sample_rate": 8000}
+    for node in (nodes_video.SaveWEBM, nodes_audio.SaveAudio):  # what ComfyUI gives a node that runs
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(prompt=None, extra_pnginfo=None))
+    webp = {"fps": 8.0, "filename_prefix": "a", "lossless": True, "quality": 80, "method": "default"}
+    outputs = {
+        "1": nodes_images.SaveAnimatedWEBP.execute(frames, **webp).ui,
+        "2": nodes_video.SaveWEBM.execute(frames, codec="vp9", fps=8.0, filename_prefix="b", crf=32.0).ui,
+        "3": nodes_audio.SaveAudio.execute(sound, "c").ui,
+        "4": comfyui_nodes.SaveLatent().save({"samples": torch.rand(1, 4, 8, 8)}, "d")["ui"],
+    }
+    outputs = {node: ui if isinstance(ui, dict) else ui.as_dict() for node, ui in outputs.items()}
+    found = shown_files({"outputs": outputs})
+    told = compared(found, found)
+    assert told["left"] == [] and told["pictures"] == {**NONE, "count": 2, "frames": 2 * FRAMES, "equal": 2}
+    assert told["sounds"]["count"] == told["sounds"]["equal"] == told["latents"]["equal"] == 1

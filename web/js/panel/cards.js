@@ -50,7 +50,7 @@ export function cardView(card, actions, t) {
         h(
           "ul",
           {},
-          [...card.decisions].reverse().map((text) => h("li", {}, text)),
+          [...card.decisions].reverse().map((text) => h("li", { lang: "en" }, text)), // the server's words
         ),
       ),
   );

@@ -1,5 +1,5 @@
 // One graph through ComfyUI's loaders and through Spillway's: what each run took. Pure.
-import { h } from "./tree.js";
+import { atWork, h, heads, row } from "./tree.js";
 import { seconds, size } from "./words.js";
 
 const KINDS = ["ComfyUI", "Spillway"];
@@ -7,11 +7,11 @@ const SHOWN = ["pictures", "sounds", "latents"];
 
 function rowsOf(runs, t) {
   const devices = [...new Set(runs.flatMap((run) => Object.keys(run.peaks)))].sort();
-  const row = (name, write) => [name, ...runs.map(write)];
+  const one = (name, write) => [name, ...runs.map(write)];
   return [
-    row(t("compare.seconds"), (run) => seconds(run.seconds)),
-    row(t("compare.rss"), (run) => size(run.rss)),
-    ...devices.map((device) => row(t("compare.device", { device }), (run) => size(run.peaks[device] ?? 0))),
+    one(t("compare.seconds"), (run) => seconds(run.seconds)),
+    one(t("compare.rss"), (run) => size(run.rss)),
+    ...devices.map((device) => one(t("compare.device", { device }), (run) => size(run.peaks[device] ?? 0))),
   ];
 }
 
@@ -31,14 +31,18 @@ function kindInWords(kind, { count, frames, equal, most, other }, t) {
 }
 
 function table(runs, t) {
-  const cells = (tag, texts) =>
-    h("tr", {}, ...texts.map((text) => h(tag, tag === "th" ? { scope: "col" } : {}, text)));
   return h(
     "table",
-    { class: "sw-table", key: "runs" },
-    h("thead", {}, cells("th", ["", ...KINDS])),
-    h("tbody", {}, ...rowsOf(runs, t).map((row) => cells("td", row))),
+    { class: "sw-table", key: "runs", "aria-label": t("compare.title") },
+    h("thead", {}, heads(...KINDS)),
+    h("tbody", {}, ...rowsOf(runs, t).map((texts) => row(...texts))),
   );
+}
+
+/** What came of a comparison, for who does not see the table. */
+export function comparisonInWords(told, t) {
+  if (told.state === "runs") return t("compare.runs");
+  return told.state === "done" ? shownInWords(told.shown, t).join(" ") : t("compare.ended", { why: told.state });
 }
 
 /** told: what GET /spillway/compare says, or null. */
@@ -52,7 +56,7 @@ export function compareView(told, actions, t) {
       { class: "sw-buttons", key: "ask" },
       h(
         "button",
-        { type: "button", disabled: busy, onclick: actions.compare, title: t("compare.tip") },
+        { type: "button", ...atWork(busy), onclick: actions.compare, title: t("compare.tip") },
         t(busy ? "compare.runs" : "compare.ask"),
       ),
       told?.text && h("button", { type: "button", key: "copy", onclick: actions.copyComparison }, t("compare.copy")),
