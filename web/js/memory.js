@@ -2,14 +2,14 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { withTheirs } from "./convert/prompt.js";
-import { comparisonInWords } from "./panel/compare.js";
 import { Connection, fetchComparison, fetchReport, post } from "./panel/connection.js";
 import { iconNumber } from "./panel/figures.js";
-import { inWords } from "./panel/forecast.js";
 import { addBadge, goTo, nodeTitle, setWidget } from "./panel/graph.js";
 import { showNotices, toast } from "./panel/notices.js";
 import { inEnglish, loadTexts, t } from "./panel/text.js";
 import { draw } from "./panel/tree.js";
+import { comparisonInWords } from "./panel/compare.js";
+import { inWords } from "./panel/forecast.js";
 import { panelView } from "./panel/view.js";
 import { asText, size, summary } from "./panel/words.js";
 

@@ -1,6 +1,7 @@
 // Will it fit: what the samplers of the open graph will take, what could be set, and after the run what they took. Pure.
-import { atWork, h, heads, row } from "./tree.js";
+import { h } from "./tree.js";
 import { seconds, size, sizeOf } from "./words.js";
+import { atWork, heads, row } from "./tree.js";
 
 /** What was foreseen of a sampler and what its last run took, side by side. null where it has not run as foreseen. */
 export function factOf(report, sampler) {
