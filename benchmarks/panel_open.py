@@ -136,14 +136,10 @@ def measure(args: argparse.Namespace, command: Any) -> comfyui.Outcome:
     run = solo("panel", command("panel"), 1, args.threads)
     must_have_run(run)
     found = run.last()
-    rows = [
-        (
-            name,
-            *(f"{statistics.median(found[key][name]):.3f}" for key in ("prompt_s", "processor_s")),
-            found["reports"][name],
-        )
-        for name in (CLOSED, OPEN)
-    ]
+    rows = []
+    for name in (CLOSED, OPEN):
+        medians = (f"{statistics.median(found[key][name]):.3f}" for key in ("prompt_s", "processor_s"))
+        rows.append((name, *medians, str(found["reports"][name])))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     ratio = found["ratio"]
     lines = (

@@ -74,6 +74,13 @@ def test_a_text_names_what_the_english_one_names(language):
             assert not missing or "'s" in text, (name, key, missing)
 
 
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_each_group_of_settings_has_a_name(language):
+    code = "".join((ROOT / "web" / "js" / name).read_text(encoding="utf-8") for name in ("memory.js", "settings.js"))
+    groups = {one for words in re.findall(r"category: \[(.+?)\]", code) for one in re.findall(r'"(.+?)"', words)[:2]}
+    assert groups and set(texts(language, "main")["settingsCategories"]) == groups
+
+
 def test_english_left_in_a_text_is_seen():
     assert left_in_english("Takes effect with the next prompt.", "zh")
     assert left_in_english("重启后生效。 Takes effect with the next prompt.", "zh")

@@ -73,7 +73,7 @@ export function barInWords(bar, t) {
 export function limitInWords({ total, reason, limit, stalled }, t) {
   const known = ["machine", "commit", "process", "cgroup", "variable"].includes(limit);
   const words = known ? t(`limit.${limit}`, { size: size(total) }) : t("limit.by", { reason });
-  return stalled > 0 ? `${words} ${t("limit.stalled", { percent: percent(stalled) })}` : words;
+  return stalled > 0 ? t("limit.stalled", { words, percent: percent(stalled) }) : words;
 }
 
 /** What this machine did with the shared store. */
