@@ -87,6 +87,7 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
             seconds[wanted].append(duration(run))
             processor[wanted].append(after.user + after.system - before.user - before.system)
             reports[wanted] += page.evaluate("window.reports") - sent
+            print(f"{wanted}: {seconds[wanted][-1]:.2f} s, {processor[wanted][-1]:.2f} s of processor", file=sys.stderr)
         running.close()
     ratios = {name: pairs(found) for name, found in (("prompt", seconds), ("processor", processor))}
     return {
