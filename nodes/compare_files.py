@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from safetensors import safe_open
+
+log = logging.getLogger("spillway")
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
@@ -58,12 +61,18 @@ def compared(theirs: list[Shown], ours: list[Shown]) -> dict[str, Any]:
     told["left"] = []
     for key in sorted({*one, *other}):
         paths = [path for path in (one.get(key), other.get(key)) if path is not None]
-        readers = _readers(paths[0])
-        if not readers:
+        try:
+            found = {
+                kind: difference(*(read(path) for path in paths)) if len(paths) == 2 else (1, None)
+                for kind, read in _readers(paths[0]).items()
+            }
+        except Exception as error:  # whatever is wrong with a file: the others are compared all the same
+            log.warning("[Spillway] comparing with ComfyUI: %s cannot be read: %s", paths[0], error)
+            found = {}
+        if not found:
             told["left"].append(f"{os.path.basename(paths[0])} ({key[0]})")
-        for kind, read in readers.items():
+        for kind, (frames, most) in found.items():
             count = told[kind]
-            frames, most = difference(*(read(path) for path in paths)) if len(paths) == 2 else (1, None)
             count["count"] += 1
             count["frames"] += frames
             count["equal"] += most == 0

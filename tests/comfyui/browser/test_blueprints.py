@@ -9,7 +9,7 @@ from kit.comfyui.blueprints import BLUEPRINTS, files_of, parts, read
 from kit.comfyui.running_server import node
 
 RUN = "Checkpoint with tiled VAE (Spillway)"
-AT_ONCE = {"Any model within a limit (Spillway)", "Flux on 8 GB (Spillway)"}  # the others with --slow alone
+AT_ONCE = {"Flux on 8 GB (Spillway)"}  # the others with --slow alone
 EMPTY = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of nothing: its name is all that validation asks for
 QUICK = {"width": 64, "height": 64, "steps": 1}
 

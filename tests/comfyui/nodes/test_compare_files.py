@@ -96,6 +96,17 @@ def test_numbers_that_are_none_are_equal_to_themselves_alone(tmp_path):
     assert compared(first, third)["latents"] == {**NONE, "count": 1, "frames": 1, "other": 1}
 
 
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_compared(tmp_path, caplog):
+    animation(tmp_path / "good.png")
+    for name in ("broken.png", "broken.mkv", "broken.latent"):
+        (tmp_path / name).write_bytes(b"no such thing")
+    shown = [Shown("9", place, str(path)) for place, path in enumerate(sorted(tmp_path.iterdir()))]
+    told = compared(shown, shown)
+    assert told["left"] == ["broken.latent (9)", "broken.mkv (9)", "broken.png (9)"]
+    assert told["pictures"]["count"] == told["pictures"]["equal"] == 1 and told["latents"] == NONE
+    assert "broken.mkv cannot be read" in caplog.text
+
+
 def test_every_list_of_files_that_a_node_shows_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_directory_by_type", {"temp": str(tmp_path)}.get)
     entry = lambda name: {"filename": name, "subfolder": "", "type": "temp"}  # noqa: E731
