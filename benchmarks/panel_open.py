@@ -6,7 +6,8 @@
 A page of ComfyUI is open in Chromium all the time, on the same machine. Prompts sample in turns with the tab *Memory*
 open and closed; each comes first in every other round, so that a drift is nobody's. Two ratios are told, as medians of
 the pairs: of the prompts' seconds, which have what Chromium computes in them where cores are few, and of the seconds of
-processor time that the server's process took, which other programs change little.
+processor time that the server's process took. Third, the processor time of all the server's threads but the busiest,
+which with one thread is the one that samples: so much the server does for the page, as a share of the prompt's seconds.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds: dict[str, list[float]] = {CLOSED: [], OPEN: []}
     processor: dict[str, list[float]] = {CLOSED: [], OPEN: []}
+    beside: dict[str, list[float]] = {CLOSED: [], OPEN: []}
     reports = {CLOSED: 0, OPEN: 0}
     with Server(args.base) as server, sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=os.environ["SPILLWAY_CHROMIUM"], args=ARGUMENTS)
@@ -80,12 +82,14 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
                 page.evaluate(f"window.app.extensionManager.command.execute({TAB!r})")
                 shown = wanted
             page.wait_for_timeout(SETTLE_MS)
-            sent, before = page.evaluate("window.reports"), process.cpu_times()
+            sent, before = page.evaluate("window.reports"), thread_seconds(process)
             run = server.run(prompt(args.steps, 1 + number))
             must_succeed(run)
-            after = process.cpu_times()
+            after = thread_seconds(process)
+            taken = sorted(after[number] - before.get(number, 0.0) for number in after)
             seconds[wanted].append(duration(run))
-            processor[wanted].append(after.user + after.system - before.user - before.system)
+            processor[wanted].append(sum(taken))
+            beside[wanted].append(sum(taken[:-1]) / seconds[wanted][-1])
             reports[wanted] += page.evaluate("window.reports") - sent
             print(f"{wanted}: {seconds[wanted][-1]:.2f} s, {processor[wanted][-1]:.2f} s of processor", file=sys.stderr)
         running.close()
@@ -93,10 +97,15 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "prompt_s": seconds,
         "processor_s": processor,
+        "beside": beside,
         "reports": reports,
         "pairs": ratios,
         "ratio": {name: statistics.median(found) for name, found in ratios.items()},
     }
+
+
+def thread_seconds(process: Any) -> dict[int, float]:
+    return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
 
 
 def pairs(found: dict[str, list[float]]) -> list[float]:
@@ -140,11 +149,12 @@ def measure(args: argparse.Namespace, command: Any) -> comfyui.Outcome:
     rows = []
     for name in (CLOSED, OPEN):
         medians = (f"{statistics.median(found[key][name]):.3f}" for key in ("prompt_s", "processor_s"))
-        rows.append((name, *medians, str(found["reports"][name])))
+        share = f"{100 * statistics.median(found['beside'][name]):.2f} %"
+        rows.append((name, *medians, share, str(found["reports"][name])))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     ratio = found["ratio"]
     lines = (
-        report.table(("tab", "a prompt, s", "the server's processor, s", "reports sent"), rows),
+        report.table(("tab", "a prompt, s", "the server's processor, s", "all threads but one", "reports sent"), rows),
         f"open to closed: {ratio['prompt']:.3f} of the prompt, {ratio['processor']:.3f} of the server's processor time",
         f"load of the machine at the end (1, 5 and 15 minutes): {load}",
     )

@@ -324,7 +324,7 @@ COMPARISONS = [
     comparison(
         pictures={"count": 1, "equal": 1, "frames": 49}, sounds={"equal": 0, "most": 0.01234, "other": 1}, latents={}
     ),
-    comparison("failed: on purpose", latents={"equal": 1, "most": 0.5}),
+    comparison("failed: on purpose"),
     comparison(latents={"equal": 1, "most": 0.5}),
 ]
 
@@ -368,13 +368,6 @@ def test_every_language_has_every_text(language, name):
     assert list(other) == list(english)
     for key, text in english.items():
         assert sorted(re.findall(r"\{\w+\}", other[key])) == sorted(re.findall(r"\{\w+\}", text)), key
-    same = [key for key, text in english.items() if other[key] == text]
-    names = {"nodeCategories.spillway", "settingsCategories.Spillway", "dataTypes.SPILLWAY_LORA", "spillway.name"}
-    assert set(same) <= {*names, *BRIEF}
-
-
-# Words that are the same in other languages.
-BRIEF = {"spillway.ram", "spillway.run.ram", "spillway.forecast.note.error", "spillway.compare.by.latents"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
