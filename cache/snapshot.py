@@ -41,6 +41,7 @@ class MemorySnapshot:
     that are in RAM, whichever process read them. pinned, resident: pins and device memory of dynamic models. vram_*:
     torch's allocator on all devices. aimdo: device memory that comfy-aimdo has mapped. cached: RAM that the output
     cache holds. arena_free: free memory that the C library has not given back. reason: names the limit of `available`.
+    limit, stalled: its kind, and how long tasks waited for memory, as `ops.ram.available` has them.
     """
 
     rss: int = 0
@@ -56,6 +57,8 @@ class MemorySnapshot:
     available: int = 0
     total: int = 0
     reason: str = ""
+    limit: str = ""
+    stalled: float = 0.0
     devices: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +79,8 @@ class MemorySnapshot:
             available=state.available,
             total=state.total,
             reason=state.reason,
+            limit=state.kind,
+            stalled=state.stalled,
             devices=devices,
         )
 

@@ -39,7 +39,7 @@ MOST_ID = 100  # characters
 FORECAST_USAGE = 'a JSON object: "prompt", a workflow in API format'
 COMPARE_USAGE = (
     'a JSON object: "prompt", a workflow in API format, and, as one likes, "comfyui", the same with ComfyUI\'s '
-    'loaders, "same", a list of what stays in both, and "client_id"'
+    'loaders, and "client_id"'
 )
 MAX_PROMPT_BYTES = 2 << 20
 MOST_NODES = 5000
@@ -140,7 +140,8 @@ def install() -> bool:
                 compare.look(last)
                 if last.state == "runs":
                     raise BadRequest("another comparison is under way.", status=429)
-            comparison = compare.Comparison(running.prompt_queue, asked.same)
+            stays = compare.ours_in(asked.prompts[compare.KINDS[0]])
+            comparison = compare.Comparison(running.prompt_queue, stays)
             queued = compare.prompts(comparison, asked.prompts, asked.client)
             outputs = []
             for number, prompt, _ in queued:
@@ -260,21 +261,18 @@ class Asked(NamedTuple):
     """What is to be compared. prompts: by whose loaders it is to be run through."""
 
     prompts: dict[str, dict[str, Any]]
-    same: list[str]
     client: str | None
 
 
 def parse_compare(asked: dict[str, Any]) -> Asked:
     """Read what is to be compared. Raises BadRequest."""
-    same, client = asked.get("same", []), asked.get("client_id")
-    if not isinstance(same, list) or len(same) > MOST_ID or not all(isinstance(name, str) for name in same):
-        raise BadRequest(f'"same" is no list of at most {MOST_ID} names.')
+    client = asked.get("client_id")
     if client is not None and (not isinstance(client, str) or not 0 < len(client) <= MOST_ID):
         raise BadRequest('"client_id" is no id.')
-    rest = {name: value for name, value in asked.items() if name not in ("same", "client_id", "comfyui")}
+    rest = {name: value for name, value in asked.items() if name not in ("client_id", "comfyui")}
     ours = parse_prompt(rest)
     theirs = parse_prompt({"prompt": asked["comfyui"]}) if "comfyui" in asked else ours
-    return Asked(dict(zip(compare.KINDS, (theirs, ours), strict=True)), [name[:MOST_ID] for name in same], client)
+    return Asked(dict(zip(compare.KINDS, (theirs, ours), strict=True)), client)
 
 
 def invalid(valid: Any) -> str:

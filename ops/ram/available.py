@@ -30,6 +30,8 @@ class Available:
     """available: bytes that can be had. total: bytes in all. reason: the limit of them, in words.
 
     remedy: what a user can do about the limit. of_machine: whether it is the machine's memory itself.
+    kind: which limit, for who words it in another language: machine, commit, process, cgroup or variable.
+    stalled: the share of the last ten seconds in which tasks waited for memory, where that made it less.
     """
 
     available: int
@@ -37,6 +39,8 @@ class Available:
     reason: str
     remedy: str = "Close other programs, or choose a smaller model."
     of_machine: bool = field(default=False, compare=False)
+    kind: str = field(default="process", compare=False)
+    stalled: float = field(default=0.0, compare=False)
 
     def in_words(self) -> str:
         """Word what is free, and of which limit unless it is the machine's memory."""
@@ -55,7 +59,9 @@ def available_ram(root: Path = Path("/")) -> Available:
     if stalled > PRESSURE_BEGINS:
         left = max(0.0, 1 - (stalled - PRESSURE_BEGINS) / (PRESSURE_FULL - PRESSURE_BEGINS))
         reason = f"{least.reason}, and tasks waited for memory {stalled:.0%} of the last ten seconds"
-        return Available(int(least.available * left), least.total, reason, least.remedy)
+        return Available(
+            int(least.available * left), least.total, reason, least.remedy, kind=least.kind, stalled=stalled
+        )
     return least
 
 
@@ -93,12 +99,14 @@ def refusing_limit() -> Available:
 
 def _limits_that_refuse() -> list[Available]:
     memory = psutil.virtual_memory()
-    limits = [Available(memory.available, memory.total, f"the machine's {in_words(memory.total)}", of_machine=True)]
+    words = f"the machine's {in_words(memory.total)}"
+    limits = [Available(memory.available, memory.total, words, of_machine=True, kind="machine")]
     if sys.platform == "win32":
         commit = commit_limit()
         if commit is not None:
             remedy = "Enlarge the page file, or close other programs."
-            limits.append(Available(*commit, f"Windows' commit limit of {in_words(commit[1])}", remedy))
+            words = f"Windows' commit limit of {in_words(commit[1])}"
+            limits.append(Available(*commit, words, remedy, kind="commit"))
     for limit in process_limits():
         remedy = f"Start ComfyUI with a higher `ulimit {limit.option}`, or choose a smaller model."
         limits.append(Available(limit.available, limit.limit, f"{limit.name} of {in_words(limit.limit)}", remedy))
@@ -109,12 +117,13 @@ def _limits(group: cgroup.Group | None) -> list[Available]:
     limits = _limits_that_refuse()
     if group is not None and group.limit < limits[0].total:
         remedy = "Give the container more memory, or choose a smaller model."
-        limits.append(Available(group.available, group.limit, f"the cgroup's limit of {in_words(group.limit)}", remedy))
+        words = f"the cgroup's limit of {in_words(group.limit)}"
+        limits.append(Available(group.available, group.limit, words, remedy, kind="cgroup"))
     limit = limit_of_variable()
     if limit is not None:
         rest = max(0, limit - process_bytes())
         words, remedy = f"{settings.RAM_GB.name} of {in_words(limit)}", f"Set a higher {settings.RAM_GB.name}."
-        limits.append(Available(rest, limit, words, remedy))
+        limits.append(Available(rest, limit, words, remedy, kind="variable"))
     return limits
 
 

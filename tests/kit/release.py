@@ -20,7 +20,7 @@ USAGE = "release takes --untested, --archive FILE or nothing"
 PACKAGES = ("ops", "patcher", "cache", "nodes")
 NEEDED = ("__init__.py", "prestartup_script.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md")
 SERVED = ("web/js", "web/docs", "web/images", "locales/en", "locales/zh", "locales/ja", "docs")
-SERVED += ("example_workflows", "workflows/tests")
+SERVED += ("example_workflows", "subgraphs", "workflows/tests")
 MOST_BYTES = 2_000_000  # of a file in the archive
 RELEASE = re.compile(r"^## \[(\d+\.\d+\.\d+)\](?: - (\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 

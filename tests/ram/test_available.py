@@ -74,7 +74,8 @@ def test_version_1_in_a_container_whose_path_is_told_from_outside(tmp_path):
     assert cgroup.tightest(root).available == 0
     assert available.available_ram(root).available == 0
     assert available.unused_ram(root) == 0
-    assert "cgroup" in available.available_ram(root).reason
+    told = available.available_ram(root)
+    assert "cgroup" in told.reason and told.kind == "cgroup"
 
 
 def test_no_limit_and_no_files(tmp_path):
@@ -97,6 +98,7 @@ def test_pressure_makes_less_available(tmp_path, avg10, share):
     found = available.available_ram(root)
     assert found.available == pytest.approx(psutil.virtual_memory().available * share, rel=0.1)
     assert ("waited for memory" in found.reason) == (share < 1)
+    assert found.stalled == (float(avg10) / 100 if share < 1 else 0) and found.kind == "machine"
 
 
 def test_a_groups_own_pressure_comes_first(tmp_path):
@@ -109,6 +111,7 @@ def test_the_variable_limits_this_process(monkeypatch):
     monkeypatch.setenv("SPILLWAY_RAM_GB", "3")
     before = available.available_ram()
     assert available.total_ram() == before.total == 3 * GIB and "SPILLWAY_RAM_GB" in before.reason
+    assert before.kind == "variable"
     held = torch.ones(1 << 28, dtype=torch.uint8)
     taken = before.available - available.available_ram().available
     assert taken == pytest.approx(held.numel(), rel=0.1)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import struct
 import sys
 
 import pytest
@@ -76,6 +77,27 @@ def test_every_page_is_linked_from_each_readme():
         assert not missing + others, readme.name
         assert len(text_of(readme).splitlines()) <= MOST_LINES
     assert len(anchors(READMES[0])) >= 6
+
+
+def test_the_registrys_pictures_are_there_in_its_sizes():
+    """The addresses are those of the repository, and each picture lies here as SVG too."""
+    project = text_of(ROOT / "pyproject.toml")
+    (repository,) = re.findall(r'^Repository = "https://github.com/(.+)"$', project, re.MULTILINE)
+    raw = f"https://raw.githubusercontent.com/{repository}/main/"
+    for key, fits in (
+        ("Icon", lambda wide, high: (wide, high) == (400, 400)),
+        ("Banner", lambda w, h: w * 9 == h * 21),
+    ):
+        (address,) = re.findall(rf'^{key} = "(.+)"$', project, re.MULTILINE)
+        assert address.startswith(raw), key
+        path = ROOT / address.removeprefix(raw)
+        head = path.read_bytes()[:24]
+        assert head.startswith(b"\x89PNG") and fits(*struct.unpack(">II", head[16:24])), path.name
+        assert text_of(path.with_suffix(".svg")).startswith("<svg ") and "<text" not in text_of(
+            path.with_suffix(".svg")
+        )
+    for readme in READMES:
+        assert "](web/images/banner.png)" in "".join(text_of(readme).splitlines(True)[:4]), readme.name
 
 
 # --- what is named ----------------------------------------------------------------------------------------------------

@@ -8,20 +8,42 @@ import { addBadge, goTo, nodeTitle, setWidget } from "./panel/graph.js";
 import { showNotices, toast } from "./panel/notices.js";
 import { inEnglish, loadTexts, t } from "./panel/text.js";
 import { draw } from "./panel/tree.js";
+import { comparisonInWords } from "./panel/compare.js";
+import { inWords } from "./panel/forecast.js";
 import { panelView } from "./panel/view.js";
-import { asText, size } from "./panel/words.js";
+import { asText, size, summary } from "./panel/words.js";
 
 const ID = "spillway-memory";
 const LOOK_MS = 1000; // how often to ask how far a comparison is
-const state = { report: null, root: null, comparison: null, forecast: { busy: false, told: null, undo: null } };
+const SAY_MS = 10000; // how often a screen reader says the sentence that sums up, at most
+const state = {
+  report: null,
+  root: null,
+  comparison: null,
+  forecast: { busy: false, told: null, undo: null },
+  said: { words: "", at: 0 },
+};
 const setting = (name) => app.extensionManager.setting.get(`Spillway.Panel.${name}`) ?? true;
 
 function redraw() {
-  if (state.root) draw(state.root, panelView(state.report, actions, t, state.forecast, state.comparison));
+  if (!state.root) return;
+  draw(state.root, panelView(state.report, actions, t, state.forecast, state.comparison, state.said.words));
+}
+
+/** Let a screen reader say something. */
+function say(words) {
+  state.said = { words, at: Date.now() };
+  redraw();
+}
+
+function sayInTime(report) {
+  const now = summary(report, t);
+  if (now !== state.said.sum && Date.now() - state.said.at >= SAY_MS) state.said = { words: now, sum: now, at: Date.now() };
 }
 
 function show(report) {
   state.report = report;
+  sayInTime(report);
   redraw();
   showNotices(report, setting("Toasts"));
   const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((one) => one.id === ID);
@@ -83,7 +105,7 @@ const actions = {
       toast("error", error.message);
     }
     state.forecast.busy = false;
-    redraw();
+    say(state.forecast.told?.samplers.map(({ forecast }) => (forecast ? inWords(forecast, t) : "")).join(" ") ?? "");
   },
   setWay(way) {
     const before = setWidget(way, way.widget, way.value);
@@ -101,9 +123,8 @@ const actions = {
     if (state.comparison?.state === "runs") return;
     try {
       const { output } = await app.graphToPrompt();
-      const { prompt, same } = withTheirs(output);
       const client_id = api.clientId ?? api.initialClientId;
-      showComparison(await post("compare", { prompt: output, comfyui: prompt, same, client_id }));
+      showComparison(await post("compare", { prompt: output, comfyui: withTheirs(output), client_id }));
     } catch (error) {
       toast("error", error.message);
     }
@@ -126,6 +147,7 @@ const actions = {
 
 /** Show a comparison, and ask for it again while it runs. */
 function showComparison(told) {
+  if (told.state !== state.comparison?.state) say(comparisonInWords(told, t));
   state.comparison = told;
   redraw();
   if (told.state === "runs")

@@ -1,6 +1,7 @@
 """How the panel looks and is used: languages, themes, a narrow place, the keyboard, a screen reader."""
 
 import json
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ MIB = 1 << 20
 LANGUAGES = ("en", "zh", "ja")
 QUICK = {("zh", "dark"), ("ja", "light")}  # the others look at English
 NARROW = 320  # pixels
+SAY_SECONDS = 10  # between two sentences of a screen reader that nobody asked for
 LEAST_CONTRAST = 4.5  # as WCAG asks for
 
 
@@ -86,14 +88,17 @@ def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, l
         worst = seen.page.evaluate(CONTRAST)
         assert len(worst) > 30 and worst[0][0] >= LEAST_CONTRAST, worst[:3]
         shots(seen, f"{language}-{theme}")
+        wide = sticks_out(seen)
+        shots(seen, f"{language}-{theme}-narrow")
+        assert wide == [0, []]
         assert seen.said == []
     finally:
         seen.page.context.close()
         server.get("settings", {"Comfy.Locale": "en", "Comfy.ColorPalette": "dark"})
 
 
-def test_it_fits_into_a_narrow_place(page, shots):
-    """With its details open, and the longest words of the other languages."""
+def sticks_out(page):
+    """What is wider than a narrow panel, with all details open."""
     page.page.evaluate(f"document.querySelector('{PANEL}').style.width = '{NARROW}px'")
     page.page.evaluate(f"document.querySelectorAll('{PANEL} details').forEach((one) => (one.open = true))")
     page.page.wait_for_timeout(300)
@@ -104,6 +109,11 @@ def test_it_fits_into_a_narrow_place(page, shots):
             return [panel.scrollWidth - panel.clientWidth, over.map((one) => one.className + one.textContent)];
         }}"""
     )
+    return wide
+
+
+def test_it_fits_into_a_narrow_place(page, shots):
+    wide = sticks_out(page)
     shots(page, "narrow")
     page.page.evaluate(f"document.querySelectorAll('{PANEL} details').forEach((one) => (one.open = false))")
     page.page.evaluate(f"document.querySelector('{PANEL}').style.width = ''")
@@ -113,13 +123,37 @@ def test_it_fits_into_a_narrow_place(page, shots):
 def test_a_screen_reader_is_told_what_is_drawn(page):
     panel = page.page.locator(PANEL)
     assert panel.get_attribute("role") == "region" and panel.get_attribute("aria-label") == "Memory"
-    assert panel.get_by_role("status").inner_text().startswith("Flux runs at")
+    page.until(lambda: panel.get_by_role("status").text_content().startswith("Flux runs at"))
     for name in ("Where the memory goes", "Models", "Last run", "Output cache"):
         assert panel.get_by_role("region", name=name).count() == 1
     labels = [image.get_attribute("aria-label") for image in panel.get_by_role("img").all()]
     assert any("Headroom" in label for label in labels) and any("in locked RAM" in label for label in labels)
     assert all(labels)
     assert all(button.inner_text().strip() for button in panel.get_by_role("button").all())
+    table = panel.get_by_role("table", name="Last run")
+    assert table.get_by_role("rowheader").count() >= 1 and table.get_by_role("columnheader").count() == 3
+    assert {one.get_attribute("lang") for one in panel.locator(".sw-card .sw-details li").all()} == {"en"}
+
+
+def test_a_screen_reader_hears_of_changes_seldom_and_of_answers_at_once(page):
+    """Not of each of four reports a second."""
+    status = page.page.locator(PANEL).get_by_role("status")
+    page.page.evaluate(
+        f"""() => {{
+          window.heard = [];
+          const said = document.querySelector('{PANEL} [role="status"]');
+          new MutationObserver(() => window.heard.push(said.textContent)).observe(
+            said, {{ childList: true, characterData: true, subtree: true }});
+        }}"""
+    )
+    begun = time.monotonic()
+    page.succeed()
+    seldom = 1 + (time.monotonic() - begun) // SAY_SECONDS
+    assert len(page.page.evaluate("window.heard")) <= seldom
+    page.button("Will it fit?").focus()
+    page.page.keyboard.press("Enter")
+    page.until(lambda: "Peak" in status.text_content())
+    assert page.page.evaluate("document.activeElement.innerText") == "Will it fit?", "the keyboard stays there"
 
 
 def test_the_keyboard_reaches_it_and_updates_leave_it_there(page):

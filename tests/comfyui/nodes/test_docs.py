@@ -7,6 +7,7 @@ import json
 import comfy_extras.nodes_audio
 import comfy_extras.nodes_audio_encoder
 import comfy_extras.nodes_flux
+import comfy_extras.nodes_hunyuan
 import comfy_extras.nodes_model_advanced
 import comfy_extras.nodes_model_patch
 import comfy_extras.nodes_preview_any
@@ -15,6 +16,7 @@ import comfy_extras.nodes_upscale_model
 import nodes as comfyui_nodes
 import pytest
 
+from kit.comfyui.blueprints import BLUEPRINTS, inside
 from kit.pack import ROOT
 from spillway.nodes.extension import SpillwayExtension
 
@@ -22,7 +24,8 @@ PAGES = ROOT / "web" / "docs"
 LOCALE = ROOT / "locales" / "en"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 RUN_BY_COMFY_TEST = sorted((ROOT / "workflows" / "tests").glob("*.json"))
-GRAPHS = [*WORKFLOWS, *RUN_BY_COMFY_TEST]
+RUNNABLE = [*WORKFLOWS, *RUN_BY_COMFY_TEST]
+GRAPHS = [*RUNNABLE, *BLUEPRINTS]
 
 NODES = {node.define_schema().node_id: node for node in asyncio.run(SpillwayExtension().get_node_list())}
 # A node under an older id is the same node, and nobody is to choose it.
@@ -37,6 +40,7 @@ COMFYUI = {
     "EmptyAudio": comfy_extras.nodes_audio.EmptyAudio,
     "ImageUpscaleWithModel": comfy_extras.nodes_upscale_model.ImageUpscaleWithModel,
     "FluxGuidance": comfy_extras.nodes_flux.FluxGuidance,
+    "EmptyHunyuanLatentVideo": comfy_extras.nodes_hunyuan.EmptyHunyuanLatentVideo,
     "EmptySD3LatentImage": comfy_extras.nodes_sd3.EmptySD3LatentImage,
 }
 NOTES = {"Note", "MarkdownNote"}
@@ -46,6 +50,9 @@ MAX_PREVIEW_BYTES = 200_000
 
 
 def read(path):
+    """A file's JSON; of a blueprint what is in its subgraph."""
+    if path in BLUEPRINTS:
+        return inside(path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -151,7 +158,7 @@ def test_a_workflow_has_a_small_preview(path):
     assert picture.startswith(b"\xff\xd8\xff") and len(picture) < MAX_PREVIEW_BYTES
 
 
-@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_workflow_has_an_output_so_that_it_can_be_run(path):
     """ComfyUI refuses a prompt without one."""
     known = {**OURS, **COMFYUI}

@@ -134,7 +134,7 @@ def test_a_graph_is_compared_with_comfyui_and_nothing_stays(server):
     assert status == 429 and b"another comparison" in body
     done = server.wait(lambda: (found := server.get("spillway/compare"))["state"] != "runs" and found, 240)
     assert done["state"] == "done", (done, server.said())
-    assert done["pictures"] == {"count": 2, "equal": 2, "most": 0}
+    assert done["shown"]["pictures"] == {"count": 2, "frames": 2, "equal": 2, "most": 0, "other": 0}
     assert all(words in done["text"] for words in ("2 of 2 are equal, pixel by pixel", "seconds", "most RAM"))
     after = sorted(os.listdir(server.base / "output")) if (server.base / "output").exists() else []
     assert after == before
@@ -149,7 +149,7 @@ def test_a_comparison_that_is_interrupted_leaves_nothing_behind(server):
     server.wait(lambda: (server.get("spillway/memory")["run"]["running"] or {}).get("kind") == "KSampler", 60)
     server.get("interrupt", {})
     done = server.wait(lambda: (found := server.get("spillway/compare"))["state"] != "runs" and found, 60)
-    assert done["state"] == "was interrupted" and done["text"] is None
+    assert done["state"] == "was interrupted" and "run: was interrupted." in done["text"]
     server.wait(lambda: server.get("queue") == {"queue_running": [], "queue_pending": []}, 30)
     said = server.said()
     assert said.count("manage every loader: on") == said.count("manage every loader: off")

@@ -4,17 +4,15 @@ import { isOurs, toTheirs } from "./loaders.js";
 const OUTPUTS = { SpillwayLoadCheckpoint: ["MODEL", "CLIP", "VAE", "CLIP_VISION"] };
 const isLink = (value) => Array.isArray(value);
 
-/** {prompt, same}: the workflow, and the classes of what stays, as ComfyUI has nothing like it. */
+/** The workflow. What ComfyUI has nothing like stays; the server names it. */
 export function withTheirs(prompt) {
   const made = {};
-  const same = [];
   for (const [id, node] of Object.entries(prompt)) {
     const wanted = isOurs(node.class_type) ? toTheirs(node.class_type, node.inputs, usesOf(prompt, id)) : null;
-    if (isOurs(node.class_type) && !wanted) same.push(node.class_type);
     // A policy says what Spillway may take. ComfyUI's loaders have none.
     made[id] = wanted ? { ...node, class_type: wanted.type, inputs: wanted.values } : node;
   }
-  return { prompt: made, same };
+  return made;
 }
 
 function usesOf(prompt, id) {

@@ -1,6 +1,6 @@
 // The bars of devices and of the RAM.
 import { h } from "./tree.js";
-import { barInWords, size, sizeOf } from "./words.js";
+import { barInWords, limitInWords, size, sizeOf } from "./words.js";
 
 const part = (bytes, total) => `${(100 * bytes) / (total || 1)}%`;
 const label = (one, t) => one.name ?? t(`part.${one.kind}`);
@@ -68,4 +68,4 @@ function bar(key, title, subtitle, figures, t) {
 
 export const deviceBar = (figures, t) => bar(figures.device, figures.name, null, figures, t);
 
-export const ramBarView = (figures, t) => bar("ram", t("ram"), t("limit.by", { reason: figures.reason }), figures, t);
+export const ramBarView = (figures, t) => bar("ram", t("ram"), limitInWords(figures, t), figures, t);

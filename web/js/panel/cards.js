@@ -38,9 +38,8 @@ export function cardView(card, actions, t) {
     h(
       "p",
       { class: "sw-figures" },
-      h("b", {}, card.share > 0.995 ? size(card.total) : sizeOf(card.resident, card.total, t)),
-      ` ${place}`,
-      stepWords(card, t),
+      h("span", { class: "sw-piece" }, h("b", {}, card.share > 0.995 ? size(card.total) : sizeOf(card.resident, card.total, t)), ` ${place}`),
+      stepWords(card, t).map((words) => [" · ", h("span", { class: "sw-piece" }, words)]),
     ),
     card.ours && buttons(card, actions, t),
     card.decisions.length > 0 &&
@@ -51,20 +50,23 @@ export function cardView(card, actions, t) {
         h(
           "ul",
           {},
-          [...card.decisions].reverse().map((text) => h("li", {}, text)),
+          [...card.decisions].reverse().map((text) => h("li", { lang: "en" }, text)), // the server's words
         ),
       ),
   );
 }
 
+/** What a step takes, in pieces that a line is not broken within. */
 function stepWords(card, t) {
-  if (!card.ours || !card.steps) return "";
+  if (!card.ours || !card.steps) return [];
   const brought = perStep(card);
-  const words = brought > 0 ? ` · ${t(card.samples ? "card.step" : "card.use", { size: size(brought) })}` : "";
-  const taken =
-    card.samples && card.step.seconds ? ` · ${t("card.seconds", { seconds: seconds(card.step.seconds) })}` : "";
   const wait = waiting(card);
-  return `${words}${taken}${typeof wait === "number" && card.samples ? ` (${t("card.waits", { seconds: seconds(wait) })})` : ""}`;
+  const waits = typeof wait === "number" ? ` (${t("card.waits", { seconds: seconds(wait) })})` : "";
+  const timed = card.samples && card.step.seconds > 0;
+  return [
+    brought > 0 && t(card.samples ? "card.step" : "card.use", { size: size(brought) }),
+    timed && `${t("card.seconds", { seconds: seconds(card.step.seconds) })}${waits}`,
+  ].filter(Boolean);
 }
 
 function stripView(card, t) {

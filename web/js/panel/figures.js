@@ -55,7 +55,8 @@ export function ramBar(report) {
   const room = Math.max(0, memory.total - sum(parts.map((part) => part.bytes)));
   const files = Math.min(room, memory.page_cache);
   parts.push({ kind: "files", bytes: files }, { kind: "free", bytes: room - files });
-  return { total: memory.total, used: memory.total - memory.available, reason: memory.reason, parts };
+  const { total, available, reason, limit, stalled } = memory;
+  return { total, used: total - available, reason, limit, stalled, parts };
 }
 
 const PLACES = { r: "resident", p: "pinned", f: "file" };

@@ -1,6 +1,7 @@
 // Will it fit: what the samplers of the open graph will take, what could be set, and after the run what they took. Pure.
 import { h } from "./tree.js";
 import { seconds, size, sizeOf } from "./words.js";
+import { atWork, heads, row } from "./tree.js";
 
 /** What was foreseen of a sampler and what its last run took, side by side. null where it has not run as foreseen. */
 export function factOf(report, sampler) {
@@ -40,12 +41,11 @@ function wayView(way, sampler, actions, t) {
 }
 
 function factsView(rows, t) {
-  const cells = (tag, ...texts) => h("tr", {}, ...texts.map((text) => h(tag, tag === "th" ? { scope: "col" } : {}, text)));
   return h(
     "table",
-    { class: "sw-table", key: "facts" },
-    h("thead", {}, cells("th", "", t("forecast.told"), t("forecast.was"))),
-    h("tbody", {}, ...rows.map((row) => cells("td", t(`forecast.row.${row.name}`), row.told, row.was))),
+    { class: "sw-table", key: "facts", "aria-label": t("forecast.title") },
+    h("thead", {}, heads(t("forecast.told"), t("forecast.was"))),
+    h("tbody", {}, ...rows.map((one) => row(t(`forecast.row.${one.name}`), one.told, one.was))),
   );
 }
 
@@ -87,7 +87,7 @@ export function forecastView(state, report, actions, t) {
       { class: "sw-buttons", key: "ask" },
       h(
         "button",
-        { type: "button", disabled: !!state?.busy, onclick: actions.forecast, title: t("forecast.ask_tip") },
+        { type: "button", ...atWork(state?.busy), onclick: actions.forecast, title: t("forecast.ask_tip") },
         t(state?.busy ? "forecast.busy" : "forecast.ask"),
       ),
       state?.undo &&

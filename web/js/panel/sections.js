@@ -1,6 +1,6 @@
 // The last run and the output cache.
 import { runRows } from "./figures.js";
-import { h } from "./tree.js";
+import { atWork, h } from "./tree.js";
 import { seconds, size, storeLine } from "./words.js";
 
 export function runView(report, actions, t) {
@@ -15,7 +15,7 @@ export function runView(report, actions, t) {
     run.rows.length > 0 &&
       h(
         "table",
-        { class: "sw-table" },
+        { class: "sw-table", "aria-label": t("run.title") },
         h(
           "thead",
           {},
@@ -35,8 +35,9 @@ export function runView(report, actions, t) {
               "tr",
               { key: `${row.id} ${index}` },
               h(
-                "td",
+                "th",
                 {
+                  scope: "row",
                   style: `background: linear-gradient(to right, var(--sw-rowbar) ${(100 * row.part).toFixed(1)}%, transparent 0)`,
                 },
                 h(
@@ -85,7 +86,7 @@ export function cacheView(report, actions, t) {
       { class: "sw-buttons" },
       h(
         "button",
-        { type: "button", disabled: cache.entries === 0, onclick: actions.clearCache, title: t("cache.clear.tip") },
+        { type: "button", ...atWork(cache.entries === 0), onclick: actions.clearCache, title: t("cache.clear.tip") },
         t("cache.clear.label"),
       ),
     ),
@@ -117,7 +118,7 @@ export function cacheView(report, actions, t) {
           [...cache.decisions]
             .reverse()
             .slice(0, 8)
-            .map((text) => h("li", {}, text)),
+            .map((text) => h("li", { lang: "en" }, text)),
         ),
       ),
   ];

@@ -12,6 +12,16 @@ export function h(tag, props, ...children) {
   };
 }
 
+/** Properties of a button that is at work: it stays where the keyboard is, as one that is disabled would not. */
+export const atWork = (busy) => ({ "aria-disabled": busy ? "true" : null });
+
+/** A row of a table whose first cell names it. */
+export const row = (name, ...texts) =>
+  h("tr", {}, h("th", { scope: "row" }, name), ...texts.map((text) => h("td", {}, text)));
+
+/** The row above all others. The first column has no name. */
+export const heads = (...texts) => h("tr", {}, h("td", {}), ...texts.map((text) => h("th", { scope: "col" }, text)));
+
 /** All text of a tree, for tests and screen readers. */
 export function textOf(tree) {
   return typeof tree === "object" ? tree.children.map(textOf).join(" ") : String(tree);

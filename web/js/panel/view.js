@@ -16,12 +16,16 @@ const section = (name, t, ...children) =>
     ...children,
   );
 
-/** forecast: what was asked for before a run. comparison: the last one with ComfyUI. Both may be null. */
-export function panelView(report, actions, t, forecast = null, comparison = null) {
+/**
+ * forecast: what was asked for before a run. comparison: the last one with ComfyUI. Both may be null. said: what a screen
+ * reader is to say now. The sentence that sums up changes several times a second, which nobody could listen to.
+ */
+export function panelView(report, actions, t, forecast = null, comparison = null, said = "") {
   if (!report) return [h("p", { class: "sw-sum", role: "status", key: "sum" }, t("wait"))];
   const cards = modelCards(report);
   return [
-    h("p", { class: "sw-sum", role: "status", key: "sum" }, summary(report, t)),
+    h("p", { class: "sw-sum", key: "sum" }, summary(report, t)),
+    h("p", { class: "sw-said", role: "status", key: "said" }, said),
     section(
       "memory",
       t,

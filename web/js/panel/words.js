@@ -69,6 +69,13 @@ export function barInWords(bar, t) {
   return parts.map((part) => `${part.name ?? t(`part.${part.kind}`)} ${size(part.bytes)}`).join(", ");
 }
 
+/** Who limits the RAM. A limit of no kind that is known here is named as the server names it. */
+export function limitInWords({ total, reason, limit, stalled }, t) {
+  const known = ["machine", "commit", "process", "cgroup", "variable"].includes(limit);
+  const words = known ? t(`limit.${limit}`, { size: size(total) }) : t("limit.by", { reason });
+  return stalled > 0 ? t("limit.stalled", { words, percent: percent(stalled) }) : words;
+}
+
 /** What this machine did with the shared store. */
 export function storeLine(store, t) {
   const saved = seconds(store.saved_seconds);
