@@ -22,7 +22,7 @@ from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
 from ..ram_pressure import free_ram
-from . import seams, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
+from . import seams, sizes, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
 from .graph_policy import in_force
@@ -192,6 +192,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         dynamic, load = self.dynamic, current_load()
         self.state.samples = load is not None and load.samples
+        if self.is_clip:
+            self.state.size = sizes.TEXT
         shrinks = extra_memory < 0 and not dynamic.sees_allocations
         if load is None and shrinks and dynamic.must_be_told:
             free = comfy.model_management.get_free_memory(self.load_device)

@@ -25,34 +25,28 @@ def learnt_file(name: str) -> Path:
     return record_file().with_name(f"{name}.json")
 
 
-def size_in_words(shape: tuple[int, ...]) -> str:
-    """Name a latent's size: '1x16x64x64'."""
-    return "x".join(map(str, shape))
-
-
-def key_of(model: DynamicModel, shape: tuple[int, ...]) -> str:
-    """Name a model, its number format, how many weights are patched, and the latent's size."""
+def key_of(model: DynamicModel, size: str) -> str:
+    """Name a model, its number format, how many weights are patched, and a size of `sizes`."""
     patched = sum(param.patch is not None for bundle in model.bundles for param in bundle.params)
-    size = size_in_words(shape)
     return f"{structure(model.bundles)} {model.number_format} {patched} {size} {_device(model)}"
 
 
 @never_raises("noting the peak of a run")
-def note_peak(model: DynamicModel, shape: tuple[int, ...], peak: int, weights: int, plan: tuple[int, int]) -> None:
+def note_peak(model: DynamicModel, size: str, peak: int, weights: int, plan: tuple[int, int]) -> None:
     """Note the peak of a run, and what of it was not of weights, as a forecast counts them.
 
     plan: bytes that stayed, and that each step brought.
     """
-    key = key_of(model, shape)
+    key = key_of(model, size)
     others = [one for one in _peaks(key).plans if one[:2] != list(plan)][1 - PLANS :]
     known = {"beside": max(0, peak - weights), "plans": [*others, [*plan, peak]]}
     _put(PEAKS, key, known)
 
 
 @never_raises("noting how fast steps are")
-def note_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+def note_pace(model: DynamicModel, size: str) -> None:
     """Note how fast the steps were, where that was measured."""
-    key, pace = key_of(model, shape), model.pace
+    key, pace = key_of(model, size), model.pace
     if pace is not None:
         _put(PACES, key, [pace.seconds.get(bundle, 0.0) for bundle in model.bundles])
         _put(BUSES, _device(model), pace.bus)
@@ -73,9 +67,9 @@ class Peaks:
         return next((peak for *plan, peak in self.plans if plan == [resident, streamed]), None)
 
 
-def peaks_of(model: DynamicModel, shape: tuple[int, ...]) -> Peaks:
+def peaks_of(model: DynamicModel, size: str) -> Peaks:
     """Give what is known of the peaks of a model at a size."""
-    return _peaks(key_of(model, shape))
+    return _peaks(key_of(model, size))
 
 
 def _peaks(key: str) -> Peaks:
@@ -93,9 +87,9 @@ def bus_of(model: DynamicModel) -> float | None:
     return float(found) if isinstance(found, int | float) and found > 0 else None
 
 
-def recall_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+def recall_pace(model: DynamicModel, size: str) -> None:
     """Let a sketch know how long the steps of this size took when they were last timed."""
-    seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, shape)), bus_of(model)
+    seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, size)), bus_of(model)
     is_one = isinstance(seconds, list) and len(seconds) == len(model.bundles)
     if bus is not None and is_one and all(isinstance(second, int | float) for second in seconds):
         model.remembered.pace = Pace(dict(zip(model.bundles, map(float, seconds), strict=True)), bus)

@@ -59,7 +59,7 @@ def run(executor, card, prompt):
     before = card.memory("used")
     one, ran = executor(), run_record.begin(prompt)
     one.run(prompt)
-    found = {record.id: record for record in ran.nodes if record.sampled is not None}
+    found = {record.id: record for record in ran.nodes if record.used is not None}
     del one
     mm.unload_all_models()
     gc.collect()
@@ -81,8 +81,8 @@ def test_a_forecast_is_what_the_run_takes(card, executor, name):
     again = {one["id"]: one["forecast"] for one in forecast(prompt)["samplers"]}
     assert set(told) == set(records) == {"sampler1", *(["sampler2"] if special.get("second") else [])}
     for one, foreseen in told.items():
-        fact, peak = records[one].sampled, records[one].peaks["cuda:0"] - before
-        assert foreseen["latent"] == fact["latent"] and foreseen["key"] == fact["key"]
+        fact, peak = records[one].used, records[one].peaks["cuda:0"] - before
+        assert foreseen["size"] == fact["size"] and foreseen["key"] == fact["key"]
         assert foreseen["learnt"] and foreseen["order_known"]
         assert foreseen["streamed"] == fact["streamed"]
         assert foreseen["resident"] == fact["resident"]
