@@ -70,14 +70,16 @@ def foresee(
     computation: int = 0,
     expected: int | None = None,
     idle: Callable[[Bundle], bool] = lambda bundle: False,
+    shown: int | None = None,
 ) -> Forecast:
     """Foresee the steps of a sketch of a model, with its policy and patches. Nothing is read, and nothing allocated.
 
     computation: bytes that a step takes beside weights. expected: what it is said to need, `computation` by default.
-    idle: says which bundles no step uses, such as those of a VAE's encoder when it decodes.
+    idle: says which bundles no step uses, such as those of a VAE's encoder when it decodes. shown: what an equal step
+    took in an earlier run, which the plan then leaves free.
     """
     known = model.remembered
-    remembered = replace(known, expected=computation if expected is None else expected, learnt=0)
+    remembered = replace(known, expected=computation if expected is None else expected, shown=shown, learnt=0)
     foresight = Foresight(model.backend, model.bundles, model.policy, remembered, model.due_bytes, place)
     return foresight.forecast(computation, order_known=known.foreseen or known.traced, idle=idle)
 

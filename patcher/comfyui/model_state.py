@@ -48,6 +48,7 @@ class ModelState:
         self.chosen: dict[str, Any] = {}  # fields of a policy that the user set by hand, whatever a node says
         self._base = Policy()  # the policy without them
         self.size: str | None = None  # of what it computes or last computed, as `sizes` names it
+        self.announced = False  # whether that is of the next load, not of one before
         self.guided = False  # whether the sampler that last used it computes more than one condition in a step
         self.samples = False  # whether the last load was for a sampler, which batches by the memory that is free
 
@@ -55,6 +56,10 @@ class ModelState:
         copied = ModelState()
         copied.quantise, copied.notes = self.quantise, list(self.notes)
         return copied
+
+    def announce(self, size: str) -> None:
+        """Note the size of what the next load is for."""
+        self.size, self.announced = size, True
 
     def join(self, patcher: object) -> None:
         """Count a patcher of the model."""

@@ -81,7 +81,7 @@ def _guider(guider: Any, *_: Any, **__: Any) -> None:
 def _sampling(model: Any, noise_shape: Sequence[int], *_: Any, **__: Any) -> None:
     state = _state(model)
     if state is not None:
-        state.size = of_sampling(tuple(noise_shape), state.guided)
+        state.announce(of_sampling(tuple(noise_shape), state.guided))
 
 
 def _vae(
@@ -96,4 +96,4 @@ def _vae(
     state = _state(getattr(vae, "patcher", None))
     if state is not None:  # what follows the latents of an untiled decoding is no tile, but options
         tile = (tile_x, tile_y) if isinstance(tile_x, int) and tile_y is not None else ()
-        state.size = of_vae(way, tuple(given.shape), tile)
+        state.announce(of_vae(way, tuple(given.shape), tile))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +11,7 @@ from ....ops.vbar import cap
 from ....ops.vbar.aimdo import PAGE, serves
 from ...dynamic_model import DynamicModel, models
 from ...forecast import Place, foresee
+from .. import sizes
 from ..model_state import state_of
 from . import learnt
 
@@ -34,13 +35,12 @@ def foresee_use(
     learnt.recall_pace(model, size)
     known = learnt.peaks_of(model, size)
     place = place_of(model, all_models)
-    told = foresee(
-        model,
-        place,
-        computation if known.beside is None else known.beside,
-        expected,
-        lambda bundle: bundle.name.startswith(idle),
-    )
+    # Prompts are of any length, so the plan of a text encoder does not go by those that were.
+    shown = known.shown(expected) if size != sizes.TEXT else None
+    told = foresee(model, place, computation, expected, lambda bundle: bundle.name.startswith(idle), shown)
+    beside = known.beside_in(told.resident, told.streamed)
+    if beside is not None:
+        told = replace(told, computation=beside)
     seen = known.of(told.resident, told.streamed)
     peak, total = told.peak if seen is None else seen, model.backend.memory()[1]
     return {
