@@ -69,7 +69,9 @@ def run(executor, card, prompt):
     return found, before
 
 
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "VAEDecode" else pytest.mark.slow) for kind in DECODERS]
+)
 def test_a_forecast_is_what_a_text_encoder_and_a_vae_take(card, executor, kind):
     prompt = whole(kind, 256, seed=3)
     told = {one["id"]: one["forecast"] for one in forecast(prompt)["uses"]}
