@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .checked_node import CheckedNode
-from .forecast_report import forecast, in_lines
+from .forecast_report import forecast
+from .forecast_words import in_lines
 from .inputs import CATEGORY
 
 

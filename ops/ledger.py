@@ -102,11 +102,15 @@ class Ledger:
         """Begin a row of like steps. The time until the first of them is no step's."""
         self._began, self._before = None, (self.counters.steps, self.counters.bytes_streamed)
 
+    def mean_streamed(self) -> int:
+        """Count the bytes that a step of this use brought for it alone, in the mean of all so far."""
+        steps, streamed = self._before
+        return (self.counters.bytes_streamed - streamed) // max(1, self.counters.steps - steps)
+
     def _end_step(self, brought: int | None) -> None:
         """Note what the step took. brought: bytes streamed for steps so far, None where that is not known."""
         if self._began is not None:
-            steps, streamed = self._before
-            mean = (self.counters.bytes_streamed - streamed) // (self.counters.steps - steps)
+            mean = self.mean_streamed()
             last = self.step.last if brought is None else brought - self._brought
             self.step, self._began = Step(mean, time.monotonic() - self._began, last), None
 

@@ -286,13 +286,14 @@ class DynamicModel(Figures):
         residency.follow_policy()
         self._prioritize(residency)
 
-    def expect_use(self, nbytes: int | None = None) -> None:
+    def expect_use(self, nbytes: int | None = None, shown: int | None = None) -> None:
         """Take the first place on the device: the model is about to be used, by whatever way into it.
 
         nbytes: what its computation is said to need, which weights leave free until the next call. None: as before.
+        shown: what an equal one took in an earlier run, which they leave free in its place.
         """
         self.ledger.begin_use()
-        changed = nbytes is not None and self._remembered.expect(nbytes)
+        changed = nbytes is not None and self._remembered.expect(nbytes, shown)
         residency = self.residency
         if residency is not None:
             with residency.caster.lock, self._device.current():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..ops.device.backend import Backend
@@ -64,15 +64,24 @@ class Forecast:
         return max((part for part in (self.bus, self.compute, self.step) if part is not None), default=None)
 
 
-def foresee(model: DynamicModel, place: Place, computation: int = 0, expected: int | None = None) -> Forecast:
+def foresee(
+    model: DynamicModel,
+    place: Place,
+    computation: int = 0,
+    expected: int | None = None,
+    idle: Callable[[Bundle], bool] = lambda bundle: False,
+    shown: int | None = None,
+) -> Forecast:
     """Foresee the steps of a sketch of a model, with its policy and patches. Nothing is read, and nothing allocated.
 
     computation: bytes that a step takes beside weights. expected: what it is said to need, `computation` by default.
+    idle: says which bundles no step uses, such as those of a VAE's encoder when it decodes. shown: what an equal step
+    took in an earlier run, which the plan then leaves free.
     """
     known = model.remembered
-    remembered = replace(known, expected=computation if expected is None else expected, learnt=0)
+    remembered = replace(known, expected=computation if expected is None else expected, shown=shown, learnt=0)
     foresight = Foresight(model.backend, model.bundles, model.policy, remembered, model.due_bytes, place)
-    return foresight.forecast(computation, order_known=known.foreseen or known.traced)
+    return foresight.forecast(computation, order_known=known.foreseen or known.traced, idle=idle)
 
 
 class Foresight(Planning):
@@ -104,11 +113,15 @@ class Foresight(Planning):
     def capped(self) -> int | None:
         return self.place.capped
 
-    def forecast(self, computation: int, order_known: bool) -> Forecast:
-        """Foresee a step. computation: bytes that it takes beside weights. order_known: see Forecast."""
-        plan, stays, most = self._settled()
-        stay = set(stays)
-        brought = [bundle for bundle in self.bundles if bundle not in stay]
+    def forecast(self, computation: int, order_known: bool, idle: Callable[[Bundle], bool]) -> Forecast:
+        """Foresee a step. computation: bytes that it takes beside weights. order_known: see Forecast. idle: of foresee.
+
+        Those that no step uses have their place in the plan, and never come.
+        """
+        plan, planned, most = self._settled()
+        stays, stay = [bundle for bundle in planned if not idle(bundle)], set(planned)
+        most -= sum(bundle.nbytes for bundle in planned if idle(bundle))
+        brought = [bundle for bundle in self.bundles if bundle not in stay and not idle(bundle)]
         streamed = sum(map(self.costs.brought, brought))
         resident = sum(bundle.nbytes for bundle in stays)
         pace = self.remembered.pace

@@ -7,12 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+MOST_BYTES = 64 << 20  # of a file: those who write one keep it far below
+
 
 def read_record(path: Path | None, name: str) -> dict[str, Any]:
     """Return the object that a file has under a name. What is no such record is taken for none."""
     if path is None:
         return {}
     try:
+        if path.stat().st_size > MOST_BYTES:
+            return {}
         return dict(json.loads(path.read_text(encoding="utf-8"))[name].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -9,7 +9,7 @@ from ..ops.device.backend import Backend
 from ..ops.gather import aligned
 from ..ops.lending.bundle import Bundle
 from .choose_caster import fixed_window
-from .headroom import headroom_bytes
+from .headroom import headroom_bytes, shown_headroom
 from .layout import GAIN, Layout, Layouts
 from .load_plan import LoadPlan, Window, by_bytes, plan_load
 from .policy import Policy
@@ -93,6 +93,9 @@ class Planning:
     @property
     def kept_free(self) -> int:
         """Give the bytes that weights leave to the computation and to other programs."""
+        shown = self.remembered.shown
+        if shown is not None and not self.device.in_place:
+            return shown_headroom(self.policy, self.device, shown) + self.remembered.learnt
         return max(self.headroom, self.expected) + self.remembered.learnt
 
     def budget(self) -> int | None:

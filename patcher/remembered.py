@@ -23,9 +23,10 @@ class Remembered:
     order: the bundles as they run, or as registered until a step was traced. foreseen: the order is one in which they
     ran in an earlier process. aimdo_failure: why this model has given
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
-    to need. learnt: bytes that it was seen to need beyond that. window: bundles on their way, at their largest, that
-    the device keeps room for. pace: of the last step that was timed. timed: steps that were timed since the model was
-    told to be used. chosen_for: the plan's limit and the seconds of computing that the layout was chosen for.
+    to need. shown: that an equal one took in an earlier run, None where none was. learnt: bytes that it was seen to
+    need beyond that. window: bundles on their way, at their largest, that the device keeps room for. pace: of the last
+    step that was timed. timed: steps that were timed since the model was told to be used. chosen_for: the plan's limit
+    and the seconds of computing that the layout was chosen for.
     note_order: keeps the order for another process.
     """
 
@@ -35,6 +36,7 @@ class Remembered:
     aimdo_failure: str | None = None
     plan: LoadPlan | None = None
     expected: int = 0
+    shown: int | None = None
     learnt: int = 0
     window: int = 4
     pace: Pace | None = None
@@ -42,11 +44,14 @@ class Remembered:
     chosen_for: tuple[int, float] | None = None
     note_order: Callable[[Sequence[Bundle]], object] = lambda order: None
 
-    def expect(self, nbytes: int) -> bool:
-        """Note what the computation is said to need. Says whether that is a change, which voids what was learnt."""
-        changed = nbytes != self.expected
+    def expect(self, nbytes: int, shown: int | None) -> bool:
+        """Note what the computation is said to need, and what an equal one took.
+
+        Says whether that is a change, which voids what was learnt.
+        """
+        changed = (nbytes, shown) != (self.expected, self.shown)
         if changed:
-            self.expected, self.learnt = nbytes, 0
+            self.expected, self.shown, self.learnt = nbytes, shown, 0
         return changed
 
     def note_pace(self, watch: Stopwatch | None) -> bool:

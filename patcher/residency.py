@@ -93,7 +93,8 @@ class Residency(Planning):
         return choose_vbar(self.device, self.policy, self.headroom, nbytes, self.ledger, self.may_init, failure)
 
     def _keep_floor(self) -> None:
-        self.vbar.headroom = min(self.headroom, FLOOR) if self.expected else self.headroom
+        is_known = self.expected or self.remembered.shown is not None
+        self.vbar.headroom = min(self.headroom, FLOOR) if is_known else self.headroom
 
     def _lay_out(self, addresses: Sequence[Bundle] | None = None) -> None:
         """Allocate every bundle's addresses, the lowest for those that should stay."""
@@ -163,6 +164,8 @@ class Residency(Planning):
 
     def _free_in_words(self) -> str:
         kept = "headroom" if self.kept_free == self.headroom else "for the computation"
+        if self.remembered.shown is not None:
+            kept = f"for the computation, which took {in_words(self.remembered.shown)} in an earlier run"
         return f"{self.device.free_in_words()}, {in_words(self.kept_free)} {kept}"
 
     def _give_room(self, plan: LoadPlan) -> None:

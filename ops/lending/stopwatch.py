@@ -10,7 +10,7 @@ from .guess import kind_and_number
 
 # A smaller transfer is mostly latency.
 LEAST_BYTES = 1 << 20
-# Transfers on two streams share the bus, so the faster ones were alone.
+# The slower ones waited for something else.
 QUANTILE = 0.9
 
 
@@ -61,11 +61,27 @@ class Stopwatch:
         return of_the_fastest(found) if self.disturbed else found
 
     def bus(self) -> float | None:
-        """Return the bytes a second of a transfer that has the bus to itself; None where none was long enough."""
-        rates = []
-        for nbytes, start, end in list(self._sent):
+        """Return the bytes a second that the bus carries; None where no transfer was long enough.
+
+        Transfers on two streams take turns on it, so those that overlap are counted as one.
+        """
+        sent = list(self._sent)
+        for _, _, end in sent:
             end.synchronize()
-            rates.append(nbytes / max(1e-9, self.backend.seconds_between(start, end)))
+        since = sent[0][1] if sent else None
+        moments = [(self.backend.seconds_between(since, start), end, nbytes) for nbytes, start, end in sent]
+        moments.sort(key=lambda moment: moment[0])
+        rates: list[float] = []
+        began = ended = 0.0
+        carried = count = 0
+        for start, end, nbytes in [*moments, (float("inf"), None, 0)]:
+            if count and start >= ended:
+                rates += count * [carried / max(1e-9, ended - began)]
+                carried = count = 0
+            if end is not None:
+                ended_now = self.backend.seconds_between(since, end)
+                began, ended = (began, max(ended, ended_now)) if count else (start, ended_now)
+                carried, count = carried + nbytes, count + 1
         rates.sort()
         return rates[int(QUANTILE * (len(rates) - 1))] if rates else None
 

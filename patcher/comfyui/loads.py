@@ -15,12 +15,12 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.never_raises import never_raises
 from ...ops.ram.arena_log import arenas_logged
 from ..dynamic_model import DynamicModel, models
+from . import sizes
 from .model_state import state_of
 
 # By how much more than a batch's estimate ComfyUI wants free before it computes conditions in one batch.
@@ -86,23 +86,8 @@ def install() -> None:
             _here.load = before
 
     load_models_gpu.spillway_original = original  # type: ignore[attr-defined]
-    _note_sizes()
+    sizes.install()
     comfy.model_management.load_models_gpu = load_models_gpu
-
-
-def _note_sizes() -> None:
-    """Note of each sampling of a model of ours how large its latent is."""
-    helpers = comfy.sampler_helpers
-    original = helpers.prepare_sampling
-
-    @functools.wraps(original)
-    def prepare_sampling(model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        state = state_of(getattr(model, "model", None))  # type: ignore[arg-type]
-        if state is not None:
-            state.latent = tuple(noise_shape)
-        return original(model, noise_shape, *args, **kwargs)
-
-    helpers.prepare_sampling = prepare_sampling
 
 
 def _engines(patchers: Any) -> list[DynamicModel]:

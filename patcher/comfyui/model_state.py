@@ -47,13 +47,19 @@ class ModelState:
         self.loaded_by = running_node()  # (id, class) of the node that loaded the model
         self.chosen: dict[str, Any] = {}  # fields of a policy that the user set by hand, whatever a node says
         self._base = Policy()  # the policy without them
-        self.latent: tuple[int, ...] | None = None  # the shape of what it last sampled
+        self.size: str | None = None  # of what it computes or last computed, as `sizes` names it
+        self.announced = False  # whether that is of the next load, not of one before
+        self.guided = False  # whether the sampler that last used it computes more than one condition in a step
         self.samples = False  # whether the last load was for a sampler, which batches by the memory that is free
 
     def __deepcopy__(self, memo: dict) -> ModelState:
         copied = ModelState()
         copied.quantise, copied.notes = self.quantise, list(self.notes)
         return copied
+
+    def announce(self, size: str) -> None:
+        """Note the size of what the next load is for."""
+        self.size, self.announced = size, True
 
     def join(self, patcher: object) -> None:
         """Count a patcher of the model."""

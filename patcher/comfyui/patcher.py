@@ -22,9 +22,10 @@ from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
 from ..preload import quantise_now
 from ..ram_pressure import free_ram
-from . import seams, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
+from . import seams, sizes, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
+from .forecast.learnt import peaks_of
 from .graph_policy import in_force
 from .loading.loader_overrides import check_complete
 from .loads import BATCH_MARGIN, current_load
@@ -192,14 +193,30 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         dynamic, load = self.dynamic, current_load()
         self.state.samples = load is not None and load.samples
+        if self.is_clip:
+            self.state.size = sizes.TEXT
         shrinks = extra_memory < 0 and not dynamic.sees_allocations
         if load is None and shrinks and dynamic.must_be_told:
             free = comfy.model_management.get_free_memory(self.load_device)
             dynamic.expect_use(int(min(free - extra_memory, 1 << 60)))
         else:
-            dynamic.expect_use(None if load is None else load.nbytes)
+            announced, self.state.announced = self.state.announced, False
+            if load is None:
+                dynamic.expect_use()
+            else:
+                dynamic.expect_use(load.nbytes, self._shown(load.nbytes) if announced else None)
         if shrinks and not (load is not None and dynamic.must_be_told):
             self.partially_unload(self.offload_device, int(-extra_memory))
+
+    @never_raises("looking up what a computation took", lambda *_: None)
+    def _shown(self, needed: int) -> int | None:
+        """Give what a computation of this size took in an earlier run; None where that is not known.
+
+        Versions of ComfyUI that batch by the memory that is free must find what they ask for.
+        """
+        if not hasattr(comfy.model_patcher.ModelPatcher, "get_free_memory"):
+            return None
+        return peaks_of(self.dynamic, str(self.state.size)).shown(needed)
 
     def get_free_memory(self, device: torch.device) -> int:
         """Count the bytes that a computation may take. ComfyUI batches conditions by that."""

@@ -24,7 +24,7 @@ MOST_NODES = 500
 class NodeRecord:
     """peaks: by device, the most bytes while the node ran. rss: bytes of the process when it had ended.
 
-    sampled: for a sampler, what the listeners say of it.
+    used: what the listener says of the model that it used.
     """
 
     id: str
@@ -32,10 +32,10 @@ class NodeRecord:
     seconds: float
     peaks: dict[str, int]
     rss: int
-    sampled: dict[str, Any] | None = None
+    used: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        told = {} if self.sampled is None else {"sampled": self.sampled}
+        told = {} if self.used is None else {"used": self.used}
         return {"id": self.id, "kind": self.kind, "seconds": self.seconds, "peaks": self.peaks, "rss": self.rss, **told}
 
 
@@ -63,7 +63,7 @@ class RunRecord:
 
 
 _current: RunRecord | None = None
-# Is told of the end of each node: its peaks by device, and time.monotonic() at its begin. Says what a sampler did.
+# Is told of the end of each node: its peaks by device, and time.monotonic() at its begin. Says what its model did.
 listener: Callable[[dict[str, int], float], dict[str, Any] | None] | None = None
 
 
@@ -136,8 +136,8 @@ def _begin_node(unique_id: Any, obj: Any) -> Callable[[], None] | None:
         seconds = time.monotonic() - began
         record.running = None
         peaks, rss = _peaks(), psutil.Process().memory_info().rss
-        sampled = listener(peaks, began) if listener is not None else None
-        record.nodes.append(NodeRecord(node, kind, seconds, peaks, rss, sampled))
+        used = listener(peaks, began) if listener is not None else None
+        record.nodes.append(NodeRecord(node, kind, seconds, peaks, rss, used))
 
     return end
 

@@ -20,7 +20,9 @@ from kit.virtual.layers import Block, Linear, Model
 from kit.virtual.math import LowRankPatch, virtual_math
 from kit.virtual.models import MODELS
 from spillway.patcher.dynamic_model import DynamicModel
+from spillway.patcher.forecast import Place, foresee
 from spillway.patcher.policy import Policy
+from spillway.patcher.step_time import Pace
 
 MACHINE = MACHINES["4090 24GB gen4x16"]
 FREE = Costs(0.0, 0.0, 0.0)
@@ -30,15 +32,18 @@ BILLIONS |= {"UMT5-XXL": 5.68, "Gemma 12B": 11.77}
 
 
 @contextmanager
-def chain(tokens, count=24, hazards=False, backwards=False, **policy):
-    """A chain of equal layers on a free clock, all of it pinned where it does not stay. backwards: in registration."""
+def chain(tokens, count=24, hazards=False, backwards=False, sketch=False, **policy):
+    """A chain of equal layers on a free clock, all of it pinned where it does not stay. backwards: in registration.
+
+    sketch: it is only asked for forecasts.
+    """
     clock = Clock(MACHINE, FREE, hazards)
     layers = {f"{index}": Linear(4096, 4096, tokens, bias=False) for index in range(count)}
     model = Model("Chain", layers, list(layers)[:: -1 if backwards else 1])
     policy = {"pinned_bytes": 1 << 40, "prefetch": 16, **policy}
     backend = VirtualBackend(clock)
     with virtual_math(clock), patch("spillway.patcher.dynamic_model.room_for_pins", lambda: 1 << 40):
-        dynamic = DynamicModel(model, policy=Policy(**policy), backend=backend)
+        dynamic = DynamicModel(model, policy=Policy(**policy), backend=backend, sketch=sketch)
         model.run_on(clock, "bf16")
         try:
             yield dynamic, clock, sum(module.seconds for _, module in model.holders())
@@ -79,6 +84,28 @@ def test_a_second_step_brings_again_little_of_what_stays(share):
         after = {bundle for bundle in dynamic.bundles if bundle.views is not None}
         assert before and before <= after
         assert seconds <= 1.25 * sum(bundle.nbytes for bundle in dynamic.bundles if bundle not in after) / MACHINE.bus
+
+
+@pytest.mark.parametrize("tokens", [64, 4096, 16384])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_the_seconds_of_a_step_are_foreseen(tokens, share):
+    """By the pace that steps of another budget have shown, whether the bus or the computation is the slower one."""
+    total = 24 << 25
+    with chain(tokens, prefetch=4, vram_bytes=total // 2) as (dynamic, clock, _):
+        steps(dynamic, clock, 4)
+        seconds, bus = [dynamic.pace.seconds[bundle] for bundle in dynamic.bundles], dynamic.pace.bus
+    with chain(tokens, prefetch=4, vram_bytes=int(share * total)) as (dynamic, clock, _):
+        taken, brought = steps(dynamic, clock, 6)[-1], dynamic.ledger.step.last
+    with chain(tokens, prefetch=4, sketch=True, vram_bytes=int(share * total)) as (dynamic, _, compute):
+        dynamic.remembered.pace = Pace(dict(zip(dynamic.bundles, seconds, strict=True)), bus)
+        told = foresee(dynamic, Place(1 << 45))
+    assert told.streamed == brought
+    assert told.compute == pytest.approx(compute, rel=0.05)
+    # Where a step waits for the bus all the time, the measured bus has those waits in it and is said to be slower.
+    near = 0.15 if tokens == 64 else 0.05
+    assert told.bus == pytest.approx(brought / MACHINE.bus, rel=near)
+    assert told.step == pytest.approx(taken, rel=near) and told.step >= 0.999 * taken
+    assert told.at_least == max(told.step, told.bus, told.compute)
 
 
 def test_the_bus_carries_one_copy_at_a_time():

@@ -62,3 +62,26 @@ def test_bundles_of_another_size_are_not_alike():
         watch.begin(one)
         clock.now += seconds
     assert list(watch.seconds().values()) == [5.0, 1.0]
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted"),
+    [
+        ([], None),
+        ([(MIB - 1, 0.0, 1.0)], None),
+        ([(8 * MIB, 0.0, 2.0), (8 * MIB, 3.0, 5.0)], 4 * MIB),
+        # One waits for the other, as both streams have one bus.
+        ([(8 * MIB, 0.0, 2.0), (8 * MIB, 0.1, 4.0), (8 * MIB, 2.0, 6.0)], 4 * MIB),
+        ([(8 * MIB, 0.1, 4.0), (8 * MIB, 0.0, 4.0)], 4 * MIB),
+        # A transfer that waited for its memory says nothing.
+        ([(8 * MIB, 0.0, 2.0), (8 * MIB, 3.0, 5.0), (8 * MIB, 6.0, 36.0)], 4 * MIB),
+    ],
+)
+def test_transfers_that_overlap_take_turns_on_the_bus(sent, wanted):
+    watch = Stopwatch(Clock())
+    for nbytes, start, end in sent:
+        watch.sent(nbytes, Event(start), Event(end))
+    assert watch.bus() == wanted

@@ -147,6 +147,30 @@ def test_a_computation_that_takes_more_than_was_said_is_learnt_from(tmp_path):
     assert model.ledger.counters.bytes_loaded == before and model.resident_bytes > MIB
 
 
+@pytest.mark.parametrize(("headroom", "kept"), [(None, 2.5), (1, 2.5), (3, 3)])
+def test_what_an_equal_computation_took_is_left_free_instead_of_a_guess(tmp_path, monkeypatch, headroom, kept):
+    """Also where the policy names a headroom, which is then the least."""
+    monkeypatch.setattr("spillway.patcher.headroom.SPARE", MIB // 2)
+    monkeypatch.setattr("spillway.patcher.headroom.ROUND", MIB // 4)
+    device = Card(7 * MIB)
+    model = made(tmp_path, device)
+    model.set_policy(model.policy.with_changes(headroom_bytes=None if headroom is None else headroom * MIB))
+    model.module.needs = 2 * MIB - MIB // 8
+    model.expect_use(5 * MIB)
+    run(model)
+    guessed = model.resident_bytes
+    model.expect_use(5 * MIB, 2 * MIB - MIB // 8)
+    for _ in range(3):
+        run(model)
+    assert guessed < 2 * MIB and model.kept_free == kept * MIB
+    assert 5.4 * MIB - kept * MIB < model.resident_bytes <= 7 * MIB - kept * MIB
+    assert any("which took 1.9 MiB in an earlier run" in words for words in model.ledger.decisions)
+    assert model.free_for_computation() >= 5 * MIB, "what ComfyUI was promised holds: weights would give way"
+    model.expect_use(5 * MIB)
+    run(model)
+    assert model.resident_bytes <= guessed, "of another size nothing is known"
+
+
 def test_a_host_is_not_held_to_it(tmp_path):
     """On a CPU the figure is one of other memory."""
     model = made(tmp_path, None)

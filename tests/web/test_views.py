@@ -237,6 +237,7 @@ NOTES = (
     "size",
     "int8_auto",
     "int8_lora",
+    "text",
     "error",
 )
 
@@ -249,6 +250,7 @@ def foreseen(**changes):
         "streamed": 6 * GIB,
         "peak": 9 * GIB,
         "device_total": 12 * GIB,
+        "computation": 2 * GIB,
         "at_least": 1.5,
         "fits": True,
         "learnt": True,
@@ -275,14 +277,36 @@ def asked(told, notes=(), undo=None, busy=False):
         "notes": [{"code": code, **values} for code in notes],
         "ways": [way | {"forecast": smaller} for way in ways] if told else [],
     }
-    return {"busy": busy, "told": {"samplers": [sampler], "left_out": 1}, "undo": undo}
+    return {
+        "busy": busy,
+        "told": {"samplers": [sampler], "uses": beside() if told else [], "left_out": 1},
+        "undo": undo,
+    }
+
+
+def beside():
+    """What is told of a text encoder that does not fit, and of a VAE that decodes and one that encodes."""
+    clip = foreseen(name="T5", total=9 * GIB, resident=3 * GIB, computation=0, learnt=False, key="text", at_least=None)
+    vae = foreseen(name="AutoencodingEngine", total=GIB, resident=GIB, streamed=0, learnt=False, tiled=False, key="vae")
+    over, tiled = vae | {"fits": False, "peak": 20 * GIB}, vae | {"peak": 3 * GIB, "tiled": True}
+    swap = {"code": "tiled", "id": "8", "kind": "VAEDecode", "swap": "VAEDecodeTiled", "values": {"tile_size": 512}}
+    smaller = {"code": "tiles", "id": "4", "kind": "VAEEncodeTiled", "widget": "tile_size", "value": 256}
+    nodes = {"3": ("CLIPTextEncode", "text", clip, []), "8": ("VAEDecode", "decode", over, [swap])}
+    nodes["4"] = ("VAEEncodeTiled", "encode", over | {"tiled": True}, [smaller])
+    return [
+        {
+            **{"id": name, "kind": kind, "what": what, "forecast": told, "notes": []},
+            "ways": [way | {"forecast": tiled} for way in ways],
+        }
+        for name, (kind, what, told, ways) in nodes.items()
+    ]
 
 
 FORECASTS = [
     asked(foreseen()),
     asked(foreseen(fits=False, learnt=False, order_known=False, peak=14 * GIB), NOTES, undo={"value": 1}),
     asked(None, NOTES[:1], busy=True),
-    {"busy": False, "told": {"samplers": [], "left_out": 0}, "undo": None},
+    {"busy": False, "told": {"samplers": [], "uses": [], "left_out": 0}, "undo": None},
 ]
 
 
@@ -295,9 +319,19 @@ def test_a_forecast_says_what_fits_and_what_could_be_set():
     assert "There is no sampler" in none
 
 
+def test_text_encoders_and_vaes_stand_behind_the_samplers():
+    words = " ".join(seen([report(forecast=FORECASTS[0])])[0]["text"].split())
+    assert words.index("KSampler") < words.index("Text · T5") < words.index("Decoding · AutoencodingEngine")
+    assert "3.0 of 9.0 GB stay, and each use brings 6.0 GB. Peak" in words
+    assert "It does not fit: peak 20.0 of 12.0 GB. " in words
+    tiles = "tiles of 512 pixels: All of it stays (1.0 GB). Peak 3.0 of 12.0 GB. In tiles."
+    assert f"In tiles: VAEDecodeTiled {tiles}" in words
+    assert "tile_size: 256 smaller tiles: All of it stays" in words
+
+
 def test_forecast_and_fact_stand_side_by_side():
     sampled = {"key": "flux at 1024", "resident": 6 * GIB, "streamed": 5 * GIB, "seconds": 1.7, "peak": 8 * GIB}
-    node = {"id": "7", "kind": "KSampler", "seconds": 16.2, "peaks": {}, "rss": GIB, "sampled": sampled}
+    node = {"id": "7", "kind": "KSampler", "seconds": 16.2, "peaks": {}, "rss": GIB, "used": sampled}
     run = {"seconds": 20.0, "ended": True, "running": None, "nodes": [node]}
     told, other = seen(
         [report(run=run, forecast=FORECASTS[0]), report(run=run, forecast=asked(foreseen(key="another size")))]
@@ -307,6 +341,10 @@ def test_forecast_and_fact_stand_side_by_side():
         "Brought each step 6.0 GB 5.0 GB" in words and "A step 1.5 s 1.7 s" in words and "Peak 9.0 GB 8.0 GB" in words
     )
     assert "Brought each step" not in other["text"], "that was another model, size or format"
+    decoded = {"key": "vae", "resident": GIB, "streamed": 0, "seconds": 0.4, "peak": 9 * GIB}
+    run["nodes"] = [{"id": "8", "kind": "VAEDecode", "seconds": 0.5, "peaks": {}, "rss": GIB, "used": decoded}]
+    words = " ".join(seen([report(run=run, forecast=FORECASTS[0])])[0]["text"].split())
+    assert "Brought each time 0 0 Peak 20.0 GB 9.0 GB" in words and "A step 1.5 s" not in words
 
 
 # --- the limit of the RAM ---------------------------------------------------------------------------------------------

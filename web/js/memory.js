@@ -4,7 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { withTheirs } from "./convert/prompt.js";
 import { Connection, fetchComparison, fetchReport, post } from "./panel/connection.js";
 import { iconNumber } from "./panel/figures.js";
-import { addBadge, goTo, nodeTitle, setWidget } from "./panel/graph.js";
+import { addBadge, goTo, nodeTitle, setWidget, swapNode } from "./panel/graph.js";
 import { showNotices, toast } from "./panel/notices.js";
 import { inEnglish, loadTexts, t } from "./panel/text.js";
 import { draw } from "./panel/tree.js";
@@ -85,6 +85,14 @@ async function copy(text) {
   }
 }
 
+/** Do what a way out says, and give the way back; null where the graph has changed meanwhile. */
+function changeGraph(way) {
+  const { id, kind } = way;
+  const before = way.swap ? swapNode(way, way.swap, way.values) : setWidget(way, way.widget, way.value);
+  if (!before) return null;
+  return way.swap ? { id, kind: way.swap, swap: kind, ...before } : { id, kind, widget: way.widget, ...before };
+}
+
 const model = (card, action, rest = {}) => ({ model: card.id, action, ...rest });
 
 const actions = {
@@ -108,15 +116,15 @@ const actions = {
     say(state.forecast.told?.samplers.map(({ forecast }) => (forecast ? inWords(forecast, t) : "")).join(" ") ?? "");
   },
   setWay(way) {
-    const before = setWidget(way, way.widget, way.value);
-    if (!before) return toast("info", t("card.gone"));
-    state.forecast.undo = { ...way, value: before.value };
+    const undo = changeGraph(way);
+    if (!undo) return toast("info", t("card.gone"));
+    state.forecast.undo = undo;
     return actions.forecast();
   },
   undoWay() {
     const { undo } = state.forecast;
     state.forecast.undo = null;
-    if (!undo || !setWidget(undo, undo.widget, undo.value)) toast("info", t("card.gone"));
+    if (!undo || !changeGraph(undo)) toast("info", t("card.gone"));
     return actions.forecast();
   },
   async compare() {

@@ -1,4 +1,4 @@
-"""Learns from each sampling that ends what it took, and tells the record of the run."""
+"""Learns from each node that ends what its model took, and tells the record of the run."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ def install() -> None:
 
 
 def node_ended(peaks: dict[str, int], began: float) -> dict[str, Any] | None:
-    """Note what the model that a node sampled has shown -> figures for the record. None for other nodes."""
-    sampled = [(m, s) for m in list(models) if m.last_used >= began and (s := _sampling(m)) is not None]
-    if not sampled:
+    """Note what the model that a node used has shown -> figures for the record. None for nodes that used none.
+
+    Of several models it is the one that the node sampled, or else the last.
+    """
+    used = [(m, s) for m in list(models) if m.last_used >= began and (s := state_of(m.module)) is not None and s.size]
+    if not used:
         return None
-    model, state = max(sampled, key=lambda pair: pair[0].last_used)
-    assert state.latent is not None
+    model, state = max(used, key=lambda pair: (pair[1].samples, pair[0].last_used))
+    size = str(state.size)
     step, residency, peak = model.ledger.step, model.residency, _peak(model, peaks)
     stays = [b for b in residency.addresses if residency.is_resident(b)] if residency is not None else []
-    resident = sum(bundle.nbytes for bundle in stays)
+    resident, streamed = sum(bundle.nbytes for bundle in stays), _streamed(model, state)
     if peak is not None and residency is not None:
         buffers = max(residency.held(residency.plan, stays) - model.resident_bytes, residency.caster.peak_buffer_bytes)
         weights = model.resident_bytes + model.placed_bytes + buffers
-        learnt.note_peak(model, state.latent, peak, weights, (resident, step.last))
-    learnt.note_pace(model, state.latent)
+        learnt.note_peak(model, size, peak, weights, (resident, streamed))
+    learnt.note_pace(model, size)
     return {
-        "key": learnt.key_of(model, state.latent),
+        "key": learnt.key_of(model, size),
         "name": model.ledger.name,
-        "latent": list(state.latent),
-        "streamed": step.last,
+        "size": size,
+        "streamed": streamed,
         "seconds": step.seconds,
         "resident": resident,
         "peak": peak,
     }
 
 
-def _sampling(model: DynamicModel) -> ModelState | None:
-    state = state_of(model.module)
-    return state if state is not None and state.samples and state.latent is not None else None
+def _streamed(model: DynamicModel, state: ModelState) -> int:
+    """Count what a step brings once it has settled. A text encoder and a VAE mostly run once: that is all there is."""
+    return model.ledger.step.last if state.samples else model.ledger.mean_streamed()
 
 
 def _peak(model: DynamicModel, peaks: dict[str, int]) -> int | None:

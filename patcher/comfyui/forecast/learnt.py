@@ -17,6 +17,9 @@ from ..first_use import record_file
 
 MOST = 128  # of each, models at sizes; the one that was noted longest ago goes first
 PLANS = 4  # of one model at one size
+MOST_BYTES = 1 << 60  # what ComfyUI asks for at most: more was never measured
+MOST_SECONDS = 24 * 3600  # of one layer
+MORE = 1.02
 PEAKS, PACES, BUSES = "peaks", "paces", "buses"
 
 
@@ -25,34 +28,29 @@ def learnt_file(name: str) -> Path:
     return record_file().with_name(f"{name}.json")
 
 
-def size_in_words(shape: tuple[int, ...]) -> str:
-    """Name a latent's size: '1x16x64x64'."""
-    return "x".join(map(str, shape))
-
-
-def key_of(model: DynamicModel, shape: tuple[int, ...]) -> str:
-    """Name a model, its number format, how many weights are patched, and the latent's size."""
+def key_of(model: DynamicModel, size: str) -> str:
+    """Name a model, its number format, how many weights are patched, and a size of `sizes`."""
     patched = sum(param.patch is not None for bundle in model.bundles for param in bundle.params)
-    size = size_in_words(shape)
     return f"{structure(model.bundles)} {model.number_format} {patched} {size} {_device(model)}"
 
 
 @never_raises("noting the peak of a run")
-def note_peak(model: DynamicModel, shape: tuple[int, ...], peak: int, weights: int, plan: tuple[int, int]) -> None:
+def note_peak(model: DynamicModel, size: str, peak: int, weights: int, plan: tuple[int, int]) -> None:
     """Note the peak of a run, and what of it was not of weights, as a forecast counts them.
 
     plan: bytes that stayed, and that each step brought.
     """
-    key = key_of(model, shape)
+    key = key_of(model, size)
     others = [one for one in _peaks(key).plans if one[:2] != list(plan)][1 - PLANS :]
-    known = {"beside": max(0, peak - weights), "plans": [*others, [*plan, peak]]}
+    beside, asked = max(0, peak - weights), model.remembered.expected
+    known = {"beside": beside, "asked": asked, "plans": [*others, [*plan, peak, beside]]}
     _put(PEAKS, key, known)
 
 
 @never_raises("noting how fast steps are")
-def note_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+def note_pace(model: DynamicModel, size: str) -> None:
     """Note how fast the steps were, where that was measured."""
-    key, pace = key_of(model, shape), model.pace
+    key, pace = key_of(model, size), model.pace
     if pace is not None:
         _put(PACES, key, [pace.seconds.get(bundle, 0.0) for bundle in model.bundles])
         _put(BUSES, _device(model), pace.bus)
@@ -62,43 +60,65 @@ def note_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
 class Peaks:
     """Of a model at a size. beside: bytes that were not of weights when it last ran; None where it never has.
 
-    plans: [resident, streamed, peak] of the last runs.
+    asked: what ComfyUI said then that it needs. plans: [resident, streamed, peak, beside] of the last runs.
     """
 
     beside: int | None = None
+    asked: int = 0
     plans: tuple[list[int], ...] = ()
+
+    def shown(self, asked: int) -> int | None:
+        """Give what the computation takes; None where that is not known, or ComfyUI asks for clearly more than then.
+
+        It does where a ControlNet or longer conditions take part, which the size does not tell.
+        """
+        return self.beside if asked <= MORE * self.asked else None
+
+    def beside_in(self, resident: int, streamed: int) -> int | None:
+        """Give what a run of another plan takes beside its weights, as the nearest plan has shown; None for no run.
+
+        A run that brings nothing says little of one that does: weights that are made on their way take memory too.
+        """
+        alike = [plan for plan in self.plans if (plan[1] > 0) == (streamed > 0)]
+        return min(alike, key=lambda plan: abs(plan[0] - resident))[3] if alike else self.beside
 
     def of(self, resident: int, streamed: int) -> int | None:
         """Give the peak of a run of the same plan; None where there was none."""
-        return next((peak for *plan, peak in self.plans if plan == [resident, streamed]), None)
+        return next((peak for *plan, peak, _ in self.plans if plan == [resident, streamed]), None)
 
 
-def peaks_of(model: DynamicModel, shape: tuple[int, ...]) -> Peaks:
+def peaks_of(model: DynamicModel, size: str) -> Peaks:
     """Give what is known of the peaks of a model at a size."""
-    return _peaks(key_of(model, shape))
+    return _peaks(key_of(model, size))
 
 
 def _peaks(key: str) -> Peaks:
     found = read_record(learnt_file(PEAKS), PEAKS).get(key)
     try:
-        plans = tuple([int(number) for number in plan] for plan in found["plans"])
-        return Peaks(int(found["beside"]), tuple(plan for plan in plans if len(plan) == 3))
+        plans = [[int(number) for number in plan] for plan in found["plans"][-PLANS:] if len(plan) == 4]
+        known = Peaks(int(found["beside"]), int(found["asked"]), tuple(plans))
     except (KeyError, TypeError, ValueError, OverflowError):
         return Peaks()
+    numbers = [known.beside or 0, known.asked, *(number for plan in known.plans for number in plan)]
+    return known if all(0 <= number <= MOST_BYTES for number in numbers) else Peaks()
 
 
 def bus_of(model: DynamicModel) -> float | None:
     """Give the measured bytes a second of the device's bus; None where nobody has measured it."""
     found = read_record(learnt_file(BUSES), BUSES).get(_device(model))
-    return float(found) if isinstance(found, int | float) and found > 0 else None
+    return float(found) if _is_number(found) and 0 < found < MOST_BYTES else None
 
 
-def recall_pace(model: DynamicModel, shape: tuple[int, ...]) -> None:
+def recall_pace(model: DynamicModel, size: str) -> None:
     """Let a sketch know how long the steps of this size took when they were last timed."""
-    seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, shape)), bus_of(model)
+    seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, size)), bus_of(model)
     is_one = isinstance(seconds, list) and len(seconds) == len(model.bundles)
-    if bus is not None and is_one and all(isinstance(second, int | float) for second in seconds):
+    if bus is not None and is_one and all(_is_number(second) and 0 <= second < MOST_SECONDS for second in seconds):
         model.remembered.pace = Pace(dict(zip(model.bundles, map(float, seconds), strict=True)), bus)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _put(name: str, key: str, value: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -34,9 +35,10 @@ SHAPES = "reshape_weight"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a loader and the nodes behind it make. kind: of the file, 'diffusion_models' or 'checkpoints'.
+    """What a loader and the nodes behind it make.
 
-    loras: (path, strength). leave_out: as in Quantise Model.
+    kind: the folder of the file, 'diffusion_models', 'checkpoints', 'text_encoders' or 'vae'. loras: (path, strength).
+    leave_out: as in Quantise Model. more: paths of a text encoder's further files. family: of what model it is for.
     """
 
     path: str
@@ -45,6 +47,8 @@ class Loaded:
     policy: Policy | None = None
     loras: tuple[tuple[str, float], ...] = ()
     leave_out: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    family: str = "stable_diffusion"
 
 
 def sketch(wanted: Loaded) -> tuple[DynamicModelPatcher, list[str]]:
@@ -53,9 +57,15 @@ def sketch(wanted: Loaded) -> tuple[DynamicModelPatcher, list[str]]:
     Raises what the loaders raise, for a file that they would refuse.
     """
     unknown: list[str] = []
-    # A checkpoint that fits goes to the device as soon as it is built, and others would have to give way.
-    with overridden(comfy.model_management, "load_models_gpu", by=_nothing):
+    with loading_nothing():
         return _sketched(wanted, unknown), unknown
+
+
+@contextmanager
+def loading_nothing() -> Iterator[None]:
+    """Inside, what is built is not loaded. Checkpoints that fit go to the device at once, and so do text encoders."""
+    with overridden(comfy.model_management, "load_models_gpu", by=_nothing):
+        yield
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -72,14 +82,14 @@ def _sketched(wanted: Loaded, unknown: list[str]) -> DynamicModelPatcher:
     if patcher is None:
         raise ValueError(f"{wanted.path}: there is no diffusion model in this file. Choose another.")
     if of_the_load == DEFAULT:
-        _quantise(patcher, wanted.weight_dtype, wanted.leave_out, unknown)
+        quantise(patcher, wanted.weight_dtype, wanted.leave_out, unknown)
     for path, strength in wanted.loras:
-        patcher = apply_lora(patcher, None, path, strength, 0.0, read=_shapes_of_lora)[0]
-    _engine(patcher, unknown)
+        patcher = apply_lora(patcher, None, path, strength, 0.0, read=shapes_of_lora)[0]
+    give_engine(patcher, unknown)
     return patcher  # type: ignore[no-any-return]
 
 
-def _quantise(patcher: DynamicModelPatcher, wanted: str, leave_out: Sequence[str], unknown: list[str]) -> None:
+def quantise(patcher: DynamicModelPatcher, wanted: str, leave_out: Sequence[str], unknown: list[str]) -> None:
     """Have layers quantised as the loader does, but for what it measures."""
     if wanted == AUTO:
         wanted, _ = most_exact(patcher, leave_out)
@@ -94,7 +104,7 @@ def _quantise(patcher: DynamicModelPatcher, wanted: str, leave_out: Sequence[str
         quantise_model(patcher, wanted, leave_out)
 
 
-def _shapes_of_lora(path: str) -> tuple[Tensors, dict[str, str]]:
+def shapes_of_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     """Give tensors without numbers, of the shapes in a LoRA's header."""
     if path.lower().endswith(PICKLES):
         return read_lora(path)  # it has no header
@@ -109,7 +119,7 @@ def _shapes_of_lora(path: str) -> tuple[Tensors, dict[str, str]]:
     return found, {}
 
 
-def _engine(patcher: DynamicModelPatcher, unknown: list[str]) -> None:
+def give_engine(patcher: DynamicModelPatcher, unknown: list[str]) -> None:
     """Give the patcher an engine that is only asked, set up as for a load."""
     state = patcher.state
     state.dynamic = DynamicModel(

@@ -191,10 +191,10 @@ def load_pipeline(
     path: str, policy: Policy | None = None, embedding_directory: Any = None
 ) -> tuple[Any, Any, Any, Any]:
     """Load the models of a diffusers pipeline's folder -> (MODEL, CLIP, VAE, None), with None for what it lacks."""
-    folder = Path(path).parent if Path(path).name == PIPELINE else Path(path)
+    folder = _folder_of(path)
     model = load_diffusion_model(str(folder), policy=policy) if _has(folder, MODEL) else None
     vae = load_vae(str(folder), policy) if _has(folder, VAE) else None
-    kind, clip = _pipeline_class(folder), None
+    kind, clip = pipeline_class(path), None
     if _has(folder, TEXT) and kind in PIPELINES:
         clip = load_clip([str(folder)], PIPELINES[kind], policy, embedding_directory)
     elif _has(folder, TEXT):
@@ -211,7 +211,13 @@ def _has(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_dir() for name in names)
 
 
-def _pipeline_class(folder: Path) -> str:
+def _folder_of(path: str) -> Path:
+    return Path(path).parent if Path(path).name == PIPELINE else Path(path)
+
+
+def pipeline_class(path: str) -> str:
+    """Give the class that a pipeline's folder names, or ''. Raises SourceError where that is not JSON."""
+    folder = _folder_of(path)
     try:
         found = json.loads((folder / PIPELINE).read_bytes())
     except FileNotFoundError:

@@ -46,8 +46,47 @@ def test_it_is_foreseen_set_taken_back_and_comes_true(servers, visit, shots):
     page.button("Will it fit?").click()
     page.until(lambda: "It was" in section.inner_text() and "an earlier run" in section.inner_text())
     shots(page, "forecast-and-fact")
-    rows = {row.split("\t")[0]: row.split("\t")[1:] for row in section.locator("tbody").inner_text().splitlines()}
+    rows = facts(section, "KSampler #7")
     for name in ("Stays", "Brought each step", "Peak"):
         foreseen, was = rows[name]
         assert foreseen == was and "MB" in was, rows
+    assert "MB" in facts(section, "VAE Decode #8")["Peak"][1]
+    assert page.said == []
+
+
+def facts(section, title):
+    """What was foreseen of a node and what it was, by the words of the row."""
+    found = section.locator(f'article[aria-label="{title}"]')
+    return {row.split("\t")[0]: row.split("\t")[1:] for row in found.locator("tbody").inner_text().splitlines()}
+
+
+def test_a_decoding_that_does_not_fit_is_cut_into_tiles(servers, visit, shots):
+    page = visit(servers("device"), height=1300)
+    prompt = limited()
+    prompt["6"]["inputs"].update(width=4096, height=4096)
+    page.load(prompt)
+    page.open()
+    page.button("Will it fit?").click()
+    section = page.page.locator('.spillway-panel section[aria-labelledby="sw-forecast"]')
+    page.until(lambda: "In tiles: VAEDecodeTiled" in section.inner_text())
+    assert "Text · SD1ClipModel" in section.inner_text()
+    page.button("In tiles: VAEDecodeTiled").scroll_into_view_if_needed()
+    shots(page, "forecast-does-not-fit")
+    page.button("In tiles: VAEDecodeTiled").click()
+    page.until(lambda: page.kinds()["8"] == "VAEDecodeTiled" and "(Tiled) #8" in section.inner_text())
+    assert "Peak 1.1 of 8.0 GB. In tiles." in section.inner_text()
+    sent = page.page.evaluate("window.app.graphToPrompt().then(({ output }) => output)")
+    assert sent["8"]["inputs"] == {
+        **{"samples": ["7", 0], "vae": ["4", 0], "tile_size": 512, "overlap": 64},
+        **{"temporal_size": 64, "temporal_overlap": 8},
+    }
+    assert sent["9"]["inputs"]["images"] == ["8", 0]
+    shots(page, "forecast-in-tiles")
+    page.button("Undo").click()
+    page.until(lambda: page.kinds()["8"] == "VAEDecode" and "In tiles: VAEDecodeTiled" in section.inner_text())
+    page.button("In tiles: VAEDecodeTiled").click()
+    page.until(lambda: page.kinds()["8"] == "VAEDecodeTiled")
+    page.page.locator("canvas").first.focus()
+    page.command("Comfy.Undo")
+    page.until(lambda: page.kinds()["8"] == "VAEDecode")
     assert page.said == []

@@ -1,18 +1,16 @@
 """The forecast of a graph: what is found on the way to a loader, what could be set, and that no weight is read."""
 
-import ctypes
 import json
-import mmap
-import struct
 
 import folder_paths
 import pytest
 import torch
 
 from kit.comfyui.checkpoints.diffusion_models import flux_entries
-from kit.comfyui.forecast_graphs import graph, node, put_files
+from kit.comfyui.forecast_graphs import graph, node, pages_in_ram, put_files, write_hole
 from spillway.nodes.forecast import SpillwayMemoryForecast
-from spillway.nodes.forecast_report import forecast, in_lines
+from spillway.nodes.forecast_report import forecast
+from spillway.nodes.forecast_words import in_lines
 from spillway.nodes.routes import MAX_PROMPT_BYTES, BadRequest, parse_prompt, read_object
 from spillway.patcher.dynamic_model import models
 
@@ -35,38 +33,17 @@ def codes(told):
     return [note["code"] for note in told["notes"]]
 
 
-def pages_in_ram(path):
-    """Count the bytes of a file that the page cache has."""
-    with (
-        open(path, "rb") as file,
-        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as seen,
-    ):
-        count = -(-len(seen) // mmap.PAGESIZE)
-        there = (ctypes.c_ubyte * count)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(seen))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(seen)), there) == 0
-        return sum(byte & 1 for byte in there) * mmap.PAGESIZE
-
-
 def test_no_weight_of_a_file_larger_than_the_ram_is_read(models_dir, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # the tests' own, and slow
     path = models_dir / "diffusion_models" / "forecast-large.safetensors"
-    header, end = {}, 0
-    for name, (shape, dtype, *_) in flux_entries(torch.bfloat16, **LARGE).items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:  # all behind the header is a hole, which takes no room on the disk
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    end = write_hole(path, flux_entries(torch.bfloat16, **LARGE))
     before = set(models)
     told = only(graph(path.name, gigabytes=8.0))
     read = pages_in_ram(path)
     path.unlink()
     assert end > 20 * GIB and told["forecast"]["total"] >= end * 0.99
     assert told["forecast"]["resident"] <= 8 * GIB < told["forecast"]["streamed"]
-    assert read < 64 * MIB and set(models) <= before
+    assert read < 4 * MIB and set(models) <= before
     ways = {way["code"]: way["forecast"] for way in told["ways"]}
     assert ways["int8"]["total"] < 0.6 * told["forecast"]["total"]
 
@@ -162,7 +139,7 @@ def test_a_wrong_request_is_refused(asked, words):
 def test_a_request_is_bounded():
     with pytest.raises(BadRequest, match="larger than"):
         read_object("application/json", b" " * (MAX_PROMPT_BYTES + 1), MAX_PROMPT_BYTES)
-    assert forecast({}) == {"samplers": [], "left_out": 0}
+    assert forecast({}) == {"samplers": [], "uses": [], "left_out": 0}
     assert "no sampler" in in_lines(forecast({}))
     many = graph(FLUX)
     many |= {f"more{n}": many["sampler1"] for n in range(9)}

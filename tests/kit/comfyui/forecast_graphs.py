@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
 import shutil
+import struct
 
 import comfy.utils
 import nodes as comfyui_nodes
+import torch
 
 from kit.comfyui import sampling
 from kit.gguf_files import quantised_copy, write_gguf
-from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadDiffusionModel
+from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadCLIP, SpillwayLoadDiffusionModel, SpillwayLoadVAE
 from spillway.nodes.lora import SpillwayLoraLoaderModelOnly
 from spillway.nodes.policy import SpillwayPolicy
+from spillway.nodes.vae import SpillwayVAEDecode
 
 GIB = 1 << 30
 FLUX = {"hidden": 256, "depth": 2, "depth_single": 4}
@@ -22,6 +28,7 @@ FILES = {
     "z_image": ("z_image", {}),
 }
 STEPS = 6
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 
 
 class Conds:
@@ -55,13 +62,63 @@ class Take:
 
 CLASSES = {"TestConds": Conds, "TestTake": Take} | {
     node.define_schema().node_id: node
-    for node in (SpillwayLoadDiffusionModel, SpillwayLoadCheckpoint, SpillwayLoraLoaderModelOnly, SpillwayPolicy)
+    for node in (
+        SpillwayLoadDiffusionModel,
+        SpillwayLoadCheckpoint,
+        SpillwayLoadCLIP,
+        SpillwayLoadVAE,
+        SpillwayLoraLoaderModelOnly,
+        SpillwayPolicy,
+        SpillwayVAEDecode,
+    )
 }
+
+
+def write_hole(path, entries):
+    """Write a file of entries {key: (shape, dtype, ...)}: behind the header is a hole, which takes no room on the disk.
+
+    Returns the bytes of the hole.
+    """
+    header, end = {}, 0
+    for name, (shape, dtype, *_) in entries.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def pages_in_ram(path):
+    """Count the bytes of a file that the page cache has."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as seen,
+    ):
+        count = -(-len(seen) // mmap.PAGESIZE)
+        there = (ctypes.c_ubyte * count)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(seen))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(seen)), there) == 0
+        return sum(byte & 1 for byte in there) * mmap.PAGESIZE
 
 
 def register(monkeypatch):
     for name, node in CLASSES.items():
         monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, name, node)
+
+
+def put_companions(models, checkpoint):
+    """Put a text encoder and VAEs into the folders of models."""
+    for folder in ("text_encoders", "vae", "checkpoints"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    linked = {models / "text_encoders" / "forecast-clip.safetensors": checkpoint("clip_l")}
+    linked |= {models / "vae" / f"forecast-{name}.safetensors": checkpoint(name) for name in ("flux_vae", "wan_vae")}
+    linked[models / "checkpoints" / "forecast-sd15.safetensors"] = checkpoint("sd15", mult=(1, 2))
+    for name, path in linked.items():
+        if not name.exists():
+            name.symlink_to(path)
 
 
 def put_files(models, checkpoint):

@@ -1,6 +1,7 @@
 // Puts one node of a graph in the place of another: id, values, links, title, place and colours stay.
 
-const valuesOf = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
+/** The values of a node's widgets, by their names. */
+export const valuesOf = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
 const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links.get?.(id) ?? graph.links[id];
 
 /** What is linked to a node: the names of its inputs and the types of its outputs. */
@@ -32,7 +33,11 @@ export function convert(nodes, concerns, choose) {
   return told;
 }
 
-function replace(node, { type, values, names }) {
+/**
+ * Put a node of class `type` in the place of another, with `values` of its widgets: whether that could be. names: by an
+ * input's name, that of the other node.
+ */
+export function replace(node, { type, values, names }) {
   const { graph } = node;
   const made = globalThis.LiteGraph.createNode(type);
   if (!made || !fits(made, values)) return false;

@@ -1,42 +1,43 @@
-// Will it fit: what the samplers of the open graph will take, what could be set, and after the run what they took. Pure.
+// Will it fit: what the models of the open graph will take, what could be set, and after the run what they took. Pure.
 import { h } from "./tree.js";
 import { seconds, size, sizeOf } from "./words.js";
 import { atWork, heads, row } from "./tree.js";
 
-/** What was foreseen of a sampler and what its last run took, side by side. null where it has not run as foreseen. */
-export function factOf(report, sampler) {
-  const node = report.run?.nodes.findLast?.((one) => one.id === sampler.id && one.sampled) ?? null;
-  const told = sampler.forecast;
-  if (!node || !told || node.sampled.key !== told.key) return null;
-  const was = node.sampled;
+/** What was foreseen of a node and what its last run took, side by side. null where it has not run as foreseen. */
+export function factOf(report, one) {
+  const node = report.run?.nodes.findLast?.((other) => other.id === one.id && other.used) ?? null;
+  const told = one.forecast;
+  if (!node || !told || node.used.key !== told.key) return null;
+  const was = node.used;
+  const step = { told: told.at_least ? seconds(told.at_least) : "–", was: was.seconds ? seconds(was.seconds) : "–" };
   return [
     { name: "stays", told: size(told.resident), was: size(was.resident) },
-    { name: "streamed", told: size(told.streamed), was: size(was.streamed) },
-    { name: "step", told: told.at_least ? seconds(told.at_least) : "–", was: was.seconds ? seconds(was.seconds) : "–" },
+    { name: one.what ? "each" : "streamed", told: size(told.streamed), was: size(was.streamed) },
+    ...(one.what ? [] : [{ name: "step", ...step }]),
     { name: "peak", told: size(told.peak), was: was.peak == null ? "–" : size(was.peak) },
   ];
 }
 
-/** A forecast in a sentence. */
-export function inWords(told, t) {
+/** A forecast in a sentence. what: is done with the model; undefined where it samples, which has steps. */
+export function inWords(told, t, what) {
   const all = { total: size(told.total), stays: sizeOf(told.resident, told.total, t), streamed: size(told.streamed) };
-  const stays = t(told.streamed ? "forecast.part" : "forecast.all", all);
+  const stays = t(told.streamed ? (what ? "forecast.part_use" : "forecast.part") : "forecast.all", all);
   const least = told.streamed && told.at_least ? t("forecast.least", { seconds: seconds(told.at_least) }) : "";
   const peak = t(told.fits ? "forecast.fits" : "forecast.over", { peak: sizeOf(told.peak, told.device_total, t) });
-  return `${stays}${least} ${peak}`;
+  return `${stays}${least} ${peak}${told.tiled ? t("forecast.tiled") : ""}`;
 }
 
-function wayView(way, sampler, actions, t) {
-  const set = t("forecast.set", { widget: way.widget, value: way.value });
+function wayView(way, one, actions, t) {
+  const node = actions.nodeTitle(way);
+  const set = way.swap
+    ? { words: t("forecast.swap", { kind: way.swap }), tip: t("forecast.swap_tip", { kind: way.swap, node }) }
+    : { words: t("forecast.set", { widget: way.widget, value: way.value }), tip: t("forecast.set_tip", { node }) };
+  const why = t(`forecast.way.${way.code}`, { tile: way.values?.tile_size });
   return h(
     "li",
-    { class: "sw-way", key: `${way.id} ${way.widget} ${way.value}` },
-    h(
-      "button",
-      { type: "button", onclick: () => actions.setWay(way), title: t("forecast.set_tip", { node: actions.nodeTitle(way) }) },
-      set,
-    ),
-    h("span", { class: "sw-note" }, ` ${t(`forecast.way.${way.code}`)}: ${inWords(way.forecast, t)}`),
+    { class: "sw-way", key: `${way.id} ${set.words}` },
+    h("button", { type: "button", onclick: () => actions.setWay(way), title: set.tip }, set.words),
+    h("span", { class: "sw-note" }, ` ${why}: ${inWords(way.forecast, t, one.what)}`),
   );
 }
 
@@ -49,31 +50,31 @@ function factsView(rows, t) {
   );
 }
 
-function samplerView(sampler, report, actions, t) {
-  const { forecast: told } = sampler;
-  const facts = factOf(report, sampler);
+function nodeView(one, report, actions, t) {
+  const { forecast: told, what } = one;
+  const facts = factOf(report, one);
   const quiet = told && !told.order_known && "guessed";
   const notes = [
-    ...sampler.notes.map((note) => t(`forecast.note.${note.code}`, note)),
-    ...(told ? [t(`forecast.known.${told.seen || told.learnt ? "learnt" : "estimate"}`)] : []),
+    ...one.notes.map((note) => t(`forecast.note.${note.code}`, note)),
+    ...(told && (told.learnt || told.computation) ? [t(`forecast.known.${told.learnt ? "learnt" : "estimate"}`)] : []),
     ...(quiet ? [t("forecast.known.order")] : []),
   ];
   return h(
     "article",
-    { class: "sw-card", key: sampler.id, "aria-label": actions.nodeTitle(sampler) },
+    { class: "sw-card", key: one.id, "aria-label": actions.nodeTitle(one) },
     h(
       "p",
       { class: "sw-row" },
       h(
         "button",
-        { class: "sw-link sw-name", type: "button", title: t("card.goto"), onclick: () => actions.goTo(sampler) },
-        actions.nodeTitle(sampler),
+        { class: "sw-link sw-name", type: "button", title: t("card.goto"), onclick: () => actions.goTo(one) },
+        actions.nodeTitle(one),
       ),
-      told && h("small", {}, `${told.name} · ${told.format}`),
+      told && h("small", {}, [what && t(`forecast.what.${what}`), told.name, told.format].filter(Boolean).join(" · ")),
     ),
-    told && h("p", { class: "sw-figures" }, inWords(told, t)),
+    told && h("p", { class: "sw-figures" }, inWords(told, t, what)),
     ...notes.map((text, index) => h("p", { class: "sw-note", key: `note ${index}` }, text)),
-    sampler.ways.length > 0 && h("ul", { key: "ways" }, ...sampler.ways.map((way) => wayView(way, sampler, actions, t))),
+    one.ways.length > 0 && h("ul", { key: "ways" }, ...one.ways.map((way) => wayView(way, one, actions, t))),
     facts && factsView(facts, t),
   );
 }
@@ -94,7 +95,7 @@ export function forecastView(state, report, actions, t) {
         h("button", { type: "button", key: "undo", onclick: actions.undoWay, title: t("forecast.undo_tip") }, t("forecast.undo")),
     ),
     told && told.samplers.length === 0 && h("p", { class: "sw-note", key: "none" }, t("forecast.none")),
-    ...(told?.samplers ?? []).map((sampler) => samplerView(sampler, report, actions, t)),
+    ...[...(told?.samplers ?? []), ...(told?.uses ?? [])].map((one) => nodeView(one, report, actions, t)),
     told?.left_out > 0 && h("p", { class: "sw-note", key: "left" }, t("forecast.left", { count: told.left_out })),
   ];
 }

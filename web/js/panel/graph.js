@@ -1,5 +1,6 @@
 // Nodes of the open graph: their titles, a way to them, and their badges.
 import { app } from "../../../../scripts/app.js";
+import { replace, valuesOf } from "../convert/replace.js";
 import { nodeFigures } from "./figures.js";
 import { percent, seconds, size } from "./words.js";
 
@@ -42,9 +43,24 @@ export function setWidget({ id, kind }, name, value) {
   widget.value = value;
   widget.callback?.(value, app.canvas, found.node);
   found.node.onWidgetChanged?.(name, value, before.value, widget);
+  changed();
+  return before;
+}
+
+/** Put a node of another class in the place of one with the same wires: as `setWidget`, with { values } of before. */
+export function swapNode({ id, kind }, type, values) {
+  const found = find(id);
+  if (found?.node.type !== kind) return null;
+  const before = { values: valuesOf(found.node) };
+  const names = Object.fromEntries((found.node.inputs ?? []).map(({ name }) => [name, name]));
+  if (!replace(found.node, { type, values, names })) return null;
+  changed();
+  return before;
+}
+
+function changed() {
   app.canvas?.setDirty?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
-  return before;
 }
 
 function idOf(node) {
