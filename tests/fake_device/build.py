@@ -19,15 +19,17 @@ from cuda_sim import Unavailable
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "src"
 CACHE = HERE / "cache"  # compiled, never committed
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w"]
+FLAGS = ["-O1", "-fPIC", "-w"]
 OLDEST_TORCH = (2, 8)
+LAST_IN_CPP17 = (2, 13)  # headers of 2.15 are C++20
 
 
 def device() -> Path:
     """The compiled device. Raises Unavailable where it cannot be built."""
     if sys.platform != "linux":
         raise Unavailable(f"the fake device needs Linux, as the simulated driver does; this is {sys.platform}")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
         raise Unavailable(f"the fake device needs torch 2.8 or newer; this is {torch.__version__}")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -35,7 +37,8 @@ def device() -> Path:
             "no C++ compiler (c++, g++, clang++): install one, on Debian and Ubuntu the package build-essential"
         )
     root = Path(torch.__path__[0])
-    compile_file = [compiler, "-c", *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags = ["-std=c++17" if version <= LAST_IN_CPP17 else "-std=c++20", *FLAGS]
+    compile_file = [compiler, "-c", *flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     compile_file += [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     headers = [path.read_text() for path in sorted(SOURCE.glob("*.h"))]
     common = [torch.__version__, platform.machine(), *compile_file, *headers]

@@ -129,6 +129,7 @@ def write_stamp(folder: Path, text: str) -> None:
 def add_pytest(python: Path, environment: dict[str, str]) -> None:
     """Make pytest and hypothesis importable without a change to ComfyUI's own environment."""
     lines = REQUIREMENTS_DEV.read_text(encoding="utf-8").splitlines()
+    lines = [line.partition("#")[0].strip() for line in lines]
     add_tools(python, environment, [line for line in lines if line.startswith(("pytest", "hypothesis"))])
 
 

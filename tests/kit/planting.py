@@ -39,8 +39,9 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
+ON_DEVICE = "fake_device/on_device"
 # Variables of the processes in which the tests of a folder run.
-FOLDERS = {"fake_device/on_device": {"SPILLWAY_FAKE_CUDA": "1"}, "cuda_sim/on_aimdo": {"SPILLWAY_SIM_AIMDO": "0.6.0"}}
+FOLDERS = {ON_DEVICE: {"SPILLWAY_FAKE_CUDA": "1"}, "cuda_sim/on_aimdo": {"SPILLWAY_SIM_AIMDO": "0.6.0"}}
 
 
 class Ran(NamedTuple):
@@ -51,11 +52,16 @@ class Ran(NamedTuple):
 
 def run_tests(tests: tuple[str, ...], fault: Fault | None = None) -> Ran:
     """Run tests until one fails, with a fault planted or without."""
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    variables = {VARIABLE: json.dumps(fault[:3]) if fault is not None else "", "PYTHONPATH": path}
+    path = [str(TESTS), os.environ.get("PYTHONPATH")]
+    variables = {VARIABLE: json.dumps(fault[:3]) if fault is not None else ""}
     for folder, others in FOLDERS.items():
         if all(test.startswith(folder) for test in tests):
             variables |= others
+            if folder == ON_DEVICE:
+                from cuda_sim.wheels import ALWAYS, package
+
+                path.insert(1, str(package(ALWAYS[-1])))  # which .venv need not have
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "kit.planting", "--tb=line", "-W", "ignore", "-rfE"]
     done = subprocess.run(
         [sys.executable, "-c", PYTEST, *options, *(str(TESTS / test) for test in tests)],

@@ -3,10 +3,12 @@
 They run with `dev.py test --slow`. Each takes a process of its own.
 """
 
+import ast
 import functools
 
 import pytest
 
+from kit.pack import ROOT
 from kit.planting import Fault, check_is_seen, check_passes
 
 CASTER = "ops.lending.device_caster:DeviceCaster"
@@ -20,6 +22,7 @@ WRITE_BACKS = "ops.lending.write_backs:WriteBacks"
 CASES = "lending/test_caster.py"
 ARENA = "lending/test_arena.py"
 READERS = "lending/test_readers.py"
+AHEAD = "lending/test_read_ahead.py"
 CONTRACT = "patcher/test_parity.py"
 ANY_NUMBER = "test_any_number_of_streams_and_bundles_ahead"
 PINS = "lending/test_pins.py"
@@ -74,6 +77,9 @@ FAULTS = {
     "nothing is awaited where a transfer may have begun": Fault(
         "ops.lending.caster:Caster.begin", "self.backend.synchronize()", "pass", (PINS,)
     ),
+    "what is asked for is read into memory that nobody counts": Fault(
+        "ops.lending.read_ahead:ReadAhead._staging_for", "loan.job.wait()", "pass", (AHEAD,)
+    ),
     "staging is filled again while it is being read": Fault(
         f"{READING}:Reading._send", "self._give_back(loan.event)", "self._give_back(None)", (CASES,)
     ),
@@ -125,6 +131,7 @@ FAULTS = {
         "ops.lending.arena:Arena._drop", "segment.done.synchronize()", "pass", (ARENA, CASES)
     ),
     "an unused transfer is not awaited": Fault(f"{CASTER}.finish", "loan.event.synchronize()", "pass", (CASES, PINS)),
+    "a pin goes while it is under way": Fault("ops.lending.pins:Pins.drop", "event.synchronize()", "pass", (PINS,)),
     "a pin goes while it is being filled": Fault(
         "ops.lending.pins:Pins.drop", "(pin.ready, pin.busy)", "(pin.busy,)", (PINS,)
     ),
@@ -148,6 +155,18 @@ FAULTS = {
         f"{CAREFUL}._step_down", "self.synchronize()", "pass", (BACKEND,)
     ),
     "a device that does not answer is used on": Fault(f"{CAREFUL}.copy", "self.synchronize()", "pass", (BACKEND,)),
+    "nobody waits for a device in use": Fault(
+        f"{CAREFUL}.synchronize",
+        "    try:\n        self.unwrapped.synchronize()\n    except RuntimeError:\n",
+        "    try:\n        pass\n    except RuntimeError:\n",
+        (BACKEND,),
+    ),
+    "a device that failed once is not waited for again": Fault(
+        f"{CAREFUL}.synchronize",
+        "self.unwrapped.synchronize()\n        except RuntimeError as error:",
+        "pass\n        except RuntimeError as error:",
+        (BACKEND,),
+    ),
     # Torch's streams.
     "streams do not wait": Fault(
         f"{CUDA}.wait", "(stream or self._module.current_stream(self.device)).wait_event(event)", "pass", (BITS,)
@@ -165,6 +184,12 @@ FAULTS = {
     "buffers stay where they are": Fault(
         "patcher.dynamic_model:DynamicModel.place_buffers",
         "self._placed.place()",
+        "pass",
+        (f"{ON_DEVICE}::test_buffers_are_where_the_module_computes",),
+    ),
+    "buffers stay on the device": Fault(
+        "patcher.dynamic_model:DynamicModel.release",
+        "self._placed.give_back()",
         "pass",
         (f"{ON_DEVICE}::test_buffers_are_where_the_module_computes",),
     ),
@@ -227,7 +252,39 @@ FAULTS = {
     ),
 }
 
+WAITS = ("settle", "synchronize", "wait", "wait_event")
+# What is waited for is a time that is measured, and no number of a picture.
+MEASURES = {"ops.lending.stopwatch:Stopwatch.seconds", "ops.lending.stopwatch:Stopwatch.bus"}
+
 passes = functools.cache(check_passes)
+
+
+def waits(node, place):
+    """Yield (place, source) of each call that waits."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            yield from waits(child, place + ("." if place[-1] != ":" else "") + child.name)
+            continue
+        if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in WAITS:
+            yield place, ast.unparse(child)
+        yield from waits(child, place)
+
+
+def test_every_wait_has_its_fault():
+    files = [path for folder in ("device", "lending", "vbar") for path in (ROOT / "ops" / folder).glob("*.py")]
+    found = {
+        wait
+        for path in files
+        for wait in waits(ast.parse(path.read_text(encoding="utf-8")), f"ops.{path.parent.name}.{path.stem}:")
+    }
+    assert len(found) > 20
+    planted = [(fault.where, fault.words) for fault in FAULTS.values()]
+    missing = [
+        wait
+        for wait in sorted(found)
+        if wait[0] not in MEASURES and not any(where == wait[0] and wait[1] in words for where, words in planted)
+    ]
+    assert not missing
 
 
 @pytest.mark.planted

@@ -13,6 +13,7 @@ from kit.shuffled import DEPTH, WIDTH, Shuffled
 from kit.sim_device import SimDevice
 from kit.threaded_device import Threaded
 from spillway.ops.lending.reading import Reading
+from spillway.patcher import residency
 
 
 def double(weight):
@@ -142,3 +143,20 @@ def test_memory_that_was_freed_is_held_by_nobody(path):
             assert device.held() == 0
     finally:
         gc.enable()
+
+
+def test_what_is_asked_for_waits_for_the_memory_of_what_is_being_read(path, monkeypatch):
+    """Where all of it is on its way to be sent. Memory beside it would be counted by nobody."""
+    monkeypatch.setattr(residency, "room_for_staging", lambda sizes, *_: max(sizes))
+    fill, beside = Reading.fill, []
+
+    def slow(self):
+        time.sleep(0.002)
+        if self.extent is None and self.pin is None:
+            beside.append(self.bundle)
+        fill(self)
+
+    monkeypatch.setattr(Reading, "fill", slow)
+    model = dynamic(lambda: Shuffled(0), path, device=Threaded(1), pinned_bytes=0)
+    run_and_compare(model, path, 0)  # in another order than was guessed, so that others are on their way
+    assert not beside

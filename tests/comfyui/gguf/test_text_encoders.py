@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from comfy.text_encoders import bpe_tokenizer, hunyuan_video
+from comfy.text_encoders import hunyuan_video
 
 from kit.comfyui import checkpoints, spiece
 from kit.comfyui.pairs import assert_same, budget
@@ -195,6 +195,13 @@ def test_a_lora_stays_beside_the_blocks_of_a_text_encoder(files):
     assert float((got - wanted).norm() / (wanted - without).norm()) < 0.05
 
 
+def characters_of_bytes():
+    """GPT-2's: printable ones stand for themselves, the others for those from 256 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
 def test_a_tekken_tokenizer_is_made_of_the_token_lists(tmp_path):
     """Mistral's, of which the file has every token as characters that stand for bytes."""
     pieces = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" c", b" cat", "\u00e9".encode()]
@@ -204,7 +211,7 @@ def test_a_tekken_tokenizer_is_made_of_the_token_lists(tmp_path):
         "vocab": [{"rank": rank, "token_bytes": base64.b64encode(piece).decode()} for rank, piece in enumerate(pieces)],
         "special_tokens": [{"rank": rank, "token_str": token} for rank, token in enumerate(special)],
     }
-    shown = bpe_tokenizer._bytes_to_unicode()
+    shown = characters_of_bytes()
     metadata = {
         "general.architecture": "llama",
         "llama.attention.head_count": 2,
@@ -216,7 +223,9 @@ def test_a_tekken_tokenizer_is_made_of_the_token_lists(tmp_path):
     }
     path = write_gguf(tmp_path / "mistral.gguf", {"token_embd.weight": torch.ones(4, 2)}, metadata)
     made = open_map(path).state_dict()["tekken_model"].numpy().tobytes()
-    one, other = (bpe_tokenizer.from_tekken_json(data) for data in (json.dumps(wanted), made))
+    reason = "this ComfyUI makes its tokenizer with a converter that newer transformers lack"
+    tokenizers = pytest.importorskip("comfy.text_encoders.bpe_tokenizer", reason=reason)
+    one, other = (tokenizers.from_tekken_json(data) for data in (json.dumps(wanted), made))
     for text in ("the cat", "[INST] th\u00e9 caf\u00e9 \U0001f600[INST]\n"):
         assert one(text)["input_ids"] == other(text)["input_ids"]
 

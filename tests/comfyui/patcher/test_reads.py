@@ -37,6 +37,11 @@ class Fused(torch.nn.Module):
         if fail:
             raise ValueError("between cast and uncast")
         comfy.ops.uncast_bias_weight(self.norm, weight, None, token)
+        if not hasattr(comfy.ops, "CastBiasWeightContext"):  # which came after ComfyUI 0.22
+            weight, _, token = comfy.ops.cast_bias_weight(self.embedding, x, offloadable=True)
+            x = torch.nn.functional.linear(x, weight)
+            comfy.ops.uncast_bias_weight(self.embedding, weight, None, token)
+            return x
         with comfy.ops.CastBiasWeightContext(self.embedding, x, offloadable=True) as (weight, _):
             return torch.nn.functional.linear(x, weight)
 

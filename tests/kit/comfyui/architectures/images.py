@@ -1,11 +1,18 @@
 """Transformers that make images."""
 
+import dataclasses
+
 import torch
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .table import Entry, tensor
 from .videos import COSMOS2
 
+# ComfyUI 0.22 has one way of numbering the words of a text.
+NUMBERED = {
+    field.name: False for field in dataclasses.fields(ChromaRadianceParams) if field.name == "use_sequential_txt_ids"
+}
 FLUX = dict(
     in_channels=16,
     out_channels=16,
@@ -217,7 +224,7 @@ MODELS = {
             nerf_final_head_type="conv",
             nerf_embedder_dtype=torch.float32,
             use_x0=False,
-            use_sequential_txt_ids=False,
+            **NUMBERED,
         ),
         (1, 3, 128, 128),
         (1, 256, 4096),
