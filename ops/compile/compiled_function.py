@@ -85,15 +85,31 @@ def describe(value: Any, tensors: list[torch.Tensor], depth: int = 0) -> Hashabl
 
 def as_argument(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of the same memory as torch guards on it: of the present inference mode and of a fixed shape."""
-    if not is_wrapper(tensor):
-        tensor = tensor.detach() if type(tensor) is not torch.Tensor else tensor
-        if tensor.is_inference() != torch.is_inference_mode_enabled():
-            shape, stride = tensor.shape, tensor.stride()
-            argument = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            tensor = argument.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, stride)  # type: ignore[call-overload]
+    if type(tensor) is not torch.Tensor and not is_wrapper(tensor):
+        tensor = tensor.detach()
+    tensor = _of_this_mode(tensor, torch.is_inference_mode_enabled())
     if not hasattr(tensor, "_dynamo_static_indices"):
         torch._dynamo.mark_static(tensor)
     return tensor
+
+
+def _of_this_mode(tensor: torch.Tensor, inference: bool) -> torch.Tensor:
+    """Return a tensor of the same memory, and in a wrapper its parts, that are of inference mode or not.
+
+    A weight that lies in its file is not, and one that was patched in an inference run is: each would be a graph.
+    """
+    if is_wrapper(tensor):
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: getattr(tensor, name) for name in names}
+        wanted = {name: _of_this_mode(part, inference) for name, part in parts.items()}
+        if all(wanted[name] is parts[name] for name in names):
+            return tensor
+        return type(tensor).__tensor_unflatten__(wanted, context, tensor.shape, None)  # type: ignore[attr-defined, no-any-return]
+    if tensor.is_inference() == inference:
+        return tensor
+    shape, stride = tensor.shape, tensor.stride()
+    argument = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return argument.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, stride)  # type: ignore[call-overload]
 
 
 class Failed(SpillwayError, Exception):
