@@ -192,13 +192,17 @@ def _end(comparison: Comparison, run: Run, executor: Any) -> None:
         run.nodes[node.id] = (kind, seconds + node.seconds)
         for device, nbytes in node.peaks.items():
             run.peaks[device] = max(run.peaks.get(device, 0), nbytes)
-    run.state = "done" if executor.success and run.seconds else _why(executor)
-    run.files = shown_files(getattr(executor, "history_result", None) or {})
-    if run.state != "done":
-        others = {other.prompt_id for other in comparison.runs.values() if other is not run}
-        comparison.queue.delete_queue_item(lambda item: item[1] in others)
-    elif comparison.state == "done":
-        comparison.shown = compared(*(one.files for one in comparison.runs.values()))
+    state = "done" if executor.success and run.seconds else _why(executor)
+    others = [other for other in comparison.runs.values() if other is not run]
+    try:
+        run.files = shown_files(getattr(executor, "history_result", None) or {})
+        if state != "done":
+            gone = {other.prompt_id for other in others}
+            comparison.queue.delete_queue_item(lambda item: item[1] in gone)
+        elif all(other.state == "done" for other in others):
+            comparison.shown = compared(*(one.files for one in comparison.runs.values()))
+    finally:
+        run.state = state  # last: whoever asks takes a comparison that is done for all that will come
 
 
 def _why(executor: Any) -> str:

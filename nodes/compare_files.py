@@ -45,9 +45,20 @@ def shown_files(history: dict[str, Any]) -> list[Shown]:
         for place, entry in enumerate(entry for entry in entries if isinstance(entry, dict)):
             base = folder_paths.get_directory_by_type(str(entry.get("type", "")))
             name = str(entry.get("filename") or "")
-            if base and name:
-                found.append(Shown(str(node), place, os.path.join(base, str(entry.get("subfolder") or ""), name)))
+            path = _inside(base, str(entry.get("subfolder") or ""), name) if base and name else None
+            if path is not None:
+                found.append(Shown(str(node), place, path))
     return found
+
+
+def _inside(base: str, *parts: str) -> str | None:
+    """Join what a node says to ComfyUI's folder, None where that leads out of it: a prompt can have the words."""
+    base = os.path.abspath(base)
+    path = os.path.abspath(os.path.join(base, *parts))  # of the text alone: a name of another machine is not asked for
+    if not path.startswith(base + os.sep):
+        return None
+    real = os.path.realpath(path)
+    return real if real.startswith(os.path.realpath(base) + os.sep) else None
 
 
 def compared(theirs: list[Shown], ours: list[Shown]) -> dict[str, Any]:

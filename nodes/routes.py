@@ -322,8 +322,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             if running:
                 put_off.append("pins: ask again when the prompt has ended")
             else:
-                for model in list(dynamic.models):
-                    model.free_pins()
+                _free_pins()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
             taken = cache.engine.take(short, current=not running, reason="asked for by /spillway/free")
@@ -349,3 +348,9 @@ def _free_models() -> None:
     comfy.model_management.unload_all_models()
     for model in list(dynamic.models):
         model.free()
+
+
+def _free_pins() -> None:
+    """Free all pins. Holds no model afterwards."""
+    for model in list(dynamic.models):
+        model.free_pins()

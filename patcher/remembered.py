@@ -47,11 +47,12 @@ class Remembered:
     def expect(self, nbytes: int, shown: int | None) -> bool:
         """Note what the computation is said to need, and what an equal one took.
 
-        Says whether that is a change, which voids what was learnt.
+        Says whether that is a change, which voids what was learnt of another computation.
         """
         changed = (nbytes, shown) != (self.expected, self.shown)
         if changed:
-            self.expected, self.shown, self.learnt = nbytes, shown, 0
+            same = nbytes == self.expected and (shown or 0) <= (self.shown or 0)
+            self.expected, self.shown, self.learnt = nbytes, shown, self.learnt if same else 0
         return changed
 
     def note_pace(self, watch: Stopwatch | None) -> bool:

@@ -227,6 +227,7 @@ class Residency(Planning):
         if changed or self.expected or cap.holds(self.device.device):
             self._apply(self._new_plan())
         self._claim()
+        self.caster.begin_use()
 
     def learn(self) -> None:
         """Leave more to a computation that has taken weights' memory, in this step or by running out of it.

@@ -38,7 +38,7 @@ class UseCosts:
         if bundle.offload_to == "disk":
             return False
         if self.device.in_place:
-            return bundle.worth_keeping or bundle.offload_to in ("ram", "pin")
+            return not bundle.in_place and (bundle.worth_keeping or bundle.offload_to in ("ram", "pin"))
         return bundle.worth_writing_back
 
     def casts(self, bundle: Bundle) -> int:

@@ -148,7 +148,8 @@ class SpillwayCache(caching.BasicCache):
     @property
     def _watches(self) -> bool:
         """Say whether anything asks for stamps."""
-        return self.disk is not None or self.sharing.store is not None
+        # A run that leaves the tiers out gives nodes their files as any other does.
+        return self.disk is not None or self.sharing.store is not None or not tiers.are_used()
 
     def _drop_old_outputs(self, node_ids: Iterable[str]) -> None:
         """Have save and preview nodes run again unless the last prompt had them, as ComfyUI's own cache does.
@@ -315,8 +316,8 @@ class SpillwayCache(caching.BasicCache):
         replaced = self.stamps.made(number, node_id, node, value.outputs, numbers)
         if replaced is not None:
             self.ledger.decide_once(
-                f"{replaced} was replaced since it was first used. {node.get('class_type')} may have kept the old one, "
-                "so what is made of it is neither written nor shared until the next start",
+                f"{replaced} may have been replaced since it was first used. {node.get('class_type')} may have kept "
+                "the old one, so what is made of it is neither written nor shared until the next start",
                 level=logging.INFO,
             )
 

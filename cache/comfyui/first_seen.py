@@ -14,6 +14,7 @@ import nodes
 # As deep as this package lies in that of all nodes of ours.
 OURS = __name__.rsplit(".", 3)[0]
 MAX_NAMES = 10_000
+INSIDE = 5  # where a stamp has its path below the folder that the name stands for; '' for a file itself
 
 Name = tuple[str, str]
 
@@ -52,12 +53,29 @@ class FirstSeen:
     def replaced(self, found: dict[Name, Any]) -> str | None:
         """Name what is not what a node of this process was first given. None where all is."""
         for name, value in found.items():
-            if name in self._first and self._first[name] != value:
+            if name in self._first and _is_another(self._first[name], value):
                 return name[1]
         return None
 
 
 first_seen = FirstSeen()
+
+
+def _is_another(first: Any, now: Any) -> bool:
+    """Say whether anything that lay under a name is another now. What came beside it nobody can have kept."""
+    if first is None or now is None:
+        return first is not now or first is None
+    then, later = _by_place(first), _by_place(now)
+    return any(later.get(inside) != stamps for inside, stamps in then.items())
+
+
+def _by_place(places: Any) -> dict[Any, list[Any]]:
+    """Sort stamps by the path within what the name stands for."""
+    found: dict[Any, list[Any]] = {}
+    for place in places:
+        for stamp in place:
+            found.setdefault(stamp[INSIDE], []).append(stamp)
+    return found
 
 
 def _changed_since(places: Any, started: int) -> bool:

@@ -168,10 +168,10 @@ class Bundle:
         """Return the tensors of a bundle that is used in place: the source, with casts in the place of the little."""
         if all(self._lying):
             return self.source
-        return [
-            param.source if lies else torch.empty(param.source.shape, dtype=param.final.dtype).copy_(param.source)
-            for param, lies in zip(self.params, self._lying, strict=True)
-        ]
+        with torch.inference_mode(False), torch.no_grad():  # what stays resident is used by training nodes too
+            return [
+                param.source if lies else param.as_final() for param, lies in zip(self.params, self._lying, strict=True)
+            ]
 
     def lies(self, views: Sequence[torch.Tensor] | None) -> bool:
         """Say whether these tensors are the source itself, but for little."""

@@ -67,7 +67,7 @@ class DeviceCaster(Caster):
         self.write_backs = WriteBacks(backend, pins)
         self.room = 1 << 62  # see set_room
         self._held = 0  # bytes of device memory that loans hold outside of VBAR and arena
-        self.peak_buffer_bytes = 0
+        self.peak_buffer_bytes = self.recent_buffer_bytes = 0
 
     # -- memory beside the VBAR
 
@@ -100,7 +100,15 @@ class DeviceCaster(Caster):
         if self.buffer_bytes + nbytes > self.room:
             self._end_those_in_the_arena()
             self.arena.clear()
-        self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes + nbytes)
+        self._mark(self.buffer_bytes + nbytes)
+
+    def begin_use(self) -> None:
+        self.recent_buffer_bytes = self.buffer_bytes
+
+    def _mark(self, held: int) -> None:
+        """Note the bytes of buffers that are held."""
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, held)
+        self.recent_buffer_bytes = max(self.recent_buffer_bytes, held)
 
     def free_buffers(self) -> int:
         with self.lock:
@@ -207,7 +215,7 @@ class DeviceCaster(Caster):
             if extent is None:
                 return False
             loan.extent, loan.target, loan.after = extent, extent.view, extent.after
-            self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
+            self._mark(self.buffer_bytes)
         self._send(loan)
         return True
 

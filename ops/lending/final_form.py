@@ -44,14 +44,16 @@ def _patch_into(view: torch.Tensor, param: Param, tensor: torch.Tensor, in_place
     """Patch a weight into its memory. A patch gets it in the dtype that the op computes in, and may write into it."""
     assert param.patch is not None
     dtype = param.compute_dtype or view.dtype
-    numbers = tensor if stays_quantised(tensor) or is_wrapper(view) else numbers_of(tensor)
+    numbers = tensor if is_wrapper(view) else _numbers(tensor)
     is_copied = numbers.dtype != dtype or (in_place and numbers is tensor)
     if is_copied and not is_wrapper(numbers) and view.dtype == dtype and view.shape == numbers.shape:
         # Cast where it is to be: for a large weight, fresh memory for another copy costs as much as the patch.
         view.copy_(numbers)
         numbers = view
-    else:
+    elif numbers is tensor:
         numbers = _writable(tensor, dtype, in_place)
+    elif is_copied:
+        numbers = numbers.to(dtype)
     made = param.patch(numbers)
     if made is not view:
         copy_into(view, made.clone() if numbers is view and _share(made, view) else made)
@@ -62,6 +64,11 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
     if is_wrapper(one):
         return False
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a weight, made anew for one in blocks. A wrapper whose patches know it stays as it is."""
+    return tensor if stays_quantised(tensor) else numbers_of(tensor)
 
 
 def _writable(tensor: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:

@@ -80,7 +80,7 @@ class HostCaster(Caster):
         return views
 
     def finish(self, loan: Loan) -> None:
-        if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to != "ram":
+        if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to not in ("ram", "pin"):
             loan.bundle.drop_pages()
 
     def prefetch_after(self, bundle: Bundle) -> None:

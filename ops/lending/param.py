@@ -129,6 +129,11 @@ class Param:
         odd = self.source.is_meta or is_wrapper(self.source) or isinstance(self.source, JoinedWeight)
         return plain and not odd
 
+    def as_final(self) -> torch.Tensor:
+        """Return a copy of the source, which is only to be cast, in the final form."""
+        made = torch.empty(self.source.shape, dtype=self.final.dtype, device=self.source.device)
+        return made.copy_(self.source)
+
 
 def number_format(param: Param) -> str:
     """Name the format that a weight stays in, for people: 'bf16', 'int8', 'Q4_K'."""

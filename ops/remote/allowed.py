@@ -6,13 +6,14 @@ import re
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from .. import settings
-from .store import Refused, without_secrets
+from .store import Refused, links_of, without_secrets
 
 VARIABLE = settings.REMOTE.name
 # Protocols that lead to a server, and to no file of this machine.
 SERVERS = {"http", "https", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "cos", "r2"} | {
     *("hf", "smb", "sftp", "ssh", "ftp", "webdav", "webhdfs", "hdfs"),
 }
+LOGINS = {"http", "https", "ftp", "sftp", "ssh", "smb", "webdav"}
 DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 22, "ssh": 22, "smb": 445, "ftp": 21}
 
 
@@ -36,7 +37,7 @@ def check_allowed(address: str, only_this_machine_asks: bool) -> None:
     if told == "off":
         raise Refused(f"{shown}: {VARIABLE} is off here, or is none of what it may be: {settings.REMOTE.expected}.")
     prefixes = [part.strip() for part in told.split(",") if part.strip()]
-    if not address.isprintable() or not all(_is_below(link, prefixes) for link in address.split("::")):
+    if not address.isprintable() or not all(_is_below(link, prefixes) for link in links_of(address)):
         raise Refused(
             f"{shown}: this ComfyUI was started with {VARIABLE}, which does not allow this address. It allows "
             f"{', '.join(map(without_secrets, prefixes))}"
@@ -45,15 +46,18 @@ def check_allowed(address: str, only_this_machine_asks: bool) -> None:
 
 def _is_at_a_server(address: str) -> bool:
     protocol, sign, _ = address.partition("://")
-    return bool(sign) and protocol.lower() in SERVERS and "::" not in address
+    return bool(sign) and protocol.lower() in SERVERS and len(links_of(address)) == 1
 
 
 def _is_below(link: str, prefixes: list[str]) -> bool:
     """Say whether an address lies below one of others. What begins with the same letters need not."""
     if ".." in re.split(r"[/\\?#]", unquote(unquote(link))):
         return False
-    asked = urlsplit(link)
-    for prefix in map(urlsplit, prefixes):
+    try:
+        asked, *allowed = map(urlsplit, [link, *prefixes])
+    except ValueError:  # one that is no address: what makes no sense allows nothing
+        return False
+    for prefix in allowed:
         if asked.scheme != prefix.scheme:
             continue
         anywhere = not prefix.netloc and not prefix.path  # as https:// alone
@@ -63,9 +67,13 @@ def _is_below(link: str, prefixes: list[str]) -> bool:
     return False
 
 
-def _host(parts: SplitResult) -> tuple[str, int | None]:
-    """Return whom an address leads to. Without a user, whose name may look like a host."""
+def _host(parts: SplitResult) -> tuple[str, int | None, str]:
+    """Return whom an address leads to. Without a user, whose name may look like a host.
+
+    With what stands before the @ where that is no login: Azure's addresses have the container there.
+    """
+    user = "" if parts.scheme in LOGINS else parts.netloc.rpartition("@")[0]
     try:
-        return (parts.hostname or ""), parts.port or DEFAULT_PORTS.get(parts.scheme)
+        return (parts.hostname or ""), parts.port or DEFAULT_PORTS.get(parts.scheme), user
     except ValueError:  # no port
-        return "\0", None
+        return "\0", None, user

@@ -61,10 +61,19 @@ def is_address(name: str) -> bool:
 def without_secrets(address: str) -> str:
     """Return an address without passwords and signatures, for logs and errors. Of a chain (`a::b`) in each part."""
     shown = []
-    for link in address.split("::"):
-        parts = urlsplit(link)
+    for link in links_of(address):
+        try:
+            parts = urlsplit(link)
+        except ValueError:  # no address at all: whatever is in it
+            shown.append(f"{link.partition('://')[0]}://...")
+            continue
         shown.append(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")))
     return "::".join(shown)
+
+
+def links_of(address: str) -> list[str]:
+    """Split a chain of addresses (`a::b`). The colons of an IPv6 address (`[::1]`) divide nothing."""
+    return re.split(r"::(?![^\[\]]*\])", address)
 
 
 def words_of(error: BaseException) -> str:

@@ -108,11 +108,14 @@ def install() -> bool:
     @functools.wraps(get_output)
     async def timed(prompt_id: Any, unique_id: Any, obj: Any, *arguments: Any, **named: Any) -> Any:
         end = never_raises("recording a node")(_begin_node)(unique_id, obj)
+        whole = False
         try:
-            return await get_output(prompt_id, unique_id, obj, *arguments, **named)
+            made = await get_output(prompt_id, unique_id, obj, *arguments, **named)
+            whole = True
+            return made
         finally:
             if end is not None:
-                never_raises("recording a node")(end)()
+                never_raises("recording a node")(end)(whole)
 
     timed.spillway_run_record = True  # type: ignore[attr-defined]
     execution.get_output_data = timed
@@ -120,8 +123,8 @@ def install() -> bool:
     return True
 
 
-def _begin_node(unique_id: Any, obj: Any) -> Callable[[], None] | None:
-    """Begin a node. Returns what is to be called at its end."""
+def _begin_node(unique_id: Any, obj: Any) -> Callable[[bool], None] | None:
+    """Begin a node. Returns what is to be called at its end, with whether it came to a result."""
     record, node = _current, str(unique_id)
     if record is None:
         return None
@@ -132,11 +135,12 @@ def _begin_node(unique_id: Any, obj: Any) -> Callable[[], None] | None:
     for module, index in _devices():
         module.reset_peak_memory_stats(index)
 
-    def end() -> None:
+    def end(whole: bool) -> None:
         seconds = time.monotonic() - began
         record.running = None
         peaks, rss = _peaks(), psutil.Process().memory_info().rss
-        used = listener(peaks, began) if listener is not None else None
+        # One that failed or was interrupted has not shown what it takes, and the next plan would leave too little free.
+        used = listener(peaks, began) if whole and listener is not None else None
         record.nodes.append(NodeRecord(node, kind, seconds, peaks, rss, used))
 
     return end

@@ -127,11 +127,16 @@ def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
     """Take all models off all devices and free their pins. Call `evict` too where the VAE computes in RAM."""
-    comfy.model_management.unload_all_models()
-    for model in list(dynamic.models):
-        model.free()
-        model.free_pins()
+    _free_models()
     if vae.device.type == "cpu":
         evict()
     collect_garbage()
     comfy.model_management.soft_empty_cache()
+
+
+def _free_models() -> None:
+    """Take all models off their devices and free their pins. Holds none of them afterwards."""
+    comfy.model_management.unload_all_models()
+    for model in list(dynamic.models):
+        model.free()
+        model.free_pins()

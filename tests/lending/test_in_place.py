@@ -1,5 +1,7 @@
 """On a CPU a weight is used where its file lies in memory, also where a bias beside it is cast."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -110,3 +112,29 @@ def test_whatever_a_patch_returns_is_the_weight(state, tmp_path, change, stored)
     x = torch.randn(3, 256)
     for _ in range(2):
         assert same(model(x), expected(wanted, x))
+
+
+def test_the_cast_is_an_ordinary_tensor_where_its_source_is(file):
+    """It stays, and is used by training nodes too, whatever device some node has made the default."""
+    model = dynamic(Mixed, file)
+    with torch.inference_mode(), torch.device("meta"):
+        weight, bias = model.by_key["first.weight"].where_it_lies()
+    assert bias.device.type == "cpu" and not bias.is_inference() and not weight.is_inference()
+
+
+def test_numbers_of_a_weight_in_parts_are_made_once(monkeypatch):
+    from spillway.ops.lending import final_form
+
+    made, source = [], torch.ones(4, 4)
+    monkeypatch.setattr(final_form, "numbers_of", lambda tensor: made.append(1) or tensor.float())
+    for stored in (torch.bfloat16, torch.float32):
+        made.clear()
+        view, param = torch.zeros(4, 4), SimpleNamespace(patch=lambda weight: weight * 2, compute_dtype=None)
+        final_form._patch_into(view, param, source.to(stored).clone(), in_place=True)
+        assert torch.equal(view, torch.full((4, 4), 2.0)) and len(made) <= 2
+    blocks = SimpleNamespace()
+    monkeypatch.setattr(final_form, "numbers_of", lambda _: made.append(1) or source.clone())
+    monkeypatch.setattr(final_form, "stays_quantised", lambda _: False)
+    made.clear()
+    final_form._patch_into(torch.zeros(4, 4), param, blocks, in_place=True)
+    assert len(made) == 1

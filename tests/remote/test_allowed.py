@@ -3,7 +3,7 @@
 import pytest
 
 from spillway.ops.remote.allowed import VARIABLE, check_allowed
-from spillway.ops.remote.store import Refused
+from spillway.ops.remote.store import Refused, without_secrets
 
 LOCAL = [
     "file:///etc/passwd",
@@ -95,3 +95,23 @@ def test_the_error_tells_no_password_and_what_to_do(monkeypatch):
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(Refused, match=r"/etc/passwd: .*answers to other machines.*SPILLWAY_REMOTE=all"):
         check_allowed("file:///etc/passwd", False)
+
+
+def test_azures_container_stands_where_others_have_a_login(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "abfs://models@a.dfs.core.windows.net/,sftp://nas/models/")
+    assert is_allowed("abfs://models@a.dfs.core.windows.net/x.gguf")
+    assert not is_allowed("abfs://private@a.dfs.core.windows.net/x.gguf")
+    assert is_allowed("sftp://somebody:secret@nas/models/x.gguf")
+
+
+def test_addresses_of_ipv6_are_no_chain_and_broken_ones_none(monkeypatch):
+    for alone in (True, False):
+        assert is_allowed("http://[::1]:8000/m.gguf", alone)
+    assert not is_allowed("simplecache::http://[::1]/m.gguf", alone=False)
+    monkeypatch.setenv(VARIABLE, "http://[fe80::2]/models/")
+    assert is_allowed("http://[fe80::2]/models/x.gguf") and not is_allowed("http://[fe80::3]/models/x.gguf")
+    assert not is_allowed("http://[fe80/models/x.gguf")
+    assert without_secrets("http://me:secret@[::1]:80/a?sig=b::file:///c") == "http://[::1]:80/a::file:///c"
+    assert "secret" not in without_secrets("http://me:secret@[abc")
+    monkeypatch.setenv(VARIABLE, "http://[fe80")
+    assert not is_allowed("http://[fe80::2]/models/x.gguf")

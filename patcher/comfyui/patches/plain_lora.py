@@ -61,12 +61,14 @@ class _MemoryErrors(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.here = threading.local()
+        self.least = logging.NOTSET  # the level that the log is to have, where it was lowered to see errors
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = sys.exc_info()[1]
-        if getattr(self.here, "patching", False) and error is not None and is_out_of_memory(error):
+        patching = getattr(self.here, "patching", False)
+        if patching and error is not None and error is not self.here.before and is_out_of_memory(error):
             raise error
-        return True
+        return record.levelno >= self.least
 
 
 _filter = _MemoryErrors()
@@ -75,12 +77,24 @@ _filter = _MemoryErrors()
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """Let errors that say out of memory come out of ComfyUI's adapters, which say so by the root logger."""
-    logging.getLogger().addFilter(_filter)  # which is there once, however often it is added
-    _filter.here.patching = True
+    root, here = logging.getLogger(), _filter.here
+    root.addFilter(_filter)  # which is there once, however often it is added
+    # A patch that is made again is called while the error of the first time is being handled.
+    here.patching, here.before = True, sys.exc_info()[1]
+    level, disabled = root.level, root.manager.disable
+    hidden = not root.isEnabledFor(logging.ERROR)
     try:
+        if hidden:
+            _filter.least = max(level, disabled + 1)
+            root.setLevel(logging.ERROR)
+            logging.disable(logging.NOTSET)
         yield
     finally:
-        _filter.here.patching = False
+        here.patching, here.before = False, None
+        if hidden:
+            root.setLevel(level)
+            logging.disable(disabled)
+            _filter.least = logging.NOTSET
 
 
 def _as_plain(patch: tuple, weight: torch.Tensor) -> Plain | None:

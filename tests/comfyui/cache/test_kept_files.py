@@ -142,7 +142,7 @@ def test_what_a_node_made_of_a_file_that_it_had_kept_is_found_by_nobody(how, cha
     FILES.clear()
     there = Executor()
     assert made(there, graph(0.5)) == 1.5 * first
-    assert "style.safetensors was replaced since it was first used" in caplog.text
+    assert "style.safetensors may have been replaced since it was first used" in caplog.text
     evict(there)
     later = Executor()
     made(later, graph(0.5))
@@ -212,3 +212,20 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     seen.look({("file", "0"): new}, 10)
     assert seen.replaced({("file", "0"): new}) == "0", "it was forgotten what it was, and it changed since the start"
     assert first_seen is not seen
+
+
+def test_a_new_file_in_a_folder_of_some_words_name_replaces_nothing():
+    """'flux' is a choice of CLIPLoader, and may be a folder of LoRAs too."""
+    seen, name = FirstSeen(), ("file", "flux")
+    old, new = [9, 1, 2, 1, "content", "flux/a.safetensors"], [9, 5, 3, 5, "other", "flux/b.safetensors"]
+    seen.look({name: [[old]]}, started=4)
+    assert seen.replaced({name: [[old, new]]}) is None
+    assert seen.replaced({name: [[[*old[:4], "another", old[5]], new]]}) == "flux"
+    assert seen.replaced({name: [[new]]}) == "flux" and seen.replaced({name: None}) == "flux"
+
+
+def test_a_run_that_leaves_the_tiers_out_is_looked_at_too():
+    """Else a file whose first use is a comparison with ComfyUI would be unknown until a restart."""
+    executor = Executor()
+    with tiers.left_out():
+        assert executor.cache._watches

@@ -200,3 +200,29 @@ def test_what_comfyuis_own_nodes_save_is_found_and_read(tmp_path, monkeypatch):
     told = compared(found, found)
     assert told["left"] == [] and told["pictures"] == {**NONE, "count": 2, "frames": 2 * FRAMES, "equal": 2}
     assert told["sounds"]["count"] == told["sounds"]["equal"] == told["latents"]["equal"] == 1
+
+
+@pytest.mark.parametrize("words", [("", "/etc/x.png"), ("..", "x.png"), ("a/../..", "x.png"), ("", "\\\\host\\x.png")])
+def test_what_lies_outside_of_comfyuis_folders_is_not_read(words, tmp_path, monkeypatch):
+    """A prompt can have a node show any words."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    (tmp_path / "output").mkdir()
+    subfolder, name = words
+    shown = {"outputs": {"1": {"images": [{"filename": name, "subfolder": subfolder, "type": "output"}]}}}
+    assert all(one.path.startswith(str(tmp_path / "output")) for one in shown_files(shown))
+    (tmp_path / "output" / "link.png").symlink_to("/etc/hostname")
+    shown["outputs"]["1"]["images"] = [{"filename": "link.png", "subfolder": "", "type": "output"}]
+    assert shown_files(shown) == []
+
+
+def test_a_comparison_is_done_when_it_has_been_compared(monkeypatch):
+    """Videos take long. Whoever asked meanwhile would take what is not there for the answer."""
+    runs = {
+        kind: SimpleNamespace(state="done", seconds=1.0, files=[], nodes={}, peaks={}, prompt_id=kind) for kind in "ab"
+    }
+    comparison, states = SimpleNamespace(runs=runs, shown=None, queue=None), []
+    runs["b"].state = "runs"
+    monkeypatch.setattr(compare, "compared", lambda *_: states.append(runs["b"].state) or {"left": []})
+    monkeypatch.setattr(compare.run_record, "last_run", lambda: None)
+    compare._end(comparison, runs["b"], SimpleNamespace(success=True, history_result={}))
+    assert states == ["runs"] and runs["b"].state == "done" and comparison.shown == {"left": []}

@@ -1,5 +1,7 @@
 """Plain LoRAs are added with ComfyUI's bits and in less memory. Others, and what a pack replaces, go ComfyUI's way."""
 
+import logging
+
 import comfy.lora
 import pytest
 import torch
@@ -143,3 +145,35 @@ def test_other_errors_stay_comfyuis(monkeypatch, caplog):
     monkeypatch.setattr(torch, "kron", wrong)
     weight = torch.zeros(48, 32)
     assert plain_lora.calculate_weight([patch_of(lokr())], weight, "key") is weight and "of another kind" in caplog.text
+
+
+def test_an_error_of_before_is_not_raised_again(caplog):
+    """Weights give way and the patch is made once more, while the error of the first time is still being handled."""
+    patch = (0.5, (torch.ones(48, 16),), 1.0, None, None)  # of another shape, which ComfyUI says in the log
+    weight = torch.zeros(48, 32)
+    try:
+        full()
+    except torch.OutOfMemoryError:
+        assert plain_lora.calculate_weight([patch], weight, "key") is weight
+    assert "SHAPE MISMATCH" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["level", "disabled"])
+def test_a_log_without_errors_hides_none(how, monkeypatch, caplog):
+    root = logging.getLogger()
+    level = root.level
+    monkeypatch.setattr(torch, "kron", full)
+    try:
+        if how == "level":
+            root.setLevel(logging.CRITICAL)
+        else:
+            logging.disable(logging.ERROR)
+        before = root.level, root.manager.disable
+        with pytest.raises(torch.OutOfMemoryError):
+            plain_lora.calculate_weight([patch_of(lokr())], torch.zeros(48, 32), "key")
+        monkeypatch.setattr(torch, "kron", lambda *_: 1 / 0)
+        plain_lora.calculate_weight([patch_of(lokr())], torch.zeros(48, 32), "key")
+        assert (root.level, root.manager.disable) == before and not caplog.records
+    finally:
+        root.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -61,7 +61,7 @@ function nodeView(one, report, actions, t) {
   ];
   return h(
     "article",
-    { class: "sw-card", key: one.id, "aria-label": actions.nodeTitle(one) },
+    { class: "sw-card", key: `${one.what ?? "sample"} ${one.id}`, "aria-label": actions.nodeTitle(one) },
     h(
       "p",
       { class: "sw-row" },

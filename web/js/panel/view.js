@@ -46,8 +46,8 @@ export function panelView(report, actions, t, forecast = null, comparison = null
           ),
         ),
       cards.map((card) => cardView(card, actions, t)),
-      (report.coming ?? []).map((file) =>
-        h("p", { class: "sw-note", key: `coming ${file.file}`, title: file.address }, comingLine(file, t)),
+      (report.coming ?? []).map((file, index) =>
+        h("p", { class: "sw-note", key: `coming ${index} ${file.address}`, title: file.address }, comingLine(file, t)),
       ),
       !cards.length && h("p", { class: "sw-note", key: "none" }, t("models.none")),
     ),
