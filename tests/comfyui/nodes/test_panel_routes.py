@@ -254,3 +254,26 @@ def test_a_run_is_recorded_node_by_node():
     assert [node["kind"] for node in run["nodes"]] == ran and run["ended"] and run["running"] is None
     assert all(node["seconds"] >= 0 and node["rss"] > 0 for node in run["nodes"])
     assert sum(node["seconds"] for node in run["nodes"]) <= run["seconds"]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_node_that_failed_teaches_nothing(monkeypatch):
+    """It has not shown what its model takes, and a plan that goes by that would leave too little free."""
+    told = []
+    monkeypatch.setattr(run_record, "listener", lambda peaks, began: told.append(began))
+    executor = Executor().real
+    executor.execute(prompt(), "1", {"client_id": "me"}, ["save"])
+    ran = [node.kind for node in run_record.last_run().nodes]
+    assert executor.success and len(told) == len(ran)
+
+    def fails(*_, **__):
+        raise ValueError("of the node")
+
+    last = NODES[ran[-1]]
+    monkeypatch.setattr(last, last.FUNCTION, fails)
+    told.clear()
+    executor = Executor().real
+    executor.execute(prompt(), "2", {"client_id": "me"}, ["save"])
+    nodes = run_record.last_run().nodes
+    assert not executor.success and nodes[-1].kind == ran[-1]
+    assert len(told) == len(nodes) - 1 and nodes[-1].used is None
