@@ -9,11 +9,11 @@ from typing import Any
 import comfy.model_management
 import comfyui_version
 import nodes as comfyui_nodes
-import psutil
 import torch
 
 from ..ops.device.identity import device_name, pack_version
 from ..ops.ledger import in_words
+from ..ops.ram.available import total_ram
 from .compare_files import in_sentences
 
 MOST_NODES = 8  # of a graph, the slowest, whose seconds are told
@@ -82,6 +82,6 @@ def machine() -> str:
         f"Python {platform.python_version()}",
         platform.system(),
         f"{device_name(device)} ({device}, {in_words(comfy.model_management.get_total_memory(device))})",
-        f"RAM {in_words(psutil.virtual_memory().total)}",
+        f"RAM {in_words(total_ram())}",
     ]
     return ", ".join(facts)

@@ -8,6 +8,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..ops import settings
 from ..ops.remote.fetch import fetch, token, wait_for
 from ..ops.remote.store import file_name, without_secrets
 from ..patcher.comfyui.progress import Progress
@@ -24,6 +25,8 @@ FOLDERS = (
     "upscale_models",
     "audio_encoders",
 )
+# One that makes no sense is named at the start, and not when somebody's download is refused.
+settings.variable(settings.REMOTE)
 # Formats whose parts lie where their header says.
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 
