@@ -212,6 +212,16 @@ def test_nothing_is_left_on_the_device(fake):
     assert (fake.memory("used"), fake.get("pinned")) == (before, pinned)
 
 
+def left(fake, wanted):
+    """The bytes that stay in use. A thread that has just ended a transfer may hold its memory for a moment more."""
+    for _ in range(200):
+        gc.collect()
+        if fake.memory("used") == wanted:
+            break
+        time.sleep(0.01)
+    return fake.memory("used")
+
+
 @pytest.mark.parametrize("vbar", ["software", "aimdo"])
 @pytest.mark.parametrize("fraction", [None, 0.5])
 def test_out_of_memory_at_every_allocation(fake, vbar, fraction):
@@ -237,8 +247,7 @@ def test_out_of_memory_at_every_allocation(fake, vbar, fraction):
         assert same(run(model).cpu(), expected)
         model.close()
         del model, data
-        gc.collect()
-        assert fake.memory("used") == before
+        assert left(fake, before) == before
         if ended:
             break
         at += 1
