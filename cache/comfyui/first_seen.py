@@ -63,8 +63,8 @@ first_seen = FirstSeen()
 
 def _is_another(first: Any, now: Any) -> bool:
     """Say whether anything that lay under a name is another now. What came beside it nobody can have kept."""
-    if first is None or now is None:
-        return first is not now or first is None
+    if first is None or now is None:  # what it was, or is, nobody knows
+        return True
     then, later = _by_place(first), _by_place(now)
     return any(later.get(inside) != stamps for inside, stamps in then.items())
 

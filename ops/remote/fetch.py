@@ -17,6 +17,7 @@ from ..files.coming_file import ASK_EVERY, BLOCK_BYTES, ComingFile, coming_file,
 from ..files.file_state import file_state
 from ..files.safetensors_header import SourceError
 from . import block_record
+from .aside import Aside
 from .download import PAUSES, Download, coming_words
 from .open_store import open_store
 from .store import State, Store, Unreachable
@@ -184,24 +185,10 @@ def patiently(call: Callable[[], T], address: str, pauses: Sequence[float]) -> T
 
 def interruptible(call: Callable[[], T]) -> T:
     """Make a call in another thread. Raises what `patience` says while it takes."""
-    done: list[tuple[T | None, BaseException | None]] = []
-
-    def make() -> None:
-        try:
-            done.append((call(), None))
-        except BaseException as error:
-            done.append((None, error))
-
-    thread = threading.Thread(target=make, name="spillway-ask", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(ASK_EVERY)
-        if thread.is_alive():
-            patience.check()
-    result, error = done[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    aside = Aside(call, "spillway-ask")
+    while not aside.wait(ASK_EVERY):
+        patience.check()
+    return aside.result()
 
 
 def _check_room(path: Path, nbytes: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from .aside import Aside
 from .store import Unreachable
 
 # Seconds that any range may take, and that a server may be silent.
@@ -78,20 +78,7 @@ class Deadline:
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """Make a call in another thread, which is left alone where it takes longer. Raises Unreachable then."""
-    done: list[tuple[T | None, BaseException | None]] = []
-
-    def make() -> None:
-        try:
-            done.append((call(), None))
-        except BaseException as error:
-            done.append((None, error))
-
-    thread = threading.Thread(target=make, name="spillway-range", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not done:
+    aside = Aside(call, "spillway-range")
+    if not aside.wait(seconds):
         raise Unreachable(f"no whole answer within {seconds:.0f} s", slow=True)
-    result, error = done[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    return aside.result()

@@ -1,10 +1,10 @@
 """What users read is there in every language: nodes, settings, commands, the panel and help pages."""
 
-import json
 import re
 
 import pytest
 
+from kit.locales import flat, texts
 from kit.pack import ROOT
 
 LANGUAGES = ("zh", "ja")
@@ -28,18 +28,6 @@ TITLES = {"zh": ["输入", "输出", "示例", "出错时"], "ja": ["入力", "�
 # What is written as it is: code, what a program says, addresses, names of nodes and flags.
 AS_IT_IS = re.compile(r"""`[^`]*`|"[^"]*"|'[^']*'|\{\w+\}|\S*[/_]\S*|--[\w-]+|\*[A-Za-z][^*]*\*""")
 ENGLISH = re.compile(r"(?:\b[A-Za-z][A-Za-z'-]*\b[ ,]+){4,}")
-
-
-def texts(language, name):
-    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def flat(table, above=""):
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{above}{key}.")
-        else:
-            yield above + key, value
 
 
 def left_in_english(text, language):

@@ -7,12 +7,12 @@ import subprocess
 
 import pytest
 
+from kit.locales import LOCALES, flat, texts
 from kit.pack import ROOT
 from kit.skips import skip_loudly
 
 GIB = 1 << 30
 LANGUAGES = ("en", "zh", "ja")
-LOCALES = ROOT / "locales"
 LAYERS = 40
 
 
@@ -414,18 +414,6 @@ def test_a_comparison_stands_side_by_side():
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
-
-
-def texts(language, name):
-    return json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def flat(table, above=""):
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{above}{key}.")
-        else:
-            yield above + key, value
 
 
 @pytest.mark.parametrize("language", LANGUAGES[1:])
