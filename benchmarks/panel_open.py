@@ -1,13 +1,15 @@
 """Sampling while a page looks at the memory panel, beside the same page with the panel closed.
 
     python dev.py bench panel_open --threads 1                # needs ComfyUI, Chromium and 3 GB of RAM
-    python dev.py bench panel_open --threads 1 --rounds 25
+    python dev.py bench panel_open --viewer socket            # without Chromium
 
 A page of ComfyUI is open in Chromium all the time, on the same machine. Prompts sample in turns with the tab *Memory*
 open and closed; each comes first in every other round, so that a drift is nobody's. Two ratios are told, as medians of
 the pairs: of the prompts' seconds, which have what Chromium computes in them where cores are few, and of the seconds of
-processor time that the server's process took. Third, the processor time of all the server's threads but the busiest,
-which with one thread is the one that samples: so much the server does for the page, as a share of the prompt's seconds.
+processor time that the server's process took. A socket in the page's place asks the same of the server and draws
+nothing: what is left is what sampling pays where the page is drawn elsewhere, by a graphics card or another machine.
+Third, the processor time of all the server's threads but the busiest, which with one thread is the one that samples: so
+much the server does for the page, as a share of the prompt's seconds.
 """
 
 from __future__ import annotations
@@ -20,16 +22,11 @@ from typing import Any
 
 from harness import comfyui, report
 from harness.laps import Laps
+from harness.panel_viewers import VIEWERS
 from harness.race import must_have_run, solo
+from harness.served_flux import duration, must_succeed, prompt, write_models
 
 CLOSED, OPEN = "closed", "open"
-TAB = "Workspace.ToggleSidebarTab.spillway-memory"
-READY = "window.app?.extensionManager?.sidebarTab?.sidebarTabs.some((tab) => tab.id === 'spillway-memory')"
-COUNT = """() => {
-  window.reports = 0;
-  window.comfyAPI.api.api.addEventListener("spillway.state", () => (window.reports += 1));
-}"""
-SETTLE_MS = 1500
 
 
 # -- in ComfyUI's Python
@@ -46,19 +43,10 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
 def looked_at(args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of prompts, and of the server's process, with the tab open and closed, in turns."""
     import psutil
-    from playwright.sync_api import sync_playwright
 
-    from kit.comfyui.checkpoints.diffusion_models import flux
-    from kit.comfyui.checkpoints.text_encoders import clip_l
-    from kit.comfyui.panel_page import ARGUMENTS
     from kit.comfyui.running_server import Server
 
-    folder = args.base / "models"
-    for name in ("diffusion_models", "text_encoders"):
-        (folder / name).mkdir(parents=True)
-    sizes = {"hidden": args.hidden, "context": 768, "pooled": 768, "depth": 2, "depth_single": 4}
-    flux(folder / "diffusion_models" / "flux.safetensors", **sizes)
-    clip_l(folder / "text_encoders" / "clip.safetensors")
+    write_models(args.base, args.hidden)
     settings = args.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"Comfy.TutorialCompleted": true}')
@@ -67,22 +55,14 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
     processor: dict[str, list[float]] = {CLOSED: [], OPEN: []}
     beside: dict[str, list[float]] = {CLOSED: [], OPEN: []}
     reports = {CLOSED: 0, OPEN: 0}
-    with Server(args.base) as server, sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=os.environ["SPILLWAY_CHROMIUM"], args=ARGUMENTS)
-        page = running.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"http://127.0.0.1:{server.port}/")
-        page.wait_for_function(READY, timeout=180_000)
-        page.evaluate(COUNT)
+    with Server(args.base) as server:
+        viewer = VIEWERS[args.viewer](args.base, server.port)
         process = psutil.Process(server.process.pid)
         must_succeed(server.run(prompt(args.steps, 0)))
-        shown = CLOSED
         for number in range(2 * args.rounds):
             wanted = OPEN if number % 4 in (1, 2) else CLOSED
-            if wanted != shown:
-                page.evaluate(f"window.app.extensionManager.command.execute({TAB!r})")
-                shown = wanted
-            page.wait_for_timeout(SETTLE_MS)
-            sent, before = page.evaluate("window.reports"), thread_seconds(process)
+            viewer.show(wanted is OPEN)
+            sent, before = viewer.reports(), thread_seconds(process)
             run = server.run(prompt(args.steps, 1 + number))
             must_succeed(run)
             after = thread_seconds(process)
@@ -90,9 +70,9 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
             seconds[wanted].append(duration(run))
             processor[wanted].append(sum(taken))
             beside[wanted].append(sum(taken[:-1]) / seconds[wanted][-1])
-            reports[wanted] += page.evaluate("window.reports") - sent
+            reports[wanted] += viewer.reports() - sent
             print(f"{wanted}: {seconds[wanted][-1]:.2f} s, {processor[wanted][-1]:.2f} s of processor", file=sys.stderr)
-        running.close()
+        viewer.close()
     ratios = {name: pairs(found) for name, found in (("prompt", seconds), ("processor", processor))}
     return {
         "prompt_s": seconds,
@@ -112,37 +92,12 @@ def pairs(found: dict[str, list[float]]) -> list[float]:
     return [opened / closed for closed, opened in zip(found[CLOSED], found[OPEN], strict=True)]
 
 
-def prompt(steps: int, seed: int) -> dict[str, Any]:
-    from kit.comfyui.running_server import node
-
-    sampler = {"steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    wires = {"model": ["load", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
-    return {
-        "load": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default"),
-        "clip": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion"),
-        "text": node("CLIPTextEncode", clip=["clip", 0], text="a house"),
-        "empty": node("EmptySD3LatentImage", width=256, height=256, batch_size=1),
-        "sampled": node("KSampler", **wires, seed=seed, **sampler),
-        "latent": node("SaveLatent", samples=["sampled", 0], filename_prefix="latent"),
-    }
-
-
-def must_succeed(run: dict[str, Any]) -> None:
-    if run["status"]["status_str"] != "success":
-        raise SystemExit(str(run["status"])[-1500:])
-
-
-def duration(run: dict[str, Any]) -> float:
-    """Return the seconds between a prompt's start and end, as the server saw them."""
-    times = {name: data["timestamp"] for name, data in run["status"]["messages"]}
-    return (times["execution_success"] - times["execution_start"]) / 1e3
-
-
 # -- in the parent
 
 
 def measure(args: argparse.Namespace, command: Any) -> comfyui.Outcome:
-    add_browser()
+    if args.viewer == "chromium":
+        add_browser()
     run = solo("panel", command("panel"), 1, args.threads)
     must_have_run(run)
     found = run.last()
@@ -179,6 +134,7 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=12, help="prompts with the tab open and closed (default %(default)s)"
     )
+    parser.add_argument("--viewer", choices=list(VIEWERS), default="chromium", help="what looks (default %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="of a prompt (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the model (default %(default)s)")
     return comfyui.run(parser.parse_args(), run_contestant, measure)

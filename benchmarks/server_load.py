@@ -25,6 +25,7 @@ from typing import Any
 from harness import comfyui, report
 from harness.laps import Laps
 from harness.race import must_have_run, solo
+from harness.served_flux import duration, must_succeed, prompt, write_models
 
 IMAGES, SIDE = 31, 2896  # each 100 MB in fp32
 CLIENTS = 10
@@ -114,60 +115,25 @@ def spread(milliseconds: list[float]) -> dict[str, float]:
 
 def polled(args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of prompts without and with clients, in turns."""
-    from kit.comfyui.checkpoints.diffusion_models import flux
-    from kit.comfyui.checkpoints.text_encoders import clip_l
-    from kit.comfyui.running_server import Server, node
+    from kit.comfyui.running_server import Server
 
     base = args.base / POLLED
-    for folder in ("diffusion_models", "text_encoders"):
-        (base / "models" / folder).mkdir(parents=True)
-    flux(
-        base / "models" / "diffusion_models" / "flux.safetensors",
-        hidden=1024,
-        context=768,
-        pooled=768,
-        depth=2,
-        depth_single=4,
-    )
-    clip_l(base / "models" / "text_encoders" / "clip.safetensors")
-
-    def prompt(seed: int) -> dict[str, Any]:
-        sampler = {"steps": args.steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-        wires = {"model": ["load", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
-        return {
-            "load": node("SpillwayLoadDiffusionModel", unet_name="flux.safetensors", weight_dtype="default"),
-            "clip": node("SpillwayLoadCLIP", clip_name1="clip.safetensors", type="stable_diffusion"),
-            "text": node("CLIPTextEncode", clip=["clip", 0], text="a house"),
-            "empty": node("EmptySD3LatentImage", width=256, height=256, batch_size=1),
-            "sampled": node("KSampler", **wires, seed=seed, **sampler),
-            "latent": node("SaveLatent", samples=["sampled", 0], filename_prefix="latent"),
-        }
+    write_models(base, hidden=1024)
 
     seconds: dict[str, list[float]] = {"alone": [], POLLED: []}
     reports = 0
     with Server(base) as server:
-        must_succeed(server.run(prompt(0)))
+        must_succeed(server.run(prompt(args.steps, 0)))
         settle(server)
         for number in range(2 * args.rounds):
             asks = number % 4 in (1, 2)  # each comes first in every other round, so that a drift is nobody's
             with clients(server.port, CLIENTS if asks else 0) as counts:
-                run = server.run(prompt(1 + number))
+                run = server.run(prompt(args.steps, 1 + number))
                 must_succeed(run)
                 reports += sum(counts)
             seconds[POLLED if asks else "alone"].append(duration(run))
     pairs = [asked / alone for alone, asked in zip(seconds["alone"], seconds[POLLED], strict=True)]
     return {"prompt_s": seconds, "reports": reports, "ratio": statistics.median(pairs), "pairs": pairs}
-
-
-def must_succeed(run: dict[str, Any]) -> None:
-    if run["status"]["status_str"] != "success":
-        raise SystemExit(json.dumps(run["status"])[-1500:])
-
-
-def duration(run: dict[str, Any]) -> float:
-    """Return the seconds between a prompt's start and end, as the server saw them."""
-    times = {name: data["timestamp"] for name, data in run["status"]["messages"]}
-    return (times["execution_success"] - times["execution_start"]) / 1e3
 
 
 @contextlib.contextmanager
