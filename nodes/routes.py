@@ -19,7 +19,7 @@ from aiohttp import web
 from ..cache.comfyui.install import current_cache
 from ..ops.never_raises import never_raises
 from ..ops.ram.garbage import collect_garbage
-from ..patcher import dynamic_model as dynamic
+from ..patcher.comfyui.running import free_models, free_pins
 from . import compare, forecast_report, model_actions
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
@@ -317,12 +317,12 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
                 queue.set_flag("unload_models", True)
                 put_off.append("models")
             else:
-                _free_models()
+                free_models()
         if wanted.get("pins"):
             if running:
                 put_off.append("pins: ask again when the prompt has ended")
             else:
-                _free_pins()
+                free_pins()
         if wanted.get("cache") and cache is not None:
             short = wanted.get("bytes", 1 << 62)
             taken = cache.engine.take(short, current=not running, reason="asked for by /spillway/free")
@@ -341,16 +341,3 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
         "words": before.difference(after),
         "memory": after.as_dict(),
     }
-
-
-def _free_models() -> None:
-    """Take all models off their devices. Holds none of them afterwards."""
-    comfy.model_management.unload_all_models()
-    for model in list(dynamic.models):
-        model.free()
-
-
-def _free_pins() -> None:
-    """Free all pins. Holds no model afterwards."""
-    for model in list(dynamic.models):
-        model.free_pins()

@@ -1,4 +1,4 @@
-"""Asks what ComfyUI is doing: whether a node runs or is to stop, and which models it has on its list of loaded ones."""
+"""Asks what ComfyUI is doing, whether a node runs or is to stop, and takes models off their devices by its list."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
 from ...ops.files.coming_file import patience
+from .. import dynamic_model as dynamic
 
 
 def in_a_node() -> bool:
@@ -64,3 +65,16 @@ def drop_unloaded() -> None:
 
 
 _one_at_a_time()
+
+
+def free_models() -> None:
+    """Take all models off their devices. Holds none of them afterwards."""
+    comfy.model_management.unload_all_models()
+    for model in list(dynamic.models):
+        model.free()
+
+
+def free_pins() -> None:
+    """Free the pins of all models. Holds none of them afterwards."""
+    for model in list(dynamic.models):
+        model.free_pins()

@@ -13,8 +13,7 @@ import torch
 from ...ops.device.out_of_memory import is_out_of_memory
 from ...ops.errors import SpillwayError
 from ...ops.ram.garbage import collect_garbage
-from .. import dynamic_model as dynamic
-from .running import drop_unloaded
+from .running import drop_unloaded, free_models, free_pins
 
 log = logging.getLogger("spillway")
 
@@ -127,16 +126,9 @@ def _tiles(vae: Any, tile_size: int, compression: int) -> dict[str, Any]:
 
 def free_everything(vae: Any, evict: Callable[[], Any]) -> None:
     """Take all models off all devices and free their pins. Call `evict` too where the VAE computes in RAM."""
-    _free_models()
+    free_models()
+    free_pins()
     if vae.device.type == "cpu":
         evict()
     collect_garbage()
     comfy.model_management.soft_empty_cache()
-
-
-def _free_models() -> None:
-    """Take all models off their devices and free their pins. Holds none of them afterwards."""
-    comfy.model_management.unload_all_models()
-    for model in list(dynamic.models):
-        model.free()
-        model.free_pins()
