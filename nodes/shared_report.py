@@ -11,7 +11,7 @@ from typing import Any
 INTERVAL_SECONDS = 0.25
 MOST_SECONDS = 2.0  # that anybody waits for one to be begun, however dear it is
 # Making reports takes at most this part of one core. It holds Python's lock, which the running prompt needs too.
-SHARE = 1 / 200
+SHARE = 1 / 400
 
 
 class SharedReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -133,9 +135,19 @@ def limit_of_variable() -> int | None:
     return None if gigabytes is None else int(gigabytes * GIB)
 
 
+def this_process() -> psutil.Process:
+    """Return the handle of this process. To make one reads its files in /proc, each time."""
+    return _process_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _process_of(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
+
+
 def process_bytes() -> int:
     """Return the bytes that this process holds and no file holds for it."""
-    info = psutil.Process().memory_info()
+    info = this_process().memory_info()
     return max(0, info.rss - getattr(info, "shared", 0))  # Linux: `shared` counts the pages of mapped files
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 
 from ...ops.never_raises import never_raises
+from ...ops.ram.available import this_process
 from ..dynamic_model import models
 
 # A run of more nodes forgets its first ones.
@@ -138,7 +138,7 @@ def _begin_node(unique_id: Any, obj: Any) -> Callable[[bool], None] | None:
     def end(whole: bool) -> None:
         seconds = time.monotonic() - began
         record.running = None
-        peaks, rss = _peaks(), psutil.Process().memory_info().rss
+        peaks, rss = _peaks(), this_process().memory_info().rss
         # One that failed or was interrupted has not shown what it takes, and the next plan would leave too little free.
         used = listener(peaks, began) if whole and listener is not None else None
         record.nodes.append(NodeRecord(node, kind, seconds, peaks, rss, used))

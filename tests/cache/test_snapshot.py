@@ -1,6 +1,7 @@
 """Memory figures: they follow what is really allocated, mapped and read."""
 
 import json
+import mmap
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from kit.pack import ROOT
+from spillway.cache import snapshot
 from spillway.cache.snapshot import MemorySnapshot, aimdo_bytes, cached_bytes
 from spillway.ops.device.locked_memory import anonymous
 from spillway.ops.files.disk_map import DiskMap
@@ -32,7 +34,7 @@ def test_what_shrinks_is_told_too():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no mincore")
-def test_page_cache_is_what_is_in_ram_of_the_file(tmp_path):
+def test_page_cache_is_what_is_in_ram_of_the_file(tmp_path, monkeypatch):
     """Of a file with a hole, which was never written, only what was read is in RAM."""
     path, size = tmp_path / "model.safetensors", 64 * MIB
     header = json.dumps({"weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -41,6 +43,13 @@ def test_page_cache_is_what_is_in_ram_of_the_file(tmp_path):
         file.truncate(8 + len(header) + size)
     disk_map = DiskMap(path)
     assert cached_bytes(disk_map) < 8 * MIB
+    # Of a file that is this large, places are looked at.
+    assert size // mmap.PAGESIZE > snapshot.COUNTED_PAGES
+    disk_map.tensor("weight")[16 * MIB : 32 * MIB].sum()
+    in_places = cached_bytes(disk_map)
+    with monkeypatch.context() as counted:
+        counted.setattr(snapshot, "COUNTED_PAGES", 1 << 40)
+        assert 16 * MIB <= cached_bytes(disk_map) and abs(cached_bytes(disk_map) - in_places) <= MIB
     disk_map.tensor("weight").sum()
     assert cached_bytes(disk_map) == disk_map.file_bytes
     assert MemorySnapshot.take().page_cache >= disk_map.file_bytes
