@@ -129,11 +129,16 @@ def start_comfyui(
 
 
 def sample_in_turns(
-    laps: Laps, model: Any, args: argparse.Namespace, facts: Callable[[], Mapping[str, Any]], tokens: int | None = None
+    laps: Laps,
+    model: Any,
+    args: argparse.Namespace,
+    facts: Callable[[], Mapping[str, Any]],
+    tokens: int | None = None,
+    conds: Callable[[], Any] | None = None,
 ) -> Any:
     """Run ComfyUI's sampler once and return the latents; it waits for its turn before each step.
 
-    facts: what is told after each step. tokens: of the text.
+    facts: what is told after each step. tokens: of the text. conds: makes the texts, in the first step's time.
     """
     import comfy.model_management
 
@@ -149,7 +154,7 @@ def sample_in_turns(
 
     laps.begin("first")
     size = {"width": args.size, "height": args.size}
-    cond = sampling.conds(model, tokens=tokens)
+    cond = conds() if conds else sampling.conds(model, tokens=tokens)
     return sampling.sample(model, steps=args.steps, **size, cond=cond, callback=after_step)
 
 

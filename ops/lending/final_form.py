@@ -43,6 +43,9 @@ def make_final(
 def _patch_into(view: torch.Tensor, param: Param, tensor: torch.Tensor, in_place: bool) -> None:
     """Patch a weight into its memory. A patch gets it in the dtype that the op computes in, and may write into it."""
     assert param.patch is not None
+    write = getattr(param.patch, "write", None)
+    if write is not None and param.compute_dtype is None and write(view, tensor):
+        return
     dtype = param.compute_dtype or view.dtype
     numbers = tensor if is_wrapper(view) else _numbers(tensor)
     is_copied = numbers.dtype != dtype or (in_place and numbers is tensor)

@@ -1,8 +1,9 @@
 """Adds plain LoRAs to a weight in less memory than ComfyUI's own function, with the same bits; others go through it.
 
 That one makes the product of a LoRA's matrices and then the product times its strength, each of the weight's size in
-fp32. Here the second takes the place of the first. Fresh memory for it costs a CPU as much as the arithmetic, and with
-a large layer a card does not have it. Whatever is more than up times down goes through ComfyUI's function.
+fp32. Here the second takes the place of the first, and in host memory only a piece of it is made at a time. Fresh
+memory costs a CPU as much as the arithmetic, and with a large layer a card does not have it. Whatever is more than up
+times down goes through ComfyUI's function.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 
 from ....ops.device.out_of_memory import is_out_of_memory
 from ....ops.gather import is_wrapper
+from .pieces import add_product, row_pieces
 
 # A pack that replaces one of these wants something else done.
 _CALCULATE = comfy.lora.calculate_weight
@@ -46,7 +48,7 @@ def calculate_weight(
     picture would be another one.
     """
     for patch in patches:
-        plain = _as_plain(patch, weight) if _is_comfyuis_own() else None
+        plain = as_plain(patch, weight) if is_comfyuis_own() else None
         if plain is None:
             with _memory_errors():
                 weight = comfy.lora.calculate_weight([patch], weight, key, original_weights=originals)
@@ -97,7 +99,8 @@ def _memory_errors() -> Iterator[None]:
             _filter.least = logging.NOTSET
 
 
-def _as_plain(patch: tuple, weight: torch.Tensor) -> Plain | None:
+def as_plain(patch: tuple, weight: torch.Tensor) -> Plain | None:
+    """Give the matrices of a patch that is a LoRA and nothing more; None for any other. weight: as it is to be."""
     strength, adapter, strength_model, offset, function = patch
     if type(adapter) is not LoRAAdapter or function is not None or strength_model != 1.0 or is_wrapper(weight):
         return None
@@ -117,12 +120,28 @@ def _add(plain: Plain) -> None:
         comfy.model_management.cast_to_device(matrix, plain.part.device, torch.float32).flatten(start_dim=1)
         for matrix in (plain.up, plain.down)
     )
-    product = torch.mm(up, down)
-    product.mul_(plain.factor)
-    plain.part.add_(product.reshape(plain.part.shape).type(plain.part.dtype))
+    rows = _as_rows(plain.part, up, down)
+    if rows is None:
+        product = torch.mm(up, down)
+        product.mul_(plain.factor)
+        plain.part.add_(product.reshape(plain.part.shape).type(plain.part.dtype))
+        return
+    cut = list(row_pieces(*rows.shape))
+    memory = torch.empty(max(end - begin for begin, end in cut) * rows.shape[1], dtype=torch.float32)
+    for begin, end in cut:
+        add_product(rows[begin:end], up[begin:end], down, plain.factor, memory)
 
 
-def _is_comfyuis_own() -> bool:
+def _as_rows(part: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor | None:
+    """View a part of a weight in host memory as the matrix that is added to it. None where it cannot be cut."""
+    if part.device.type != "cpu" or part.numel() == 0 or len(up) != len(part):
+        return None
+    if part.ndim > 2 and not part.is_contiguous():
+        return None
+    return part if part.ndim == 2 else part.view(len(up), down.shape[1])
+
+
+def is_comfyuis_own() -> bool:
     """Say whether ComfyUI's functions are those that this file knows. They may come to compute in another way."""
     if comfy.lora.calculate_weight is not _CALCULATE or LoRAAdapter.calculate_weight is not _ADAPTED:
         return False
@@ -141,7 +160,7 @@ def _is_known() -> bool:
         for dtype in (torch.float32, torch.bfloat16):
             wanted, got = weight.to(dtype, copy=True), weight.to(dtype, copy=True)
             wanted = _CALCULATE([patch], wanted, "")
-            plain = _as_plain(patch, got)
+            plain = as_plain(patch, got)
             if plain is None:
                 return False
             _add(plain)

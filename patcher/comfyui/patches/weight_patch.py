@@ -10,6 +10,7 @@ from typing import Any
 import comfy.float
 import comfy.lora
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
@@ -18,7 +19,9 @@ from comfy.weight_adapter import WeightAdapterBase
 from ....ops.files.disk_map import mapped_file
 from ....ops.gather import memory_of
 from ....ops.gguf.weight import numbers_of, stays_quantised
+from .in_pieces import write_in_pieces
 from .plain_lora import calculate_weight
+from .requantise import requantiser
 
 
 class WeightPatch:
@@ -69,6 +72,26 @@ class WeightPatch:
         if self.hooked:
             weight = self._apply(self.hooked, weight, torch.float32, copy=not in_place)
         return weight
+
+    def write(self, out: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Write the patched weight to `out`, in less memory than calling this takes -> whether that could be done.
+
+        out: in the dtype that the op computes in. weight: as it is stored. Raises FileChanged as calling does.
+        """
+        if not self.rounded or comfy.model_management.lora_compute_dtype(out.device) != torch.float32:
+            return False
+        self.check_files()
+        stages = [patches for patches in (self.patches, self.hooked) if patches]
+        if self.dequantise is None and self.requantise is None:
+            return write_in_pieces(out, weight, stages)
+        if len(stages) != 1 or getattr(self.requantise, "__module__", None) != comfy.ops.__name__:
+            return False
+        found = requantiser(out, weight)
+        if found is None:
+            return False
+        value = calculate_weight(stages[0], found.dequantise(), self.key, self._originals(stages[0]))
+        found.write(value.contiguous(), comfy.utils.string_to_seed(self.key))
+        return True
 
     def check_files(self) -> None:
         """Raise FileChanged where a file that the patches are read from has changed since it was opened."""

@@ -33,7 +33,7 @@ def both(patches, weight):
 
 
 def test_this_comfyui_computes_as_is_known():
-    assert plain_lora._is_comfyuis_own()
+    assert plain_lora.is_comfyuis_own()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +70,7 @@ def test_convolutions_too(shape):
 )
 def test_others_go_through_comfyuis_function(patch):
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(5))
-    assert plain_lora._as_plain(patch, weight) is None
+    assert plain_lora.as_plain(patch, weight) is None
     got, wanted = both([patch], weight)
     assert torch.equal(got, wanted)
 
@@ -92,7 +92,9 @@ def test_one_temporary_of_the_weights_size_is_made():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             made = func(*args, **(kwargs or {}))
-            given = {one.untyped_storage().data_ptr() for one in args if torch.is_tensor(one)}
+            given = {
+                one.untyped_storage().data_ptr() for one in (*args, *(kwargs or {}).values()) if torch.is_tensor(one)
+            }
             if torch.is_tensor(made) and made.numel() == 48 * 32 and made.untyped_storage().data_ptr() not in given:
                 Made.count += 1
             return made

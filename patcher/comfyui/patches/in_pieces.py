@@ -1,0 +1,90 @@
+"""Patches a weight in host memory piece by piece, straight into the place where its final form is to lie.
+
+The arithmetic of each number is that of ComfyUI's function, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import comfy.model_management
+import torch
+
+from ....ops.gather import is_wrapper
+from .pieces import add_product, row_pieces
+from .plain_lora import as_plain, is_comfyuis_own
+
+ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # to the nearest, one number at a time
+
+
+class Added(NamedTuple):
+    """A product of matrices for the rows from `begin` to `end` of a weight, and for `columns` of them."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    factor: float
+    begin: int
+    end: int
+    columns: slice
+
+
+def write_in_pieces(out: torch.Tensor, weight: torch.Tensor, stages: Sequence[Sequence[tuple]]) -> bool:
+    """Write the patched weight to `out`, and return whether that could be done in this way. If not, nothing was done.
+
+    out: in the model's dtype. stages: ComfyUI's patches; after each stage there is rounded.
+    """
+    if not _fits(out, weight) or not is_comfyuis_own():
+        return False
+    found = [[_added(patch, out) for patch in patches] for patches in stages]
+    added = [[one for one in some if one is not None] for some in found]
+    if any(len(some) != len(all_) for some, all_ in zip(added, found, strict=True)):
+        return False
+    columns = out[0].numel()
+    target, source = out.view(len(out), columns), weight.reshape(len(out), columns)
+    edges = {edge for some in added for one in some for edge in (one.begin, one.end)}
+    pieces = list(row_pieces(len(out), columns, edges))
+    value, product = torch.empty(2, max(end - begin for begin, end in pieces) * columns, dtype=torch.float32)
+    for begin, end in pieces:
+        piece, there = value[: (end - begin) * columns].view(end - begin, columns), target[begin:end]
+        piece.copy_(source[begin:end].to(out.dtype))
+        for number, some in enumerate(added):
+            if number:
+                piece.copy_(there)
+            for one in some:
+                if one.begin <= begin < one.end:
+                    up = one.up[begin - one.begin : end - one.begin]
+                    add_product(piece[:, one.columns], up, one.down, one.factor, product)
+            there.copy_(piece)
+    return True
+
+
+def _fits(out: torch.Tensor, weight: torch.Tensor) -> bool:
+    if is_wrapper(out) or is_wrapper(weight) or weight.device.type != "cpu" or out.device.type != "cpu":
+        return False
+    if out.dtype not in ROUNDED or not weight.dtype.is_floating_point or out.numel() == 0 or out.ndim == 0:
+        return False
+    return out.shape == weight.shape and out.is_contiguous() and weight.is_contiguous()
+
+
+def _added(patch: tuple, out: torch.Tensor) -> Added | None:
+    """Give what a patch adds; None where it does anything else."""
+    plain, offset = as_plain(patch, out), patch[3]
+    if plain is None:
+        return None
+    begin, end, columns = 0, len(out), slice(None)
+    if offset is not None:
+        dimension, start, length = offset
+        if dimension == 0:
+            begin, end = start, start + length
+        elif dimension == 1 and out.ndim == 2:
+            columns = slice(start, start + length)
+        else:
+            return None
+    up, down = (
+        comfy.model_management.cast_to_device(matrix, out.device, torch.float32).flatten(start_dim=1)
+        for matrix in (plain.up, plain.down)
+    )
+    if len(up) != end - begin:
+        return None  # of a shape that only as a whole is the weight's
+    return Added(up, down, plain.factor, begin, end, columns)
