@@ -13,7 +13,7 @@ from ..ops.never_raises import never_raises
 from ..patcher.comfyui import graph_policy, loads, run_record
 from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
-from . import compare, manage, routes
+from . import between_prompts, compare, manage, routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
 from .forecast import SpillwayMemoryForecast
@@ -56,6 +56,8 @@ class SpillwayExtension(ComfyExtension):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):
             routes.install()
+        with never_raises("holding off prompts while models are freed"):
+            between_prompts.install()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):
