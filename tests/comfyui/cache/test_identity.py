@@ -119,7 +119,14 @@ def test_flags_are_written_alike_in_every_process(monkeypatch):
 def comfyui(tmp_path, monkeypatch):
     """Something like ComfyUI's folder, and a function that hashes it."""
     root = tmp_path / "comfyui"
-    for name in ("nodes.py", "comfy/tokens.json", "comfy/ldm/model.py", "comfy_extras/nodes_x.py", "custom_nodes/pack/x.py", "input/x.py"):
+    for name in (
+        "nodes.py",
+        "comfy/tokens.json",
+        "comfy/ldm/model.py",
+        "comfy_extras/nodes_x.py",
+        "custom_nodes/pack/x.py",
+        "input/x.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x = 1")
     monkeypatch.setattr(nodes, "__file__", str(root / "nodes.py"))
