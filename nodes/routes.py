@@ -309,7 +309,7 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     put_off = []
     cache = current_cache()
     taken = None
-    # Else a prompt could begin meanwhile, and its models would be freed under it. What may go on beside one comes later.
+    # Else a prompt could begin meanwhile, and its models would be freed under it. What may go on beside one is last.
     with held_off(queue) as running:
         if wanted.get("models"):
             if running:
