@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import weakref
@@ -13,6 +14,8 @@ from .safetensors_header import SourceError
 
 # Seconds between two questions of `check_often`. A layer of a real model takes longer.
 INTERVAL = 0.001
+# Of a sample: a few milliseconds on a disk that holds models.
+BLOCKS, BLOCK = 64, 4096
 
 
 class FileChanged(SourceError):
@@ -36,13 +39,13 @@ class WatchedFile:
         self.path, self._coming = path, coming
         self._fd = os.dup(fd)
         weakref.finalize(self, os.close, self._fd)
+        self._sample = b"" if coming is not None else self._sampled()
         self._note(os.fstat(self._fd))
         self._next = 0.0
 
     def _note(self, status: os.stat_result) -> None:
         """Note what the file is now."""
         self._opened, self._changed = (status.st_size, status.st_mtime_ns), status.st_ctime_ns
-        self._around = self._what_is_around(status)
 
     def check(self) -> None:
         """Raise FileChanged where the file has changed since it was opened. Takes about a microsecond.
@@ -64,34 +67,34 @@ class WatchedFile:
         if coming.stamp is None:
             return status.st_size == self._opened[0]
         # Only what is the same as when it was whole is believed, also where it was written to since.
-        self._coming = None
+        self._coming, self._sample = None, self._sampled()
         self._note(status)
         self._opened = coming.stamp
         return (status.st_size, status.st_mtime_ns) == coming.stamp
 
     def _is_whole(self, status: os.stat_result) -> bool:
-        """Say whether something else than its numbers changed, where size and time of the content are the same.
+        """Say whether the numbers are what they were, where size and time of the content are the same.
 
-        Whoever writes into a file may set its time back. The time of any change is set anew by that, and by what
-        becomes of names, owners, rights and attributes too, which can be looked at.
+        Whoever writes into a file may set its time back. The time of any change is set anew by that. But it is by what
+        becomes of names, rights and attributes too, and by a backup that leaves no trace of its reading.
         """
-        if self._coming is not None:
-            return True
-        if self._what_is_around(status) != self._around:
-            self._note(status)
-        return status.st_ctime_ns == self._changed  # which another thread may have noted just now
+        if self._coming is None and self._sampled() != self._sample:
+            return False
+        self._note(status)
+        return True
 
-    def _what_is_around(self, status: os.stat_result) -> tuple[object, ...]:
-        """Return what may change of a file while its numbers stay."""
-        try:
-            named: object = os.path.samestat(os.stat(self.path), status)
-        except OSError:
-            named = None
-        attributes: object = None
-        if hasattr(os, "listxattr"):
-            with suppress(OSError):  # a file system that has none
-                attributes = {name: os.getxattr(self._fd, name) for name in os.listxattr(self._fd)}
-        return named, attributes, status.st_nlink, status.st_mode, status.st_uid, status.st_gid
+    def _sampled(self) -> bytes:
+        """Hash blocks of the file, its first and its last among them. One of other numbers differs in nearly all.
+
+        Where there is no such read (Windows), there is no time of any change either.
+        """
+        if not hasattr(os, "pread"):
+            return b""
+        size, digest = os.fstat(self._fd).st_size, hashlib.blake2b(digest_size=16)
+        last = max(0, size - BLOCK)
+        for place in dict.fromkeys(number * last // (BLOCKS - 1) for number in range(BLOCKS)):
+            digest.update(os.pread(self._fd, BLOCK, place))
+        return digest.digest()
 
     def leave_cache(self, offset: int, nbytes: int) -> None:
         """Let the system's page cache forget a range of the file, so that its memory goes to something else first.

@@ -142,6 +142,15 @@ def test_what_leaves_the_numbers_is_no_change_and_hides_none(what, original, tmp
 
 
 @posix
+def test_a_backup_that_sets_the_time_of_reading_back_is_no_change(original):
+    disk_map, status = DiskMap(original), original.stat()
+    time.sleep(0.02)
+    os.utime(original, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert original.stat().st_ctime_ns != status.st_ctime_ns
+    disk_map.check()
+
+
+@posix
 def test_threads_that_ask_at_once_agree_on_what_is_no_change(original):
     disk_map, errors = DiskMap(original), []
 
