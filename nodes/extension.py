@@ -13,7 +13,7 @@ from ..ops.never_raises import never_raises
 from ..patcher.comfyui import graph_policy, loads, run_record
 from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
-from . import between_prompts, compare, manage, routes
+from . import between_prompts, compare, log_streams, manage, routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
 from .forecast import SpillwayMemoryForecast
@@ -52,6 +52,8 @@ class SpillwayExtension(ComfyExtension):
 
         ComfyUI calls this before it builds the executor, which gets the cache unless a flag or a setting says no.
         """
+        with never_raises("letting any text be written to the log"):
+            log_streams.install()
         with never_raises("output cache: putting it in place of ComfyUI's own"):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):

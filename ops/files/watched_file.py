@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .coming_file import ComingFile
-from .safetensors_header import SourceError
+from .safetensors_header import SourceError, unreadable
 
 # Seconds between two questions of `check_often`. A layer of a real model takes longer.
 INTERVAL = 0.001
@@ -92,8 +92,11 @@ class WatchedFile:
             return b""
         size, digest = os.fstat(self._fd).st_size, hashlib.blake2b(digest_size=16)
         last = max(0, size - BLOCK)
-        for place in dict.fromkeys(number * last // (BLOCKS - 1) for number in range(BLOCKS)):
-            digest.update(os.pread(self._fd, BLOCK, place))
+        try:
+            for place in dict.fromkeys(number * last // (BLOCKS - 1) for number in range(BLOCKS)):
+                digest.update(os.pread(self._fd, BLOCK, place))
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         return digest.digest()
 
     def leave_cache(self, offset: int, nbytes: int) -> None:
