@@ -10,7 +10,7 @@ from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
-from ..patcher.comfyui import graph_policy, loads, run_record
+from ..patcher.comfyui import graph_policy, loads, lost_files, run_record
 from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
 from . import between_prompts, compare, log_streams, manage, routes
@@ -64,6 +64,8 @@ class SpillwayExtension(ComfyExtension):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):
             graph_policy.install(read)
+        with never_raises("looking for files that are cut short while a node runs"):
+            lost_files.install()
         with never_raises("recording what each node takes"):
             run_record.install()
         with never_raises("learning from what runs take"):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .coming_file import ComingFile
+from .lost_pages import lost
 from .safetensors_header import SourceError, unreadable
 
 # Seconds between two questions of `check_often`. A layer of a real model takes longer.
@@ -41,7 +42,7 @@ class WatchedFile:
         weakref.finalize(self, os.close, self._fd)
         self._sample = b"" if coming is not None else self._sampled()
         self._note(os.fstat(self._fd))
-        self._next = 0.0
+        self._next, self._is_lost = 0.0, False
 
     def _note(self, status: os.stat_result) -> None:
         """Note what the file is now."""
@@ -58,6 +59,12 @@ class WatchedFile:
                 raise changed(self.path, self._opened[0], status.st_size)
         elif status.st_ctime_ns != self._changed and not self._is_whole(status):
             raise changed(self.path, self._opened[0], status.st_size)
+        if self._is_lost:
+            raise lost(self.path)
+
+    def lose(self) -> None:
+        """Note that the map of the file has lost pages, and has empty ones in their place."""
+        self._is_lost = True
 
     def _still_comes(self, status: os.stat_result) -> bool:
         """Say whether it is the download that has written to the file."""
