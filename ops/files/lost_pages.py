@@ -1,9 +1,9 @@
 """Keeps the process alive where a mapped file is cut short in the moment in which something reads it.
 
-Whoever reads a range asks before whether the file is what it was. But an operation reads for milliseconds, and to a read
-beyond a new end the system answers with a signal that ends the process (SIGBUS). Here, empty pages take the place of
-what is gone, and the operation goes on. What it makes is worth nothing: `raise_since` tells whoever began it, and the
-map is an error from then on. So it is where a disk does not give what it should.
+Whoever reads a range asks before whether the file is what it was. But an operation reads for milliseconds, and to a
+read beyond a new end the system answers with a signal that ends the process (SIGBUS). Here, empty pages take the place
+of what is gone, and the operation goes on. What it makes is worth nothing: `raise_since` tells whoever began it, and
+the map is an error from then on. So it is where a disk does not give what it should.
 """
 
 from __future__ import annotations

@@ -148,6 +148,8 @@ class Fuzz:
             return (self.models / "diffusion_models" / "flux.safetensors").as_uri()
         if name == "folder" and "address" in inputs:
             return "diffusion_models"
+        if name == "type":  # of the text encoder that is here: for another it is an error of its own
+            return "stable_diffusion"
         if name == "mode" and "weighted sum" in options.get("options", []):
             return "weighted sum"  # the other needs a third model
         if kind == "COMBO":

@@ -1,4 +1,4 @@
-"""A node in which a model file is cut short while something reads it fails with the file's name, and the next ones run."""
+"""A node in which a model file is cut short while something reads it fails with the file's name. The next ones run."""
 
 import os
 
