@@ -65,9 +65,9 @@ def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> by
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise SaveError(f"metadata {key!r} is {value!r}: safetensors metadata are texts. Give it as JSON text.")
-    for text in (*metadata, *metadata.values(), *specs):
-        if not is_writable(text):
-            raise SaveError(f"{text!r} cannot be written as UTF-8, so no safetensors file can hold it. Rename it.")
+    for word in (*metadata, *metadata.values(), *specs):
+        if not is_writable(word):
+            raise SaveError(f"{word!r} cannot be written as UTF-8, so no safetensors file can hold it. Rename it.")
     end = 0
     for key in file_order(specs):
         spec = specs[key]
