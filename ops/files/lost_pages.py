@@ -85,18 +85,25 @@ def install(maps: Callable[[], Iterable[Mapped]]) -> None:
         before = _Action()
 
         def handle(number: int, info: int, _: int) -> None:
-            address = ctypes.c_size_t.from_address(info + ADDRESS).value
+            try:
+                if is_ours(ctypes.c_size_t.from_address(info + ADDRESS).value):
+                    return
+            except BaseException:  # whatever it is: without an end, the same read would come here for ever
+                pass
+            # Who handled it before does so again, or it ends the process.
+            libc.sigaction(number, ctypes.byref(before), None)
+
+        def is_ours(address: int) -> bool:
+            """Say whether the address lies in a map of ours, and put empty pages there up to its end."""
             for one in list(maps()):
                 end = one.address + -(-one.file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
                 if one.address <= address < end:
+                    one.lose()
+                    _lost.append(one.path)
                     page = address - address % mmap.PAGESIZE
                     rights = mmap.PROT_READ | mmap.PROT_WRITE
-                    if libc.mmap(page, end - page, rights, FIXED, -1, 0) != FAILED:
-                        one.lose()
-                        _lost.append(one.path)
-                        return
-            # It is nobody's here: who handled it before does so again, or it ends the process.
-            libc.sigaction(number, ctypes.byref(before), None)
+                    return bool(libc.mmap(page, end - page, rights, FIXED, -1, 0) != FAILED)
+            return False
 
         wanted = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t)(handle)
         action = _Action()
