@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..ops.writable import is_writable
 from ..patcher.policy import Policy
 from .inputs import ChosenLora, OpenChoice, PolicyType
 
@@ -124,7 +125,7 @@ def _check_value(node: str, entry: io.Input, value: Any) -> None:
 
 def _expected(entry: io.Input, value: Any) -> str | None:
     """Say what an input takes, where it does not take this value. None where it does."""
-    if isinstance(entry, io.String.Input | io.Combo.Input) and isinstance(value, str) and not _is_writable(value):
+    if isinstance(entry, io.String.Input | io.Combo.Input) and isinstance(value, str) and not is_writable(value):
         # ComfyUI could not write an error about it to its log, and that would end the thread that runs prompts.
         return "text that can be written as UTF-8"
     if isinstance(entry, io.Int.Input | io.Float.Input):
@@ -140,14 +141,6 @@ def _expected(entry: io.Input, value: Any) -> str | None:
     if isinstance(entry, io.Combo.Input):
         return None if isinstance(value, str) and value in entry.options else f"one of {', '.join(entry.options)}"
     return None
-
-
-def _is_writable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _in_words(value: Any) -> str:

@@ -10,10 +10,10 @@ from ..cache.comfyui import disk
 from ..cache.comfyui import install as output_cache
 from ..ops.files.partial_file import sweep, sweep_noted
 from ..ops.never_raises import never_raises
-from ..patcher.comfyui import graph_policy, loads, run_record
+from ..patcher.comfyui import graph_policy, loads, lost_files, run_record
 from ..patcher.comfyui.forecast import learning
 from ..patcher.comfyui.saving.target import journal
-from . import compare, manage, routes
+from . import between_prompts, compare, log_streams, manage, routes
 from .compile import SpillwayLazyTorchCompile
 from .convert import SpillwayConvertToSafetensors
 from .forecast import SpillwayMemoryForecast
@@ -52,14 +52,20 @@ class SpillwayExtension(ComfyExtension):
 
         ComfyUI calls this before it builds the executor, which gets the cache unless a flag or a setting says no.
         """
+        with never_raises("letting any text be written to the log"):
+            log_streams.install()
         with never_raises("output cache: putting it in place of ComfyUI's own"):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):
             routes.install()
+        with never_raises("holding off prompts while models are freed"):
+            between_prompts.install()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):
             graph_policy.install(read)
+        with never_raises("looking for files that are cut short while a node runs"):
+            lost_files.install()
         with never_raises("recording what each node takes"):
             run_record.install()
         with never_raises("learning from what runs take"):

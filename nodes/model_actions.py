@@ -9,6 +9,7 @@ import comfy.model_management
 
 from ..patcher import dynamic_model as dynamic
 from ..patcher.comfyui.model_state import state_of
+from .between_prompts import held_off
 
 FREE_VRAM, DROP_RAM, KEEP, LIMIT = "free_vram", "drop_ram", "keep", "limit"
 ACTIONS = (FREE_VRAM, DROP_RAM, KEEP, LIMIT)
@@ -55,9 +56,7 @@ def act(queue: Any, action: Action) -> dict[str, Any] | None:
     if model is None:
         return None
     before, pins, put_off = model.device_bytes, model.pinned_bytes, []
-    # Holds off the next prompt, as in `free`.
-    with queue.mutex:
-        running = bool(queue.currently_running)
+    with held_off(queue) as running:
         if not running:
             _do(model, action)
     if running and action.name == DROP_RAM:

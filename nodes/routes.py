@@ -21,6 +21,7 @@ from ..ops.never_raises import never_raises
 from ..ops.ram.garbage import collect_garbage
 from ..patcher.comfyui.running import free_models, free_pins
 from . import compare, forecast_report, model_actions
+from .between_prompts import held_off
 from .memory_report import memory_report, take_snapshot
 from .shared_report import SharedReport
 from .watchers import Watchers
@@ -308,10 +309,8 @@ def free(queue: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     put_off = []
     cache = current_cache()
     taken = None
-    # Holds off the next prompt. Without the lock it could begin meanwhile, and its models would be freed under it. The
-    # server's event loop waits for the same lock, so what can take long comes later.
-    with queue.mutex:
-        running = bool(queue.currently_running)
+    # Else a prompt could begin meanwhile, and its models would be freed under it. What may go on beside one is last.
+    with held_off(queue) as running:
         if wanted.get("models"):
             if running:
                 queue.set_flag("unload_models", True)

@@ -141,7 +141,11 @@ def first_line(error: BaseException) -> str:
 
     Where the line only announces the reason, as that of a compiler's failure does, the next one is said too.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    try:
+        text = str(error)
+    except Exception:  # of others' classes, by which what catches an error must not fail
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     first, *more = lines or [type(error).__name__]
     return f"{first} {more[0]}" if more and first.endswith(":") else first
 

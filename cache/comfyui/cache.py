@@ -27,6 +27,7 @@ from .disk import file_name, make_tier
 from .provider import asking, register
 from .settings import ram_cap
 from .sharing import Sharing
+from .stamp_book import StampBook
 from .store import make_store
 
 GIB = 1 << 30
@@ -77,7 +78,7 @@ class SpillwayCache(caching.BasicCache):
         self.active_evictions = False
         self.full_evictions = False
         self.disk: DiskTier | None = None
-        self.stamps = stamps.StampBook()
+        self.stamps = StampBook()
         self.sharing = Sharing(self, lambda: engine.available().available - engine.headroom // 2)
         engine.on_evict = self._write
         engine.writers.append(self.sharing.writer)
@@ -210,7 +211,8 @@ class SpillwayCache(caching.BasicCache):
         name, made_from = file_name(entry.key), self.stamps.of(entry.number)
         if made_from is None:
             self.ledger.decide_once(
-                f"disk tier: {entry.kind} is not written: what it was made from was not watched then, or has changed",
+                f"disk tier: {entry.kind} is not written: what it was made from was not watched then, has changed, or "
+                "is at an address",
                 level=logging.INFO,
             )
         elif name is not None and is_storable(value.outputs):

@@ -17,8 +17,9 @@ from comfy.cli_args import args
 from ...ops.device.identity import identity, installed
 from ...ops.ram.available import available_ram
 from ..disk_tier import DiskTier, name_of
+from ..packages import packages_digest
 from . import settings
-from .stamps import comfyui_digest
+from .stamps import STARTED, comfyui_digest, own_digest
 
 GIB = 1 << 30
 # Flags that change no output: of the server, of its folders (files have stamps), of logs, previews and caches, and the
@@ -41,8 +42,9 @@ def make_tier(ledger: Any, gigabytes: float | None = None, former: DiskTier | No
     cap = cap if gigabytes is None else gigabytes
     if not 0 < cap < 1e6:
         return None
-    if comfyui_digest() is None:
-        ledger.decide_once("disk tier: off until the next start, as files of ComfyUI have changed since this one")
+    what = outdated() or ("packages of this Python" if packages() is None else None)
+    if what is not None:
+        ledger.decide_once(f"disk tier: off until the next start, as {what} have changed since this one")
         return None
     if former is not None and former.folder == folder():
         former.cap, former.least_seconds = int(cap * GIB), seconds
@@ -61,7 +63,20 @@ def file_name(key: Hashable) -> str | None:
     What a key does not say of machine, versions and flags is part of the name. The files that it names are stamped: see
     stamps.py.
     """
-    return name_of(key, made_by())
+    return name_of(key, [*made_by(), packages()])
+
+
+def outdated() -> str | None:
+    """Say which code has changed since this process began, so that nobody knows what runs. None where none has."""
+    if comfyui_digest() is None:
+        return "files of ComfyUI"
+    return "files of Spillway" if own_digest() is None else None
+
+
+@functools.cache
+def packages() -> str | None:
+    """Hash which packages this Python has. They count on this machine alone, as no two have the same."""
+    return packages_digest(STARTED)
 
 
 def made_by() -> list[Any]:
@@ -76,6 +91,7 @@ def _versions(device: str) -> list[Any]:
         torch.backends.cpu.get_cpu_capability(),
         comfyui_version.__version__,
         comfyui_digest(),
+        own_digest(),
         installed("comfy-kitchen"),
     ]
 

@@ -14,6 +14,7 @@ import nodes
 # As deep as this package lies in that of all nodes of ours.
 OURS = __name__.rsplit(".", 3)[0]
 MAX_NAMES = 10_000
+DIGESTS = ("source", "data")  # which hold only where nothing has changed since this process began
 INSIDE = 5  # where a stamp has its path below the folder that the name stands for; '' for a file itself
 
 Name = tuple[str, str]
@@ -41,7 +42,7 @@ class FirstSeen:
     def look(self, found: dict[Name, Any], started: int) -> None:
         """Note what lies there before a node is given these names. started: when this process began, in ns of 1970."""
         for name, value in found.items():
-            if name[0] == "source" or value in ([], None) or name in self._first:
+            if name[0] in DIGESTS or value in ([], None) or name in self._first:
                 continue
             if len(self._first) >= MAX_NAMES:
                 self._first.clear()
@@ -90,12 +91,17 @@ def reads_anew(class_type: str) -> bool:
     kind = nodes.NODE_CLASS_MAPPINGS.get(class_type)
     if kind is None:
         return False
-    if kind.__module__.startswith(f"{OURS}."):
+    if is_ours(kind):
         return True
     module = getattr(kind, "RELATIVE_PYTHON_MODULE", kind.__module__)
     if module != "nodes" and not module.startswith("comfy_extras."):
         return False
     return any({"IS_CHANGED", "fingerprint_inputs"} & set(vars(one)) for one in kind.__mro__ if _is_a_node(one))
+
+
+def is_ours(kind: type) -> bool:
+    """Say whether a class of nodes is one of Spillway's."""
+    return kind.__module__.startswith(f"{OURS}.")
 
 
 def _is_a_node(kind: type) -> bool:

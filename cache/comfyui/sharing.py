@@ -27,6 +27,7 @@ from ..disk_writer import DiskWriter, Job
 from ..store.shared_store import SharedStore
 from . import stamps
 from .disk import made_by
+from .stamp_book import StampBook
 from .stamps import Stamps, portable
 
 # What is shared: outputs that are tensors, and that take long. Models are not.
@@ -40,7 +41,7 @@ MOST_STAMPS = 2000
 class Outputs(Protocol):
     """What is asked of the output cache."""
 
-    stamps: stamps.StampBook
+    stamps: StampBook
     dynprompt: Any
 
     def _key(self, node_id: str) -> Any: ...
@@ -245,7 +246,7 @@ class Sharing:
             if not isinstance(one, list) or len(one) != 3 or not all(isinstance(text, str) for text in one[:2]):
                 return None
             name, value = (one[0], one[1]), one[2]
-            if one[0] not in stamps.KINDS or portable(self._look(*name)) != value:
+            if one[0] not in stamps.LOOKS or portable(self._look(*name)) != value:
                 return None
             found[name] = self._look(*name)
         return found
@@ -266,7 +267,8 @@ class Sharing:
         # A file that ComfyUI maps may have been written in place since its loader ran, and then was read as it is now.
         if made_from is None or any(stamps.look(*name) != value for name, value in made_from.items()):
             self.ledger.decide_once(
-                f"{kind} is not written: what it was made from was not watched then, or has changed", level=logging.INFO
+                f"{kind} is not written: what it was made from was not watched then, has changed, or is at an address",
+                level=logging.INFO,
             )
             return
         names = self._names(node_id)

@@ -11,8 +11,8 @@ import hashlib
 import inspect
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -22,7 +22,7 @@ import psutil
 from ...ops.files.coming_file import coming_file
 from ...ops.parts.index import files_of
 from ..content import content_of
-from .first_seen import first_seen, reads_anew
+from .first_seen import is_ours
 
 # Size, time of the last change of the content, number, time of the last change of any kind, hash of the content, path
 # within the folder that was named. On some systems nobody can set the fourth. On others (Windows, network drives) it
@@ -32,10 +32,8 @@ Stamp = list[Any]
 Place = list[Stamp]
 # (kind, name) -> what was there.
 Stamps = dict[tuple[str, str], Any]
-KINDS = ("file", "embedding", "lora", "source")
 
 STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
-MAX_REMEMBERED = 10_000
 MAX_SOURCES = 5000
 # Each file of a folder that is named is sampled.
 MAX_FILES = 1000
@@ -44,85 +42,18 @@ EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin")
 # Some packs read LoRAs' names out of texts.
 LORA = re.compile(r"<\w+:([^:<>]+)")
 LORA_SUFFIXES = ("", ".safetensors", ".pt", ".ckpt")
+# So others' nodes name files of texts, one of which is put in its place. Which folders they look into, and into which
+# files there, only they know.
+WILDCARD = re.compile(r"__[^\s_][^\n]*?__")
+ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://\S+\s*")
 LONGEST_NAME = 1024
 CODE = (".py", ".so", ".pyd", ".dll")
+# What packs write beside their code says what they did.
+NO_DATA = (*CODE, ".pyc", ".log", ".tmp", ".lock")
+
+NO_FOLDERS = ("__pycache__", "node_modules")
 
 _sources: dict[type, Any] = {}
-
-
-class StampBook:
-    """The stamps of outputs by the number of their entry, also of those that were evicted.
-
-    None stands for unknown: what was made of it is not worth keeping either.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[str, Stamps] = {}
-        self._known: OrderedDict[int, Stamps] = OrderedDict()
-        self._told: dict[int, set[tuple[str, str]]] = {}  # what an output names, for those who read it
-
-    def begin_prompt(self) -> None:
-        """What was seen before the nodes of the last prompt ran is of no use."""
-        self._before.clear()
-
-    def begin(self, node_id: str, node: Mapping[str, Any], watched: bool) -> None:
-        """A node is asked for, or about to run. watched: whether anything asks for stamps."""
-        if not watched:
-            first_seen.pass_by(names_of(node))
-        elif node_id not in self._before:
-            self._before[node_id] = stamps_of(node)
-            first_seen.look(self._before[node_id], STARTED)
-
-    def made(
-        self, number: int, node_id: str, node: Mapping[str, Any], outputs: Any, parents: Iterable[int]
-    ) -> str | None:
-        """A node ran. Unknown where something changed while it did, or since what it was made from was made.
-
-        Unknown too where the node may have kept a file that was replaced since. Returns the name of that file.
-        """
-        self.forget(number)
-        found = stamps_of(node)
-        if found != self._before.pop(node_id, None):
-            return None
-        given = dict(found)
-        for parent in parents:
-            theirs = self._known.get(parent)
-            if theirs is None or any(found.get(name, value) != value for name, value in theirs.items()):
-                return None
-            found |= theirs
-            given |= {name: theirs[name] for name in self._told.get(parent, ()) if name in theirs}
-        replaced = None if reads_anew(node.get("class_type", "")) else first_seen.replaced(given)
-        if replaced is not None:
-            return replaced
-        # A text that was put together may name files of its own, for those who read it.
-        names = names_of({"inputs": outputs})
-        found |= {name: value for name, value in looked_up(names - set(found), look).items()}
-        if all(value is not None for value in found.values()):
-            self.remember(number, found, outputs)
-        return None
-
-    def made_unwatched(self, number: int, outputs: Any) -> None:
-        """A node ran, and nothing asks for stamps."""
-        self.forget(number)
-        first_seen.pass_by(names_of({"inputs": outputs}))
-
-    def remember(self, number: int, stamps: Stamps, outputs: Any) -> None:
-        """The stamps of an output that is known otherwise."""
-        self._known[number] = stamps
-        self._known.move_to_end(number)
-        told = self._told[number] = names_of({"inputs": outputs}) & set(stamps)
-        first_seen.look({name: stamps[name] for name in told}, STARTED)
-        while len(self._known) > MAX_REMEMBERED:
-            self._told.pop(self._known.popitem(last=False)[0], None)
-
-    def forget(self, number: int) -> None:
-        """An output that is now another one."""
-        self._known.pop(number, None)
-        self._told.pop(number, None)
-
-    def of(self, number: int) -> Stamps | None:
-        """The stamps of an output; None where they are unknown."""
-        return self._known.get(number)
 
 
 def as_record(stamps: Stamps) -> list[list[Any]]:
@@ -153,9 +84,15 @@ def looked_up(names: Iterable[tuple[str, str]], look: Callable[[str, str], Any])
 
 
 def names_of(node: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """All that a node's own inputs may name, and its source."""
-    names = {("source", node["class_type"])} if node.get("class_type") else set()
+    """All that a node's own inputs may name, its source, and what lies beside that."""
+    own = node.get("class_type")
+    names = {("source", own), ("data", own)} if own else set()
     for text in _strings(node.get("inputs")):
+        if WILDCARD.search(text):
+            names.add(("wildcards", ""))
+        # What Spillway brings from an address lies here, and its name is that of a file.
+        if ADDRESS.fullmatch(text) and not is_ours(nodes.NODE_CLASS_MAPPINGS.get(own, object)):
+            names.add(("address", text))
         if EMBEDDING in text:
             names.update(("embedding", name) for name in _embedding_names(text))
         if "<" in text:
@@ -167,7 +104,7 @@ def names_of(node: Mapping[str, Any]) -> set[tuple[str, str]]:
 
 def look(kind: str, name: str) -> Any:
     """What is there under a name; None where it cannot be told."""
-    return {"file": _files, "embedding": _embeddings, "lora": _loras, "source": _source}[kind](name)
+    return LOOKS[kind](name)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -223,7 +160,7 @@ def _within(folder: str, most: int, suffixes: str | tuple[str, ...] = "") -> Ite
     """Files below a folder, in a fixed order; one more than `most` at most."""
     count = 0
     for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in NO_FOLDERS and not name.startswith("."))
         for name in sorted(names):
             if name.endswith(suffixes):
                 yield os.path.join(path, name)
@@ -273,6 +210,24 @@ def _loras(name: str) -> list[Place]:
     return _below("loras", name, LORA_SUFFIXES)
 
 
+def _wildcards(_: str) -> list[Place] | None:
+    """All files of texts in the folders that packs share. Those in a pack's own folder are its data."""
+    folders = [os.path.join(top, "wildcards") for top in (folder_paths.base_path, folder_paths.models_dir)]
+    if "wildcards" in folder_paths.folder_names_and_paths:
+        folders += _folders("wildcards")
+    found = []
+    for folder in dict.fromkeys(folders):
+        files = list(_within(folder, MAX_SOURCES))
+        if len(files) > MAX_SOURCES:
+            return None
+        found.append([stamp for file in files if (stamp := _stamp(file, folder))])
+    return [place for place in found if place]
+
+
+def _address(_: str) -> None:
+    """What lies elsewhere may be another thing each time, and nobody can tell."""
+
+
 def _below(kind: str, name: str, suffixes: tuple[str, ...]) -> list[Place]:
     found = []
     for top in _folders(kind):
@@ -294,35 +249,71 @@ def _source(name: str) -> Any:
     if kind is None:
         return []
     if kind not in _sources:
-        try:
-            path = inspect.getsourcefile(kind)
-        except TypeError:  # made by something that is no file
-            path = None
-        _sources[kind] = [] if path is None else _pack_digest(path)
+        path, pack = _file_of(kind), _pack_of(kind)
+        if path is None:
+            _sources[kind] = []
+        elif pack is None:  # ComfyUI's own: `comfyui_digest` is part of every name
+            _sources[kind] = _digest(os.path.dirname(path), [path])
+        else:  # a node imports helpers of its pack
+            _sources[kind] = _digest(pack, list(_within(pack, MAX_SOURCES, CODE)))
     return _sources[kind]
 
 
-def _pack_digest(path: str) -> str | None:
-    """Hash all code of the custom nodes that a file belongs to, as a node imports helpers of its pack.
+def _data(name: str) -> Any:
+    """A digest of what else lies in the folder of a node's pack: styles, tables, fonts, wildcards.
 
-    The file alone where it is ComfyUI's own: `comfyui_digest` is part of every name.
+    A node may have read it when it was imported, or read it anew each time. So it is looked at each time, and is None
+    where anything was changed since this process began.
     """
-    for folder in _folders("custom_nodes"):
+    kind = nodes.NODE_CLASS_MAPPINGS.get(name)
+    pack = _pack_of(kind) if kind is not None and not is_ours(kind) else None
+    if pack is None:
+        return []
+    files = list(_within(pack, MAX_SOURCES))
+    if len(files) > MAX_SOURCES:
+        return None
+    return _digest(pack, [file for file in files if not file.endswith(NO_DATA)])
+
+
+def _file_of(kind: type) -> str | None:
+    """The file that a class of nodes is in; None for one that was made by something that is no file."""
+    try:
+        return inspect.getsourcefile(kind)
+    except TypeError:
+        return None
+
+
+def _pack_of(kind: type) -> str | None:
+    """The folder of the custom nodes that a class belongs to; None for ComfyUI's own, and for a pack of one file."""
+    path = _file_of(kind)
+    for folder in _folders("custom_nodes") if path is not None else ():
         inside = os.path.relpath(path, folder)
         if not inside.startswith(os.pardir) and os.sep in inside:
-            pack = os.path.join(folder, inside.split(os.sep)[0])
-            return _digest(pack, list(_within(pack, MAX_SOURCES, CODE)))
-    return _digest(os.path.dirname(path), [path])
+            return os.path.join(folder, inside.split(os.sep)[0])
+    return None
 
 
 @functools.cache
 def comfyui_digest() -> str | None:
-    """Hash ComfyUI's code, which changes with each pull where its version does not. None where it just changed."""
+    """Hash ComfyUI's code, which changes with each pull where its version does not. None where it just changed.
+
+    The tables that lie beside it, as those of tokenizers, count too.
+    """
     root = os.path.dirname(os.path.abspath(nodes.__file__))
     paths = [entry.path for entry in os.scandir(root) if entry.name.endswith(".py")]
     for entry in os.scandir(root):
         if entry.is_dir() and entry.name.startswith("comfy"):
-            paths += _within(entry.path, MAX_SOURCES, CODE)
+            paths += _within(entry.path, MAX_SOURCES)
+    return _digest(root, sorted(paths))
+
+
+@functools.cache
+def own_digest() -> str | None:
+    """Hash the code of Spillway, which is in what ComfyUI's own nodes make too. None where it just changed."""
+    root = str(Path(__file__).parents[2])
+    paths = [os.path.join(root, "__init__.py")]
+    for name in ("cache", "nodes", "ops", "patcher"):
+        paths += _within(os.path.join(root, name), MAX_SOURCES, CODE)
     return _digest(root, sorted(paths))
 
 
@@ -334,3 +325,14 @@ def _digest(folder: str, paths: list[str]) -> str | None:
             return None
         digest.update(f"{os.path.relpath(path, folder)}\0{stamp[4]}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+LOOKS: dict[str, Callable[[str], Any]] = {
+    "file": _files,
+    "embedding": _embeddings,
+    "lora": _loras,
+    "wildcards": _wildcards,
+    "address": _address,
+    "source": _source,
+    "data": _data,
+}

@@ -7,7 +7,7 @@ from typing import Any
 from ...ops.ram.available import available_ram
 from ..store.shared_store import SharedStore
 from . import settings
-from .stamps import comfyui_digest
+from .disk import outdated
 
 # The one that was made last. It knows whether its place answers, also where the executor makes a new cache.
 _last: SharedStore | None = None
@@ -22,8 +22,9 @@ def make_store(ledger: Any, former: SharedStore | None = None) -> SharedStore | 
     options = settings.store_options()
     if options is None:
         return None
-    if comfyui_digest() is None:
-        ledger.decide_once("off until the next start, as files of ComfyUI have changed since this one")
+    what = outdated()
+    if what is not None:
+        ledger.decide_once(f"off until the next start, as {what} have changed since this one")
         return None
     global _last
     for one in (former, _last):

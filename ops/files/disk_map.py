@@ -18,6 +18,7 @@ from typing import BinaryIO, TypeVar
 import torch
 
 from ..ram.shortage import obtain
+from . import lost_pages
 from .coming_file import coming_of
 from .mapped_file import MappedFile, map_file
 from .private_pages import has_private_pages
@@ -170,13 +171,14 @@ class DiskMap(Mapping[str, torch.Tensor]):
         self._order = sorted((key for key in self._specs if self._specs[key].nbytes), key=self._offset)
         self._offsets = [self._offset(key) for key in self._order]
         self._map.address, self._map.file_bytes = self.address, self.file_bytes
-        self._map.check_unchanged = watched.check
+        self._map.check_unchanged, self._map.watched = watched.check, watched
         if coming is not None:
             self._map.coming = coming
             # Small bytes beside weights say how those are to be read, so they are read while the model is built.
             words = [spec for spec in self._specs.values() if spec.dtype == torch.uint8 and spec.nbytes <= SMALL_BYTES]
             coming.expect([(spec.offset, spec.nbytes) for spec in words], soon=True)
         _mapped_files.add(self._map)
+        lost_pages.install(lambda: _mapped_files)
         _open_maps.add(self)
 
     def _describe(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from ..ram.available import available_ram
 from ..ram.process_limits import private_room
 from .coming_file import ComingFile, Range
+from .watched_file import WatchedFile
 
 
 class MappedFile(mmap.mmap):
@@ -21,6 +23,7 @@ class MappedFile(mmap.mmap):
     address: int
     file_bytes: int
     check_unchanged: Callable[[], None]
+    watched: WatchedFile
     coming: ComingFile | None = None
 
     def check(self, offset: int = 0, nbytes: int | None = None) -> None:
@@ -43,6 +46,15 @@ class MappedFile(mmap.mmap):
             self.coming.expect(ranges, soon=True)
         for offset, nbytes in ranges:
             self.check(offset, nbytes)
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.watched.path
+
+    def lose(self) -> None:
+        """Let every use from now on be an error, as a part of the map is empty."""
+        self.watched.lose()
 
     def has(self, offset: int, nbytes: int) -> bool:
         """Say whether a range of bytes has come."""

@@ -5,14 +5,16 @@ Format: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import SpillwayError
 from .coming_file import coming_file
@@ -138,6 +140,28 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
     return open(path, "rb")
 
 
+Parsed = TypeVar("Parsed")
+
+
+def names_its_file(parse: Callable[[Path, BinaryIO], Parsed]) -> Callable[[Path, BinaryIO], Parsed]:
+    """Have the system's errors name the file. Of one that is open they say only what happened."""
+
+    @functools.wraps(parse)
+    def parsed(path: Path, file: BinaryIO) -> Parsed:
+        try:
+            return parse(path, file)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    return parsed
+
+
+def unreadable(path: Path, error: OSError) -> SourceError:
+    """Word the error for a file that the system does not read."""
+    return SourceError(f"{path}: it cannot be read: {error.strerror or error}. Is its disk there, and whole?")
+
+
+@names_its_file
 def parse_header(path: Path, file: BinaryIO) -> Header:
     """Return the header of an open file. path: for messages. Raises SourceError for what is no safetensors file."""
     file_bytes = os.fstat(file.fileno()).st_size

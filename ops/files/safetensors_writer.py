@@ -20,6 +20,7 @@ import torch
 
 from ..errors import SpillwayError
 from ..ledger import in_words
+from ..writable import is_writable
 from .disk_map import DTYPES
 from .partial_file import PartialFile
 from .safetensors_header import MAX_HEADER_BYTES
@@ -64,6 +65,9 @@ def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> by
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise SaveError(f"metadata {key!r} is {value!r}: safetensors metadata are texts. Give it as JSON text.")
+    for word in (*metadata, *metadata.values(), *specs):
+        if not is_writable(word):
+            raise SaveError(f"{word!r} cannot be written as UTF-8, so no safetensors file can hold it. Rename it.")
     end = 0
     for key in file_order(specs):
         spec = specs[key]

@@ -72,6 +72,8 @@ def save(
                 read = [inner for tensor in job.recipe.sources() for inner in memory_of(tensor)]
                 check_files(read)  # what another program wrote meanwhile must not be saved
                 behind.drop(read)
+        for job in jobs:  # what was put last may be a view, which the thread has read since
+            check_files([inner for tensor in job.recipe.sources() for inner in memory_of(tensor)])
     return Written(writer.path, writer.file_bytes)
 
 

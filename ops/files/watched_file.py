@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import weakref
@@ -9,10 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from .coming_file import ComingFile
-from .safetensors_header import SourceError
+from .lost_pages import lost
+from .safetensors_header import SourceError, unreadable
 
 # Seconds between two questions of `check_often`. A layer of a real model takes longer.
 INTERVAL = 0.001
+# Of a sample: a few milliseconds on a disk that holds models.
+BLOCKS, BLOCK = 64, 4096
 
 
 class FileChanged(SourceError):
@@ -36,8 +40,13 @@ class WatchedFile:
         self.path, self._coming = path, coming
         self._fd = os.dup(fd)
         weakref.finalize(self, os.close, self._fd)
-        self._opened = stamp(self._fd)
-        self._next = 0.0
+        self._sample = b"" if coming is not None else self._sampled()
+        self._note(os.fstat(self._fd))
+        self._next, self._is_lost = 0.0, False
+
+    def _note(self, status: os.stat_result) -> None:
+        """Note what the file is now."""
+        self._opened, self._changed = (status.st_size, status.st_mtime_ns), status.st_ctime_ns
 
     def check(self) -> None:
         """Raise FileChanged where the file has changed since it was opened. Takes about a microsecond.
@@ -45,18 +54,57 @@ class WatchedFile:
         Without it, a read beyond a new end would end the process, and one of other numbers would mix two models.
         """
         status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != self._opened and not self._still_comes(status.st_size):
+        if (status.st_size, status.st_mtime_ns) != self._opened:
+            if not self._still_comes(status):
+                raise changed(self.path, self._opened[0], status.st_size)
+        elif status.st_ctime_ns != self._changed and not self._is_whole(status):
             raise changed(self.path, self._opened[0], status.st_size)
+        if self._is_lost:
+            raise lost(self.path)
 
-    def _still_comes(self, nbytes: int) -> bool:
+    def lose(self) -> None:
+        """Note that the map of the file has lost pages, and has empty ones in their place."""
+        self._is_lost = True
+
+    def _still_comes(self, status: os.stat_result) -> bool:
         """Say whether it is the download that has written to the file."""
         coming = self._coming
         if coming is None:
             return False
         if coming.stamp is None:
-            return nbytes == self._opened[0]
-        self._opened, self._coming = coming.stamp, None
-        return stamp(self._fd) == self._opened
+            return status.st_size == self._opened[0]
+        # Only what is the same as when it was whole is believed, also where it was written to since.
+        self._coming, self._sample = None, self._sampled()
+        self._note(status)
+        self._opened = coming.stamp
+        return (status.st_size, status.st_mtime_ns) == coming.stamp
+
+    def _is_whole(self, status: os.stat_result) -> bool:
+        """Say whether the numbers are what they were, where size and time of the content are the same.
+
+        Whoever writes into a file may set its time back. The time of any change is set anew by that. But it is by what
+        becomes of names, rights and attributes too, and by a backup that leaves no trace of its reading.
+        """
+        if self._coming is None and self._sampled() != self._sample:
+            return False
+        self._note(status)
+        return True
+
+    def _sampled(self) -> bytes:
+        """Hash blocks of the file, its first and its last among them. One of other numbers differs in nearly all.
+
+        Where there is no such read (Windows), there is no time of any change either.
+        """
+        if not hasattr(os, "pread"):
+            return b""
+        size, digest = os.fstat(self._fd).st_size, hashlib.blake2b(digest_size=16)
+        last = max(0, size - BLOCK)
+        try:
+            for place in dict.fromkeys(number * last // (BLOCKS - 1) for number in range(BLOCKS)):
+                digest.update(os.pread(self._fd, BLOCK, place))
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        return digest.digest()
 
     def leave_cache(self, offset: int, nbytes: int) -> None:
         """Let the system's page cache forget a range of the file, so that its memory goes to something else first.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..files.safetensors_header import AGAIN, MAX_ELEMENTS, SourceError
+from ..files.safetensors_header import AGAIN, MAX_ELEMENTS, SourceError, names_its_file
 from .types import TYPES, GgufType
 
 MAGIC = b"GGUF"
@@ -151,6 +151,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() == ".gguf"
 
 
+@names_its_file
 def parse_header(path: Path, file: BinaryIO) -> GgufHeader:
     """Return the header of an open file. path: for messages. Raises SourceError for what is no GGUF file."""
     reader = _Reader(path, file, os.fstat(file.fileno()).st_size)

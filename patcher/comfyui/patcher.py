@@ -399,6 +399,7 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """List the models attached to this one (model patches like ControlNets), as dynamic ones."""
         return [dynamic_twin(patcher, self.policy) for patcher in super().model_patches_models()]
 
+    @never_raises("naming a model", lambda _: "<DynamicModelPatcher>")
     def __repr__(self) -> str:
         return f"<DynamicModelPatcher {type(self.model).__name__} {in_words(self.model_size())} on {self.load_device}>"
 

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from kit.nets import bits, same, steady
 from spillway.ops.files.disk_map import DTYPES, DiskMap, SourceError, locate, open_maps
+from spillway.ops.files.probe import probe
+from spillway.ops.files.read_whole import read_whole
 from spillway.ops.files.safetensors_header import MAX_HEADER_BYTES
+from spillway.ops.parts.open_map import open_map
 
 
 def raw(header, data=b""):
@@ -368,6 +371,17 @@ def test_any_bytes_are_read_right_or_refused(tmp_path, place, cut, insert, lengt
     if length is not None:
         content = struct.pack("<Q", length) + content[8:]
     check(tmp_path / "a.safetensors", content)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file of Linux that opens and cannot be read")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.gguf"])
+def test_a_file_that_the_system_does_not_read_is_named(tmp_path, name):
+    """As on a disk with a broken sector, or a network drive that has gone."""
+    path = tmp_path / name
+    path.symlink_to("/proc/self/mem")
+    for read in (open_map, probe, read_whole) if name == "a.safetensors" else (open_map,):
+        with pytest.raises(SourceError, match=rf"{re.escape(str(path))}: it cannot be read"):
+            read(path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files and memory rules of Linux")

@@ -243,6 +243,9 @@ def test_what_the_format_cannot_hold(tmp_path):
     spec = SavedSpec(torch.float32, (1,))
     with pytest.raises(SaveError, match="complex128"):
         SafetensorsWriter(tmp_path / "x", {"a": SavedSpec(torch.complex128, (1,))})
+    for given in (({"a \ud800": spec}, {}), ({"a": spec}, {"\ud800": ""}), ({"a": spec}, {"a": "\ud800"})):
+        with pytest.raises(SaveError, match="cannot be written as UTF-8"):
+            SafetensorsWriter(tmp_path / "x", *given)
     with pytest.raises(SaveError, match="__metadata__"):
         SafetensorsWriter(tmp_path / "x", {"__metadata__": spec})
     with pytest.raises(SaveError, match="are texts"):

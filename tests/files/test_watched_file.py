@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -45,7 +46,7 @@ def outcomes(original, device, what):
 
 @posix
 @pytest.mark.parametrize("device", ["cpu", "sim"])
-@pytest.mark.parametrize("what", ["cut", "overwritten"])
+@pytest.mark.parametrize("what", ["cut", "overwritten", "overwritten, its time set back"])
 def test_a_file_that_changes_in_place_is_an_error(what, device, original):
     words = "cut to 4096 of" if what == "cut" else "written to while it was in use"
     for case, said in outcomes(original, device, what).items():
@@ -95,10 +96,80 @@ def test_a_check_takes_a_microsecond_or_a_few(original):
     assert min(times) < 5e-6
 
 
-def overwrite(path):
+def overwrite(path, set_back=False):
+    before = path.stat()
     with open(path, "r+b") as file:
         file.seek(-100, os.SEEK_END)
         file.write(bytes(100))
+    if set_back:
+        time.sleep(0.02)  # a file system's clock is coarse
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def set_attribute(path):
+    if not hasattr(os, "setxattr"):
+        pytest.skip("this system has no attributes that Python can set")
+    try:
+        os.setxattr(path, "user.spillway", b"seen")
+    except OSError as error:
+        pytest.skip(f"this file system has no attributes ({error})")
+
+
+HARMLESS = {
+    "another name": lambda path: path.rename(path.with_name("moved")),
+    "a second name": lambda path: os.link(path, path.with_name("linked")),
+    "other rights": lambda path: path.chmod(0o600 if path.stat().st_mode & 0o77 else 0o644),
+    "an attribute": set_attribute,
+    "nothing": lambda path: None,
+}
+
+
+@posix
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_leaves_the_numbers_is_no_change_and_hides_none(what, original, tmp_path):
+    """All of it sets the time of the last change of any kind, as does whoever sets a file's time back."""
+    disk_map = DiskMap(original)
+    time.sleep(0.02)
+    HARMLESS[what](original)
+    for _ in range(3):
+        disk_map.check()
+    (path,) = [one for one in tmp_path.iterdir() if one.name != "linked"]
+    time.sleep(0.02)
+    overwrite(path, set_back=True)
+    for _ in range(3):
+        with pytest.raises(FileChanged, match=r"model\.safetensors: this file was written to"):
+            disk_map.check()
+
+
+@posix
+def test_a_backup_that_sets_the_time_of_reading_back_is_no_change(original):
+    disk_map, status = DiskMap(original), original.stat()
+    time.sleep(0.02)
+    os.utime(original, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert original.stat().st_ctime_ns != status.st_ctime_ns
+    disk_map.check()
+
+
+@posix
+def test_threads_that_ask_at_once_agree_on_what_is_no_change(original):
+    disk_map, errors = DiskMap(original), []
+
+    def ask():
+        try:
+            for _ in range(300):
+                disk_map.check()
+        except FileChanged as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for number in range(40):
+        original.chmod((0o600, 0o644)[number % 2])
+        time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 @posix

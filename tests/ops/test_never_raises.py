@@ -106,3 +106,12 @@ def test_what_has_no_ledger_to_reach():
 
     for owner in (Broken(), SimpleNamespace(ledger="a word"), None):
         never_raises("the work")(lambda owner: failing(ValueError("no")))(owner)
+
+
+def test_an_error_that_cannot_be_told(caplog):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    assert never_raises("the work", lambda _: 7)(failing)(Mute()) == 7
+    assert "the work failed (Mute: Mute)" in caplog.text

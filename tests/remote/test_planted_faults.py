@@ -110,7 +110,10 @@ FAULTS = {
         (f"{WAITS}::test_a_table_brings_the_rows_that_are_looked_up",),
     ),
     "a download is taken for a change": Fault(
-        "ops.files.watched_file:WatchedFile._still_comes", "return nbytes ==", "return nbytes !=", (WAITS,)
+        "ops.files.watched_file:WatchedFile._still_comes",
+        "return status.st_size ==",
+        "return status.st_size !=",
+        (WAITS,),
     ),
     "nobody foresees in which order layers run": Fault(
         "patcher.arrival:foresee", "coming.expect(wanted, soon)", "pass", (WAITS,)

@@ -148,6 +148,8 @@ class Fuzz:
             return (self.models / "diffusion_models" / "flux.safetensors").as_uri()
         if name == "folder" and "address" in inputs:
             return "diffusion_models"
+        if name == "type":  # of the text encoder that is here: for another it is an error of its own
+            return "stable_diffusion"
         if name == "mode" and "weighted sum" in options.get("options", []):
             return "weighted sum"  # the other needs a third model
         if kind == "COMBO":
@@ -169,7 +171,10 @@ NAMES = {
     "spillway/free": ("cache", "models", "pins", "bytes", "x"),
     "spillway/model": ("model", "action", "value", "x"),
     "spillway/look": ("client_id", "looks", "x"),
+    "spillway/forecast": ("prompt", "x"),
+    "spillway/compare": ("prompt", "comfyui", "client_id", "x"),
 }
+PROMPTS = ("prompt", "comfyui")
 PATHS = (*NAMES, "spillway/memory", "spillway/", "spillway/free/", "spillway/memory?x=%00", "spillway/../free")
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")
 HEADERS = (
@@ -185,6 +190,34 @@ HEADERS = (
 BODIES = (b"", b"{", b"null", b"[]", b"[" * 3000, b"\xff\xfe\0", b'{"cache": true}', b'{"models": true, "pins": true}')
 
 
+def wrong_prompt(rng):
+    """A prompt that nobody has validated: a sampler and its loaders, of which some are not what they should be."""
+    prompt = base_prompt()
+    wires = {"model": ["unet", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["latent", 0]}
+    sampler = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    prompt["text"] = node("CLIPTextEncode", clip=["clip", 0], text="a text")
+    prompt["sampled"] = node("KSampler", **wires, **sampler)
+    prompt["decoded"] = node("VAEDecode", samples=["sampled", 0], vae=["vae", 0])
+    prompt["shown"] = node("PreviewImage", images=["decoded", 0])
+    places = [*prompt, "not there"]
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice(list(prompt))
+        found = prompt[name]
+        way = rng.choice(("input", "input", "wire", "class", "node", "inputs", "gone"))
+        if way == "gone":
+            del prompt[name]
+        elif way == "node" or not isinstance(found, dict) or not isinstance(found.get("inputs"), dict):
+            prompt[name] = rng.choice(WRONG)
+        elif way == "class":
+            found["class_type"] = rng.choice((*WRONG, "SpillwayPolicy", "KSampler", "LoadImage"))
+        elif way == "inputs":
+            found["inputs"] = rng.choice(WRONG)
+        else:
+            wire = [rng.choice(places), rng.choice((0, 0, 1, 7, -1, "0", None))]
+            found["inputs"][rng.choice([*found["inputs"], "x"])] = wire if way == "wire" else rng.choice(WRONG)
+    return prompt
+
+
 def request(rng):
     """(path, body, method, headers) of a request to a route of ours, more or less wrong."""
     path, method = rng.choice(PATHS), rng.choice((*METHODS, "POST", "POST", "POST"))
@@ -193,5 +226,7 @@ def request(rng):
         names = NAMES.get(path, NAMES["spillway/free"])
         keys = rng.sample(names, rng.randint(1, len(names)))
         values = (True, 1, 2, "keep", "limit", "free_vram", "drop_ram", *WRONG)
-        body = json.dumps({key: rng.choice(values) for key in keys}).encode()
+        given = {key: rng.choice(values) for key in keys}
+        given |= {key: wrong_prompt(rng) for key in keys if key in PROMPTS and rng.random() < 0.8}
+        body = json.dumps(given).encode()
     return path, body if method not in ("GET", "HEAD", "OPTIONS") else None, method, rng.choice(HEADERS)

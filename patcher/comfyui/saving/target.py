@@ -16,6 +16,7 @@ import torch
 from comfy.cli_args import args
 
 from ....ops.overrides import overridden
+from ....ops.writable import is_writable
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,22 @@ def _as_queued(prompt: Any) -> Any:
     }
 
 
-def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+def _writable(extra_pnginfo: Any) -> dict[str, Any]:
+    """Give what is said about the workflow, as far as a file can hold it. Any JSON may come with a prompt."""
+    if not isinstance(extra_pnginfo, Mapping):
+        return {}
+    return {key: value for key, value in extra_pnginfo.items() if is_writable(key)}
+
+
+def workflow_metadata(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
     """Give the workflow as metadata, or nothing where the user has turned that off."""
     if args.disable_metadata:
         return {}
     metadata = {"prompt": json.dumps(_as_queued(prompt))} if prompt is not None else {}
-    return {**metadata, **{key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}}
+    return {**metadata, **{key: json.dumps(value) for key, value in _writable(extra_pnginfo).items()}}
 
 
-def checkpoint_target(
-    model: Any, prefix: str, prompt: Any = None, extra_pnginfo: Mapping[str, Any] | None = None
-) -> Target:
+def checkpoint_target(model: Any, prefix: str, prompt: Any = None, extra_pnginfo: Any = None) -> Target:
     """Have ComfyUI's own save node prepare a model, and stop it before it saves.
 
     Raises ValueError for a prefix outside the output folder.
@@ -96,6 +102,6 @@ def checkpoint_target(
             filename_prefix=prefix,
             output_dir=folder_paths.get_output_directory(),
             prompt=_as_queued(prompt),
-            extra_pnginfo=extra_pnginfo,
+            extra_pnginfo=_writable(extra_pnginfo),
         )
     return targets[0]

@@ -23,6 +23,8 @@ def fresh():
     def forget():
         disk._versions.cache_clear()
         comfy_stamps.comfyui_digest.cache_clear()
+        comfy_stamps.own_digest.cache_clear()
+        disk.packages.cache_clear()
 
     forget()
     yield forget
@@ -54,6 +56,7 @@ OTHER = {
     "fast": lambda patch: patch.setattr(args, "fast", {"fp16_accumulation"}),
     "ComfyUI": lambda patch: patch.setattr(comfyui_version, "__version__", "99.0"),
     "ComfyUI's code": lambda patch: patch.setattr(disk, "comfyui_digest", lambda: "other"),
+    "the pack's code": lambda patch: patch.setattr(disk, "own_digest", lambda: "other"),
     "device": lambda patch: patch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu", 0)),
     "card": lambda patch: patch.setattr(identity, "device_name", lambda _: "another card"),
     "driver": lambda patch: patch.setattr(identity, "driver_version", lambda _: "another driver"),
@@ -84,6 +87,27 @@ def test_another_one_finds_nothing(written, monkeypatch, fresh, what):
     assert sorted(Executor().run(prompt())) == sorted(ALL)
 
 
+@pytest.mark.parametrize("tier", ["disk"], indirect=True)
+def test_other_packages_find_nothing(written, monkeypatch, fresh, tmp_path):
+    """Those that a text encoder's tokenizer comes from, or that a node of another pack computes with."""
+    site = tmp_path / "site"
+    (site / "tokens-1.0.dist-info").mkdir(parents=True)
+    os.utime(site / "tokens-1.0.dist-info", (1000, 1000))
+    monkeypatch.syspath_prepend(str(site))
+    fresh()
+    assert sorted(Executor().run(prompt())) == sorted(ALL)
+
+
+@pytest.mark.parametrize("tier", ["disk"], indirect=True)
+def test_packages_that_came_after_the_start(monkeypatch, tmp_path, caplog, fresh):
+    (tmp_path / "site" / "tokens-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    fresh()
+    executor = Executor()
+    assert sorted(executor.run(prompt())) == sorted(ALL)
+    assert executor.cache.disk is None and "packages of this Python have changed since this one" in caplog.text
+
+
 def test_flags_are_written_alike_in_every_process(monkeypatch):
     """A set is listed in another order in each."""
     kind = enum.Enum("kind", "a b c d e f")
@@ -95,7 +119,14 @@ def test_flags_are_written_alike_in_every_process(monkeypatch):
 def comfyui(tmp_path, monkeypatch):
     """Something like ComfyUI's folder, and a function that hashes it."""
     root = tmp_path / "comfyui"
-    for name in ("nodes.py", "comfy/ldm/model.py", "comfy_extras/nodes_x.py", "custom_nodes/pack/x.py", "input/x.py"):
+    for name in (
+        "nodes.py",
+        "comfy/tokens.json",
+        "comfy/ldm/model.py",
+        "comfy_extras/nodes_x.py",
+        "custom_nodes/pack/x.py",
+        "input/x.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x = 1")
     monkeypatch.setattr(nodes, "__file__", str(root / "nodes.py"))
@@ -108,7 +139,7 @@ def comfyui(tmp_path, monkeypatch):
     return root, digest
 
 
-@pytest.mark.parametrize("name", ["nodes.py", "comfy/ldm/model.py", "comfy_extras/nodes_x.py"])
+@pytest.mark.parametrize("name", ["nodes.py", "comfy/tokens.json", "comfy/ldm/model.py", "comfy_extras/nodes_x.py"])
 def test_code_of_comfyui_that_changes_without_its_version(comfyui, name):
     root, digest = comfyui
     before = digest()

@@ -181,6 +181,20 @@ def test_a_prompt_whose_model_cannot_be_marked(executor, model, monkeypatch, nam
     assert set(executor.run(prompt(2))) == {"Sample", "Decode", "Save"}
 
 
+def test_a_node_that_fails_with_a_model_that_cannot_be_named(executor, model, monkeypatch, caplog):
+    """ComfyUI words what a node was given when that has failed, and catches nothing there."""
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Load", node_class("Load", lambda **_: (model, "clip")))
+    with monkeypatch.context() as patch:
+        patch.setitem(nodes.NODE_CLASS_MAPPINGS, "Fails", node_class("Fails", fails))
+        patch.setattr(DynamicModelPatcher, "model_size", fails)
+        failing = prompt(1)
+        failing["lora"]["class_type"] = "Fails"
+        with pytest.raises(AssertionError, match="planted"):  # the prompt failed, and its node is named
+            executor.run(failing)
+        assert "naming a model failed (Planted: planted)" in caplog.text
+    assert "Save" in executor.run(prompt(2))
+
+
 def test_a_model_that_cannot_be_given_up(checkpoint, monkeypatch, caplog):
     made = comfy_load.load_diffusion_model(checkpoint("flux", **SMALL))
     state, inner = made.state, weakref.ref(made.model)

@@ -80,6 +80,8 @@ def places(monkeypatch, tmp_path, known_nodes):
         extensions = folder_paths.folder_names_and_paths[kind][1]
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "base_path", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(comfy_stamps, "STARTED", time.time_ns())  # this file may have been written just now
     return tmp_path
 
@@ -114,6 +116,8 @@ NAMED = {
     "in a folder below": (node("Encode", value="embedding:foo"), "embeddings/sub/foo.pt"),
     "a LoRA in a text": (node("File", value="a cat <lora:x.bin:0.8>, <other>"), "loras/x.bin"),
     "a LoRA in a text, in a folder below": (node("File", value="<lora:foo:1:0.5>"), "loras/sub/foo.safetensors"),
+    "a wildcard in a text": (node("Text", value="a __colours/warm__ cat"), "wildcards/colours/warm.txt"),
+    "any wildcard": (node("Text", value="a\ncat in __*__"), "models/wildcards/cats.yaml"),
     "on another line": (node("Encode", value="a cat\nembedding:foo\n" + "x " * 2000), "embeddings/foo.pt"),
 }
 WHEN = ["before it is evicted", "while it is down"]
@@ -205,6 +209,27 @@ def test_what_was_not_there_and_now_is(named, evict):
     evict(first)
     path.write_bytes(b"now it is")
     assert len(run(Executor(), prompt)) == 3
+
+
+@pytest.mark.parametrize("put_together", [False, True])
+def test_what_lies_at_an_address_may_be_another_thing_each_time(places, put_together, evict, monkeypatch):
+    """But for Spillway's own nodes: what they bring lies here under a name, and stays what it is."""
+    monkeypatch.setitem(NODES, "Ours", node_class("Ours", lambda **_: (torch.ones(1),)))
+    monkeypatch.setattr(NODES["Ours"], "__module__", "spillway.nodes.one")
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Ours", NODES["Ours"])
+    address = "https://example.org/a picture".replace(" ", "_")
+    prompt = graph(node("File", value=address))
+    if put_together:
+        monkeypatch.setattr(NODES["Text"], "run", lambda self, value, **_: (RAN.append("Text"), (value + "_2",))[1])
+        prompt = graph(node("Encode", a=["text", 0])) | {"text": node("Text", value="https://example.org/a")}
+    first = Executor()
+    whole = len(run(first, prompt))
+    evict(first)
+    assert len(run(Executor(), prompt)) == whole
+    ours, first = graph(node("Ours", value=address)), Executor()
+    run(first, ours)
+    evict(first)
+    assert run(Executor(), ours) == ["Show"]
 
 
 def test_a_comparison_finds_nothing_that_was_made_before(places, evict):
@@ -339,6 +364,8 @@ def pack(places, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "nodes.py").write_text(SOURCE)
     (folder / "helper.py").write_text("number = 1")
+    (folder / "styles.json").write_text("{}")
+    (folder / "run.log").write_text("started")
     extensions = folder_paths.folder_names_and_paths["custom_nodes"][1]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(folder.parent)], extensions))
 
@@ -369,14 +396,16 @@ def test_the_same_source_is_found(pack, evict):
     assert run(pack(), MADE) == ["Show"]
 
 
-@pytest.mark.parametrize("file", ["nodes.py", "helper.py"])
+@pytest.mark.parametrize("file", ["nodes.py", "helper.py", "styles.json", "wildcards/new.txt"])
 @pytest.mark.parametrize("when", ["before it is first used", "while it is up", *WHEN])
 def test_a_source_that_has_changed(pack, when, file, evict):
     """Changed while a process is up, it is not what that process runs."""
 
     def change():
         time.sleep(0.02)
-        (pack.folder / file).write_text((pack.folder / file).read_text() + "\n# other\n")
+        path = pack.folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((path.read_text() if path.exists() else "") + "\n# other\n")
 
     first = pack()
     if when == "before it is first used":
@@ -393,3 +422,25 @@ def test_a_source_that_has_changed(pack, when, file, evict):
     later = pack()
     assert run(later, MADE) == ["Image", "Show"]
     assert later.cache.engine.entries and len(run(later, graph(node("Made", value="b")))) == 2
+
+
+def test_what_a_pack_says_of_its_doings_is_none_of_its_data(pack, evict):
+    first = pack()
+    (pack.folder / "run.log").write_text("running")
+    run(first, MADE)
+    evict(first)
+    (pack.folder / "run.log").write_text("ended")
+    assert run(pack(), MADE) == ["Show"]
+
+
+def test_data_that_was_another_one_for_a_while(pack, evict):
+    """It is what it was when the process began, and what was made meanwhile is not of it."""
+    first, styles = pack(), pack.folder / "styles.json"
+    run(first, MADE)
+    before = styles.read_text()
+    time.sleep(0.02)
+    styles.write_text("other")
+    run(first, graph(node("Made", value="b")))
+    styles.write_text(before)
+    evict(first)
+    assert run(pack(), graph(node("Made", value="b"))) == ["Image", "Show"]

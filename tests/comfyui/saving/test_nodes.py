@@ -13,10 +13,10 @@ from kit.comfyui import checkpoints
 from kit.comfyui.loras import QKV
 from kit.comfyui.pairs import SMALL
 from kit.comfyui.saving import read, save
-from spillway.nodes.save import SpillwaySaveDiffusionModel
+from spillway.nodes.save import SpillwaySaveCheckpoint, SpillwaySaveDiffusionModel, SpillwaySaveLora
 from spillway.ops.files.disk_map import DiskMap
 from spillway.ops.files.safetensors_writer import SaveError
-from spillway.patcher.comfyui.loading.load import load_clip, load_diffusion_model, load_vae
+from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
 
 pytestmark = pytest.mark.usefixtures("output")
 
@@ -29,6 +29,28 @@ def test_the_workflow_is_in_the_metadata_unless_that_is_turned_off(checkpoint, m
     assert metadata["prompt"] == '{"1": {"class_type": "X"}}' and metadata["workflow"] == '{"nodes": []}'
     monkeypatch.setattr(args, "disable_metadata", True)
     assert not read(save(model))[1]
+
+
+@pytest.mark.parametrize(
+    "said", ["x", ["workflow"], 7, True, {"\ud800": 1, "workflow": {"a \ud800": []}}], ids=range(5)
+)
+@pytest.mark.parametrize("node", ["model", "checkpoint", "LoRA"])
+def test_whatever_was_sent_with_the_prompt_is_no_error(node, said, checkpoint, monkeypatch, tmp_path):
+    """ComfyUI looks at none of it. What a file can hold is in it."""
+    hidden = types.SimpleNamespace(prompt={"1": {"class_type": "X"}}, extra_pnginfo=said)
+    for kind in (SpillwaySaveDiffusionModel, SpillwaySaveCheckpoint, SpillwaySaveLora):
+        monkeypatch.setattr(kind, "hidden", hidden)
+    if node == "checkpoint":
+        model, clip, vae = load_checkpoint(checkpoint("sd15", mult=(1,)))[:3]
+        saved = SpillwaySaveCheckpoint.execute(model=model, clip=clip, vae=vae, filename_prefix="x")
+    else:
+        model = load_diffusion_model(checkpoint("flux", **SMALL))
+        base = load_diffusion_model(checkpoint("flux", seed=1, **SMALL))
+        more = {"base": base, "rank": 1} if node == "LoRA" else {}
+        kind = SpillwaySaveLora if more else SpillwaySaveDiffusionModel
+        saved = kind.execute(model=model, filename_prefix="x", **more)
+    _, metadata = read(saved.args[0])
+    assert "prompt" in metadata and ("workflow" in metadata) == isinstance(said, dict)
 
 
 @pytest.mark.parametrize("prefix", ["../evil", "a/../../evil", "/evil", "", " ", ".", "a/..", "..", "a\0b"])

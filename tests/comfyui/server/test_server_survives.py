@@ -18,6 +18,13 @@ def simple(text="a"):
     }
 
 
+def half_of_a_character():
+    """A file whose tensors have names that JSON can hold and no log can."""
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"\ud800.lora_up.weight": entry, "\ud800.lora_down.weight": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, checkpoint):
     base = tmp_path_factory.mktemp("server")
@@ -26,6 +33,9 @@ def server(tmp_path_factory, checkpoint):
         (base / "models" / name).parent.mkdir(parents=True)
         os.symlink(path, base / "models" / f"{name}.safetensors")
     (base / "models" / "vae" / "damaged.safetensors").write_bytes(b"no header")
+    for folder in ("vae", "loras"):
+        (base / "models" / folder).mkdir(exist_ok=True)
+        (base / "models" / folder / "half.safetensors").write_bytes(half_of_a_character())
     with Server(base) as running:
         yield running
 
@@ -80,6 +90,26 @@ def test_an_errors_type_does_not_say_where_the_pack_lies(server):
     status = server.run({"probe": node("SpillwayProbeModel", file="vae/damaged.safetensors")})["status"]
     (error,) = [said for kind, said in status["messages"] if kind == "execution_error"]
     assert error["exception_type"] == "spillway.SourceError" and "damaged.safetensors" in error["exception_message"]
+
+
+HALF_NAMED = {
+    "a VAE": {"x": node("SpillwayLoadVAE", vae_name="half.safetensors")},
+    "a LoRA": {
+        "load": node("SpillwayLoadCheckpoint", ckpt_name="sd15.safetensors"),
+        "x": node("SpillwayLoraLoaderModelOnly", model=["load", 0], lora_name="half.safetensors", strength_model=1.0),
+    },
+    "ComfyUI's node": {"x": node("VAELoader", vae_name="half.safetensors")},
+}
+
+
+@pytest.mark.parametrize("what", HALF_NAMED)
+def test_an_error_with_half_of_a_character_in_it(server, what):
+    """ComfyUI writes it to its log, and what that raises would end the thread that runs prompts."""
+    prompt = {**HALF_NAMED[what], "report": node("SpillwayMemoryReport", value=["x", 0])}
+    status = server.run(prompt)["status"]
+    assert status["status_str"] == "error"
+    assert len(server.pictures(simple(f"after half of {what}"))) == 1
+    assert "\\ud800" in server.said() or what != "a VAE"
 
 
 def test_a_policy_node_that_leads_nowhere(server):

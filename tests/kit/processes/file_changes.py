@@ -27,10 +27,13 @@ from spillway.patcher.policy import Policy
 def change(path, what):
     if what == "cut":
         os.truncate(path, 4096)
-    elif what == "overwritten":
+    elif what.startswith("overwritten"):
+        before = path.stat()
         with open(path, "r+b") as file:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             file.write(bytes(os.path.getsize(path) - file.tell()))
+        if what == "overwritten, its time set back":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif what == "replaced":
         path.with_suffix(".new").write_bytes(bytes(100))
         os.replace(path.with_suffix(".new"), path)
