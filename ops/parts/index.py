@@ -13,6 +13,8 @@ from ..gguf.header import is_gguf
 
 # model.safetensors.index.json; model.safetensors.index.fp16.json for a variant.
 NAME = re.compile(r"\.safetensors\.index(\.\w+)?\.json$", re.IGNORECASE)
+# Of a file, in bytes, on all usual file systems.
+LONGEST_NAME = 255
 PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
 
@@ -59,8 +61,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     for key, name in where.items():
         if not isinstance(name, str) or not _is_beside(name):
             raise SourceError(
-                f"{path}: the index says that '{key}' is in {name!r}; expected the name of a file in its folder. It is "
-                "not opened. Get the index again from its maker."
+                f"{path}: the index says that '{key}' is in {_short(name)}; expected the name of a file in its folder. "
+                "It is not opened. Get the index again from its maker."
             )
         parts.setdefault(name, []).append(key)
     return Index(path, parts)
@@ -74,10 +76,17 @@ def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
     return found
 
 
+def _short(name: Any) -> str:
+    words = repr(name)
+    return words if len(words) <= LONGEST_NAME else f"{words[:40]}…"
+
+
 def _is_beside(name: str) -> bool:
     """Say whether a name stays within its folder on every system."""
     if not name or "\0" in name or not PurePosixPath(name).name:
         return False
+    if len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME:
+        return False  # asking for such a file is an error of the system's
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(name)
         if path.anchor or path.is_absolute() or ".." in path.parts:

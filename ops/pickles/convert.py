@@ -20,7 +20,7 @@ from ..parts.sharded_map import ShardedMap
 from ..ram.available import available_ram
 from .archive import is_archive
 from .pickle_map import PickleMap, check_growth
-from .reader import state_dict_of, unpickle
+from .reader import state_dict_of, unpickle, without_numbers
 
 # Says in the safetensors file what it was made from.
 MADE_FROM = "spillway_made_from"
@@ -103,6 +103,9 @@ def _read_whole(path: Path) -> tuple[dict[str, torch.Tensor], str]:
                 "are free. Convert it on a machine with more, or get the model as safetensors."
             )
         tensors = state_dict_of(path, unpickle(path, file, "cpu"))
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise without_numbers(path, key)
         check_growth(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), size)
         file.seek(0)
         digest = hashlib.sha256()

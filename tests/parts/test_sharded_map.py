@@ -62,6 +62,7 @@ WRONG = {
     "a number": ({"norm": 3}, "'norm' is in 3; expected the name of a file"),
     "a pickle": ({"norm": "model.bin"}, "'model.bin', is missing"),
     "a folder": ({"norm": "."}, "It is not opened"),
+    "a name that is too long": ({"norm": "x" * 5000 + ".safetensors"}, "'norm' is in 'xxx.*It is not opened"),
 }
 
 
@@ -183,6 +184,8 @@ OTHERS = [
     [],
     {},
     "a\0",
+    "x" * 300,
+    "x/" * 3000,
     "\ud800",
     ".",
 ]
