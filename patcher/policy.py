@@ -38,15 +38,16 @@ class Rule:
     resident: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or len(self.pattern) > LONGEST_PATTERN:
-            raise ValueError(
-                f"rule {repr(self.pattern)[:40]}: expected a pattern of names, of at most {LONGEST_PATTERN} characters, such "
-                "as *.img_attn.*"
-            )
+        known = isinstance(self.pattern, str) and len(self.pattern) <= LONGEST_PATTERN
         try:
-            fnmatch.fnmatchcase("", self.pattern)
-        except re.error as error:
-            raise ValueError(f"rule '{self.pattern}': no pattern of names ({error}). Write [[] for a bracket.") from None
+            fnmatch.fnmatchcase("", self.pattern if known else "")
+        except re.error:  # older versions of Python know no empty range
+            known = False
+        if not known:
+            raise ValueError(
+                f"rule {repr(self.pattern)[:40]}: expected a pattern of names with at most {LONGEST_PATTERN} "
+                "characters, such as *.img_attn.*"
+            )
         _check_choice(f"rule '{self.pattern}'", self, "offload", Place)
 
 

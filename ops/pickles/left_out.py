@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-# A checkpoint's callbacks, its arguments, paths, and single numbers of numpy. Arrays are not here, as they may be weights.
+# Callbacks, arguments, paths, and single numbers of numpy. Arrays are not here, as they may be weights.
 BESIDE_WEIGHTS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",

@@ -108,8 +108,8 @@ def state_dict_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
             )
         if value.is_conj() or value.is_neg():
             raise SourceError(
-                f"{path}: '{key}' is a {type(value).__name__} of which another sign is meant than is written, so it cannot "
-                "be copied as it lies. Save it after resolve_conj and resolve_neg."
+                f"{path}: '{key}' is a {type(value).__name__} of which another sign is meant than is written, so it "
+                "cannot be copied as it lies. Save it after resolve_conj and resolve_neg."
             )
         tensors[key] = value.detach()
     return tensors

@@ -1,4 +1,4 @@
-"""Files as torch wrote them before 2020, byte by byte, under Python 2 and 3. No torch of today writes the older ones."""
+"""Files as torch wrote them before 2020, under Python 2 and 3. No torch of today writes the older ones."""
 
 import pickle
 import struct
@@ -75,7 +75,7 @@ class _Pickler(pickle._Pickler):  # the one in C cannot be changed
 
     def save_ordered(self, found):
         if self.python == 3:
-            return self.save_reduce(obj=found, *found.__reduce_ex__(2))
+            return self.save_reduce(*found.__reduce_ex__(2), obj=found)
         self.save(Made("collections.OrderedDict", [[key, value] for key, value in found.items()]))
 
     dispatch[str] = dispatch[bytes] = save_text
@@ -85,8 +85,8 @@ class _Pickler(pickle._Pickler):  # the one in C cannot be changed
 def write_old(path, tensors, rebuild="_rebuild_tensor_v2", python=3, location="cpu", views=False, wrap=lambda x: x):
     """Write tensors by name as torch.save did.
 
-    rebuild: `_rebuild_tensor` before torch 0.4. location: cuda:0 for weights that lay on a card. views: each tensor has a
-    storage that is a part of another, as before torch 0.4. wrap: makes what is saved of the state dict.
+    rebuild: `_rebuild_tensor` before torch 0.4. location: cuda:0 for weights that lay on a card. views: each tensor has
+    a storage that is a part of another, as before torch 0.4. wrap: makes what is saved of the state dict.
     """
     storages, state = {}, OrderedDict()
     for name, tensor in tensors.items():

@@ -179,7 +179,10 @@ WRONG = {
     "a lazy sign": ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a Tensor .* as it lies"),
     "a lazy conjugate": ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "'a' is a Tensor .* as it lies"),
     "no numbers at all": ({"a": torch.empty(3, device="meta")}, "'a' has no numbers"),
-    "complex in half": ({"a": torch.zeros(2, dtype=torch.complex32)}, "'a' has dtype torch.complex32|torch cannot read"),
+    "complex in half": (
+        {"a": torch.zeros(2, dtype=torch.complex32)},
+        "'a' has dtype torch.complex32|torch cannot read",
+    ),
 }
 
 

@@ -91,7 +91,10 @@ def test_what_stands_beside_the_weights_of_an_older_file_is_left_out(python, tmp
 
 def test_a_text_of_python_2_that_is_no_utf_8(tmp_path):
     path = write_old(
-        tmp_path / "m.pt", weights(), python=2, wrap=lambda state: {"state_dict": state, "by": "Andr\xe9".encode("latin1")}
+        tmp_path / "m.pt",
+        weights(),
+        python=2,
+        wrap=lambda state: {"state_dict": state, "by": "Andr\xe9".encode("latin1")},
     )
     assert_converted(path, weights())
 
@@ -130,7 +133,9 @@ def test_what_stands_beside_the_weights_is_left_out(old, lightning, tmp_path, mo
 def test_each_of_them_is_known_by_its_name_and_nothing_is_imported(name, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(argparse, "Namespace", lambda *_, **__: called.append(1))
-    path = write_old(tmp_path / "m.pt", weights(), wrap=lambda state: {"model": state, "it": Made(name), "kind": Name(name)})
+    path = write_old(
+        tmp_path / "m.pt", weights(), wrap=lambda state: {"model": state, "it": Made(name), "kind": Name(name)}
+    )
     before = set(sys.modules)
     assert_converted(path, weights())
     assert set(sys.modules) == before and not called

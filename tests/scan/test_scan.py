@@ -125,7 +125,12 @@ def test_a_file_that_goes_meanwhile_and_no_files(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="names that Windows does not take")
 def test_odd_names_and_things_that_are_no_files(tmp_path):
     """A row is a line, whatever a file is called. What is no file is not waited for."""
-    names = (b"a\n| b | c.safetensors", b"tab\t.safetensors", b"\xff\xfe.safetensors", "\u202ereversed.safetensors".encode())
+    names = (
+        b"a\n| b | c.safetensors",
+        b"tab\t.safetensors",
+        b"\xff\xfe.safetensors",
+        "\u202ereversed.safetensors".encode(),
+    )
     for name in names:
         save_file(flux(1), tmp_path / "x")
         os.rename(tmp_path / "x", os.path.join(os.fsencode(tmp_path), name))

@@ -181,7 +181,9 @@ def test_the_embedding_directory_is_used(form, sd15, tmp_path, caplog):
     without = sampling.text_encode(OURS[0](sd15, output_model=False)[1], prompt)
     assert not torch.equal(with_it[0], without[0])
     # A name that is in none of them: ComfyUI's words, at the same moment.
-    told = [logged(caplog, lambda parts=parts: sampling.text_encode(parts[1], "a embedding:none"))[1] for parts in loaded]
+    told = [
+        logged(caplog, lambda parts=parts: sampling.text_encode(parts[1], "a embedding:none"))[1] for parts in loaded
+    ]
     assert told[0] == told[1] and any("none" in words for line in told[0] for words in line)
 
 

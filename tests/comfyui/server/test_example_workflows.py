@@ -61,5 +61,3 @@ def test_a_workflow_runs_as_it_is(name, server):
         for file in files:
             with safetensors.safe_open(file, "pt") as opened:
                 assert len(list(opened.keys())) > 50
-
-

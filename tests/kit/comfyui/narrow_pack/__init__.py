@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))
 
 import comfy.ldm.flux.redux
 import comfy.sd
+
 from kit.comfyui import checkpoints
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
