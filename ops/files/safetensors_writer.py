@@ -58,17 +58,29 @@ def file_order(specs: Mapping[str, SavedSpec]) -> list[str]:
     return sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))
 
 
+def _is_text(words: str) -> bool:
+    try:
+        words.encode()
+    except UnicodeEncodeError:  # halves of a character, as of a file's name that was no text
+        return False
+    return True
+
+
 def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> bytes:
     """Return the bytes of the file before its tensors. Raises SaveError for specs that the format cannot hold."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise SaveError(f"metadata {key!r} is {value!r}: safetensors metadata are texts. Give it as JSON text.")
+        if not _is_text(key + value):
+            raise SaveError(f"metadata {key!a} is no text that UTF-8 can hold. Leave it out, or write it anew.")
     end = 0
     for key in file_order(specs):
         spec = specs[key]
         if key == "__metadata__":
             raise SaveError("no tensor can be named '__metadata__' in a safetensors file. Rename it.")
+        if not _is_text(key):
+            raise SaveError(f"a tensor is named {key!a}, which is no text that UTF-8 can hold. Rename it.")
         if spec.dtype not in NAMES:
             raise SaveError(f"tensor '{key}' has dtype {spec.dtype}, which safetensors files cannot hold. Convert it.")
         begin, end = end, end + spec.nbytes
