@@ -30,6 +30,10 @@ class SourceError(SpillwayError, ValueError):
     """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
 
 
+class MissingFile(SourceError, FileNotFoundError):
+    """A file that is not there. Whoever opens files expects FileNotFoundError for one."""
+
+
 class MissingTensor(SourceError, KeyError):
     """A key that a file does not have. A mapping raises KeyError for one."""
 
@@ -133,8 +137,9 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
     if coming is not None:
         return coming.open()
     if not path.is_file():
-        what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
-        raise SourceError(f"{path}: {what}.")
+        if path.is_dir():
+            raise SourceError(f"{path}: is a folder; name the safetensors file in it.")
+        raise MissingFile(f"{path}: no such file.")
     return open(path, "rb")
 
 

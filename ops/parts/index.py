@@ -8,7 +8,7 @@ import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, PICKLED_INDEX, SourceError, is_pickle
+from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, PICKLED_INDEX, MissingFile, SourceError, is_pickle
 from ..gguf.header import is_gguf
 
 # model.safetensors.index.json; model.safetensors.index.fp16.json for a variant.
@@ -39,7 +39,7 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     """Read an index. Raises SourceError for a malformed one, and for parts that do not lie beside it."""
     path = Path(path)
     if not path.is_file():
-        raise SourceError(f"{path}: no such file.")
+        raise MissingFile(f"{path}: no such file.")
     with open(path, "rb") as file:
         text = file.read(MAX_HEADER_BYTES + 1)
     if len(text) > MAX_HEADER_BYTES:

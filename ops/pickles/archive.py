@@ -88,11 +88,11 @@ def _begin(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def refuse_zeros(path: Path, pickled: bytes) -> None:
-    """Raise SourceError where a pickle asks for a bytearray: a line of it makes gigabytes, which torch's reader allows."""
+    """Raise SourceError for a pickle that asks for a bytearray: a line makes gigabytes, which torch's reader allows."""
     if b"\nbytearray\n" in pickled:
         raise SourceError(
-            f"{path}: this pickle asks to call 'bytearray', which makes memory of any size and no tensor. It was not read. "
-            "Get the model as safetensors, from a source that you trust."
+            f"{path}: this pickle asks to call 'bytearray', which makes memory of any size and no tensor. It was not "
+            "read. Get the model as safetensors, from a source that you trust."
         )
 
 
