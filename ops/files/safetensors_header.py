@@ -34,6 +34,10 @@ class MissingFile(SourceError, FileNotFoundError):
     """A file that is not there. Whoever opens files expects FileNotFoundError for one."""
 
 
+class FolderFound(SourceError, IsADirectoryError):
+    """A folder where a file was expected."""
+
+
 class MissingTensor(SourceError, KeyError):
     """A key that a file does not have. A mapping raises KeyError for one."""
 
@@ -138,7 +142,7 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
         return coming.open()
     if not path.is_file():
         if path.is_dir():
-            raise SourceError(f"{path}: is a folder; name the safetensors file in it.")
+            raise FolderFound(f"{path}: is a folder; name the safetensors file in it.")
         raise MissingFile(f"{path}: no such file.")
     return open(path, "rb")
 
