@@ -163,7 +163,7 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
         raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {AGAIN}")
     text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(str(text, "utf-8"))  # of bytes it would take UTF-16 too
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the header is not JSON ({error}). {AGAIN}") from None
     if not isinstance(header, dict):

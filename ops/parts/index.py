@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -46,7 +47,9 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         raise SourceError(f"{path}: an index of more than {MAX_HEADER_BYTES} bytes is none. {AGAIN}")
     twice: list[str] = []
     try:
-        found = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, twice))
+        found = json.loads(
+            str(text.removeprefix(BOM_UTF8), "utf-8"), object_pairs_hook=lambda pairs: _object(pairs, twice)
+        )
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the index is not JSON ({error}). {AGAIN}") from None
     if twice:
