@@ -47,9 +47,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         raise SourceError(f"{path}: an index of more than {MAX_HEADER_BYTES} bytes is none. {AGAIN}")
     twice: list[str] = []
     try:
-        found = json.loads(
-            str(text.removeprefix(BOM_UTF8), "utf-8"), object_pairs_hook=lambda pairs: _object(pairs, twice)
-        )
+        words = str(text.removeprefix(BOM_UTF8), "utf-8")
+        found = json.loads(words, object_pairs_hook=lambda pairs: _object(pairs, twice))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the index is not JSON ({error}). {AGAIN}") from None
     if twice:
