@@ -32,6 +32,10 @@ class Made:
         self.name, self.args, self.state = Name(name), args, state
 
 
+class _Long(int):
+    """A `long` of Python 2."""
+
+
 class _Storage:
     def __init__(self, numbers, key, location, view=None):
         self.numbers, self.key, self.location, self.view = numbers, key, location, view
@@ -47,13 +51,16 @@ class _Pickler(pickle._Pickler):  # the one in C cannot be changed
     def persistent_id(self, found):
         if not isinstance(found, _Storage):
             return None
-        module = "torch.cuda" if found.location.startswith("cuda") else "torch"
-        kind = Name(f"{module}.{STORAGES[found.numbers.dtype]}Storage")
-        return "storage", kind, found.key, found.location, found.numbers.numel(), found.view
+        kind, count = Name(f"torch.{STORAGES[found.numbers.dtype]}Storage"), found.numbers.numel()
+        count = _Long(count) if self.python == 2 else count
+        return "storage", kind, found.key, found.location, count, found.view
 
     def save(self, found, save_persistent_id=True):
         if isinstance(found, Name):
             self.write(pickle.GLOBAL + f"{found.module}\n{found.short}\n".encode())
+        elif isinstance(found, _Long):
+            data = pickle.encode_long(int(found))
+            self.write(pickle.LONG1 + bytes([len(data)]) + data)
         elif isinstance(found, Made):
             self.save(found.name)
             self.save(found.args)
