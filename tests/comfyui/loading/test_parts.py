@@ -231,6 +231,10 @@ def test_a_pipeline_with_two_text_encoders_is_the_single_files(checkpoint, place
     shutil.rmtree(folder / "transformer")
     with pytest.raises(SourceError, match="whole: "):
         SpillwayLoadDiffusionModel.execute(unet_name="whole", weight_dtype="default")
+    with pytest.raises(
+        SourceError, match="whole: this pipeline's folder has none of transformer, unet, text_encoder, vae"
+    ):
+        SpillwayLoadCheckpoint.execute(ckpt_name="whole")
 
 
 def test_no_folder_outside_of_comfyuis_is_opened(placed, tmp_path):
