@@ -197,9 +197,7 @@ def load_pipeline(
     folder = _folder_of(path)
     if not any(_has(folder, names) for names in (MODEL, TEXT, VAE)):
         wanted = ", ".join((*MODEL, TEXT[0], *VAE))
-        raise SourceError(
-            f"{folder}: this pipeline's folder has none of {wanted}. Download the model's folders into it."
-        )
+        raise SourceError(f"{folder}: this pipeline's folder has none of {wanted}. Download its models into it.")
     model = load_diffusion_model(str(folder), policy=policy) if _has(folder, MODEL) else None
     vae = load_vae(str(folder), policy) if _has(folder, VAE) else None
     kind, clip = pipeline_class(path), None

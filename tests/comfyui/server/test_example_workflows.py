@@ -47,7 +47,7 @@ def kept(server, name, history):
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in ALL])
 def test_a_workflow_runs_as_it_is(name, server):
-    history = server.run(prompt_of(name, server), 900)
+    history = server.run(prompt_of(name, server), 2400)
     kept(server, name, history)
     assert history["status"]["status_str"] == "success", server.said()
     pictures = list(server.pictures_of(history).values())
