@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -62,7 +63,8 @@ def lay_out(base, names, checkpoint):
             checkpoints.lora(path, checkpoint("sd15", **SD15), match="diffusion_model.")
         elif file.endswith(".ckpt"):
             # A checkpoint of a training, with what stands beside the weights there.
-            torch.save({"state_dict": load_file(checkpoint("sd15", **SD15)), "global_step": 840_000}, path)
+            beside = {"global_step": 840_000, "callbacks": {"best_model_score": np.float64(0.5)}}
+            torch.save({"state_dict": load_file(checkpoint("sd15", **SD15)), **beside}, path)
         else:
             raise AssertionError(f"{file}: no narrow file of this name is known here.")
 
