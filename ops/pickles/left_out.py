@@ -46,7 +46,8 @@ def _named(name: str) -> type[_Nothing]:
 
 _stand_ins = [_named(name) for name in BESIDE_WEIGHTS]
 # Another pack may have allowed numpy's own dtype, whose objects have these classes. They hold nothing but a kind.
-_stand_ins += [kind for kind in vars(getattr(numpy, "dtypes", None) or object).values() if isinstance(kind, type)]
+if hasattr(numpy, "dtypes"):  # not before numpy 1.25
+    _stand_ins += [kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)]
 
 
 @contextmanager
@@ -56,5 +57,7 @@ def left_out() -> Iterator[None]:
     None of the classes themselves is imported or called. Only for as long as a file needs it: the names are torch's own
     list, which other packs read with too.
     """
-    with _one_at_a_time, torch.serialization.safe_globals(_stand_ins):  # type: ignore[arg-type]
-        yield
+    with _one_at_a_time:
+        there = torch.serialization.get_safe_globals()  # what others have allowed stays so
+        with torch.serialization.safe_globals([one for one in _stand_ins if one not in there]):
+            yield

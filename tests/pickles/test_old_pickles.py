@@ -79,14 +79,17 @@ def beside(python):
     }
 
 
+@pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("python", [2, 3])
-def test_what_stands_beside_the_weights_of_an_older_file_is_left_out(python, tmp_path):
+def test_what_stands_beside_the_weights_of_an_older_file_is_left_out(python, allowed, tmp_path):
     path = write_old(
         tmp_path / "m.pth", weights(), python=python, wrap=lambda state: {"state_dict": state, **beside(python)}
     )
-    before = set(torch.serialization.get_safe_globals())
-    assert_converted(path, weights())
-    assert set(torch.serialization.get_safe_globals()) == before, "nothing of it is allowed to others"
+    kinds = [np.dtype, np.dtypes.Float64DType]  # ComfyUI allows these
+    with torch.serialization.safe_globals(kinds if allowed else []):
+        before = set(torch.serialization.get_safe_globals())
+        assert_converted(path, weights())
+        assert set(torch.serialization.get_safe_globals()) == before, "nothing of it is allowed to others, or taken"
 
 
 def test_a_text_of_python_2_that_is_no_utf_8(tmp_path):
