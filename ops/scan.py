@@ -44,7 +44,12 @@ class Scanned:
         """Return the columns of the table."""
         kind = ", ".join(part for part in (self.kind, self.architecture) if part)
         note = "; ".join(part for part in (f"the same as {self.twin}" if self.twin else "", self.note) if part)
-        return self.name, kind or "-", self.formats or "-", in_words(self.nbytes), note
+        return tuple(map(_on_a_line, (self.name, kind or "-", self.formats or "-", in_words(self.nbytes), note)))
+
+
+def _on_a_line(text: str) -> str:
+    """Write what would break a line, or cannot be shown, as Python does. Files may have any name."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def is_model_file(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 
 Keep = Literal["auto", "always", "free after use"]
 Place = Literal["auto", "disk", "ram", "pin"]
+LONGEST_PATTERN = 1000
 Int8LoRA = Literal["auto", "merge", "side branch"]
 Kind = Literal["auto", "aimdo", "software"]
 
@@ -36,6 +38,16 @@ class Rule:
     resident: bool = True
 
     def __post_init__(self) -> None:
+        known = isinstance(self.pattern, str) and len(self.pattern) <= LONGEST_PATTERN
+        try:
+            fnmatch.fnmatchcase("", self.pattern if known else "")
+        except re.error:  # older versions of Python know no empty range
+            known = False
+        if not known:
+            raise ValueError(
+                f"rule {repr(self.pattern)[:40]}: expected a pattern of names with at most {LONGEST_PATTERN} "
+                "characters, such as *.img_attn.*"
+            )
         _check_choice(f"rule '{self.pattern}'", self, "offload", Place)
 
 

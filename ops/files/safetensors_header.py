@@ -32,6 +32,14 @@ class SourceError(SpillwayError, ValueError):
     """A file or a key that cannot be used: names the file, the key, what was expected and what to do."""
 
 
+class MissingFile(SourceError, FileNotFoundError):
+    """A file that is not there. Whoever opens files expects FileNotFoundError for one."""
+
+
+class FolderFound(SourceError, IsADirectoryError):
+    """A folder where a file was expected."""
+
+
 class MissingTensor(SourceError, KeyError):
     """A key that a file does not have. A mapping raises KeyError for one."""
 
@@ -135,8 +143,9 @@ def open_file(path: str | os.PathLike[str], *, pickles: bool = False) -> BinaryI
     if coming is not None:
         return coming.open()
     if not path.is_file():
-        what = "is a folder; name the safetensors file in it" if path.is_dir() else "no such file"
-        raise SourceError(f"{path}: {what}.")
+        if path.is_dir():
+            raise FolderFound(f"{path}: is a folder; name the safetensors file in it.")
+        raise MissingFile(f"{path}: no such file.")
     return open(path, "rb")
 
 
@@ -178,7 +187,7 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
         raise SourceError(f"{path}: truncated inside its header ({file_bytes} of at least {8 + length} bytes). {AGAIN}")
     text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(str(text, "utf-8"))  # of bytes it would take UTF-16 too
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the header is not JSON ({error}). {AGAIN}") from None
     if not isinstance(header, dict):

@@ -65,14 +65,15 @@ def header_of(specs: Mapping[str, SavedSpec], metadata: Mapping[str, str]) -> by
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise SaveError(f"metadata {key!r} is {value!r}: safetensors metadata are texts. Give it as JSON text.")
-    for word in (*metadata, *metadata.values(), *specs):
-        if not is_writable(word):
-            raise SaveError(f"{word!r} cannot be written as UTF-8, so no safetensors file can hold it. Rename it.")
+        if not is_writable(key + value):
+            raise SaveError(f"metadata {key!a} cannot be written as UTF-8. Leave it out, or write it anew.")
     end = 0
     for key in file_order(specs):
         spec = specs[key]
         if key == "__metadata__":
             raise SaveError("no tensor can be named '__metadata__' in a safetensors file. Rename it.")
+        if not is_writable(key):
+            raise SaveError(f"a tensor is named {key!a}, which is no text: it cannot be written as UTF-8. Rename it.")
         if spec.dtype not in NAMES:
             raise SaveError(f"tensor '{key}' has dtype {spec.dtype}, which safetensors files cannot hold. Convert it.")
         begin, end = end, end + spec.nbytes

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, PICKLED_INDEX, SourceError, is_pickle
+from ..files.safetensors_header import AGAIN, MAX_HEADER_BYTES, PICKLED_INDEX, MissingFile, SourceError, is_pickle
 from ..gguf.header import is_gguf
 
 # model.safetensors.index.json; model.safetensors.index.fp16.json for a variant.
 NAME = re.compile(r"\.safetensors\.index(\.\w+)?\.json$", re.IGNORECASE)
+# Of a file, in bytes, on all usual file systems.
+LONGEST_NAME = 255
 PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
 
@@ -37,14 +40,15 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     """Read an index. Raises SourceError for a malformed one, and for parts that do not lie beside it."""
     path = Path(path)
     if not path.is_file():
-        raise SourceError(f"{path}: no such file.")
+        raise MissingFile(f"{path}: no such file.")
     with open(path, "rb") as file:
         text = file.read(MAX_HEADER_BYTES + 1)
     if len(text) > MAX_HEADER_BYTES:
         raise SourceError(f"{path}: an index of more than {MAX_HEADER_BYTES} bytes is none. {AGAIN}")
     twice: list[str] = []
     try:
-        found = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, twice))
+        words = str(text.removeprefix(BOM_UTF8), "utf-8")
+        found = json.loads(words, object_pairs_hook=lambda pairs: _object(pairs, twice))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the index is not JSON ({error}). {AGAIN}") from None
     if twice:
@@ -59,8 +63,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     for key, name in where.items():
         if not isinstance(name, str) or not _is_beside(name):
             raise SourceError(
-                f"{path}: the index says that '{key}' is in {name!r}; expected the name of a file in its folder. It is "
-                "not opened. Get the index again from its maker."
+                f"{path}: the index says that '{key}' is in {_short(name)}; expected the name of a file in its folder. "
+                "It is not opened. Get the index again from its maker."
             )
         parts.setdefault(name, []).append(key)
     return Index(path, parts)
@@ -74,10 +78,17 @@ def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
     return found
 
 
+def _short(name: Any) -> str:
+    words = repr(name)
+    return words if len(words) <= LONGEST_NAME else f"{words[:40]}…"
+
+
 def _is_beside(name: str) -> bool:
     """Say whether a name stays within its folder on every system."""
     if not name or "\0" in name or not PurePosixPath(name).name:
         return False
+    if len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME:
+        return False  # asking for such a file is an error of the system's
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(name)
         if path.anchor or path.is_absolute() or ".." in path.parts:

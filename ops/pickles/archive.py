@@ -87,6 +87,15 @@ def _begin(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL_HEADER.size + int(fields[-2]) + int(fields[-1])
 
 
+def refuse_zeros(path: Path, pickled: bytes) -> None:
+    """Raise SourceError for a pickle that asks for a bytearray: a line makes gigabytes, which torch's reader allows."""
+    if b"\nbytearray\n" in pickled:
+        raise SourceError(
+            f"{path}: this pickle asks to call 'bytearray', which makes memory of any size and no tensor. It was not "
+            "read. Get the model as safetensors, from a source that you trust."
+        )
+
+
 def _check_small(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> None:
     name = info.filename.split("/")[-1]
     if name == "data.pkl" and info.file_size > MAX_HEADER_BYTES:
@@ -94,6 +103,9 @@ def _check_small(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> None:
             f"{path}: its data.pkl has {info.file_size} bytes; expected {MAX_HEADER_BYTES} at most, as the numbers "
             "of tensors lie beside it. Get the model as safetensors."
         )
+    if name == "data.pkl":
+        file.seek(_begin(path, file, info))
+        refuse_zeros(path, file.read(info.file_size))
     if name == "byteorder":
         file.seek(_begin(path, file, info))
         if file.read(min(info.file_size, 16)) != b"little":

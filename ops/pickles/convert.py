@@ -18,9 +18,9 @@ from ..ledger import in_words
 from ..parts.index import is_pickled_index, refuse_part
 from ..parts.sharded_map import ShardedMap
 from ..ram.available import available_ram
-from .archive import is_archive
+from .archive import is_archive, refuse_zeros
 from .pickle_map import PickleMap, check_growth
-from .reader import state_dict_of, unpickle
+from .reader import state_dict_of, unpickle, without_numbers
 
 # Says in the safetensors file what it was made from.
 MADE_FROM = "spillway_made_from"
@@ -102,12 +102,17 @@ def _read_whole(path: Path) -> tuple[dict[str, torch.Tensor], str]:
                 f"{path}: a file of this age is read as a whole. It has {in_words(size)}, and {in_words(room)} of RAM "
                 "are free. Convert it on a machine with more, or get the model as safetensors."
             )
-        tensors = state_dict_of(path, unpickle(path, file, "cpu"))
-        check_growth(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), size)
+        digest, before = hashlib.sha256(), b""
         file.seek(0)
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
+            refuse_zeros(path, before + block)
+            before = block[-32:]
+        tensors = state_dict_of(path, unpickle(path, file, "cpu"))
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise without_numbers(path, key)
+        check_growth(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), size)
     return tensors, digest.hexdigest()
 
 

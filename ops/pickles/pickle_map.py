@@ -11,7 +11,7 @@ import torch
 from ..files.disk_map import DiskMap, TensorSpec, kept_names
 from ..files.safetensors_header import SourceError
 from .archive import check_archive, is_archive
-from .reader import state_dict_of, unpickle
+from .reader import state_dict_of, unpickle, without_numbers
 
 # A small file of tensors that share their numbers would fill a disk. Models share a few at most.
 LARGEST_GROWTH = 16
@@ -51,7 +51,7 @@ class PickleMap(DiskMap):
         shape, storage = tuple(tensor.shape), tensor.untyped_storage()
         begin = getattr(storage, "_checkpoint_offset", None)
         if begin is None:
-            raise SourceError(f"{self.path}: torch {torch.__version__} does not say where tensors lie. Update torch.")
+            raise without_numbers(self.path, key)
         if not tensor.numel():
             return TensorSpec(tensor.dtype, shape, 0, 0)
         steps = zip(shape, tensor.stride(), strict=True)

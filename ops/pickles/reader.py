@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..files.safetensors_header import AGAIN, SourceError
+from .left_out import BESIDE_WEIGHTS, left_out
 
 # Under these names other programs keep the weights, beside an optimizer's state and the like. The first counts.
 NAMES = ("model", "module", "params_ema", "params", "ema", "model_state_dict", "net")
@@ -22,22 +23,42 @@ ORDINARY = (torch.Tensor, torch.nn.Parameter)
 def unpickle(path: Path, file: BinaryIO, device: str) -> Any:
     """Return what a file holds. device: `meta` for tensors without numbers, of which only the places are known.
 
-    Raises SourceError for a pickle that would call anything but what makes tensors, and names what it would call.
+    What training programs write beside the weights is left out: nothing stands in its place. Raises SourceError for a
+    pickle that would call anything else but what makes tensors, and names what it would call.
     """
-    file.seek(0)
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False):
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location=device, weights_only=True)
+        return _load(file, device)
     except Exception as error:  # errors of many kinds for a damaged pickle
+        first = error
+    if _asked(first) not in (None, *BESIDE_WEIGHTS):
+        raise _refused(path, first)
+    try:
+        with left_out():
+            try:
+                return _load(file, device)
+            except UnicodeDecodeError:  # Python 2 wrote texts as bytes, and so bytes of numpy that are no text
+                return _load(file, device, "latin1")
+    except Exception as error:
         raise _refused(path, error) from None
+
+
+def _load(file: BinaryIO, device: str, encoding: str = "utf-8") -> Any:
+    file.seek(0)
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location=device, weights_only=True, encoding=encoding)
+
+
+def _asked(error: Exception) -> str | None:
+    """Return the name of what a pickle asks to call, which torch refused."""
+    found = REFUSED.search(str(error))
+    return None if found is None else next(name for name in found.groups() if name).strip("'`\"")
 
 
 def _refused(path: Path, error: Exception) -> SourceError:
     words = str(error)
-    found = REFUSED.search(words)
-    if found is not None:
-        name = next(name for name in found.groups() if name).strip("'`\"")
+    name = _asked(error)
+    if name is not None:
         return SourceError(
             f"{path}: this pickle asks to call '{name}', which makes no tensor. A pickle may run any program, so this "
             "one was not run and nothing of it is used. Get the model as safetensors, from a source that you trust."
@@ -85,8 +106,18 @@ def state_dict_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
                 f"{path}: '{key}' is a {type(value).__name__} ({value.layout}, {value.dtype}), which safetensors "
                 "cannot hold. Save it as an ordinary tensor."
             )
+        if value.is_conj() or value.is_neg():
+            raise SourceError(
+                f"{path}: '{key}' is a {type(value).__name__} of which another sign is meant than is written, so it "
+                "cannot be copied as it lies. Save it after resolve_conj and resolve_neg."
+            )
         tensors[key] = value.detach()
     return tensors
+
+
+def without_numbers(path: Path, key: str) -> SourceError:
+    """Make the error for a tensor that was saved from the meta device."""
+    return SourceError(f"{path}: '{key}' has no numbers, only a shape. Save the model again, with its weights.")
 
 
 def _has_tensors(value: Any) -> bool:

@@ -210,6 +210,7 @@ def test_a_file_larger_than_the_memory_of_the_machine_can_be_mapped(tmp_path):
         pytest.param(b"\x80\x02}q\x00X\x05\x00.", "not a safetensors file.*convert", id="a pickle with a wrong name"),
         pytest.param(raw(b"{'x': 1}"), "header is not JSON.*again", id="not JSON"),
         pytest.param(raw(b"\xff\xfe{}"), "header is not JSON.*again", id="not UTF-8"),
+        pytest.param(raw('{"a": 1}'.encode("utf-16")), "header is not JSON.*again", id="UTF-16"),
         pytest.param(raw(b"[" * 100_000), "header is not JSON.*again", id="nested too deep"),
         pytest.param(raw([1, 2]), "header is a list.*again", id="header a list"),
         pytest.param(raw({"__metadata__": [1]}), "__metadata__.*again", id="metadata a list"),

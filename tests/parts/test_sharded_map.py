@@ -62,6 +62,7 @@ WRONG = {
     "a number": ({"norm": 3}, "'norm' is in 3; expected the name of a file"),
     "a pickle": ({"norm": "model.bin"}, "'model.bin', is missing"),
     "a folder": ({"norm": "."}, "It is not opened"),
+    "a name that is too long": ({"norm": "x" * 5000 + ".safetensors"}, "'norm' is in 'xxx.*It is not opened"),
 }
 
 
@@ -87,6 +88,11 @@ def test_a_wrong_index_is_refused_by_name(name, pickled, tmp_path):
 def test_damaged_parts_and_indexes_are_refused_by_name(tmp_path):
     index = write_shards(tmp_path, tensors())
     text = index.read_text()
+    index.write_bytes(text.encode("utf-16"))
+    with pytest.raises(SourceError, match="not JSON"):
+        open_map(index)
+    index.write_bytes(text.encode("utf-8-sig"))  # as editors on Windows save it
+    assert len(open_map(index)) == len(tensors())
     pickled = write_shards(tmp_path, tensors(), pickled=True)
     for wrong, words in {
         "": "not JSON",
@@ -183,6 +189,8 @@ OTHERS = [
     [],
     {},
     "a\0",
+    "x" * 300,
+    "x/" * 3000,
     "\ud800",
     ".",
 ]

@@ -1,5 +1,7 @@
 """The policy: what it accepts, and what its rules do to the modules they name."""
 
+import time
+
 import pytest
 import torch
 
@@ -69,6 +71,22 @@ def test_an_unknown_choice_is_refused_with_the_choices(field, message):
 def test_an_unknown_place_in_a_rule_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="rule 'x': offload is 'nvme'; expected one of auto, disk, ram, pin"):
         Rule("x", offload="nvme")
+
+
+@pytest.mark.parametrize("pattern", [None, 7, "x" * 1001, b"*"], ids=str)
+def test_a_pattern_that_is_none_is_named_at_once(pattern):
+    with pytest.raises(ValueError, match=r"rule .*: expected a pattern of names with at most 1000 characters"):
+        Rule(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["[", "[z-a]", "*a" * 500, "[!]", "[]]", "(?i)x+", "?" * 1000, "**", "\\", "\n"])
+def test_absurd_patterns_take_no_time_and_match_as_text(pattern):
+    begun = time.perf_counter()
+    assert Policy(rules=(Rule(pattern),)).may_reside("a" * 400)
+    assert (Policy(rules=(Rule(pattern),)).rule_for("a" * 1000) is not None) == (
+        pattern in ("**", "*a" * 500, "?" * 1000)
+    )
+    assert time.perf_counter() - begun < 1.0
 
 
 def test_changes_are_checked_and_leave_the_original_alone():

@@ -175,15 +175,23 @@ WRONG = {
     "a list": ([torch.zeros(2)], "holds a list"),
     "several": ({"a": {"x": torch.zeros(1)}, "b": {"x": torch.ones(1)}}, "under 'a', 'b', and not which"),
     "a number for a name": ({1: torch.zeros(2)}, "named 1, not by a text"),
+    "half a character for a name": ({"a\ud800": torch.zeros(2)}, "named 'a.ud800', which is no text"),
     "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse"),
-    "complex in half": ({"a": torch.zeros(2, dtype=torch.complex32)}, "'a' has dtype torch.complex32"),
+    "a lazy sign": ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a Tensor .* as it lies"),
+    "a lazy conjugate": ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "'a' is a Tensor .* as it lies"),
+    "no numbers at all": ({"a": torch.empty(3, device="meta")}, "'a' has no numbers"),
+    "complex in half": (
+        {"a": torch.zeros(2, dtype=torch.complex32)},
+        "'a' has dtype torch.complex32|torch cannot read",
+    ),
 }
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_model_is_refused_by_name(name, tmp_path):
+def test_what_is_no_model_is_refused_by_name(name, old, tmp_path):
     value, words = WRONG[name]
-    torch.save(value, tmp_path / "m.bin")
+    torch.save(value, tmp_path / "m.bin", _use_new_zipfile_serialization=not old)
     with pytest.raises((SourceError, SaveError), match=words):
         convert(tmp_path / "m.bin")
     assert os.listdir(tmp_path) == ["m.bin"]

@@ -120,3 +120,30 @@ def test_a_file_that_goes_meanwhile_and_no_files(tmp_path):
     (one,) = scan([("gone.safetensors", tmp_path / "gone.safetensors")])
     assert not one.loads and "No such file" in one.note
     assert as_text([]).startswith("0 models")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows does not take")
+def test_odd_names_and_things_that_are_no_files(tmp_path):
+    """A row is a line, whatever a file is called. What is no file is not waited for."""
+    names = (
+        b"a\n| b | c.safetensors",
+        b"tab\t.safetensors",
+        b"\xff\xfe.safetensors",
+        "\u202ereversed.safetensors".encode(),
+    )
+    for name in names:
+        save_file(flux(1), tmp_path / "x")
+        os.rename(tmp_path / "x", os.path.join(os.fsencode(tmp_path), name))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    os.mkfifo(tmp_path / "m.safetensors.index.json")
+    os.symlink("loop.gguf", tmp_path / "loop.gguf")
+    os.symlink("gone", tmp_path / "gone.safetensors")
+    os.symlink("/dev/zero", tmp_path / "zero.safetensors")
+    os.mkdir(tmp_path / "folder.safetensors")
+    files = [(name, module.Path(tmp_path, name)) for name in sorted(os.listdir(tmp_path))]
+    found = scan(files)
+    assert len(found) == len(files) == 11 and sum(one.loads for one in found) == 4
+    lines = as_text(found).splitlines()
+    assert len(lines) == 2 + 1 + 11 and all(line.isprintable() for line in lines)
+    as_text(found).encode()

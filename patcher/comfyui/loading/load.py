@@ -190,8 +190,14 @@ PIPELINES = {
 def load_pipeline(
     path: str, policy: Policy | None = None, embedding_directory: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """Load the models of a diffusers pipeline's folder -> (MODEL, CLIP, VAE, None), with None for what it lacks."""
+    """Load the models of a diffusers pipeline's folder -> (MODEL, CLIP, VAE, None), with None for what it lacks.
+
+    Raises SourceError where it has none of them.
+    """
     folder = _folder_of(path)
+    if not any(_has(folder, names) for names in (MODEL, TEXT, VAE)):
+        wanted = ", ".join((*MODEL, TEXT[0], *VAE))
+        raise SourceError(f"{folder}: this pipeline's folder has none of {wanted}. Download its models into it.")
     model = load_diffusion_model(str(folder), policy=policy) if _has(folder, MODEL) else None
     vae = load_vae(str(folder), policy) if _has(folder, VAE) else None
     kind, clip = pipeline_class(path), None

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+from pathlib import Path
 
 import comfy.ops
 import comfy.sd
@@ -20,6 +21,8 @@ from spillway.patcher.policy import Policy
 THEIRS = comfy.sd.load_checkpoint_guess_config, comfy.sd.load_state_dict_guess_config
 OURS = ours.load_checkpoint_guess_config, ours.load_state_dict_guess_config
 POLICY = Policy(vram_bytes=0)
+# Older versions have classic patchers alone.
+NOT_DYNAMIC = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(THEIRS[0]).parameters else {}
 MOVING = ("model_patcher.py", "model_management.py")
 
 
@@ -40,6 +43,27 @@ def logged(caplog, call):
     said = [record for record in caplog.records if record.name == "root" and record.filename not in MOVING]
     # The order of keys is that of whoever read the file.
     return result, [(record.levelname, *sorted(re.findall(r"[\w.]+", record.getMessage()))) for record in said]
+
+
+def both(caplog, which, *args, policy=None, **options):
+    """(ours, ComfyUI's) of a call: the same tuple, the same log, and what was given is changed in the same way.
+
+    which: 0 for a file, 1 for a state dict. ComfyUI writes into options, so each gets its own.
+    """
+
+    def given():
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+
+    theirs, own = given(), given()
+    wanted, lines = logged(caplog, lambda: THEIRS[which](*args, **theirs))
+    got, own_lines = logged(caplog, lambda: OURS[which](*args, **own, **({"policy": policy} if policy else {})))
+    assert own_lines == lines
+    assert theirs == own
+    if isinstance(wanted, Exception):
+        assert isinstance(got, type(wanted)), (got, wanted)
+    else:
+        assert type(got) is type(wanted) is tuple and kinds(got) == kinds(wanted)
+    return got, wanted
 
 
 def kinds(parts):
@@ -83,10 +107,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_what_is_asked_for_comes(asked, sd15, caplog):
-    wanted, lines = logged(caplog, lambda: THEIRS[0](sd15, **asked))
-    got, own_lines = logged(caplog, lambda: OURS[0](sd15, **asked, policy=POLICY))
-    assert own_lines == lines and lines
-    assert kinds(got) == kinds(wanted)
+    got, wanted = both(caplog, 0, sd15, **asked, policy=POLICY)
     if asked == {}:
         assert_same_parts(got, wanted)
         model = got[0]
@@ -98,12 +119,11 @@ def test_what_is_asked_for_comes(asked, sd15, caplog):
         assert again.is_dynamic() and again.policy is POLICY
 
 
-def test_the_clip_vision_of_a_file_comes_where_it_is_asked_for(checkpoint):
+def test_the_clip_vision_of_a_file_comes_where_it_is_asked_for(checkpoint, caplog):
     path = checkpoint("unclip")
     with checkpoints.small_clip_vision():
-        assert OURS[0](path)[3] is None
-        wanted, got = THEIRS[0](path, output_clipvision=True), OURS[0](path, output_clipvision=True)
-    assert kinds(got) == kinds(wanted)
+        assert both(caplog, 0, path)[0][3] is None
+        got, wanted = both(caplog, 0, path, output_clipvision=True)
     outputs = [parts[3].encode_image(sampling.image(224, 224)).last_hidden_state for parts in (got, wanted)]
     assert_same(*outputs)
 
@@ -151,14 +171,20 @@ def test_a_file_of_no_known_model_is_comfyuis_error(checkpoint, caplog):
     assert OURS[1](dict(loaded)) is None is THEIRS[1](dict(loaded))
 
 
-def test_the_embedding_directory_is_used(sd15, tmp_path):
+@pytest.mark.parametrize("form", [str, lambda path: [str(path)]], ids=["one", "list"])
+def test_the_embedding_directory_is_used(form, sd15, tmp_path, caplog):
     comfy.utils.save_torch_file({"emb_params": torch.randn(2, 768)}, str(tmp_path / "mine.safetensors"))
     prompt = "a house embedding:mine"
-    clips = [load(sd15, embedding_directory=[str(tmp_path)])[1] for load in (THEIRS[0], OURS[0])]
-    with_it, wanted = (sampling.text_encode(clip, prompt) for clip in (clips[1], clips[0]))
+    loaded = both(caplog, 0, sd15, embedding_directory=form(tmp_path), output_model=False, output_vae=False)
+    with_it, wanted = (sampling.text_encode(parts[1], prompt) for parts in loaded)
     assert_same(with_it, wanted)
-    without = sampling.text_encode(OURS[0](sd15)[1], prompt)
+    without = sampling.text_encode(OURS[0](sd15, output_model=False)[1], prompt)
     assert not torch.equal(with_it[0], without[0])
+    # A name that is in none of them: ComfyUI's words, at the same moment.
+    told = [
+        logged(caplog, lambda parts=parts: sampling.text_encode(parts[1], "a embedding:none"))[1] for parts in loaded
+    ]
+    assert told[0] == told[1] and any("none" in words for line in told[0] for words in line)
 
 
 class Counting(comfy.ops.manual_cast):
@@ -182,9 +208,9 @@ MODEL_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", MODEL_OPTIONS.values(), ids=MODEL_OPTIONS)
-def test_model_options_hold(options, sd15):
+def test_model_options_hold(options, sd15, caplog):
     asked = {"output_vae": False, "output_clip": False}
-    wanted, got = (load(sd15, **asked, model_options=options) for load in (THEIRS[0], OURS[0]))
+    got, wanted = both(caplog, 0, sd15, **asked, model_options=options)
     assert wanted[0].model.get_dtype() == got[0].model.get_dtype()
     assert (got[0].load_device, got[0].offload_device) == (wanted[0].load_device, wanted[0].offload_device)
     Counting.Linear.used = 0
@@ -200,9 +226,9 @@ TEXT_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", TEXT_OPTIONS.values(), ids=TEXT_OPTIONS)
-def test_options_of_the_text_encoder_hold(options, sd15):
+def test_options_of_the_text_encoder_hold(options, sd15, caplog):
     asked = {"output_vae": False, "output_model": False, "te_model_options": options}
-    wanted, got = (load(sd15, **asked)[1] for load in (THEIRS[0], OURS[0]))
+    got, wanted = (parts[1] for parts in both(caplog, 0, sd15, **asked))
     dtypes = [clip.cond_stage_model.dtypes for clip in (got, wanted)]
     assert dtypes[0] == dtypes[1] and got.patcher.load_device == wanted.patcher.load_device
     Counting.Linear.used = 0
@@ -210,9 +236,45 @@ def test_options_of_the_text_encoder_hold(options, sd15):
     assert bool(Counting.Linear.used) == ("custom_operations" in options)
 
 
-def test_a_classic_model_comes_where_it_is_asked_for(sd15):
-    model, clip, *_ = OURS[0](sd15, output_vae=False, disable_dynamic=True)
-    assert not model.is_dynamic() and not clip.patcher.is_dynamic()
+@pytest.mark.parametrize("which", [0, 1], ids=["file", "state dict"])
+def test_a_classic_model_comes_where_it_is_asked_for(which, sd15, caplog):
+    def given():
+        return sd15 if which == 0 else comfy.utils.load_torch_file(sd15)
+
+    wanted, lines = logged(caplog, lambda: THEIRS[which](given(), **NOT_DYNAMIC))
+    got, own_lines = logged(caplog, lambda: OURS[which](given(), disable_dynamic=True))
+    assert own_lines == lines and kinds(got) == kinds(wanted)
+    for mine, theirs in ((got[0], wanted[0]), (got[1].patcher, wanted[1].patcher), (got[2].patcher, wanted[2].patcher)):
+        assert not mine.is_dynamic() and type(mine) is type(theirs)
+    assert_same(run(got[0], steps=1), run(wanted[0], steps=1))
+
+
+def files_that_do_not_load(folder, sd15):
+    """name -> path of what is no checkpoint at all."""
+    data = Path(sd15).read_bytes()
+    wrong = {
+        "cut": data[: len(data) // 2],
+        "cut in its header": data[:1000],
+        "empty": b"",
+        "a page": b"<html>" * 100,
+        "a huge header": b"\xff" * 8 + data[8:2000],
+    }
+    paths = {"missing": folder / "none.safetensors", "a folder": folder}
+    for name, content in wrong.items():
+        paths[name] = folder / f"{name.replace(' ', '-')}.safetensors"
+        paths[name].write_bytes(content)
+    return paths
+
+
+def test_a_file_that_does_not_load_is_an_error_of_comfyuis_kind(sd15, tmp_path, caplog):
+    """Whoever catches ComfyUI's error catches ours, which names the file."""
+    for name, path in files_that_do_not_load(tmp_path, sd15).items():
+        wanted, _ = logged(caplog, lambda path=path: THEIRS[0](str(path)))
+        got, _ = logged(caplog, lambda path=path: OURS[0](str(path)))
+        assert isinstance(wanted, Exception) and isinstance(got, Exception), name
+        assert str(path) in str(got), (name, got)
+        caught = next(kind for kind in (FileNotFoundError, OSError, ValueError, Exception) if isinstance(wanted, kind))
+        assert isinstance(got, caught), (name, type(got), got, type(wanted), wanted)
 
 
 @pytest.mark.parametrize("form", ["state dict", "views of a map", "map", "maps"])

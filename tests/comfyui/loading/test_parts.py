@@ -195,6 +195,46 @@ def test_a_flux_folder_in_parts_is_the_single_file(checkpoint, placed):
     assert_same(run(ours), run(classic))
 
 
+def test_a_pipeline_with_two_text_encoders_is_the_single_files(checkpoint, placed, monkeypatch):
+    """Flux: transformer, text_encoder, text_encoder_2 and vae, each in parts, by one input of one loader."""
+    load, narrow = comfy.sd.load_clip, checkpoints.T5XXL_SMALL_OPTIONS
+    monkeypatch.setattr(comfy.sd, "load_clip", lambda **named: load(**named, model_options=dict(narrow)))
+    options = {**SMALL, "context": checkpoints.T5XXL_SMALL["d_model"], "pooled": 768}
+    clip_l, t5, ae = checkpoint("clip_l"), checkpoint("t5xxl_small"), checkpoint("flux_vae")
+    folder = pipeline(
+        placed("diffusers", "whole"),
+        "FluxPipeline",
+        transformer=load_file(checkpoint("flux_as_diffusers", **options)),
+        text_encoder=load_file(clip_l),
+        text_encoder_2=load_file(t5),
+        vae=vae_as_diffusers(ae),
+    )
+    model, clip, vae, _ = SpillwayLoadCheckpoint.execute(ckpt_name="whole").args
+    assert lazy(model.model) and lazy(clip.cond_stage_model) and lazy(vae.first_stage_model)
+    theirs = comfy.sd.load_clip(ckpt_paths=[clip_l, t5], clip_type=comfy.sd.CLIPType.FLUX)
+    assert clip.cond_stage_model.t5xxl is not None and type(clip.tokenizer) is type(theirs.tokenizer)
+    both = [one.encode_from_tokens(one.tokenize("a photo of a lake"), return_pooled=True) for one in (clip, theirs)]
+    assert_same(*both)
+    assert_same(run(model), run(comfy.sd.load_diffusion_model(checkpoint("flux", **options))))
+    latent = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert_same(vae.decode(latent), comfyui_vae(ae).decode(latent))
+    # What is missing of a pipeline is not there, and the rest is.
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "text_encoder_2")
+    (folder / "text_encoder_2").mkdir()
+    with pytest.raises(SourceError, match=r"text_encoder_2: no safetensors file here"):
+        SpillwayLoadCheckpoint.execute(ckpt_name="whole")
+    (folder / "text_encoder_2").rmdir()
+    shutil.rmtree(folder / "text_encoder")
+    model, clip, vae, _ = SpillwayLoadCheckpoint.execute(ckpt_name="whole").args
+    assert clip is None and vae is None and model is not None
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(SourceError, match="whole: "):
+        SpillwayLoadDiffusionModel.execute(unet_name="whole", weight_dtype="default")
+    with pytest.raises(SourceError, match="whole: this pipeline's folder has none of transformer, unet, text_enc"):
+        SpillwayLoadCheckpoint.execute(ckpt_name="whole")
+
+
 def test_no_folder_outside_of_comfyuis_is_opened(placed, tmp_path):
     checkpoints.write(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
     for name in ("..", "../..", str(tmp_path), "", "."):

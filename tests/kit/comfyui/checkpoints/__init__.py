@@ -26,6 +26,7 @@ from .companions import (
 from .diffusion_models import flux, flux_as_diffusers, lumina2, qwen_image, sd15_unet, wan, z_image
 from .loras import lora
 from .model_patches import (
+    SMALL_USO,
     patch_anima_lllite,
     patch_qwen_diffsynth,
     patch_uso,
@@ -36,6 +37,7 @@ from .model_patches import (
 from .small_lumina import accept_small_lumina
 from .text_encoders import (
     CLIP_G_SMALL,
+    T5XXL_SMALL,
     T5XXL_SMALL_OPTIONS,
     UMT5_SMALL,
     clip_g_small,
@@ -57,6 +59,8 @@ __all__ = [
     "CLIP_G_SMALL",
     "SIGLIP",
     "SMALL_SIGLIP",
+    "SMALL_USO",
+    "T5XXL_SMALL",
     "T5XXL_SMALL_OPTIONS",
     "UMT5_SMALL",
     "Noise",

@@ -88,12 +88,12 @@ def two_layers_of_audio():
         audio_encoders.Wav2Vec2Model = plain
 
 
-def redux(path, dtype=torch.bfloat16, seed=0):
-    """Flux Redux's projector, real size (129 MB)."""
+def redux(path, dtype=torch.bfloat16, width=4096, seed=0):
+    """Flux Redux's projector, real size (129 MB). ComfyUI builds no other `width` of the text by itself."""
     from comfy.ldm.flux.redux import ReduxImageEncoder
 
     with torch.device("meta"):
-        module = ReduxImageEncoder()
+        module = ReduxImageEncoder(txt_in_features=width)
     return write(path, entries_of(module, dtype), seed)
 
 

@@ -7,6 +7,8 @@ import torch
 
 from .writing import OPS, entries_of, write
 
+SMALL_USO = 128  # the width of a narrow Flux that takes its features, for patch_uso and small_patches
+
 
 def _cheap(operations, device="meta"):
     """An op namespace whose layers are built on ``device`` even where a class forgets to pass it on."""
