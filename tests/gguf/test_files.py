@@ -1,6 +1,7 @@
 """GGUF files: what a header says, and ten thousand damaged ones."""
 
 import random
+import re
 import struct
 import sys
 from pathlib import Path
@@ -204,6 +205,22 @@ def test_a_tokenizer_that_makes_no_sense(change, words, tmp_path):
         return
     with pytest.raises(SourceError, match=words):
         source.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "wanted"),
+    [
+        (struct.pack("<Q", 2) + b"{}", "model.gguf", "model.safetensors"),
+        (b"PK\x03\x04" + bytes(100), "model.gguf", "model.ckpt"),
+        (b"\x80\x02" + bytes(100), "model.gguf", "model.ckpt"),
+        (b"GGUF" + bytes(100), "model.safetensors", "model.gguf"),
+    ],
+)
+def test_a_file_under_the_name_of_another_format_says_which_it_is(head, name, wanted, tmp_path):
+    (tmp_path / name).write_bytes(head)
+    with pytest.raises(SourceError, match=f"under the name of .*Call it {re.escape(Path(wanted).suffix)}\\.") as error:
+        open_map(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_type_that_needs_the_package_is_refused_when_it_is_loaded(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def _numbers(qdata: torch.Tensor, *others: Any) -> torch.Tensor:
 # torch reads the annotations of the functions that it is given. Here they are strings, and it needs objects.
 _ANNOTATIONS = {
     **dict.fromkeys(("x", "qdata", "s_rel", "s_channel"), torch.Tensor),
-    **dict.fromkeys(("codebook", "correction", "bias"), Optional[torch.Tensor]),
+    **dict.fromkeys(("codebook", "correction", "bias"), Optional[torch.Tensor]),  # noqa: UP045
     **dict.fromkeys(("group_size", "convrot_groupsize"), int),
     **dict.fromkeys(("out_dtype", "output_dtype"), torch.dtype),
     "return": torch.Tensor,

@@ -91,14 +91,14 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(f"nothing after {seconds} s\n{self.said()}")
 
-    def run(self, prompt):
+    def run(self, prompt, seconds=240):
         """Queue a prompt; returns its history when it has ended."""
         number = self.get("prompt", {"prompt": prompt})["prompt_id"]
-        return self.wait(lambda: self.get(f"history/{number}").get(number), 240)
+        return self.wait(lambda: self.get(f"history/{number}").get(number), seconds)
 
-    def pictures(self, prompt):
+    def pictures(self, prompt, seconds=240):
         """{node: picture} of a prompt that must succeed."""
-        history = self.run(prompt)
+        history = self.run(prompt, seconds)
         assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
         return self.pictures_of(history)
 
