@@ -8,7 +8,7 @@ import torch
 
 from ..gather import is_wrapper
 from ..joined_weight import JoinedWeight
-from ..subclasses import linear_arguments, writes_into
+from ..subclasses import add_branch, linear_arguments, writes_into
 from .dequantise import function_for
 from .types import IDS, TYPES
 
@@ -124,11 +124,8 @@ class GgufWeight(torch.Tensor):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
-        weight = self._own(x.dtype)
-        if self.down is None:
-            return torch.nn.functional.linear(x, weight, bias)
-        assert self.up is not None
-        return _with_branch(x, weight, bias, self.down.to(x.dtype), self.up.to(x.dtype))
+        result = torch.nn.functional.linear(x, self._own(x.dtype), bias)
+        return add_branch(result, x, self.down, self.up)
 
     # -- torch's protocol for wrapper subclasses
 
@@ -172,20 +169,6 @@ class GgufWeight(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"GgufWeight({tuple(self.shape)}, {self.form.kind} as {self.dtype}, {self.device}, rank={self.rank})"
-
-
-def _with_branch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
-) -> torch.Tensor:
-    """Multiply x by a weight and by the branch beside it, and add the bias.
-
-    The branch comes first, with the bias, and the product with the weight is added to it. The other way round, a CPU
-    would go over the large result once more, and what is rounded to 16 bits in between would be the large part.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    narrow = torch.nn.functional.linear(flat, down)
-    result = torch.nn.functional.linear(narrow, up, bias).addmm_(flat, weight.t())
-    return result.view(*x.shape[:-1], weight.shape[0])
 
 
 def stays_quantised(tensor: torch.Tensor) -> bool:
