@@ -2,6 +2,7 @@
 
     python dev.py bench save_model                          # a 2 GB Flux in bf16; ComfyUI's needs 15 GB of RAM
     python dev.py bench save_model --depth 8 --no-comfyui   # 6 GB, without ComfyUI's node, which would need 45 GB
+    python dev.py bench save_model --only w4a8 --only nvfp4 # those whose names have one of these in them, and the copy
     COMFYUI_PATH=... COMFYUI_PYTHON=... python dev.py bench save_model --json result.json
 
 Runs in ComfyUI's own Python, found as for its tests. Each contestant is a process of its own, and each round runs
@@ -30,7 +31,15 @@ from harness.race import must_have_run, read_into_cache, solo
 from harness.turns import rotated
 
 COMFYUI, PLAIN, COPY = "ComfyUI ModelSave", "Spillway, no LoRA", "plain copy"
-OURS = {"Spillway": "as loaded", "Spillway, fp8": "fp8_e4m3fn scaled", "Spillway, int8": "int8_tensorwise"}
+OURS = {
+    "Spillway": "as loaded",
+    "Spillway, fp8": "fp8_e4m3fn scaled",
+    "Spillway, int8": "int8_tensorwise",
+    "Spillway, int8_convrot": "int8_convrot",
+    "Spillway, mxfp8": "mxfp8",
+    "Spillway, w4a8": "w4a8",
+    "Spillway, nvfp4": "nvfp4",
+}
 COPY_BUFFER = 8 << 20
 LORA = "lora.safetensors"
 RANK = 16
@@ -158,7 +167,8 @@ def largest_tensor(path: Path) -> int:
 
 def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
     path = model_path(args.base)
-    names = [COPY, PLAIN, *OURS, *(() if args.no_comfyui else (COMFYUI,))]
+    others = [PLAIN, *OURS, *(() if args.no_comfyui else (COMFYUI,))]
+    names = [COPY, *(name for name in others if not args.only or any(part in name for part in args.only))]
     rounds = []
     for number in range(args.rounds):
         laps = {}
@@ -187,6 +197,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=2, help="double blocks: 2 make 2.05 GB (default), 8 make 6.1 GB")
     parser.add_argument("--rounds", type=int, default=3, help="times that each saves (default %(default)s)")
     parser.add_argument("--no-comfyui", action="store_true", help="leave ComfyUI's node out")
+    parser.add_argument("--only", action="append", default=[], help="only those whose names have this in them")
     return comfyui.run(parser.parse_args(), run_contestant, measure, write=write_model)
 
 

@@ -28,13 +28,17 @@ REMEMBERED = 512
 
 @dataclasses.dataclass(frozen=True)
 class CompileSettings:
-    """Arguments of torch.compile. dynamic None: torch finds out which sizes change."""
+    """Arguments of torch.compile. dynamic None: torch finds out which sizes change.
+
+    tracing: what is entered while torch may trace.
+    """
 
     backend: str = "inductor"
     mode: str = "default"
     fullgraph: bool = False
     dynamic: bool | None = True
     cache_size_limit: int = 640
+    tracing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def compile_count() -> int:
@@ -207,7 +211,9 @@ class CompiledFunction:
     def _call(
         self, may_compile: bool, names: list[str], tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        with compiler_settings(self.settings.cache_size_limit) if may_compile else contextlib.nullcontext():
+        if not may_compile:
+            return self._run(names, tensors, args, kwargs)
+        with compiler_settings(self.settings.cache_size_limit), self.settings.tracing():
             return self._run(names, tensors, args, kwargs)
 
 

@@ -22,6 +22,7 @@ from .coming_file import coming_file
 # The limit of the format's reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 1 << 59  # 16 bytes each are still an int64
+GGUF = b"GGUF"  # with which such a file begins
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Of a model in several of them: pytorch_model.bin.index.json, and pytorch_model.bin.index.fp16.json for a variant.
 PICKLED_INDEX = re.compile(r"\.bin\.index(\.\w+)?\.json$", re.IGNORECASE)
@@ -178,6 +179,8 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
     if len(head) < 8:
         raise SourceError(f"{path}: the file has {file_bytes} bytes; a safetensors file begins with 8 bytes. {AGAIN}")
     (length,) = struct.unpack("<Q", head)
+    if head.startswith(GGUF):
+        raise SourceError(f"{path}: this is a GGUF file under the name of another format. Call it .gguf.")
     if length > MAX_HEADER_BYTES:
         raise SourceError(
             f"{path}: the header would be {length} bytes long, so this is not a safetensors file. If it is a pickle "

@@ -10,6 +10,7 @@ import torch
 
 from ..files.disk_map import DiskMap, TensorSpec, check_overlap, kept_names
 from ..files.safetensors_header import SourceError
+from .dequantise import function_for
 from .header import NUMBERS, STRING, GgufEntry, LongList, parse_header
 from .names import renaming
 from .text_encoder import OWN_NAMES, SPIECE, TEXT_ENCODERS, TOWER, VISION_TOWER, WITH_TOWER
@@ -93,8 +94,14 @@ class GgufMap(DiskMap):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return all tensors, and the tokenizer of a text encoder whose loader has none of its own.
 
-        Those of `parts` are among them.
+        Those of `parts` are among them. Raises SourceError for types of blocks that this Python has nothing for: it
+        would be too late for that in the middle of a run.
         """
+        for kind in sorted({entry.kind.name for entry in self.blocks.values()}):
+            try:
+                function_for(kind)
+            except SourceError as error:
+                raise SourceError(f"{self.path}: {error}") from None
         tensors = super().state_dict()
         if self.architecture == TOWER:
             tensors = as_one(tensors)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..files.safetensors_header import AGAIN, MAX_ELEMENTS, SourceError, names_its_file
+from ..files.safetensors_header import AGAIN, GGUF, MAX_ELEMENTS, SourceError, names_its_file
 from .types import TYPES, GgufType
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_TENSORS = 1 << 20
 MAX_VALUES = 1 << 16  # in the metadata
@@ -156,8 +155,11 @@ def parse_header(path: Path, file: BinaryIO) -> GgufHeader:
     """Return the header of an open file. path: for messages. Raises SourceError for what is no GGUF file."""
     reader = _Reader(path, file, os.fstat(file.fileno()).st_size)
     magic = reader.take(4)
-    if magic != MAGIC:
-        raise SourceError(f"{path}: a GGUF file begins with {MAGIC!r}, this one with {magic!r}. {AGAIN}")
+    if magic != GGUF:
+        what, suffix = _other_format(magic, reader)
+        if what:
+            raise SourceError(f"{path}: this is a {what} under the name of a GGUF file. Call it {suffix}.")
+        raise SourceError(f"{path}: a GGUF file begins with {GGUF!r}, this one with {magic!r}. {AGAIN}")
     version = reader.number("I")
     if version not in VERSIONS:
         raise SourceError(
@@ -189,6 +191,15 @@ def parse_header(path: Path, file: BinaryIO) -> GgufHeader:
             )
         entries[name] = GgufEntry(kind, _original(reader, metadata, name, shape), base + offset, nbytes)
     return GgufHeader(path, reader.file_bytes, metadata, entries)
+
+
+def _other_format(magic: bytes, reader: _Reader) -> tuple[str, str]:
+    """Name what begins so, and how such files are called; ("", "") for what is no model file."""
+    if magic.startswith((b"PK", b"\x80")):
+        return "pickle", ".ckpt"
+    # The length of a header comes first, and then the header, which is JSON.
+    is_json = reader.file_bytes > 8 and reader.take(5)[4:] == b"{"
+    return ("safetensors file", ".safetensors") if is_json else ("", "")
 
 
 def _tensor(reader: _Reader, name: str) -> tuple[GgufType, tuple[int, ...], int]:

@@ -1,7 +1,9 @@
 """GGUF files: what a header says, and ten thousand damaged ones."""
 
 import random
+import re
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -11,8 +13,10 @@ import torch
 
 from kit.gguf_files import random_blocks, write_gguf
 from spillway.ops.files.disk_map import DiskMap, SourceError
+from spillway.ops.gguf import dequantise
 from spillway.ops.gguf.gguf_map import GgufMap
 from spillway.ops.gguf.probe import probe
+from spillway.ops.gguf.types import IDS, TYPES
 from spillway.ops.gguf.weight import GgufWeight
 from spillway.ops.parts.open_map import open_map
 
@@ -201,6 +205,35 @@ def test_a_tokenizer_that_makes_no_sense(change, words, tmp_path):
         return
     with pytest.raises(SourceError, match=words):
         source.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "wanted"),
+    [
+        (struct.pack("<Q", 2) + b"{}", "model.gguf", "model.safetensors"),
+        (b"PK\x03\x04" + bytes(100), "model.gguf", "model.ckpt"),
+        (b"\x80\x02" + bytes(100), "model.gguf", "model.ckpt"),
+        (b"GGUF" + bytes(100), "model.safetensors", "model.gguf"),
+    ],
+)
+def test_a_file_under_the_name_of_another_format_says_which_it_is(head, name, wanted, tmp_path):
+    (tmp_path / name).write_bytes(head)
+    with pytest.raises(SourceError, match=f"under the name of .*Call it {re.escape(Path(wanted).suffix)}\\.") as error:
+        open_map(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_type_that_needs_the_package_is_refused_when_it_is_loaded(tmp_path, monkeypatch):
+    """And not in the middle of a run. What is in the file is told all the same."""
+    blocks = torch.zeros(2, TYPES[IDS["IQ3_S"]].nbytes, dtype=torch.uint8)
+    path = write_gguf(tmp_path / "model.gguf", {**tensors(), "small": ("IQ3_S", (2, 256), blocks)})
+    assert open_map(path).state_dict()["small"].shape == (2, 256)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    dequantise.function_for.cache_clear()
+    with pytest.raises(SourceError, match=r"weights of GGUF type IQ3_S need the package 'gguf': install it") as error:
+        open_map(path).state_dict()
+    assert path in str(error.value)
+    assert probe(path).quantisation["IQ3_S"] == 1
 
 
 def test_other_names_are_safetensors(tmp_path):

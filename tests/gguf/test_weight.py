@@ -63,14 +63,26 @@ def test_a_product_is_that_of_the_numbers(x_dtype):
     assert torch.equal(torch.nn.functional.linear(x, parameter, bias), wanted)
 
 
-def test_a_branch_is_added_beside():
-    weight, numbers = made(dtype=torch.float32)
-    down, up = torch.randn(4, 512) * 0.1, torch.randn(48, 4) * 0.1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(512,), (1, 512), (3, 512), (2, 3, 512), (0, 512)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_branch_is_added_beside(dtype, shape, with_bias):
+    """As near to the exact sum as one rounding of the whole."""
+    weight, numbers = made(dtype=dtype)
+    down, up = (torch.randn(4, 512) * 0.1).to(dtype), (torch.randn(48, 4) * 0.1).to(dtype)
     branched = GgufWeight(weight.blocks, weight.form, down, up)
-    x = torch.randn(3, 512)
-    wanted = torch.nn.functional.linear(x.double(), numbers.double() + up.double() @ down.double())
-    assert torch.allclose(torch.nn.functional.linear(x, branched).double(), wanted, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(branched.dequantize(), numbers + up @ down, atol=1e-6) and branched.rank == 4
+    x, bias = torch.randn(shape).to(dtype), torch.randn(48).to(dtype) if with_bias else None
+    exact = numbers.double() + up.double() @ down.double()
+    wanted = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+    got = torch.nn.functional.linear(x, branched, bias)
+    assert got.shape == wanted.shape and got.dtype == dtype
+    # What the branch narrows x to is rounded, and so are the branch with the bias and the whole. Sums are in fp32.
+    error = (32 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps * (wanted.abs() + 4)
+    assert bool(((got.double() - wanted).abs() <= error).all())
+    assert torch.allclose(
+        branched.dequantize().double(), exact, atol=torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps
+    )
+    assert branched.rank == 4
 
 
 @pytest.mark.parametrize("rank", [0, 4])

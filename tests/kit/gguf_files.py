@@ -34,6 +34,19 @@ LAYERS = (
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
 )
+# T5's names in the model and in llama.cpp's files, in the same way.
+T5 = (
+    ("encoder.block.", "enc.blk."),
+    ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+    ("layer.0.SelfAttention.", "attn_"),
+    ("layer.0.layer_norm", "attn_norm"),
+    ("layer.1.layer_norm", "ffn_norm"),
+    ("layer.1.DenseReluDense.wi_0", "ffn_gate"),
+    ("layer.1.DenseReluDense.wi_1", "ffn_up"),
+    ("layer.1.DenseReluDense.wo", "ffn_down"),
+    ("shared.weight", "token_embd.weight"),
+    ("encoder.final_layer_norm", "enc.output_norm"),
+)
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
@@ -117,8 +130,8 @@ def _value(value):
     return struct.pack(f"<IIQ{len(value)}{code}", 9, number, len(value), *value)
 
 
-def quantised_copy(tensors, kind, seed=0, smallest=2):
-    """Return (what `write_gguf` takes, the tensors that it stands for in bf16) of the tensors of a model.
+def quantised_copy(tensors, kind, seed=0, smallest=2, dtype=torch.bfloat16):
+    """Return (what `write_gguf` takes, the tensors that it stands for in `dtype`) of the tensors of a model.
 
     Matrices whose rows blocks divide get random blocks: of `kind`, or Q8_0 where only its blocks divide them.
     """
@@ -133,5 +146,5 @@ def quantised_copy(tensors, kind, seed=0, smallest=2):
         std = float(tensor.float().std()) if tensor.numel() > 1 else 0.02
         blocks = random_blocks(chosen, math.prod(tensor.shape), seed + number, std)
         written[name] = (chosen, tuple(tensor.shape), blocks)
-        stands_for[name] = IN_TORCH[chosen](blocks, torch.float32).view(tensor.shape).to(torch.bfloat16)
+        stands_for[name] = IN_TORCH[chosen](blocks, torch.float32).view(tensor.shape).to(dtype)
     return written, stands_for

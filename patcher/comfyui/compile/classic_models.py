@@ -15,6 +15,7 @@ from ....ops.compile.compiled_function import compile_count, compiler_settings, 
 from .attention import traceable_attention
 from .blocks import block_names
 from .dynamic_models import INTERRUPT, WHO, WRAPPER_KEY, CompileRequest
+from .products import traceable_products
 
 log = logging.getLogger("spillway")
 
@@ -97,7 +98,7 @@ class CompiledModel:
         args = tuple(with_traceable_attention(value) for value in args)
         kwargs = {name: with_traceable_attention(value) for name, value in kwargs.items()}
         try:
-            with compiler_settings(self.request.cache_size_limit):
+            with compiler_settings(self.request.cache_size_limit), traceable_products():
                 for name, compiled in self._compiled(model).items():
                     originals[name] = comfy.utils.get_attr(model, name)
                     comfy.utils.set_attr(model, name, compiled)

@@ -16,6 +16,7 @@ from ....ops.compile.compiled_function import (
 )
 from ...dynamic_model import DynamicModel
 from .blocks import prepare
+from .products import traceable_products
 
 log = logging.getLogger("spillway")
 
@@ -57,7 +58,9 @@ def lifted_settings(request: CompileRequest) -> tuple[CompileSettings, list[str]
             "the whole model as one graph would need all weights at once, so that none could be offloaded: its "
             "transformer blocks are compiled one by one"
         )
-    settings = CompileSettings(backend, mode, request.fullgraph, request.dynamic, request.cache_size_limit)
+    settings = CompileSettings(
+        backend, mode, request.fullgraph, request.dynamic, request.cache_size_limit, traceable_products
+    )
     return settings, words
 
 

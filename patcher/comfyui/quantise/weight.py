@@ -98,14 +98,14 @@ class KitchenWeight(torch.Tensor):
         weight = _in_dtype(self.stored, x.dtype)
         if not self.form.multiplies or x.dim() < 2:
             result = torch.nn.functional.linear(x, weight.dequantize(), bias)
-        elif self.form.quantises_input:
-            flat = x.reshape(-1, x.shape[-1])
-            given = self.form.input_scale
-            scale = None if given is None else torch.full((), given, dtype=torch.float32, device=x.device)
-            quantised = QuantizedTensor.from_float(flat, weight._layout_cls, scale=scale)
-            result = torch.nn.functional.linear(quantised, weight, bias).reshape(*x.shape[:-1], -1)
         else:
-            result = torch.nn.functional.linear(x, weight, bias)
+            # A matrix: of more dimensions, a trace would take a product with them apart into one with the numbers.
+            flat: Any = x.reshape(-1, x.shape[-1])
+            if self.form.quantises_input:
+                given = self.form.input_scale
+                scale = None if given is None else torch.full((), given, dtype=torch.float32, device=x.device)
+                flat = QuantizedTensor.from_float(flat, weight._layout_cls, scale=scale)
+            result = torch.nn.functional.linear(flat, weight, bias).reshape(*x.shape[:-1], self.shape[0])
         return add_branch(result, x, self.down, self.up)
 
     # -- torch's protocol for wrapper subclasses

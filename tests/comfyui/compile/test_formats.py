@@ -1,5 +1,7 @@
 """INT8 Lazy Torch Compile on models in ComfyUI's formats of 8 and 4 bits, quantised as they are brought, or files."""
 
+import sys
+
 import comfy.utils
 import pytest
 import torch._dynamo
@@ -34,7 +36,12 @@ def test_a_file_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, ch
 
 
 def check(path, weight_dtype, name, lora_path):
-    """The latents are those of the model that is not compiled, at any budget, size and strength."""
+    """The latents are those of the model that is not compiled, at any budget, size and strength.
+
+    What comfy-kitchen keeps is made anew by the first product: a trace must not leave something there that is no
+    numbers.
+    """
+    getattr(sys.modules.get("comfy_kitchen.tensor.int8_utils"), "_HADAMARD_CACHE", {}).clear()
     lora = comfy.utils.load_torch_file(lora_path)
     plain, model = load_diffusion_model(path, weight_dtype), compiled(load_diffusion_model(path, weight_dtype))
     for size in ({}, {"batch": 2}):
@@ -44,9 +51,6 @@ def check(path, weight_dtype, name, lora_path):
         got = run(with_strength(with_budget(model, fraction), lora, strength), **size)
         assert_same(got, run(with_strength(plain, lora, strength), **size))
         counts.append(engine.compile_count())
-    if name == "w4a8" and model.load_device.type == "cpu":  # comfy-kitchen's product for a CPU cannot be traced
-        assert counts[-1] == 0 and said(model, "compile failed; running uncompiled")
-        return
     assert not torch._dynamo.utils.counters["graph_break"] and not said(model, "uncompiled")
     first, last = counts[0], counts[-1]
     assert 0 < first <= 4 and (set(counts) == {first} if FORMATS[name].bits == 8 else first < last <= 8)

@@ -13,7 +13,7 @@ from comfy.text_encoders import hunyuan_video
 from kit.comfyui import checkpoints, spiece
 from kit.comfyui.pairs import assert_same, budget
 from kit.comfyui.sampling import text_encode
-from kit.gguf_files import LAYERS, quantised_copy, random_blocks, renamed, write_gguf
+from kit.gguf_files import LAYERS, T5, quantised_copy, random_blocks, renamed, write_gguf
 from spillway.ops.files.safetensors_header import SourceError
 from spillway.ops.gguf import gguf_map
 from spillway.ops.gguf.weight import GgufWeight
@@ -22,18 +22,6 @@ from spillway.patcher.comfyui.loading import load as comfy_load
 
 TEXT = "a cat in a hat,  \ufb01ve times (very large:1.2)"
 # The model's names and llama.cpp's, in the order in which they are replaced.
-T5 = (
-    ("encoder.block.", "enc.blk."),
-    ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
-    ("layer.0.SelfAttention.", "attn_"),
-    ("layer.0.layer_norm", "attn_norm"),
-    ("layer.1.layer_norm", "ffn_norm"),
-    ("layer.1.DenseReluDense.wi_0", "ffn_gate"),
-    ("layer.1.DenseReluDense.wi_1", "ffn_up"),
-    ("layer.1.DenseReluDense.wo", "ffn_down"),
-    ("shared.weight", "token_embd.weight"),
-    ("encoder.final_layer_norm", "enc.output_norm"),
-)
 GEMMA = (
     ("post_attention_layernorm", "post_attention_norm"),
     ("pre_feedforward_layernorm", "ffn_norm"),
@@ -166,7 +154,7 @@ def test_conditioning_is_that_of_the_dequantised_weights(architecture, files, mo
     assert all(expected[0].std() > 0.1 for expected in wanted)
     headers, parse = [], gguf_map.parse_header
     monkeypatch.setattr(gguf_map, "parse_header", lambda *args: headers.append(args) or parse(*args))
-    fractions = (1.0, 0.25) if ENCODERS[architecture].pieces else (0.25,)
+    fractions = (1.0, 0.5, 0.25, 0.0)
     for fraction in fractions:
         ours = comfy_load.load_clip(gguf, ENCODERS[architecture].type, budget(classic.patcher, fraction))
         for text, expected in zip(texts, wanted, strict=True):

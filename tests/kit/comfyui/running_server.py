@@ -96,9 +96,9 @@ class Server:
         number = self.get("prompt", {"prompt": prompt})["prompt_id"]
         return self.wait(lambda: self.get(f"history/{number}").get(number), seconds)
 
-    def pictures(self, prompt):
+    def pictures(self, prompt, seconds=240):
         """{node: picture} of a prompt that must succeed."""
-        history = self.run(prompt)
+        history = self.run(prompt, seconds)
         assert history["status"]["status_str"] == "success", json.dumps(history["status"], indent=1) + self.said()
         return self.pictures_of(history)
 
