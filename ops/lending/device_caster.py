@@ -284,7 +284,8 @@ class DeviceCaster(Caster):
         bundle = loan.bundle
         assert loan.target is not None
         if loan.job is not None:
-            loan.job.wait()
+            with self.ledger.stalled():
+                loan.job.wait()
             loan.job = loan.reading = None
         # Without this wait the main stream would compute with what lay in the target before the transfer.
         self.backend.wait(loan.event, None)

@@ -35,12 +35,16 @@ def node_ended(peaks: dict[str, int], began: float) -> dict[str, Any] | None:
         weights = model.resident_bytes + model.placed_bytes + buffers
         learnt.note_peak(model, size, peak, weights, (resident, streamed))
     learnt.note_pace(model, size)
+    if state.samples:
+        learnt.note_waits(model, size, (resident, streamed))
     return {
         "key": learnt.key_of(model, size),
         "name": model.ledger.name,
         "size": size,
         "streamed": streamed,
         "seconds": step.seconds,
+        "waited": learnt.waited(model) if state.samples else None,
+        "stalled": step.stalled,
         "resident": resident,
         "peak": peak,
     }

@@ -1,4 +1,4 @@
-"""Keeps what runs on this machine have shown: what computations take, how fast the bus is, how long steps compute."""
+"""Keeps what runs on this machine have shown: what computations take, how fast the bus is, how long steps compute and wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLANS = 4  # of one model at one size
 MOST_BYTES = 1 << 60  # what ComfyUI asks for at most: more was never measured
 MOST_SECONDS = 24 * 3600  # of one layer
 MORE = 1.02
-PEAKS, PACES, BUSES = "peaks", "paces", "buses"
+PEAKS, PACES, BUSES, WAITS = "peaks", "paces", "buses", "waits"
 
 
 def learnt_file(name: str) -> Path:
@@ -54,6 +54,55 @@ def note_pace(model: DynamicModel, size: str) -> None:
     if pace is not None:
         _put(PACES, key, [pace.seconds.get(bundle, 0.0) for bundle in model.bundles])
         _put(BUSES, _device(model), pace.bus)
+
+
+@never_raises("noting the waits of a run")
+def note_waits(model: DynamicModel, size: str, plan: tuple[int, int]) -> None:
+    """Note how long a step of a plan took, and of that how long it waited for the bus and for readers."""
+    key, step = key_of(model, size), model.ledger.step
+    if step.seconds > 0:
+        others = [one for one in _waits(key) if one.plan != plan][1 - PLANS :]
+        waits = [*others, Waits(plan, step.seconds, waited(model), step.stalled)]
+        _put(WAITS, key, [[*one.plan, one.seconds, one.waited, one.stalled] for one in waits])
+
+
+def waited(model: DynamicModel) -> float | None:
+    """Give the seconds of the last step that were no computing; None where nobody has timed that."""
+    step, pace = model.ledger.step, model.pace
+    return None if pace is None or not step.seconds else max(0.0, step.seconds - sum(pace.seconds.values()))
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What a step of a plan took. plan: bytes that stay, and that it brings. waited: seconds that were no computing,
+    None where that is not known. stalled: seconds for which whoever launches waited for readers.
+    """
+
+    plan: tuple[int, int]
+    seconds: float
+    waited: float | None
+    stalled: float
+
+
+def waits_of(model: DynamicModel, size: str, plan: tuple[int, int]) -> tuple[Waits | None, float]:
+    """Give what a step of this plan took, None where it has not run -> (that, seconds that readers would stall it)."""
+    known = _waits(key_of(model, size))
+    seen = next((one for one in known if one.plan == plan), None)
+    # Readers bring what a step streams, so what another plan waited for them goes by its bytes.
+    rates = [one.stalled / one.plan[1] for one in known[-1:] if one.plan[1]]
+    return seen, sum(rates) * plan[1] if seen is None else seen.stalled
+
+
+def _waits(key: str) -> list[Waits]:
+    found = read_record(learnt_file(WAITS), WAITS).get(key)
+    plans = [one for one in found[-PLANS:] if isinstance(one, list) and len(one) == 5] if isinstance(found, list) else []
+    return [
+        Waits((stays, streamed), seconds, waited, stalled)
+        for stays, streamed, seconds, waited, stalled in plans
+        if all(isinstance(one, int) and _is_number(one) and 0 <= one <= MOST_BYTES for one in (stays, streamed))
+        and all(_is_number(one) and 0 <= one < MOST_SECONDS for one in (seconds, stalled, waited or 0.0))
+        and not isinstance(waited, bool | str)
+    ]
 
 
 @dataclass(frozen=True)

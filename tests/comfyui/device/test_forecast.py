@@ -97,6 +97,8 @@ def test_a_forecast_is_what_the_run_takes(card, executor, name):
         least, most = (0.9, 1.5) if made else (1 - EXACT, 1 + EXACT)
         assert least * peak <= foreseen["peak"] <= most * peak
         assert again[one]["seen"] and again[one]["peak"] == pytest.approx(peak, rel=EXACT)
+        assert again[one]["seconds"] == fact["seconds"] > 0 and again[one]["waits"] == fact["waited"]
+        assert fact["stalled"] <= fact["seconds"] and (fact["waited"] or 0) <= fact["seconds"]
 
 
 def test_the_next_plan_goes_by_what_the_last_run_took(card, executor):
@@ -134,6 +136,40 @@ NO_RECORDS = [
     [],
     "text",
 ]
+
+
+NO_WAITS = [
+    [[1, 2, -1.0, 0.0, 0.0]],
+    [[1, 2, "a", 0.0, 0.0]],
+    [[1, 2, 1.0, [], 0.0]],
+    [[1, 2, 1.0, None]],
+    [[True, 2, 1.0, None, 0.0]],
+    [[1, 2, 1.0, None, float("inf")]],
+    [[1 << 70, 2, 1.0, None, 0.0]],
+    [3],
+    {"plans": []},
+    "text",
+]
+
+
+def test_waits_that_make_no_sense_are_none(card, executor):
+    prompt = graph("forecast-flux.safetensors", gigabytes=0.004)
+    run(executor, card, prompt)
+    path = learnt.learnt_file(learnt.WAITS)
+    known = read_record(path, learnt.WAITS)
+    try:
+        seen = forecast(prompt)["samplers"][0]["forecast"]
+        assert seen["seconds"] > 0, "this plan has run"
+        stays, streamed = seen["resident"], seen["streamed"]
+        write_record(path, learnt.WAITS, dict.fromkeys(known, [[stays, streamed, 3.0, 2.0, 1.0]]))
+        told = forecast(prompt)["samplers"][0]["forecast"]
+        assert (told["seconds"], told["waits"]) == (3.0, 2.0)
+        for found in NO_WAITS:
+            write_record(path, learnt.WAITS, dict.fromkeys(known, found))
+            told = forecast(prompt)["samplers"][0]["forecast"]
+            assert told["seconds"] != 3.0 and told["resident"] == stays, found
+    finally:
+        write_record(path, learnt.WAITS, known)
 
 
 def test_a_record_that_makes_no_sense_is_no_record(card, executor):

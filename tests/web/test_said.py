@@ -1,0 +1,165 @@
+"""What the server says of its decisions is shown in the panel's language: every sentence that the code can say."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from kit import said
+from kit.locales import LOCALES, flat, texts
+from kit.pack import ROOT
+from kit.skips import skip_loudly
+
+LANGUAGES = ("zh", "ja")
+# What stands for anything that is not known before it is said: a size, a count or a name.
+SOMETHING = "7.5 GiB"
+# Words that stay: a name in quotes, and what torch's errors may end with.
+STAY = re.compile(r"'[^']*'|no message")
+ENGLISH = re.compile(r"\b[a-z]+ [a-z]+\b")
+# Texts that no ledger says: names, and what a route or a comparison answers.
+OTHERS = ("route.", "compare.failed", "compare.interrupted", "compare.out", "cache.name", "cache.store_name", "cache.tier")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Copies of the modules where node takes them for modules, whatever lies above the pack."""
+    found = tmp_path_factory.mktemp("said")
+    shutil.copytree(ROOT / "web" / "js", found / "js")
+    shutil.copy(ROOT / "tests" / "web" / "said.mjs", found)
+    (found / "package.json").write_text('{"type": "module"}')
+    return found
+
+
+@pytest.fixture
+def tell(folder):
+    def tell(sentences, language):
+        node = shutil.which("node")
+        if node is None:
+            skip_loudly("what the server says in other languages: it needs node")
+        locales = [str(LOCALES / one / "main.json") for one in ("en", language)]
+        done = subprocess.run(
+            [node, str(folder / "said.mjs"), str(folder / "js"), *locales],
+            input=json.dumps(sentences),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return tell
+
+
+def untranslated(tell, sentences, language):
+    """The sentences of which something stays English, each as it is told."""
+    whole = [sentence.replace(said.HOLE, SOMETHING) for sentence in sentences]
+    told = tell(whole, language)
+    return {
+        sentence: one["text"]
+        for sentence, one in zip(whole, told, strict=True)
+        if sentence != SOMETHING and (not one["known"] or ENGLISH.search(STAY.sub("", one["text"])))
+    }
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    return said.said(ROOT)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_sentence_of_a_decision_is_there_in_every_language(tell, sentences, language):
+    assert len(sentences) > 300, "the code is read: what it says is found"
+    assert untranslated(tell, list(sentences), language) == {}
+
+
+def test_in_english_it_stays_as_it_is(tell, sentences):
+    whole = [sentence.replace(said.HOLE, SOMETHING) for sentence in sentences]
+    assert [one["text"] for one in tell(whole, "en")] == whole
+
+
+def test_each_text_is_of_a_sentence_that_is_said(sentences):
+    """A sentence that was changed leaves no old text behind, which would look like a translation."""
+    parts = [part for sentence in sentences for part in [re.sub(f"{said.HOLE}|[\\d.]+", "\0", sentence)]]
+    for key, text in flat(texts("en", "main")["spillway"]["said"]):
+        longest = max(re.split(r"\{\w+\}|\d+", text), key=len)
+        assert key.startswith(OTHERS) or any(longest in part for part in parts), (key, text)
+
+
+NEW = '''
+from ..ops.ledger import in_words
+
+MORE = {"a": "for no reason that anybody knows", "b": "nobody asked"}
+
+class Model:
+    def work(self, size, why):
+        words = f"gave up all hope of {size} bundles"
+        if size:
+            words += f", as {why} said so"
+        self.ledger.decide(words)
+        self.ledger.decide_once(self.because() if size else "never before seen: " + MORE[why])
+
+    def because(self):
+        return f"RAM runs short, says {self.whose}"
+
+def call(model):
+    model.work(1, why="a wise man")
+'''
+FOUND = [
+    "gave up all hope of \0 bundles",
+    "gave up all hope of \0 bundles, as a wise man said so",
+    "RAM runs short, says \0",
+    "never before seen: for no reason that anybody knows",
+    "never before seen: nobody asked",
+]
+
+
+def test_a_new_sentence_without_a_translation_is_seen(tell, tmp_path):
+    for folder in said.FOLDERS:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "patcher" / "new.py").write_text(NEW)
+    found = said.said(tmp_path)
+    assert sorted(found) == sorted(FOUND) and set(found.values()) == {"patcher/new.py:11", "patcher/new.py:12"}
+    assert len(untranslated(tell, FOUND, "zh")) == len(FOUND)
+
+
+EXAMPLES = {
+    "zh": {
+        "gave 1.5 GiB of pins back: RAM runs short (the cgroup's limit of 8.0 GiB)": (
+            "归还了 1.5 GiB 的锁定内存：内存不足（容器（cgroup）的上限 8.0 GiB）"
+        ),
+        "offloaded 12 of 40 bundles (3.1 GiB): 6.0 GiB free, 1.0 GiB for the computation, which took 0.8 GiB in an "
+        "earlier run, 2.0 GiB for all models together, 200.0 MiB reserved for transfers": (
+            "40 个权重包中有 12 个（3.1 GiB）不留在设备上：空闲 6.0 GiB，计算用 1.0 GiB，先前运行时用了 0.8 GiB，"
+            "所有模型合计 2.0 GiB；为传输保留 200.0 MiB"
+        ),
+        "evicted 3 outputs (2 x VAEDecode, KSampler), 1.0 GiB: 512.0 MiB short (the machine's 23.5 GiB, and tasks "
+        "waited for memory 12% of the last ten seconds). They took 31 s to make": (
+            "逐出 3 个输出（2 x VAEDecode, KSampler），1.0 GiB：缺少 512.0 MiB（本机的 23.5 GiB，最近十秒中有 12% "
+            "的时间在等待内存）。生成它们用了 31 秒"
+        ),
+    },
+    "ja": {
+        "software VBAR: comfy-aimdo is not installed (No module named 'comfy_aimdo'); 1.2 GiB headroom": (
+            "ソフトウェア VBAR: comfy-aimdo がインストールされていません（No module named 'comfy_aimdo'）。余裕 1.2 GiB"
+        ),
+        "a step is expected to take 1.20 s, of which it computes 1.00 s and waits 0.20 s for the bus, at 12.0 GB/s; "
+        "1.5 GiB more would hide it": (
+            "1 ステップは 1.20 秒、うち計算は 1.00 秒、バス待ちは 0.20 秒（12.0 GB/s）の見込みです。"
+            "あと 1.5 GiB あれば待たずに済みます"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sentence_within_a_sentence_is_told_too(tell, language):
+    told = tell(list(EXAMPLES[language]), language)
+    assert [one["text"] for one in told] == list(EXAMPLES[language].values())
+    assert all(one["known"] for one in told)
+
+
+@pytest.mark.parametrize("words", ["", "a node of nobody's failed: no idea", "x" * 5000, "free 3.0 GiB, perhaps {size}"])
+def test_what_nobody_knows_stays_as_it_is_and_is_known_as_such(tell, words):
+    assert tell([words], "zh") == [{"text": words, "known": False}]
