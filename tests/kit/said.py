@@ -11,8 +11,12 @@ FOLDERS = ("ops", "patcher", "cache", "nodes")
 HOLE = "\0"
 # What is called with a text that a user reads, as it is written there.
 SAYERS = (r"ledger\.decide", r"ledger\.decide_once", r"ledger\.notice", r"state\.say", r"state\.notes\.append")
-MOST = 200  # sentences of one expression
-DEEPEST = 12
+# Fields with a text, and of what they are read; "" for whatever has one.
+TOLD_IN = {"reason": "", "name": "limit of ProcessLimit"}
+SHOWN = 8  # sentences of a part that are put into the whole: the others are looked at by themselves
+MOST = 2000  # sentences of one expression
+DEEPEST = 36
+EMPTY = re.compile(r"\. (\.|$)")  # a sentence that is added only where there is one
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -20,8 +24,8 @@ class Code:
     """The pack's code, as far as sentences need it."""
 
     def __init__(self, root):
-        self.functions, self.calls, self.raised, self.constants = {}, {}, {}, {}
-        self.scopes, self.classes, self.owners, self.files, self.above = {}, {}, {}, {}, {}
+        self.functions, self.calls, self.raised, self.constants, self.parts = {}, {}, {}, {}, {}
+        self.scopes, self.classes, self.owners, self.files, self.above, self.below = {}, {}, {}, {}, {}, {}
         for folder in FOLDERS:
             for path in sorted((root / folder).rglob("*.py")):
                 self._read(ast.parse(path.read_text(encoding="utf-8")), path)
@@ -31,6 +35,12 @@ class Code:
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 self._constants(node.targets[0], node.value)
         self._walk(tree, None, path)
+
+    def _all(self, node):
+        """Every node below one, listed once."""
+        if node not in self.below:
+            self.below[node] = list(ast.walk(node))
+        return self.below[node]
 
     def _constants(self, target, value):
         if isinstance(target, ast.Name):
@@ -100,7 +110,8 @@ class Code:
         found = ["".join(chosen) for chosen, _ in zip(product(*words), range(MOST), strict=False)]
         for place, one in enumerate(choices):
             before, after = ("".join(some[0] for some in choices[a:b]) for a, b in ((0, place), (place + 1, None)))
-            found += [before + text + after for text in one]
+            found += [before + text + after for text in one[:SHOWN]]
+            self.parts.update(dict.fromkeys(one[SHOWN:]))
         return found
 
     def _name(self, node, seen):
@@ -109,11 +120,14 @@ class Code:
             values = self.constants.get(node.id, [])
             return [text for value in values for text in self.sentences(value, seen)] or [HOLE]
         found = []
-        for inner in ast.walk(scope):
+        for inner in self._all(scope):
             match inner:
                 case ast.Assign(targets=targets, value=value):
                     for target in targets:
                         found += self._with_more(scope, inner, self._assigned(target, value, node.id, seen), node.id, seen)
+                case ast.For(target=ast.Tuple() as target, iter=ast.Tuple(elts=rows)):
+                    for row in rows:
+                        found += self._assigned(target, row, node.id, seen)
                 case ast.For(target=ast.Name(id=node.id), iter=ast.Name(id=items)):
                     found += self._items(scope, items, seen)
                 case ast.ExceptHandler(name=node.id, type=ast.Name(id=kind)) if kind in self.classes:
@@ -129,9 +143,9 @@ class Code:
 
     def _with_more(self, scope, assigned, found, name, seen):
         """Texts with what is added to them until the next is assigned. What only some add may be missing."""
-        lines = [one.lineno for one in ast.walk(scope) if isinstance(one, ast.Assign) and name in map(name_of, one.targets)]
+        lines = [one.lineno for one in self._all(scope) if isinstance(one, ast.Assign) and name in map(name_of, one.targets)]
         last = min((line for line in lines if line > assigned.lineno), default=1 << 30)
-        for one in ast.walk(scope) if found else ():
+        for one in self._all(scope) if found else ():
             if isinstance(one, ast.AugAssign) and name_of(one.target) == name and assigned.lineno < one.lineno < last:
                 texts = self.sentences(one.value, seen)
                 texts = texts if self.above[one] is self.above[assigned] else ["", *texts]
@@ -155,13 +169,13 @@ class Code:
     def _items(self, scope, name, seen):
         """What a list that a function makes, or has from another that appends to its own, can hold."""
         scopes = [scope]
-        for inner in ast.walk(scope):
+        for inner in self._all(scope):
             if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Call):
                 scopes += self.functions.get(name_of(inner.value.func), [])
         appended = [
             call.args[0]
             for one in scopes
-            for call in ast.walk(one)
+            for call in self._all(one)
             if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{name}.append"
         ]
         return [text for one in appended for text in self.sentences(one, seen)] or [HOLE]
@@ -186,13 +200,16 @@ class Code:
     def _attribute(self, node, seen):
         """What a property says, or what is given for a field of that name when something is made."""
         found, receiver = [], name_of(node.value).lower()
+        for made in self.constants.get(name_of(node.value), []) if node.attr == "name" else ():
+            found += self.sentences(made.args[0], seen) if isinstance(made, ast.Call) else []
         inside = self.owners.get(self.scopes.get(node)) if receiver == "self" else None
         for owner in self.classes.values():
             for one in owner.body:
                 if isinstance(one, FUNCTIONS) and one.name == node.attr and (inside is owner or receiver == owner.name.lower()):
                     found += self._returns(one, seen)
             fields = [one.target.id for one in owner.body if isinstance(one, ast.AnnAssign)]
-            if node.attr in fields and (inside is owner or node.attr == "reason"):
+            told = node.attr in TOLD_IN and TOLD_IN[node.attr] in ("", f"{receiver} of {owner.name}")
+            if node.attr in fields and (inside is owner or told):
                 given = self._fields(owner.name, node.attr, fields.index(node.attr))
                 found += [text for one in given for text in self.sentences(one, seen)]
         if inside is not None and not found:
@@ -202,14 +219,15 @@ class Code:
     def _fields(self, owner, name, place):
         """What is given for a field when one of a class is made."""
         for call in self.calls.get(owner, []):
-            yield from (one.value for one in call.keywords if one.arg == name)
+            given = [one.value for one in call.keywords if one.arg == name]
             if len(call.args) > place and not any(isinstance(one, ast.Starred) for one in call.args):
-                yield call.args[place]
+                given.append(call.args[place])
+            yield from (one for one in given if not (isinstance(one, ast.Constant) and one.value == ""))
 
     def _set(self, owner, name):
         """What a class's `__init__` sets an attribute to."""
         for init in (one for one in owner.body if isinstance(one, FUNCTIONS) and one.name == "__init__"):
-            for one in ast.walk(init):
+            for one in self._all(init):
                 if isinstance(one, ast.Assign):
                     yield from (value for target in one.targets for value in self._pair(target, one.value, name))
 
@@ -249,7 +267,7 @@ class Code:
 
     def _returns(self, function, seen, place=None):
         found = []
-        for inner in ast.walk(function):
+        for inner in self._all(function):
             if isinstance(inner, ast.Return) and inner.value is not None and self.scopes[inner] is function:
                 values = [inner.value]
                 if isinstance(inner.value, ast.IfExp):
@@ -278,6 +296,7 @@ def said(root):
             if call.args and any(re.search(rf"\b{sayer}$", ast.unparse(call.func)) for sayer in SAYERS):
                 place = f"{code.files[call].relative_to(root)}:{call.lineno}"
                 given = call.args[0].elts[0] if isinstance(call.args[0], ast.Tuple) else call.args[0]
-                for text in filter(None, code.sentences(given)):
+                for text in code.sentences(given):
                     found.setdefault(text, place)
-    return found
+    found |= {text: "part of another" for text in code.parts if text[:1].isalnum() or text[:1] == HOLE}
+    return {text: place for text, place in found.items() if text and not EMPTY.search(text)}

@@ -32,8 +32,7 @@ GRAPHS = {
     "lumina2": ("forecast-lumina2.safetensors", {"arch": "lumina2"}, 0.6),
     "z_image": ("forecast-z_image.safetensors", {"arch": "z_image"}, 0.6),
 }
-MADE = ("LoRA", "int8", "GGUF")
-QUICK = ("flux with a LoRA", "flux from GGUF", "flux, two samplers", "wan", "sd15")
+QUICK = ("flux with a LoRA", "flux in int8", "flux from GGUF", "flux, two samplers", "wan", "sd15")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,10 +91,7 @@ def test_a_forecast_is_what_the_run_takes(card, executor, name):
         assert foreseen["streamed"] == fact["streamed"]
         assert foreseen["resident"] == fact["resident"]
         assert (foreseen["streamed"] > 0) == (share is not None)
-        # What is made of weights on their way is counted at its most, until a run of this plan has been seen.
-        made = any(word in name for word in MADE)
-        least, most = (0.9, 1.5) if made else (1 - EXACT, 1 + EXACT)
-        assert least * peak <= foreseen["peak"] <= most * peak
+        assert foreseen["peak"] == pytest.approx(peak, rel=EXACT)
         assert again[one]["seen"] and again[one]["peak"] == pytest.approx(peak, rel=EXACT)
         assert again[one]["seconds"] == fact["seconds"] > 0 and again[one]["waits"] == fact["waited"]
         assert fact["stalled"] <= fact["seconds"] and (fact["waited"] or 0) <= fact["seconds"]

@@ -50,11 +50,12 @@ export function teller(english, theirs, commas = {}) {
   /** What stands in a place, or the whole: a sentence too, or a list of such, or a name or size that stays. */
   function part(text, depth) {
     const found = depth < DEEPEST ? whole(text, depth) : null;
-    if (found) return { ...found, known: true };
+    if (found && !text.includes(". ")) return { ...found, known: true };
     const between = depth < DEEPEST && [". ", "; ", ", "].find((one) => text.includes(one));
     const said = between ? text.split(between).map((piece) => part(piece, depth + 1)) : [];
-    if (!said.some(({ known }) => known)) return { text, left: text.length, known: false };
     const left = said.reduce((sum, piece) => sum + piece.left, 0);
+    if (found && (found.left <= left || !said.length)) return { ...found, known: true };
+    if (!said.some(({ known }) => known)) return { text, left: text.length, known: false };
     return { text: said.map((piece) => piece.text).join(commas[between] ?? between), left, known: true };
   }
 
