@@ -36,9 +36,10 @@ class Forecast:
     """What each step of one model will be once it has settled. Bytes and seconds.
 
     streamed: brought at each step. weights_peak: the most that weights and those on their way hold together in a step.
-    loading: that they do before the first one, while weights are quantised. computation: what the step's own tensors take. order_known: the order in which the layers run was seen, not
-    guessed. bus: that a step takes of it at least. compute: that it computed, as last measured. step: that it takes,
-    with the waits for the bus. Each is None where it is not known.
+    loading: that they do before the first one, while weights are quantised. computation: what the step's own tensors
+    take. order_known: the order in which the layers run was seen, not guessed. bus: that a step takes of it at least.
+    compute: that it computed, as last measured. step: that it takes, with the waits for the bus. Each is None where it
+    is not known.
     """
 
     total: int
@@ -146,7 +147,7 @@ class Foresight(Planning):
         )
 
     def _loaded(self) -> int:
-        """Quantise as a load does, before anything computes. Return the most bytes held; 0 where nothing is quantised."""
+        """Quantise as a load does, before anything computes. Return the most bytes held; 0 where it makes none."""
         self.addresses = self.layouts().guessed()
         self._pinned = self._pin_budget()
         made = [bundle for bundle in self.bundles if any(param.quantisation for param in bundle.params)]

@@ -17,7 +17,6 @@ from .policy import Policy
 from .remembered import Remembered
 from .use_costs import UseCosts
 
-
 # Bundles on their way to their pins at once, which are as fast as what is brought.
 WRITTEN_BACK = 2
 

@@ -74,6 +74,10 @@ class Code:
         found = [re.sub(f"{HOLE}+", HOLE, text) for text in self._sentences(node, (*seen, node))]
         return list(dict.fromkeys(found))[:MOST]
 
+    def each(self, nodes, seen):
+        """List what the texts of several expressions can be."""
+        return [text for node in nodes for text in self.sentences(node, seen)]
+
     def _sentences(self, node, seen):
         match node:
             case ast.Constant(value=str(text)):
@@ -89,12 +93,12 @@ class Code:
             case ast.IfExp(body=body, orelse=other):
                 return self.sentences(body, seen) + self.sentences(other, seen)
             case ast.BoolOp(values=values):
-                return [text for value in values for text in self.sentences(value, seen)]
+                return self.each(values, seen)
             case ast.Name():
                 return self._name(node, seen)
             case ast.Subscript(value=ast.Name(id=name)) if name in self.constants:
                 tables = [one for one in self.constants[name] if isinstance(one, ast.Dict)]
-                return [text for table in tables for one in table.values for text in self.sentences(one, seen)] or [HOLE]
+                return self.each([one for table in tables for one in table.values], seen) or [HOLE]
             case ast.Subscript(value=value):  # the beginning of a text
                 return self.sentences(value, seen) if isinstance(value, ast.Call) else [HOLE]
             case ast.Attribute():
@@ -118,13 +122,14 @@ class Code:
         scope = self.scopes.get(node)
         if scope is None:
             values = self.constants.get(node.id, [])
-            return [text for value in values for text in self.sentences(value, seen)] or [HOLE]
+            return self.each(values, seen) or [HOLE]
         found = []
         for inner in self._all(scope):
             match inner:
                 case ast.Assign(targets=targets, value=value):
                     for target in targets:
-                        found += self._with_more(scope, inner, self._assigned(target, value, node.id, seen), node.id, seen)
+                        texts = self._assigned(target, value, node.id, seen)
+                        found += self._with_more(scope, inner, texts, node.id, seen)
                 case ast.For(target=ast.Tuple() as target, iter=ast.Tuple(elts=rows)):
                     for row in rows:
                         found += self._assigned(target, row, node.id, seen)
@@ -132,18 +137,19 @@ class Code:
                     found += self._items(scope, items, seen)
                 case ast.ExceptHandler(name=node.id, type=ast.Name(id=kind)) if kind in self.classes:
                     raised = [one.args[0] for one in self.raised.get(kind, []) if one.args]
-                    found += [text for one in raised for text in self.sentences(one, seen)] or [HOLE]
+                    found += self.each(raised, seen) or [HOLE]
         names = [argument.arg for argument in [*scope.args.args, *scope.args.kwonlyargs]]
         if node.id in names:
             found += self._given(scope, node.id, names, seen)
         elif not found:
             values = self.constants.get(node.id, [])
-            found = [text for value in values for text in self.sentences(value, seen)]
+            found = self.each(values, seen)
         return found or [HOLE]
 
     def _with_more(self, scope, assigned, found, name, seen):
         """Texts with what is added to them until the next is assigned. What only some add may be missing."""
-        lines = [one.lineno for one in self._all(scope) if isinstance(one, ast.Assign) and name in map(name_of, one.targets)]
+        others = [one for one in self._all(scope) if isinstance(one, ast.Assign)]
+        lines = [one.lineno for one in others if name in map(name_of, one.targets)]
         last = min((line for line in lines if line > assigned.lineno), default=1 << 30)
         for one in self._all(scope) if found else ():
             if isinstance(one, ast.AugAssign) and name_of(one.target) == name and assigned.lineno < one.lineno < last:
@@ -178,7 +184,7 @@ class Code:
             for call in self._all(one)
             if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{name}.append"
         ]
-        return [text for one in appended for text in self.sentences(one, seen)] or [HOLE]
+        return self.each(appended, seen) or [HOLE]
 
     def _given(self, function, name, names, seen):
         """What callers give for a parameter, and what it is where they give none."""
@@ -194,7 +200,7 @@ class Code:
                 found += self.sentences(given, seen)
         defaults = dict(zip(reversed(function.args.args), reversed(function.args.defaults), strict=False))
         defaults |= dict(zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True))
-        found += [text for one, value in defaults.items() if one.arg == name and value for text in self.sentences(value, seen)]
+        found += self.each([value for one, value in defaults.items() if one.arg == name and value], seen)
         return found or [HOLE]
 
     def _attribute(self, node, seen):
@@ -205,15 +211,15 @@ class Code:
         inside = self.owners.get(self.scopes.get(node)) if receiver == "self" else None
         for owner in self.classes.values():
             for one in owner.body:
-                if isinstance(one, FUNCTIONS) and one.name == node.attr and (inside is owner or receiver == owner.name.lower()):
+                is_its = inside is owner or receiver == owner.name.lower()
+                if isinstance(one, FUNCTIONS) and one.name == node.attr and is_its:
                     found += self._returns(one, seen)
             fields = [one.target.id for one in owner.body if isinstance(one, ast.AnnAssign)]
             told = node.attr in TOLD_IN and TOLD_IN[node.attr] in ("", f"{receiver} of {owner.name}")
             if node.attr in fields and (inside is owner or told):
-                given = self._fields(owner.name, node.attr, fields.index(node.attr))
-                found += [text for one in given for text in self.sentences(one, seen)]
+                found += self.each(self._fields(owner.name, node.attr, fields.index(node.attr)), seen)
         if inside is not None and not found:
-            found = [text for one in self._set(inside, node.attr) for text in self.sentences(one, seen)]
+            found = self.each(self._set(inside, node.attr), seen)
         return found or [HOLE]
 
     def _fields(self, owner, name, place):
@@ -263,7 +269,9 @@ class Code:
             return self.files[function].stem == receiver != "ledger"
         inside = self.owners.get(self.scopes.get(call)) if receiver == "self" else None
         above = [one.id for one in owner.bases if isinstance(one, ast.Name)]
-        return inside is owner or (inside is not None and inside.name in above) or owner.name.lower().endswith(receiver) or len(self.functions[function.name]) == 1
+        if inside is owner or (inside is not None and inside.name in above):
+            return True
+        return owner.name.lower().endswith(receiver) or len(self.functions[function.name]) == 1
 
     def _returns(self, function, seen, place=None):
         found = []

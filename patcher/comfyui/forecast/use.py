@@ -41,7 +41,7 @@ def foresee_use(
     beside = known.beside_in(told.resident, told.streamed)
     if beside is not None:
         told = replace(told, computation=beside)
-    seen = known.of(told.resident, told.streamed)
+    seen = known.of(told.resident, told.streamed, learnt.budget_of(model))
     took, stalls = learnt.waits_of(model, size, (told.resident, told.streamed))
     peak, total = told.peak if seen is None else seen, model.backend.memory()[1]
     return {
