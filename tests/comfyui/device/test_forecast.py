@@ -34,7 +34,9 @@ GRAPHS = {
     "z_image": ("forecast-z_image.safetensors", {"arch": "z_image"}, 0.6),
 }
 # In 16 bit the step computes most at another moment than weights hold most, so both together are never there.
-AT_MOST_IN_16_BIT = {"wan": 1.2, "flux with a LoRA": 1.1}
+IN_16_BIT = {"wan": (1 - EXACT, 1.2), "flux with a LoRA": (1 - EXACT, 1.1)}
+# Where memory has room, more or fewer patched weights wait to be written back, as the device's thread comes to it.
+WITH_ROOM = {"flux with a LoRA": (0.75, 1.5)}
 QUICK = ("flux with a LoRA", "flux in int8", "flux from GGUF", "flux, two samplers", "wan", "sd15")
 
 
@@ -54,6 +56,12 @@ def executor(monkeypatch):
     learning.install()
     yield Executor
     graph_policy.begin(None, [])
+
+
+def limits(name):
+    """By how much what is told may differ from what a run of a new plan takes."""
+    loose = WITH_ROOM if wants_aimdo() else {} if cli_args.args.force_fp32 else IN_16_BIT
+    return loose.get(name, (1 - EXACT, 1 + EXACT))
 
 
 def run(executor, card, prompt):
@@ -94,8 +102,8 @@ def test_a_forecast_is_what_the_run_takes(card, executor, name):
         assert foreseen["streamed"] == fact["streamed"]
         assert foreseen["resident"] == fact["resident"]
         assert (foreseen["streamed"] > 0) == (share is not None)
-        most = AT_MOST_IN_16_BIT.get(name, 1 + EXACT) if not cli_args.args.force_fp32 else 1 + EXACT
-        assert (1 - EXACT) * peak <= foreseen["peak"] <= most * peak
+        least, most = limits(name)
+        assert least * peak <= foreseen["peak"] <= most * peak
         assert again[one]["seen"] and again[one]["peak"] == pytest.approx(peak, rel=EXACT)
         assert again[one]["seconds"] == fact["seconds"] > 0 and again[one]["waits"] == fact["waited"]
         assert fact["stalled"] <= fact["seconds"] and (fact["waited"] or 0) <= fact["seconds"]
