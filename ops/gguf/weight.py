@@ -13,8 +13,8 @@ from .dequantise import ARITHMETIC, function_for
 from .types import IDS, TYPES
 
 # Bytes of fp32 numbers that are made at a time, which bounds temporary memory. What making them takes beside the
-# result, as a multiple of the fp32 numbers that one part has. Types whose numbers are looked up in a table show 2.3, and
-# what a device's kernels take within themselves comes on top. The others are arithmetic on single numbers.
+# result, as a multiple of the fp32 numbers of one part. Types whose numbers are looked up in a table show 2.3, and
+# what a device takes within its kernels comes on top. The others are arithmetic on single numbers.
 PART_BYTES = 16 << 20
 MAKING, LOOKING_UP = 1.55, 3.2
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -62,7 +62,7 @@ class Code:
             elif isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
                 self.raised.setdefault(name_of(child.exc.func), []).append(child.exc)
             if isinstance(child, ast.ClassDef):
-                self.classes[child.name] = child
+                self.classes.setdefault(child.name, []).append(child)
             self._walk(child, child if isinstance(child, FUNCTIONS) else scope, path)
 
     # -- what an expression can be
@@ -209,7 +209,7 @@ class Code:
         for made in self.constants.get(name_of(node.value), []) if node.attr == "name" else ():
             found += self.sentences(made.args[0], seen) if isinstance(made, ast.Call) else []
         inside = self.owners.get(self.scopes.get(node)) if receiver == "self" else None
-        for owner in self.classes.values():
+        for owner in (owner for owners in self.classes.values() for owner in owners):
             for one in owner.body:
                 is_its = inside is owner or receiver == owner.name.lower()
                 if isinstance(one, FUNCTIONS) and one.name == node.attr and is_its:

@@ -18,11 +18,21 @@ SOMETHING = "7.5 GiB"
 # Words that stay: a name in quotes, a unit, and what an error may end with.
 STAY = re.compile(r"'[^']*'|no message|\bms\b|(GET|POST) \S+")
 ENGLISH = re.compile(r"(?<![\w.-])[a-z]{2,}(?![\w.-])")
-# Texts that no ledger says: names, what a route or a comparison answers, and what a function says that is handed over.
+# Texts that no ledger says: names, what a route or a comparison answers, and what a function says that is handed
+# over.
 OTHERS = ("route.", "compile.patches", "compare.failed", "compare.interrupted", "compare.out")
 OTHERS += ("cache.name", "cache.store_name", "cache.tier")
-# What was tuned before the pack was loaded.
-OTHERS += ("cache.tuned", "cache.left_alone", "cache.is_set", "cache.not_glibc", "cache.mallopt")
+# What was tuned before the pack was loaded, and what is handed on by names that several things have.
+OTHERS += (
+    "cache.route",
+    "store.dropped",
+    "store.late",
+    "cache.tuned",
+    "cache.left_alone",
+    "cache.is_set",
+    "cache.not_glibc",
+    "cache.mallopt",
+)
 
 
 @pytest.fixture(scope="module")
