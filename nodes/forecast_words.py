@@ -35,6 +35,9 @@ def _in_a_line(told: dict[str, Any] | None, what: str | None) -> str:
     use = "use" if what else "step"
     streams = f"each {use} brings {in_words(told['streamed'])}" if told["streamed"] else "nothing is brought"
     least = "" if not told["at_least"] else f", at least {told['at_least']:.2f} s a step"
+    if told["seconds"] and not what:
+        waits = f", of which it waits {told['waits']:.2f} s" if told["waits"] else ""
+        least = f", about {told['seconds']:.2f} s a step{waits}"
     how = "as seen in an earlier run" if told["learnt"] else "by ComfyUI's estimate"
     tiles = ", in tiles" if told.get("tiled") else ""
     peak = f"the peak is {in_words(told['peak'])} of {in_words(told['device_total'])} ({how}{tiles})"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 
 log = logging.getLogger("spillway")
 
 _numbers = count(1)  # of ledgers, and of notices
+# A shorter wait is the price of a look, and no stall.
+STALL_SECONDS = 1e-4
 
 
 @dataclass
@@ -31,7 +35,8 @@ class Counters:
     reads: int = 0  # loans to operations outside of a layer's forward
     rows: int = 0  # of tables, brought for lookups
     prefetched: int = 0  # bundles begun before they were asked for
-    stalls: int = 0  # times the launching thread waited for the device
+    stalls: int = 0  # times the launching thread waited for a reader to bring what it needs
+    stall_seconds: float = 0.0  # that it waited then
     retries: int = 0  # layers run again after an out-of-memory error
     steps: int = 0
     graphs_compiled: int = 0  # by torch.compile, for blocks of this model
@@ -42,12 +47,14 @@ class Counters:
 class Step:
     """A step. streamed: bytes brought for it alone, in the mean of this use. seconds: that the last one took.
 
-    last: bytes brought in the last one that another followed.
+    last: bytes brought in the last one that another followed. stalled: seconds of `seconds` for which the launching
+    thread waited for readers.
     """
 
     streamed: int = 0
     seconds: float = 0.0
     last: int = 0
+    stalled: float = 0.0
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Ledger:
     quiet: bool = False
     _began: float | None = None  # when the running step began
     _brought: int = 0  # bytes streamed for the steps before the running one
+    _waited: float = 0.0  # seconds of stalls before the running one
     _before: tuple[int, int] = (0, 0)  # steps, and bytes streamed, before this use
     _said: set[str] = field(default_factory=set)
     _summarised: Counters = field(default_factory=Counters)
@@ -96,7 +104,19 @@ class Ledger:
         brought = self.counters.bytes_streamed - ahead
         self._end_step(brought)
         self.counters.steps += 1
-        self._began, self._brought = time.monotonic(), brought
+        self._began, self._brought, self._waited = time.monotonic(), brought, self.counters.stall_seconds
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Count what is done inside as a stall of the thread that launches, if it takes a while."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - began
+            if seconds >= STALL_SECONDS:
+                self.counters.stalls += 1
+                self.counters.stall_seconds += seconds
 
     def begin_use(self) -> None:
         """Begin a row of like steps. The time until the first of them is no step's."""
@@ -112,7 +132,8 @@ class Ledger:
         if self._began is not None:
             mean = self.mean_streamed()
             last = self.step.last if brought is None else brought - self._brought
-            self.step, self._began = Step(mean, time.monotonic() - self._began, last), None
+            stalled = self.counters.stall_seconds - self._waited
+            self.step, self._began = Step(mean, time.monotonic() - self._began, last, stalled), None
 
     def summarise(self, resident: int, total: int) -> None:
         """Log what was done since the last summary. The last step has ended. Sizes in bytes."""

@@ -47,5 +47,8 @@ class QuantisedForm(Protocol):
     def quantise_(self, weight: torch.Tensor) -> None:
         """Fill the weight's parts from one of the same shape, some rows at a time."""
 
+    def quantising_bytes(self, source: torch.Tensor) -> int:
+        """Return the most temporary memory that `quantise_` takes beside the source and its own parts."""
+
     def making_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the most temporary memory that an operation on the weight takes for its numbers in a dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..ops.device.backend import Backend
@@ -35,16 +35,18 @@ class Place:
 class Forecast:
     """What each step of one model will be once it has settled. Bytes and seconds.
 
-    streamed: brought at each step. weights_peak: the most that weights and those on their way hold together.
-    computation: what the step's own tensors take. order_known: the order in which the layers run was seen, not
-    guessed. bus: that a step takes of it at least. compute: that it computed, as last measured. step: that it takes,
-    with the waits for the bus. Each is None where it is not known.
+    streamed: brought at each step. weights_peak: the most that weights and those on their way hold together in a step.
+    loading: that they do before the first one, while weights are quantised. computation: what the step's own tensors
+    take. order_known: the order in which the layers run was seen, not guessed. bus: that a step takes of it at least.
+    compute: that it computed, as last measured. step: that it takes, with the waits for the bus. Each is None where it
+    is not known.
     """
 
     total: int
     resident: int
     streamed: int
     weights_peak: int
+    loading: int
     computation: int
     placed: int
     state: LoadState
@@ -56,7 +58,7 @@ class Forecast:
     @property
     def peak(self) -> int:
         """Count the most bytes of the device that the model and its computation hold together."""
-        return self.weights_peak + self.placed + self.computation
+        return self.placed + max(self.loading, self.weights_peak + self.computation)
 
     @property
     def at_least(self) -> float | None:
@@ -98,6 +100,7 @@ class Foresight(Planning):
     ) -> None:
         super().__init__(device, bundles, policy, remembered, placed_bytes)
         self.place = place
+        self._pinned = 0  # bytes that are left for pins
 
     @property
     def follows_free_memory(self) -> bool:
@@ -118,6 +121,7 @@ class Foresight(Planning):
 
         Those that no step uses have their place in the plan, and never come.
         """
+        loading = self._loaded()
         plan, planned, most = self._settled()
         stays, stay = [bundle for bundle in planned if not idle(bundle)], set(planned)
         most -= sum(bundle.nbytes for bundle in planned if idle(bundle))
@@ -132,6 +136,7 @@ class Foresight(Planning):
             resident=resident,
             streamed=streamed,
             weights_peak=most,
+            loading=loading,
             computation=computation,
             placed=self.placed_bytes,
             state=plan.state,
@@ -141,15 +146,27 @@ class Foresight(Planning):
             step=layouts.expected(self.addresses, self.remembered.window, pace).seconds if pace is not None else None,
         )
 
+    def _loaded(self) -> int:
+        """Quantise as a load does, before anything computes. Return the most bytes held; 0 where it makes none."""
+        self.addresses = self.layouts().guessed()
+        self._pinned = self._pin_budget()
+        made = [bundle for bundle in self.bundles if any(param.quantisation for param in bundle.params)]
+        if not made:
+            return 0
+        plan = self.plan_of(self.addresses, self.window)
+        stays = self.addresses[: plan.resident]
+        held = self.held(plan, stays)
+        self._pinned = self._keep_final_forms(set(stays), self._pinned, made)
+        return held
+
     def _settled(self) -> tuple[LoadPlan, list[Bundle], int]:
         """Plan as a run does, step after step, until nothing changes -> (plan, what stays, the most bytes held)."""
-        self.addresses = self.layouts().guessed()
         plan, most = self.plan_of(self.addresses, self.window), 0
-        pinned = self._pin_budget()
+        pinned = self._pinned
         while True:
             stays = self.addresses[: plan.resident]
             most = max(most, self.held(plan, stays))
-            left = self._keep_final_forms(set(stays), pinned)
+            left = self._keep_final_forms(set(stays), pinned, self.bundles)
             again = self.plan_of(self.addresses, self.window)
             if again.limit > plan.limit:  # as memory for computing patches is wanted no more
                 plan, pinned = again, left
@@ -166,10 +183,11 @@ class Foresight(Planning):
     def _pin_budget(self) -> int:
         return pin_budget(self.policy, self.total_bytes, 0, self.device.in_place)
 
-    def _keep_final_forms(self, stay: set[Bundle], budget: int) -> int:
-        """Note pins of what steps make and would make again, in the order of use. Return the budget that is left."""
+    def _keep_final_forms(self, stay: set[Bundle], budget: int, made: Collection[Bundle]) -> int:
+        """Note pins of what is made and would be made again, in the order of use. Return the budget that is left."""
+        may = set(made)
         for bundle in dict.fromkeys([*self.remembered.order, *self.bundles]):
-            wanted = bundle not in stay and not bundle.by_rows and self.costs.keeps_final_form(bundle)
+            wanted = bundle in may and bundle not in stay and not bundle.by_rows and self.costs.keeps_final_form(bundle)
             if wanted and not bundle.pin_is_current and bundle.nbytes <= budget:
                 bundle.pin_changed(bundle.version)
                 budget -= bundle.nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from ..ops.device.backend import Backend
 from ..ops.gather import aligned
@@ -15,6 +16,9 @@ from .load_plan import LoadPlan, Window, by_bytes, plan_load
 from .policy import Policy
 from .remembered import Remembered
 from .use_costs import UseCosts
+
+# Bundles on their way to their pins at once, which are as fast as what is brought.
+WRITTEN_BACK = 2
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,13 @@ class Planning:
     def held(self, plan: LoadPlan, stays: Sequence[Bundle]) -> int:
         """Count what weights hold with those on their way: the arena, and beside it what is made or looked up.
 
-        What was made is held until it lies in its pin, as far as there is room. One bundle must pass in any case.
+        What was made is held until it lies in its pin, while the next is made. One bundle must pass in any case.
         """
         room, stay = self.room(plan, stays), set(stays)
         brought = [bundle for bundle in self.bundles if bundle not in stay]
         making = max([*map(self.costs.casts, brought), *map(self.costs.makes, stays)], default=0)
-        kept = sum(b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current)
+        made = [b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current]
+        kept = sum(nlargest(WRITTEN_BACK, made))
         beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
         one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
         mapped = -(-sum(bundle.nbytes for bundle in stays) // self.unit) * self.unit

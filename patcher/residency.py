@@ -322,6 +322,7 @@ class Residency(Planning):
     def note_peak(self) -> None:
         """Remember the most bytes that were resident, before the VBAR goes or shrinks."""
         self._peak = max(self._peak, self.vbar.peak_size())
+        self.caster.note_held()
 
     @property
     def peak_bytes(self) -> int:

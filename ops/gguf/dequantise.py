@@ -172,6 +172,8 @@ IN_TORCH: dict[str, Dequantise] = {
 }
 # Of weights whose rows are put into another order.
 PLAIN = {"F32": _plain(torch.float32), "F16": _plain(torch.float16), "BF16": _plain(torch.bfloat16)}
+# Types whose numbers are computed one by one, and not looked up in a table.
+ARITHMETIC = {*IN_TORCH, *PLAIN} - {"IQ4_NL", "IQ4_XS"}
 
 
 def _by_reference(kind: str) -> Dequantise:

@@ -9,14 +9,14 @@ import torch
 from ..gather import is_wrapper
 from ..joined_weight import JoinedWeight
 from ..subclasses import add_branch, linear_arguments, writes_into
-from .dequantise import function_for
+from .dequantise import ARITHMETIC, function_for
 from .types import IDS, TYPES
 
 # Bytes of fp32 numbers that are made at a time, which bounds temporary memory. What making them takes beside the
-# result, as a multiple: the most of any type, by the fp32 numbers that one part has. Operations show 2.3, and what a
-# device's kernels take within themselves comes on top.
+# result, as a multiple of the fp32 numbers of one part. Types whose numbers are looked up in a table show 2.3, and
+# what a device takes within its kernels comes on top. The others are arithmetic on single numbers.
 PART_BYTES = 16 << 20
-MAKING = 3.2
+MAKING, LOOKING_UP = 1.55, 3.2
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -92,7 +92,8 @@ class GgufWeight(torch.Tensor):
         """Return the most temporary memory that an operation on the weight takes for its numbers in a dtype."""
         wanted = dtype or self.dtype
         copies = bool(self.form.heads) + (wanted != self.dtype)
-        making = int(MAKING * min(PART_BYTES, 4 * self.numel()))
+        factor = MAKING if self.form.kind in ARITHMETIC else LOOKING_UP
+        making = int(factor * min(PART_BYTES, 4 * self.numel()))
         return self.numel() * wanted.itemsize + making + copies * self.blocks.numel()
 
     def _own(self, dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,11 @@ from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 PART_BYTES = 16 << 20
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype in which numbers are looked at: bf16 has every number of fp8."""
+    return dtype if dtype.itemsize > 1 else torch.bfloat16
+
+
 class Int8Weight(torch.Tensor):
     """A (rows, columns) weight in INT8 that behaves like a weight in `dtype`.
 
@@ -81,14 +86,28 @@ class Int8Weight(torch.Tensor):
                 self.scale.copy_(parts[1].reshape(-1, 1))
                 return
             weight = weight.dequantize()
-        rows, columns = self.qdata.shape
-        wide = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16  # which has every number of fp8
-        step = max(1, PART_BYTES // (4 * columns))
+        rows, wide, step = self.qdata.shape[0], _wide(weight.dtype), self._rows_of_a_part()
         for start in range(0, rows, step):
             part = slice(start, start + step)
             quantised, scale = quantise_rows(weight[part].to(wide), self.scale.shape[1])
             self.qdata[part] = quantised
             self.scale[part] = scale
+
+    def _rows_of_a_part(self) -> int:
+        """Count the rows that are quantised together."""
+        return max(1, PART_BYTES // (4 * self.qdata.shape[1]))
+
+    def quantising_bytes(self, source: torch.Tensor) -> int:
+        """Return the most temporary memory that `quantise_` takes beside the source and its own parts.
+
+        For a part: the product in fp32, and the INT8 that it is rounded to, beside that of the part before.
+        """
+        numel = self.qdata.numel()
+        if is_wrapper(source):
+            return 3 * min(PART_BYTES, 4 * numel)
+        part = min(numel, self._rows_of_a_part() * self.qdata.shape[1])
+        copied = 0 if source.dtype == _wide(source.dtype) else _wide(source.dtype).itemsize
+        return part * (4 + 1 + (part < numel) + copied)
 
     def making_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Return 0. Products are rescaled in small parts, and none needs the weight's numbers."""

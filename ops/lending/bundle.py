@@ -29,7 +29,6 @@ from ..device.backend import Backend
 from ..files.disk_map import DiskMap, SourceError
 from ..gather import gathered_bytes, is_wrapper, memory_of
 from ..gguf.weight import GgufWeight
-from ..int8.weight import PART_BYTES
 from ..ledger import Ledger
 from .idle_weight import idle_form, store_sources
 from .param import Param
@@ -246,7 +245,7 @@ class Bundle:
             if isinstance(param.source, GgufWeight):
                 extra += param.source.making_bytes()
             if param.quantisation is not None:  # quantised in parts; nothing casts it afterwards
-                extra += 3 * min(PART_BYTES, 4 * numel) + (2 * numel * 4 if param.patch is not None else 0)
+                extra += param.final.quantising_bytes(param.source) + (2 * numel * 4 if param.patch is not None else 0)
                 continue
             final_bytes = numel * param.final.dtype.itemsize
             dequantised = final_bytes if (param.is_cast or is_wrapper(param.source)) else 0

@@ -368,10 +368,14 @@ class Caster:
         """Give buffers back that no loan uses. Return the bytes of device memory that were freed."""
         return 0
 
-    peak_buffer_bytes = recent_buffer_bytes = 0  # the most that `buffer_bytes` was, ever and in this use
+    peak_buffer_bytes = 0  # the most that `buffer_bytes` ever was
+    recent_bytes = 0  # the most that buffers and the VBAR held together in this use
 
     def begin_use(self) -> None:
         """Begin to count what this use of the model holds at most."""
+
+    def note_held(self) -> None:
+        """Note what is held now."""
 
     @property
     def buffer_bytes(self) -> int:

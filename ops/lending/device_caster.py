@@ -67,7 +67,7 @@ class DeviceCaster(Caster):
         self.write_backs = WriteBacks(backend, pins)
         self.room = 1 << 62  # see set_room
         self._held = 0  # bytes of device memory that loans hold outside of VBAR and arena
-        self.peak_buffer_bytes = self.recent_buffer_bytes = 0
+        self.peak_buffer_bytes = self.recent_bytes = 0
 
     # -- memory beside the VBAR
 
@@ -103,12 +103,16 @@ class DeviceCaster(Caster):
         self._mark(self.buffer_bytes + nbytes)
 
     def begin_use(self) -> None:
-        self.recent_buffer_bytes = self.buffer_bytes
+        self.recent_bytes = 0
+        self.note_held()
+
+    def note_held(self) -> None:
+        self._mark(self.buffer_bytes)
 
     def _mark(self, held: int) -> None:
         """Note the bytes of buffers that are held."""
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, held)
-        self.recent_buffer_bytes = max(self.recent_buffer_bytes, held)
+        self.recent_bytes = max(self.recent_bytes, held + self.vbar.loaded_size())
 
     def free_buffers(self) -> int:
         with self.lock:
@@ -224,10 +228,11 @@ class DeviceCaster(Caster):
         arena = self.arena
         if arena.capacity + (0 if loan.brings_final else loan.cast_bytes()) > self.room:
             return False
-        if not arena.nbytes and self.buffer_bytes + arena.capacity > self.room:
+        growth = arena.capacity - arena.nbytes
+        if growth > 0 and self.buffer_bytes + growth > self.room:
             if ahead:
                 return False
-            self.make_way(arena.capacity)
+            self.make_way(growth)
         return True
 
     def _hold_target(self, loan: Loan) -> None:
@@ -284,7 +289,8 @@ class DeviceCaster(Caster):
         bundle = loan.bundle
         assert loan.target is not None
         if loan.job is not None:
-            loan.job.wait()
+            with self.ledger.stalled():
+                loan.job.wait()
             loan.job = loan.reading = None
         # Without this wait the main stream would compute with what lay in the target before the transfer.
         self.backend.wait(loan.event, None)

@@ -75,9 +75,10 @@ def test_a_forecast_is_what_the_steps_are(tmp_path, net, form):
         assert told.streamed == streamed, (net, form, share)
         assert told.resident == ran.resident_bytes
         # The device counts no temporaries of patches. The model adds up peaks that come one after the other.
-        assert (1 - EXACT) * ran.backend.peak <= told.weights_peak <= (1 + EXACT) * ran.peak_bytes
+        assert (1 - EXACT) * ran.backend.peak <= told.peak <= (1 + EXACT) * ran.peak_bytes
+        assert told.placed == told.computation == 0 and (told.loading == 0 or form == "quantised")
         if form in PLAIN:
-            assert told.weights_peak == pytest.approx(ran.backend.peak, rel=EXACT)
+            assert told.peak == pytest.approx(ran.backend.peak, rel=EXACT)
         assert told.order_known
         states.add(told.state)
         ran.close()

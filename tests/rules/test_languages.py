@@ -19,7 +19,7 @@ STAY |= {
     "{most}/255",
     "{widget}\uff1a{value}",
     "{part} / {whole}",
-    "。",
+    *"\u3002\uff0c\u3001\uff1b",
     *(f"LoRA {number}" for number in range(1, 7)),
     "LoRA (Spillway)",
 }

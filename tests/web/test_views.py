@@ -174,6 +174,17 @@ def test_the_icon_and_the_badges():
     assert on_cpu["icon"] == "42%" and on_cpu["badges"][0] is None
 
 
+def test_decisions_are_told_in_the_panels_language_and_copied_in_english():
+    decisions = ["gave 1.0 GiB of pins back: RAM runs short", "a sentence that nobody has translated"]
+    one = report(model={"decisions": decisions})
+    one["cache"]["decisions"] = ["an evicted output was not kept: disk full"]
+    (told,) = seen([one], "zh")
+    assert texts("zh", "main")["spillway"]["said"]["pins"]["short"] in told["text"] and decisions[0] not in told["text"]
+    assert "an evicted" not in told["text"] and "disk full" in told["text"] and decisions[1] in told["text"]
+    assert told["english"] == decisions[1:], "a screen reader is told that it is English"
+    assert decisions[0] in told["copied"]
+
+
 def test_the_copied_text_has_it_all():
     (told,) = seen([report()])
     for words in ("RTX 3060", "flux1-dev", "half of it fits", "| KSampler (7) | 16 s | 9.0 GB |", "4 outputs"):
@@ -252,6 +263,8 @@ def foreseen(**changes):
         "device_total": 12 * GIB,
         "computation": 2 * GIB,
         "at_least": 1.5,
+        "seconds": None,
+        "waits": None,
         "fits": True,
         "learnt": True,
         "seen": False,
@@ -304,6 +317,8 @@ def beside():
 
 FORECASTS = [
     asked(foreseen()),
+    asked(foreseen(seconds=2.0, waits=0.5)),
+    asked(foreseen(seconds=2.0, waits=0.01)),
     asked(foreseen(fits=False, learnt=False, order_known=False, peak=14 * GIB), NOTES, undo={"value": 1}),
     asked(None, NOTES[:1], busy=True),
     {"busy": False, "told": {"samplers": [], "uses": [], "left_out": 0}, "undo": None},
@@ -311,8 +326,11 @@ FORECASTS = [
 
 
 def test_a_forecast_says_what_fits_and_what_could_be_set():
-    part, over, unknown, none = (one["text"] for one in seen([report(forecast=one) for one in FORECASTS]))
+    told = seen([report(forecast=one) for one in FORECASTS])
+    part, waits, hidden, over, unknown, none = (one["text"] for one in told)
     assert "6.0 of 12.0 GB stay, and each step brings 6.0 GB. A step takes at least 1.5 s. Peak 9.0 of 12.0 GB." in part
+    assert "brings 6.0 GB. A step takes about 2.0 s, 0.5 s of it waiting for the bus. Peak 9.0" in waits
+    assert "brings 6.0 GB. A step takes about 2.0 s. Peak 9.0" in hidden, "a wait that nobody would notice"
     assert "weight_dtype: int8" in part and "8 bits: All of it stays (6.0 GB). Peak 8.0 of 12.0 GB." in part
     assert "It does not fit: peak 14.0 of 12.0 GB." in over and "1024 x 1024 is assumed" in over and "Undo" in over
     assert "no loader was found behind it" in unknown and "Looking…" in unknown
@@ -340,6 +358,10 @@ def test_forecast_and_fact_stand_side_by_side():
     assert (
         "Brought each step 6.0 GB 5.0 GB" in words and "A step 1.5 s 1.7 s" in words and "Peak 9.0 GB 8.0 GB" in words
     )
+    assert "Of it waiting" not in words and "Waiting for the file" not in words
+    sampled |= {"waited": 0.3, "stalled": 0.2}
+    words = " ".join(seen([report(run=run, forecast=asked(foreseen(seconds=2.0, waits=0.5)))])[0]["text"].split())
+    assert "A step 2.0 s 1.7 s Of it waiting 0.5 s 0.3 s Waiting for the file \u2013 0.2 s Peak" in words
     assert "Brought each step" not in other["text"], "that was another model, size or format"
     decoded = {"key": "vae", "resident": GIB, "streamed": 0, "seconds": 0.4, "peak": 9 * GIB}
     run["nodes"] = [{"id": "8", "kind": "VAEDecode", "seconds": 0.5, "peaks": {}, "rss": GIB, "used": decoded}]
@@ -430,10 +452,15 @@ def test_every_text_that_the_code_asks_for_is_there_and_used(language):
     """Views in their odd states too, and the texts of toasts, which no view shows."""
     seen([report(model=changes) for changes, _ in SENTENCES.values()], language)
     seen([report(models=[], run=None, cache=None), *(report(forecast=one) for one in FORECASTS)], language)
+    took = {"key": FORECASTS[0]["told"]["samplers"][0]["forecast"]["key"], "resident": 1, "streamed": 1, "seconds": 1.0}
+    node = {"id": "7", "kind": "KSampler", "seconds": 1.0, "peaks": {}, "rss": 1}
+    run = {"seconds": 1.0, "ended": True, "running": None}
+    run["nodes"] = [node | {"used": took | {"peak": 1, "waited": 0.5, "stalled": 0.5}}]
+    seen([report(run=run, forecast=FORECASTS[0])], language)
     seen([report(comparison=one) for one in COMPARISONS], language)
     seen([report(memory={"limit": kind}) for kind in LIMITS], language)
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").rglob("*.js"))
-    known = {key for key, _ in flat(texts(language, "main")["spillway"])}
+    known = {key for key, _ in flat(texts(language, "main")["spillway"]) if not key.startswith(("said.", "list."))}
     named = set(re.findall(r'"([a-z]+(?:\.[a-z]+)*)"', code))
     unused = known - named - seen.asked - COMPOSED
     assert not unused

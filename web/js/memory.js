@@ -62,7 +62,7 @@ async function act(words, path, body) {
     );
     return done;
   } catch (error) {
-    toast("error", error.message);
+    toast("error", t.said(error.message).text);
     return null;
   }
 }
@@ -110,7 +110,7 @@ const actions = {
       const { output } = await app.graphToPrompt();
       state.forecast.told = await post("forecast", { prompt: output });
     } catch (error) {
-      toast("error", error.message);
+      toast("error", t.said(error.message).text);
     }
     state.forecast.busy = false;
     say(state.forecast.told?.samplers.map(({ forecast }) => (forecast ? inWords(forecast, t) : "")).join(" ") ?? "");
@@ -134,7 +134,7 @@ const actions = {
       const client_id = api.clientId ?? api.initialClientId;
       showComparison(await post("compare", { prompt: output, comfyui: withTheirs(output), client_id }));
     } catch (error) {
-      toast("error", error.message);
+      toast("error", t.said(error.message).text);
     }
   },
   copyComparison: async () => {
@@ -148,7 +148,7 @@ const actions = {
       await copy(asText(await fetchReport(), inEnglish));
       toast("success", t("copy.done"));
     } catch (error) {
-      toast("error", error.message);
+      toast("error", t.said(error.message).text);
     }
   },
 };

@@ -30,17 +30,20 @@ def node_ended(peaks: dict[str, int], began: float) -> dict[str, Any] | None:
     stays = [b for b in residency.addresses if residency.is_resident(b)] if residency is not None else []
     resident, streamed = sum(bundle.nbytes for bundle in stays), _streamed(model, state)
     if peak is not None and residency is not None:
-        held = residency.held(residency.plan, stays) - model.resident_bytes
-        buffers = max(held, residency.caster.recent_buffer_bytes)
-        weights = model.resident_bytes + model.placed_bytes + buffers
+        held = residency.held(residency.plan, stays)
+        weights = max(held, residency.caster.recent_bytes) + model.placed_bytes
         learnt.note_peak(model, size, peak, weights, (resident, streamed))
     learnt.note_pace(model, size)
+    if state.samples:
+        learnt.note_waits(model, size, (resident, streamed))
     return {
         "key": learnt.key_of(model, size),
         "name": model.ledger.name,
         "size": size,
         "streamed": streamed,
         "seconds": step.seconds,
+        "waited": learnt.waited(model) if state.samples else None,
+        "stalled": step.stalled,
         "resident": resident,
         "peak": peak,
     }

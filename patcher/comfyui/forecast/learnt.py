@@ -1,4 +1,4 @@
-"""Keeps what runs on this machine have shown: what computations take, how fast the bus is, how long steps compute."""
+"""Keeps what runs on this machine have shown: what computations take, the bus, how long steps take and wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLANS = 4  # of one model at one size
 MOST_BYTES = 1 << 60  # what ComfyUI asks for at most: more was never measured
 MOST_SECONDS = 24 * 3600  # of one layer
 MORE = 1.02
-PEAKS, PACES, BUSES = "peaks", "paces", "buses"
+PEAKS, PACES, BUSES, WAITS = "peaks", "paces", "buses", "waits"
 
 
 def learnt_file(name: str) -> Path:
@@ -40,11 +40,16 @@ def note_peak(model: DynamicModel, size: str, peak: int, weights: int, plan: tup
 
     plan: bytes that stayed, and that each step brought.
     """
-    key = key_of(model, size)
-    others = [one for one in _peaks(key).plans if one[:2] != list(plan)][1 - PLANS :]
+    key, budget = key_of(model, size), budget_of(model)
+    others = [one for one in _peaks(key).plans if (*one[:2], one[4]) != (*plan, budget)][1 - PLANS :]
     beside, asked = max(0, peak - weights), model.remembered.expected
-    known = {"beside": beside, "asked": asked, "plans": [*others, [*plan, peak, beside]]}
+    known = {"beside": beside, "asked": asked, "plans": [*others, [*plan, peak, beside, budget]]}
     _put(PEAKS, key, known)
+
+
+def budget_of(model: DynamicModel) -> int:
+    """Give the bytes that the policy allows, which say what is on its way beside what stays; 0 for no such limit."""
+    return model.policy.vram_bytes or 0
 
 
 @never_raises("noting how fast steps are")
@@ -56,11 +61,62 @@ def note_pace(model: DynamicModel, size: str) -> None:
         _put(BUSES, _device(model), pace.bus)
 
 
+@never_raises("noting the waits of a run")
+def note_waits(model: DynamicModel, size: str, plan: tuple[int, int]) -> None:
+    """Note how long a step of a plan took, and of that how long it waited for the bus and for readers."""
+    key, step = key_of(model, size), model.ledger.step
+    if step.seconds > 0:
+        others = [one for one in _waits(key) if one.plan != plan][1 - PLANS :]
+        waits = [*others, Waits(plan, step.seconds, waited(model), step.stalled)]
+        _put(WAITS, key, [[*one.plan, one.seconds, one.waited, one.stalled] for one in waits])
+
+
+def waited(model: DynamicModel) -> float | None:
+    """Give the seconds of the last step that were no computing; None where nobody has timed that."""
+    step, pace = model.ledger.step, model.pace
+    return None if pace is None or not step.seconds else max(0.0, step.seconds - sum(pace.seconds.values()))
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What a step of a plan took. plan: bytes that stay, and that it brings. waited: seconds that were no computing,
+    None where that is not known. stalled: seconds for which whoever launches waited for readers.
+    """
+
+    plan: tuple[int, int]
+    seconds: float
+    waited: float | None
+    stalled: float
+
+
+def waits_of(model: DynamicModel, size: str, plan: tuple[int, int]) -> tuple[Waits | None, float]:
+    """Give what a step of this plan took, None where it has not run -> (that, seconds that readers would stall it)."""
+    known = _waits(key_of(model, size))
+    seen = next((one for one in known if one.plan == plan), None)
+    # Readers bring what a step streams, so what another plan waited for them goes by its bytes.
+    rates = [one.stalled / one.plan[1] for one in known[-1:] if one.plan[1]]
+    return seen, sum(rates) * plan[1] if seen is None else seen.stalled
+
+
+def _waits(key: str) -> list[Waits]:
+    found = read_record(learnt_file(WAITS), WAITS).get(key)
+    plans = found[-PLANS:] if isinstance(found, list) else []
+    return [
+        Waits((stays, streamed), seconds, waited, stalled)
+        for stays, streamed, seconds, waited, stalled in (
+            one for one in plans if isinstance(one, list) and len(one) == 5
+        )
+        if all(isinstance(one, int) and _is_number(one) and 0 <= one <= MOST_BYTES for one in (stays, streamed))
+        and all(_is_number(one) and 0 <= one < MOST_SECONDS for one in (seconds, stalled))
+        and (waited is None or (_is_number(waited) and 0 <= waited < MOST_SECONDS))
+    ]
+
+
 @dataclass(frozen=True)
 class Peaks:
     """Of a model at a size. beside: bytes that were not of weights when it last ran; None where it never has.
 
-    asked: what ComfyUI said then that it needs. plans: [resident, streamed, peak, beside] of the last runs.
+    asked: what ComfyUI said then that it needs. plans: [resident, streamed, peak, beside, budget] of the last runs.
     """
 
     beside: int | None = None
@@ -82,9 +138,9 @@ class Peaks:
         alike = [plan for plan in self.plans if (plan[1] > 0) == (streamed > 0)]
         return min(alike, key=lambda plan: abs(plan[0] - resident))[3] if alike else self.beside
 
-    def of(self, resident: int, streamed: int) -> int | None:
+    def of(self, resident: int, streamed: int, budget: int) -> int | None:
         """Give the peak of a run of the same plan; None where there was none."""
-        return next((peak for *plan, peak, _ in self.plans if plan == [resident, streamed]), None)
+        return next((one[2] for one in self.plans if (*one[:2], one[4]) == (resident, streamed, budget)), None)
 
 
 def peaks_of(model: DynamicModel, size: str) -> Peaks:
@@ -95,7 +151,7 @@ def peaks_of(model: DynamicModel, size: str) -> Peaks:
 def _peaks(key: str) -> Peaks:
     found = read_record(learnt_file(PEAKS), PEAKS).get(key)
     try:
-        plans = [[int(number) for number in plan] for plan in found["plans"][-PLANS:] if len(plan) == 4]
+        plans = [[int(number) for number in plan] for plan in found["plans"][-PLANS:] if len(plan) == 5]
         known = Peaks(int(found["beside"]), int(found["asked"]), tuple(plans))
     except (KeyError, TypeError, ValueError, OverflowError):
         return Peaks()

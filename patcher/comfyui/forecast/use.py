@@ -10,7 +10,7 @@ import comfy.model_management
 from ....ops.vbar import cap
 from ....ops.vbar.aimdo import PAGE, serves
 from ...dynamic_model import DynamicModel, models
-from ...forecast import Place, foresee
+from ...forecast import Forecast, Place, foresee
 from .. import sizes
 from ..model_state import state_of
 from . import learnt
@@ -41,13 +41,15 @@ def foresee_use(
     beside = known.beside_in(told.resident, told.streamed)
     if beside is not None:
         told = replace(told, computation=beside)
-    seen = known.of(told.resident, told.streamed)
+    seen = known.of(told.resident, told.streamed, learnt.budget_of(model))
+    took, stalls = learnt.waits_of(model, size, (told.resident, told.streamed))
     peak, total = told.peak if seen is None else seen, model.backend.memory()[1]
     return {
         **{name: value for name, value in asdict(told).items() if name != "state"},
         "state": told.state.value,
         "peak": peak,
         "at_least": told.at_least,
+        **_steps(told, took, stalls),
         "learnt": known.beside is not None,
         "seen": seen is not None,
         "fits": peak <= total,
@@ -59,6 +61,15 @@ def foresee_use(
         "key": learnt.key_of(model, size),
         "unknown": unknown,
     }
+
+
+def _steps(told: Forecast, took: learnt.Waits | None, stalls: float) -> dict[str, float | None]:
+    """Say how long a step takes, and of that how long it waits: as one of this plan did, or as others let expect."""
+    if took is not None:
+        return {"seconds": took.seconds, "waits": took.waited}
+    if told.step is None or told.compute is None:
+        return {"seconds": None, "waits": None}
+    return {"seconds": told.step + stalls, "waits": max(0.0, told.step - told.compute) + stalls}
 
 
 def place_of(model: DynamicModel, all_models: int | None) -> Place:

@@ -12,6 +12,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ....ops.files.disk_map import check_files
 from ....ops.gather import is_wrapper
+from ....ops.int8.weight import PART_BYTES
 from ....ops.lending.idle_weight import as_stored
 from ....ops.subclasses import add_branch, linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
@@ -75,6 +76,10 @@ class KitchenWeight(torch.Tensor):
                 targets[suffix][start : start + part.shape[0]].copy_(part)
         for suffix, tensor in making.single.items():
             targets[suffix].copy_(tensor)
+
+    def quantising_bytes(self, source: torch.Tensor) -> int:
+        """Return the most temporary memory that `quantise_` takes: some rows in fp32, and what is made of them."""
+        return 3 * min(PART_BYTES, 4 * source.numel())
 
     def making_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the most temporary memory that an operation on the weight takes for its numbers in a dtype.

@@ -84,6 +84,9 @@ def test_it_reads_well_in_every_language_and_theme(page, server, visit, shots, l
         wanted = [texts["card"]["drop"]["label"], texts["run"]["node"], texts["cache"]["clear"]["label"]]
         said = seen.until(lambda: (text := seen.text()) and all(one in text for one in wanted) and text)
         assert "card." not in said and "{" not in said
+        english = seen.page.locator(f"{PANEL} [lang=en]").all_text_contents()
+        decisions = seen.page.locator(f"{PANEL} .sw-details li").all_text_contents()
+        assert decisions and english == [], "what the server decided is said in the panel's language"
         seen.until(lambda: (seen.page.locator(f".dark-theme {PANEL}").count() > 0) == (theme == "dark"))
         worst = seen.page.evaluate(CONTRAST)
         assert len(worst) > 30 and worst[0][0] >= LEAST_CONTRAST, worst[:3]

@@ -2,6 +2,7 @@
 
 import gc
 
+import comfy.cli_args as cli_args
 import comfy.model_management as mm
 import comfy_extras.nodes_hunyuan
 import comfy_extras.nodes_sd3
@@ -32,8 +33,11 @@ GRAPHS = {
     "lumina2": ("forecast-lumina2.safetensors", {"arch": "lumina2"}, 0.6),
     "z_image": ("forecast-z_image.safetensors", {"arch": "z_image"}, 0.6),
 }
-MADE = ("LoRA", "int8", "GGUF")
-QUICK = ("flux with a LoRA", "flux from GGUF", "flux, two samplers", "wan", "sd15")
+# In 16 bit the step computes most at another moment than weights hold most, so both together are never there.
+IN_16_BIT = {"wan": (1 - EXACT, 1.2), "flux with a LoRA": (1 - EXACT, 1.1)}
+# Where memory has room, more or fewer patched weights wait to be written back, as the device's thread comes to it.
+WITH_ROOM = {"flux with a LoRA": (0.75, 1.5)}
+QUICK = ("flux with a LoRA", "flux in int8", "flux from GGUF", "flux, two samplers", "wan", "sd15")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +56,12 @@ def executor(monkeypatch):
     learning.install()
     yield Executor
     graph_policy.begin(None, [])
+
+
+def limits(name):
+    """By how much what is told may differ from what a run of a new plan takes."""
+    loose = WITH_ROOM if wants_aimdo() else {} if cli_args.args.force_fp32 else IN_16_BIT
+    return loose.get(name, (1 - EXACT, 1 + EXACT))
 
 
 def run(executor, card, prompt):
@@ -92,19 +102,20 @@ def test_a_forecast_is_what_the_run_takes(card, executor, name):
         assert foreseen["streamed"] == fact["streamed"]
         assert foreseen["resident"] == fact["resident"]
         assert (foreseen["streamed"] > 0) == (share is not None)
-        # What is made of weights on their way is counted at its most, until a run of this plan has been seen.
-        made = any(word in name for word in MADE)
-        least, most = (0.9, 1.5) if made else (1 - EXACT, 1 + EXACT)
+        least, most = limits(name)
         assert least * peak <= foreseen["peak"] <= most * peak
         assert again[one]["seen"] and again[one]["peak"] == pytest.approx(peak, rel=EXACT)
+        assert again[one]["seconds"] == fact["seconds"] > 0 and again[one]["waits"] == fact["waited"]
+        assert fact["stalled"] <= fact["seconds"] and (fact["waited"] or 0) <= fact["seconds"]
 
 
 def test_the_next_plan_goes_by_what_the_last_run_took(card, executor):
     file = "forecast-flux.safetensors"
     # More than a gigabyte, whatever a small model computes. Under comfy-aimdo it is the headroom, and pages are large.
     asked = int(mm.minimum_inference_memory()) if not wants_aimdo() else GIB // 2 + 32 * MIB
+    (whole,) = forecast(graph(file))["samplers"]
     for number in range(card.count):
-        card.set(number, capacity=asked + 24 * MIB)
+        card.set(number, capacity=asked + int(0.68 * whole["forecast"]["total"]))
     run(executor, card, graph(file, seed=7))  # shows the order of the layers
     prompt = graph(file, batch=5)  # a size that no other test has run
     (guessed,) = forecast(prompt)["samplers"]
@@ -127,13 +138,48 @@ NO_RECORDS = [
     {"beside": -1, "asked": 1 << 40, "plans": []},
     {"beside": 1 << 70, "asked": 1 << 40, "plans": []},
     {"beside": float("inf"), "asked": 1 << 40, "plans": []},
-    {"beside": 1, "asked": 1 << 40, "plans": [["a", 1, 2, 3]]},
+    {"beside": 1, "asked": 1 << 40, "plans": [["a", 1, 2, 3, 4]]},
     {"beside": 1, "asked": 1 << 40, "plans": 3},
-    {"beside": 1, "asked": 1 << 40, "plans": [[1, 2, 3, -4]]},
+    {"beside": 1, "asked": 1 << 40, "plans": [[1, 2, 3, -4, 5]]},
     {"beside": None, "asked": {}, "plans": []},
     [],
     "text",
 ]
+
+
+# Behind the bytes of the plan: seconds, of them waited and stalled.
+NO_WAITS = [
+    [-30.0, 0.0, 0.0],
+    ["a", 0.0, 0.0],
+    [30.0, [], 0.0],
+    [30.0, "a", 0.0],
+    [30.0, -2.0, 0.0],
+    [30.0, True, 0.0],
+    [30.0, None],
+    [30.0, None, float("inf")],
+    [30.0, None, None],
+]
+
+
+def test_waits_that_make_no_sense_are_none(card, executor):
+    prompt = graph("forecast-flux.safetensors", gigabytes=0.004)
+    run(executor, card, prompt)
+    path = learnt.learnt_file(learnt.WAITS)
+    known = read_record(path, learnt.WAITS)
+    try:
+        seen = forecast(prompt)["samplers"][0]["forecast"]
+        assert seen["seconds"] > 0, "this plan has run"
+        stays, streamed = seen["resident"], seen["streamed"]
+        write_record(path, learnt.WAITS, {key: [[stays, streamed, 3.0, 2.0, 1.0]] for key in known})
+        told = forecast(prompt)["samplers"][0]["forecast"]
+        assert (told["seconds"], told["waits"]) == (3.0, 2.0)
+        rows = [[[stays, streamed, *row]] for row in NO_WAITS] + [[[True, streamed, 30.0, None, 0.0]], [3], {}, "text"]
+        for found in rows:
+            write_record(path, learnt.WAITS, {key: found for key in known})
+            told = forecast(prompt)["samplers"][0]["forecast"]
+            assert (told["seconds"] or 0) < 30 and told["resident"] == stays, found
+    finally:
+        write_record(path, learnt.WAITS, known)
 
 
 def test_a_record_that_makes_no_sense_is_no_record(card, executor):

@@ -1,5 +1,6 @@
 // A card for each model: where its layers lie, what a step brings, what was decided, and what can be pressed.
 import { layerAt } from "./figures.js";
+import { spoken } from "./said.js";
 import { h } from "./tree.js";
 import { perStep, seconds, size, sizeOf, waiting } from "./words.js";
 
@@ -50,7 +51,7 @@ export function cardView(card, actions, t) {
         h(
           "ul",
           {},
-          [...card.decisions].reverse().map((text) => h("li", { lang: "en" }, text)), // the server's words
+          [...card.decisions].reverse().map((text) => spoken(h, "li", text, t)),
         ),
       ),
   );

@@ -42,7 +42,7 @@ function table(runs, t) {
 /** What came of a comparison, for who does not see the table. */
 export function comparisonInWords(told, t) {
   if (told.state === "runs") return t("compare.runs");
-  return told.state === "done" ? shownInWords(told.shown, t).join(" ") : t("compare.ended", { why: told.state });
+  return told.state === "done" ? shownInWords(told.shown, t).join(" ") : t("compare.ended", { why: t.said(told.state).text });
 }
 
 /** told: what GET /spillway/compare says, or null. */
@@ -70,6 +70,6 @@ export function compareView(told, actions, t) {
       told.same.length > 0 &&
       h("p", { class: "sw-note", key: "same" }, t("compare.same", { names: told.same.join(", ") })),
     done && told.kept.length > 0 && h("p", { class: "sw-note", key: "kept" }, t("compare.kept", { names: told.kept.join(", ") })),
-    !done && !busy && told?.runs && h("p", { class: "sw-note", key: "why" }, t("compare.ended", { why: told.state })),
+    !done && !busy && told?.runs && h("p", { class: "sw-note", key: "why" }, t("compare.ended", { why: t.said(told.state).text })),
   ];
 }

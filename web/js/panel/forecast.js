@@ -1,7 +1,9 @@
 // Will it fit: what the models of the open graph will take, what could be set, and after the run what they took. Pure.
 import { h } from "./tree.js";
-import { seconds, size, sizeOf } from "./words.js";
+import { HIDDEN, seconds, size, sizeOf } from "./words.js";
 import { atWork, heads, row } from "./tree.js";
+
+const STALLED = 0.01; // seconds of a step: less is not worth a row
 
 /** What was foreseen of a node and what its last run took, side by side. null where it has not run as foreseen. */
 export function factOf(report, one) {
@@ -9,11 +11,15 @@ export function factOf(report, one) {
   const told = one.forecast;
   if (!node || !told || node.used.key !== told.key) return null;
   const was = node.used;
-  const step = { told: told.at_least ? seconds(told.at_least) : "–", was: was.seconds ? seconds(was.seconds) : "–" };
+  const time = (value) => (value == null ? "–" : seconds(value));
+  const step = { told: time((told.seconds ?? told.at_least) || null), was: time(was.seconds || null) };
+  const waits = told.waits != null || was.waited != null;
   return [
     { name: "stays", told: size(told.resident), was: size(was.resident) },
     { name: one.what ? "each" : "streamed", told: size(told.streamed), was: size(was.streamed) },
     ...(one.what ? [] : [{ name: "step", ...step }]),
+    ...(waits && !one.what ? [{ name: "waits", told: time(told.waits), was: time(was.waited) }] : []),
+    ...(was.stalled >= STALLED && !one.what ? [{ name: "stalled", told: "–", was: time(was.stalled) }] : []),
     { name: "peak", told: size(told.peak), was: was.peak == null ? "–" : size(was.peak) },
   ];
 }
@@ -22,9 +28,17 @@ export function factOf(report, one) {
 export function inWords(told, t, what) {
   const all = { total: size(told.total), stays: sizeOf(told.resident, told.total, t), streamed: size(told.streamed) };
   const stays = t(told.streamed ? (what ? "forecast.part_use" : "forecast.part") : "forecast.all", all);
-  const least = told.streamed && told.at_least ? t("forecast.least", { seconds: seconds(told.at_least) }) : "";
+  const least = told.streamed ? stepInWords(told, t) : "";
   const peak = t(told.fits ? "forecast.fits" : "forecast.over", { peak: sizeOf(told.peak, told.device_total, t) });
   return `${stays}${least} ${peak}${told.tiled ? t("forecast.tiled") : ""}`;
+}
+
+/** How long a step takes: as one was seen or is expected to, with its waits, or else the least that it can. */
+function stepInWords(told, t) {
+  if (told.seconds && told.waits > HIDDEN * told.seconds)
+    return t("forecast.waits", { seconds: seconds(told.seconds), wait: seconds(told.waits) });
+  if (told.seconds) return t("forecast.takes", { seconds: seconds(told.seconds) });
+  return told.at_least ? t("forecast.least", { seconds: seconds(told.at_least) }) : "";
 }
 
 function wayView(way, one, actions, t) {
@@ -55,7 +69,7 @@ function nodeView(one, report, actions, t) {
   const facts = factOf(report, one);
   const quiet = told && !told.order_known && "guessed";
   const notes = [
-    ...one.notes.map((note) => t(`forecast.note.${note.code}`, note)),
+    ...one.notes.map((note) => t(`forecast.note.${note.code}`, note.words ? { ...note, words: t.said(note.words).text } : note)),
     ...(told && (told.learnt || told.computation) ? [t(`forecast.known.${told.learnt ? "learnt" : "estimate"}`)] : []),
     ...(quiet ? [t("forecast.known.order")] : []),
   ];

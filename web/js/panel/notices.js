@@ -18,5 +18,5 @@ export function fresh(report, before) {
 export function showNotices(report, wanted) {
   const { notices, last } = fresh(report, heard);
   heard = last;
-  if (wanted) for (const notice of notices) toast("warn", `${notice.from}: ${notice.text}`, 10000);
+  if (wanted) for (const notice of notices) toast("warn", `${t.said(notice.from).text}: ${t.said(notice.text).text}`, 10000);
 }

@@ -1,5 +1,6 @@
 // The last run and the output cache.
 import { runRows } from "./figures.js";
+import { spoken } from "./said.js";
 import { atWork, h } from "./tree.js";
 import { seconds, size, storeLine } from "./words.js";
 
@@ -80,7 +81,7 @@ export function cacheView(report, actions, t) {
         : t("cache.cap", { size: size(cache.headroom_bytes), cap: size(cache.cap_bytes) }),
     ),
     store && h("p", { class: "sw-note", title: store.address }, storeLine(store, t)),
-    store?.state && h("p", { class: "sw-note" }, t("cache.trouble", { why: store.state })),
+    store?.state && h("p", { class: "sw-note" }, t("cache.trouble", { why: t.said(store.state).text })),
     h(
       "div",
       { class: "sw-buttons" },
@@ -118,7 +119,7 @@ export function cacheView(report, actions, t) {
           [...cache.decisions]
             .reverse()
             .slice(0, 8)
-            .map((text) => h("li", { lang: "en" }, text)),
+            .map((text) => spoken(h, "li", text, t)),
         ),
       ),
   ];

@@ -29,7 +29,7 @@ export function seconds(value) {
 export const percent = (part) => `${Math.round(100 * part)} %`;
 
 // Below this part of a step, waiting for the bus is hidden behind the computation.
-const HIDDEN = 0.05;
+export const HIDDEN = 0.05;
 
 /** Bytes that each step brings: as counted in the last step, or else as the residency says. */
 export function perStep(card) {
@@ -85,7 +85,7 @@ export function storeLine(store, t) {
 /** How far a file is that comes from elsewhere. */
 export function comingLine(file, t) {
   const part = sizeOf(file.come_bytes, file.total_bytes, t);
-  if (file.stopped) return t("coming.stopped", { name: file.file, part, why: file.stopped });
+  if (file.stopped) return t("coming.stopped", { name: file.file, part, why: t.said(file.stopped).text });
   if (!(file.speed > 0)) return t("coming.waits", { name: file.file, part });
   const left = seconds((file.total_bytes - file.come_bytes) / file.speed);
   return t("coming.now", { name: file.file, part, speed: size(file.speed), left });
@@ -121,6 +121,6 @@ export function asText(report, t) {
   const { cache, store } = report;
   if (cache) lines.push("", t("cache.holds", { count: cache.entries, size: size(cache.ram_bytes) }));
   if (store) lines.push(storeLine(store, t));
-  if (store?.state) lines.push(t("cache.trouble", { why: store.state }));
+  if (store?.state) lines.push(t("cache.trouble", { why: t.said(store.state).text }));
   return `${lines.join("\n")}\n`;
 }
