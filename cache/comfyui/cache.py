@@ -211,8 +211,7 @@ class SpillwayCache(caching.BasicCache):
         name, made_from = file_name(entry.key), self.stamps.of(entry.number)
         if made_from is None:
             self.ledger.decide_once(
-                f"disk tier: {entry.kind} is not written: what it was made from was not watched then, has changed, or "
-                "is at an address",
+                f"disk tier: {entry.kind} is not written: what it was made from was not watched, or may have changed",
                 level=logging.INFO,
             )
         elif name is not None and is_storable(value.outputs):
