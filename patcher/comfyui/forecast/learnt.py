@@ -139,8 +139,9 @@ class Peaks:
         return min(alike, key=lambda plan: abs(plan[0] - resident))[3] if alike else self.beside
 
     def of(self, resident: int, streamed: int, budget: int) -> int | None:
-        """Give the peak of a run of the same plan; None where there was none."""
-        return next((one[2] for one in self.plans if (*one[:2], one[4]) == (resident, streamed, budget)), None)
+        """Give the peak of a run of the same plan, best within the same budget; None where there was none."""
+        alike = [one for one in self.plans if one[:2] == [resident, streamed]]
+        return min(alike, key=lambda one: abs(one[4] - budget))[2] if alike else None
 
 
 def peaks_of(model: DynamicModel, size: str) -> Peaks:
