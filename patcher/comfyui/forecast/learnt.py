@@ -16,6 +16,7 @@ from ...step_time import Pace
 from ..first_use import record_file
 
 MOST = 128  # of each, models at sizes; the one that was noted longest ago goes first
+SAME_BUDGET = 0.05  # of the weights
 PLANS = 4  # of one model at one size
 MOST_BYTES = 1 << 60  # what ComfyUI asks for at most: more was never measured
 MOST_SECONDS = 24 * 3600  # of one layer
@@ -139,8 +140,13 @@ class Peaks:
         return min(alike, key=lambda plan: abs(plan[0] - resident))[3] if alike else self.beside
 
     def of(self, resident: int, streamed: int, budget: int) -> int | None:
-        """Give the peak of a run of the same plan; None where there was none."""
-        return next((one[2] for one in self.plans if (*one[:2], one[4]) == (resident, streamed, budget)), None)
+        """Give the peak of a run of the same plan within the same budget; None where there was none.
+
+        Budgets that differ by little of the weights are one.
+        """
+        same = SAME_BUDGET * (resident + streamed)
+        alike = [one for one in self.plans if one[:2] == [resident, streamed] and abs(one[4] - budget) <= same]
+        return min(alike, key=lambda one: abs(one[4] - budget))[2] if alike else None
 
 
 def peaks_of(model: DynamicModel, size: str) -> Peaks:

@@ -135,7 +135,8 @@ def test_a_screen_reader_is_told_what_is_drawn(page):
     assert all(button.inner_text().strip() for button in panel.get_by_role("button").all())
     table = panel.get_by_role("table", name="Last run")
     assert table.get_by_role("rowheader").count() >= 1 and table.get_by_role("columnheader").count() == 3
-    assert {one.get_attribute("lang") for one in panel.locator(".sw-card .sw-details li").all()} == {"en"}
+    said = panel.locator(".sw-card .sw-details li").all()
+    assert said and {one.get_attribute("lang") for one in said} == {None}, "it is in the language of the panel"
 
 
 def test_a_screen_reader_hears_of_changes_seldom_and_of_answers_at_once(page):
