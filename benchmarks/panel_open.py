@@ -57,22 +57,27 @@ def looked_at(args: argparse.Namespace) -> dict[str, Any]:
     reports = {CLOSED: 0, OPEN: 0}
     with Server(args.base) as server:
         viewer = VIEWERS[args.viewer](args.base, server.port)
-        process = psutil.Process(server.process.pid)
-        must_succeed(server.run(prompt(args.steps, 0)))
-        for number in range(2 * args.rounds):
-            wanted = OPEN if number % 4 in (1, 2) else CLOSED
-            viewer.show(wanted is OPEN)
-            sent, before = viewer.reports(), thread_seconds(process)
-            run = server.run(prompt(args.steps, 1 + number))
-            must_succeed(run)
-            after = thread_seconds(process)
-            taken = sorted(after[number] - before.get(number, 0.0) for number in after)
-            seconds[wanted].append(duration(run))
-            processor[wanted].append(sum(taken))
-            beside[wanted].append(sum(taken[:-1]) / seconds[wanted][-1])
-            reports[wanted] += viewer.reports() - sent
-            print(f"{wanted}: {seconds[wanted][-1]:.2f} s, {processor[wanted][-1]:.2f} s of processor", file=sys.stderr)
-        viewer.close()
+        try:
+            process = psutil.Process(server.process.pid)
+            must_succeed(server.run(prompt(args.steps, 0)))
+            for number in range(2 * args.rounds):
+                wanted = OPEN if number % 4 in (1, 2) else CLOSED
+                viewer.show(wanted is OPEN)
+                sent, before = viewer.reports(), thread_seconds(process)
+                run = server.run(prompt(args.steps, 1 + number))
+                must_succeed(run)
+                after = thread_seconds(process)
+                taken = sorted(after[number] - before.get(number, 0.0) for number in after)
+                seconds[wanted].append(duration(run))
+                processor[wanted].append(sum(taken))
+                beside[wanted].append(sum(taken[:-1]) / seconds[wanted][-1])
+                reports[wanted] += viewer.reports() - sent
+                print(
+                    f"{wanted}: {seconds[wanted][-1]:.2f} s, {processor[wanted][-1]:.2f} s of processor",
+                    file=sys.stderr,
+                )
+        finally:
+            viewer.close()
     ratios = {name: pairs(found) for name, found in (("prompt", seconds), ("processor", processor))}
     return {
         "prompt_s": seconds,

@@ -22,7 +22,10 @@ def packages_digest(started: int) -> str | None:
         with suppress(OSError), os.scandir(place or os.curdir) as entries:
             for entry in entries:
                 if entry.name.endswith(RECORDS):
-                    installed = entry.stat().st_mtime_ns
+                    try:
+                        installed = entry.stat().st_mtime_ns
+                    except OSError:  # a link to nowhere, which nothing is imported from
+                        installed = 0
                     if installed > started:
                         return None
                     found.add(f"{entry.name} {installed}")

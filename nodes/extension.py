@@ -58,8 +58,6 @@ class SpillwayExtension(ComfyExtension):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):
             routes.install()
-        with never_raises("holding off prompts while models are freed"):
-            between_prompts.install()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):
@@ -73,6 +71,9 @@ class SpillwayExtension(ComfyExtension):
         with never_raises("managing every loader"):
             compare.install()
             manage.install()
+        # Last, as a prompt waits before anything else is done for it.
+        with never_raises("holding off prompts while models are freed"):
+            between_prompts.install()
         with never_raises("removing what an earlier run left unfinished"):
             for path in [*sweep_noted(journal()), *sweep(disk.folder())]:
                 log.info("[Spillway] removed %s, which an earlier run left unfinished", path)

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..ops.files.coming_file import coming_file
 from ..ops.files.file_state import file_state
+from ..ops.files.lost_pages import times_lost
 from ..ops.gguf.header import is_gguf
 from ..ops.parts.folder import PIPELINE, may_be_model
 from ..ops.parts.index import files_of, is_index, model_of, part_of
@@ -114,7 +115,7 @@ def file_stamps(folder: str, *names: str | None) -> list[str]:
             continue
         path = folder_paths.get_full_path(folder, name) or _folder(folder, name)
         # A loader says itself that a file is missing.
-        stamps += [""] if path is None else [file_state(file) for file in all_files(path)]
+        stamps += [""] if path is None else [file_state(file) + " lost" * times_lost(file) for file in all_files(path)]
     return stamps
 
 

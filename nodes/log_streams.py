@@ -7,15 +7,16 @@ half of a character, or a character that the log's encoding lacks. That would en
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 
 def install() -> None:
     """Write what the log's encoding does not have as its number. A second call changes nothing."""
     for stream in _streams():
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None and getattr(stream, "errors", None) == "strict":
-            reconfigure(errors="backslashreplace")
+        with suppress(Exception):  # of a stream that is closed, or of another pack's
+            if stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _streams() -> list[Any]:

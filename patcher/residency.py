@@ -238,6 +238,7 @@ class Residency(Planning):
         if gone:
             kept = self.available() - self.vbar.loaded_size() - self.caster.buffer_bytes
             self.remembered.learnt += max(0, min(gone, kept))
+            self.caster.begin_use()  # what weights held before is no part of the peak that comes
 
     def learn_from_failure(self) -> None:
         """Leave more to a computation that has run out of memory beside these weights."""

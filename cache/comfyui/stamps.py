@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,9 @@ def _data(name: str) -> Any:
     files = list(_within(pack, MAX_SOURCES))
     if len(files) > MAX_SOURCES:
         return None
-    return _digest(pack, [file for file in files if not file.endswith(NO_DATA)])
+    # What the system leaves in a folder that somebody looks at (.DS_Store) is no data, nor is a link to nowhere.
+    data = [file for file in files if not file.endswith(NO_DATA) and not os.path.basename(file).startswith(".")]
+    return _digest(pack, [file for file in data if os.path.exists(file)])
 
 
 def _file_of(kind: type) -> str | None:
@@ -303,7 +306,8 @@ def comfyui_digest() -> str | None:
     paths = [entry.path for entry in os.scandir(root) if entry.name.endswith(".py")]
     for entry in os.scandir(root):
         if entry.is_dir() and entry.name.startswith("comfy"):
-            paths += _within(entry.path, MAX_SOURCES)
+            # A folder of the user's own may be called so too, and what lies in it is no part of ComfyUI.
+            paths += _within(entry.path, MAX_SOURCES, "" if entry.name in sys.modules else CODE)
     return _digest(root, sorted(paths))
 
 

@@ -22,9 +22,10 @@ from .safetensors_header import SourceError
 
 # Elsewhere the structures below have other shapes, or (Windows) nobody can cut a mapped file.
 KNOWN = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 1 << 32
-ADDRESS = 16  # where siginfo_t has the address that was read
+CODE, ADDRESS = 8, 16  # where siginfo_t says what has happened, and has the address that was read
 SA_SIGINFO, SA_NODEFER, SA_RESTART = 4, 0x40000000, 0x10000000
 FIXED = 0x10 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000) if KNOWN else 0
+TRIES = 5
 FAILED = ctypes.c_void_p(-1).value
 
 
@@ -66,11 +67,17 @@ def raise_since(before: int) -> None:
         raise lost(_lost[before])
 
 
+def times_lost(path: str | Path) -> int:
+    """Count how often a map of that file has lost pages. Its time and size may be what they were."""
+    return _lost.count(Path(path))
+
+
 def lost(path: Path) -> SourceError:
     """Word the error for a file of which a part is gone."""
     return SourceError(
         f"{path}: a part of this file could not be read while it was in use, so what was made of it is not kept. It "
-        "was cut short, or its disk has failed. Put it in its place again, and run the workflow again."
+        "was cut short, or its disk has failed. Put it in its place again, and run the workflow again. A loader of "
+        "another pack does so after a restart."
     )
 
 
@@ -85,6 +92,10 @@ def install(maps: Callable[[], Iterable[Mapped]]) -> None:
         before = _Action()
 
         def handle(number: int, info: int, _: int) -> None:
+            if ctypes.c_int.from_address(info + CODE).value <= 0:  # somebody has sent it, and nothing was read
+                libc.sigaction(number, ctypes.byref(before), None)
+                signal.raise_signal(number)
+                return
             try:
                 if is_ours(ctypes.c_size_t.from_address(info + ADDRESS).value):
                     return
@@ -95,7 +106,7 @@ def install(maps: Callable[[], Iterable[Mapped]]) -> None:
 
         def is_ours(address: int) -> bool:
             """Say whether the address lies in a map of ours, and put empty pages there up to its end."""
-            for one in list(maps()):
+            for one in _listed(maps):
                 end = one.address + -(-one.file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
                 if one.address <= address < end:
                     one.lose()
@@ -105,9 +116,23 @@ def install(maps: Callable[[], Iterable[Mapped]]) -> None:
                     return bool(libc.mmap(page, end - page, rights, FIXED, -1, 0) != FAILED)
             return False
 
-        wanted = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t)(handle)
+        try:
+            wanted = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t)(handle)
+        except (MemoryError, OSError):  # of a system that lets no program make code: files load there as well
+            _installed.append(None)
+            return
         action = _Action()
         action.handler = ctypes.cast(wanted, ctypes.c_void_p).value
         action.flags = SA_SIGINFO | SA_NODEFER | SA_RESTART
         if libc.sigaction(int(signal.SIGBUS), ctypes.byref(action), ctypes.byref(before)) == 0:
             _installed.extend((wanted, before, libc))
+
+
+def _listed(maps: Callable[[], Iterable[Mapped]]) -> list[Mapped]:
+    """List the maps. Another thread may open one in that moment, which the list does not survive."""
+    for _ in range(TRIES):
+        try:
+            return list(maps())
+        except RuntimeError:
+            continue
+    return []

@@ -168,6 +168,7 @@ class Caster:
             freed += give_way(refused_bytes(error))
         if not freed:
             return False
+        self.begin_use()  # what weights held before is no part of the peak that comes
         self.counters.retries += again
         done = "and ran it again" if again else "for whoever tries next; it cannot be run again half way"
         said = f"out of memory in '{bundle.name}': freed {in_words(freed)} of weights {done}."

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ..files.disk_map import check_files
-from ..gather import inner_tensors, memory_of
+from ..gather import inner_tensors, is_wrapper, memory_of
 from ..gguf.weight import numbers_of, stays_quantised
 from ..joined_weight import JoinedWeight
 from .lookup import Asked, asked_for, with_rows
@@ -120,7 +120,10 @@ class IdleWeight(torch.Tensor):
         return self.clone().tolist()
 
     def __deepcopy__(self, memo: dict) -> torch.nn.Parameter:
-        copied = torch.nn.Parameter(copy.deepcopy(self.view_of(self.stored()), memo), requires_grad=False)
+        stored = self.view_of(self.stored())
+        # A plain tensor is copied without Python's lock, which whoever finds a file cut short needs (`lost_pages.py`).
+        made = copy.deepcopy(stored, memo) if is_wrapper(stored) else stored.clone()
+        copied = torch.nn.Parameter(made, requires_grad=False)
         memo[id(self)] = copied
         return copied
 

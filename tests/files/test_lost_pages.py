@@ -45,8 +45,9 @@ def test_the_process_goes_on_and_the_file_is_an_error(how, files):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
-def test_what_is_none_of_ours_ends_the_process_as_ever(files):
-    assert cut(files, "of others").returncode == -7
+@pytest.mark.parametrize("how", ["of others", "sent"])
+def test_what_is_none_of_ours_ends_the_process_as_ever(how, files):
+    assert cut(files, how).returncode == -7
 
 
 def test_what_is_read_after_the_last_check_is_not_saved(files, tmp_path, monkeypatch):

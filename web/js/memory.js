@@ -110,9 +110,10 @@ const actions = {
       const { output } = await app.graphToPrompt();
       state.forecast.told = await post("forecast", { prompt: output });
     } catch (error) {
-      toast("error", t.said(error.message).text);
+      toast("error", t.said(error?.message ?? error).text);
+    } finally {
+      state.forecast.busy = false;
     }
-    state.forecast.busy = false;
     say(state.forecast.told?.samplers.map(({ forecast }) => (forecast ? inWords(forecast, t) : "")).join(" ") ?? "");
   },
   setWay(way) {

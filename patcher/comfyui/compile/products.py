@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from comfy.quant_ops import QUANT_ALGOS
 
 from ....ops.overrides import overridden
 
-if "asym_w4a8_int8" in QUANT_ALGOS:
+w4a8_int8: Any
+try:
     from comfy_kitchen.tensor import w4a8_int8
 
     _linear, _dequantise = w4a8_int8.w4a8_int8_linear, w4a8_int8.dequantize_w4a8_int8_weight
+except (ImportError, AttributeError):  # another comfy-kitchen, or none: ComfyUI goes on without it too
+    w4a8_int8 = None
 
 
 def _opaque_linear(
@@ -116,7 +118,7 @@ def _numbers_as_op(
 @contextmanager
 def traceable_products() -> Iterator[None]:
     """Inside, what this thread traces calls each of those operations as one op."""
-    if "asym_w4a8_int8" not in QUANT_ALGOS:
+    if w4a8_int8 is None:
         yield
         return
     with (

@@ -12,8 +12,9 @@ import comfy.model_management
 import torch
 
 from ....ops.gather import is_wrapper
-from .pieces import add_product, row_pieces
+from .pieces import LEAST_ROWS, add_product, row_pieces
 from .plain_lora import as_plain, is_comfyuis_own
+from .requantise import rounds_as_known
 
 ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # to the nearest, one number at a time
 
@@ -34,17 +35,21 @@ def write_in_pieces(out: torch.Tensor, weight: torch.Tensor, stages: Sequence[Se
 
     out: in the model's dtype. stages: ComfyUI's patches; after each stage there is rounded.
     """
-    if not _fits(out, weight) or not is_comfyuis_own():
+    if not stages or not _fits(out, weight) or not rounds_as_known() or not is_comfyuis_own():
         return False
     found = [[_added(patch, out) for patch in patches] for patches in stages]
     added = [[one for one in some if one is not None] for some in found]
     if any(len(some) != len(all_) for some, all_ in zip(added, found, strict=True)):
         return False
     columns = out[0].numel()
-    target, source = out.view(len(out), columns), weight.reshape(len(out), columns)
     edges = {edge for some in added for one in some for edge in (one.begin, one.end)}
     pieces = list(row_pieces(len(out), columns, edges))
-    value, product = torch.empty(2, max(end - begin for begin, end in pieces) * columns, dtype=torch.float32)
+    if min(end - begin for begin, end in pieces) < min(LEAST_ROWS, len(out)):
+        return False
+    # A weight that is joined of several stays so: reshaped, it would be copied as a whole.
+    target, source = out.view(len(out), columns), weight if weight.ndim == 2 else weight.reshape(len(out), columns)
+    most = max(end - begin for begin, end in pieces) * columns
+    value, product = torch.empty(2, most, dtype=torch.float32, device="cpu")
     for begin, end in pieces:
         piece, there = value[: (end - begin) * columns].view(end - begin, columns), target[begin:end]
         piece.copy_(source[begin:end].to(out.dtype))
@@ -75,6 +80,8 @@ def _added(patch: tuple, out: torch.Tensor) -> Added | None:
     begin, end, columns = 0, len(out), slice(None)
     if offset is not None:
         dimension, start, length = offset
+        if start < 0:
+            return None
         if dimension == 0:
             begin, end = start, start + length
         elif dimension == 1 and out.ndim == 2:

@@ -127,14 +127,14 @@ def _add(plain: Plain) -> None:
         plain.part.add_(product.reshape(plain.part.shape).type(plain.part.dtype))
         return
     cut = list(row_pieces(*rows.shape))
-    memory = torch.empty(max(end - begin for begin, end in cut) * rows.shape[1], dtype=torch.float32)
+    memory = torch.empty(max(end - begin for begin, end in cut) * rows.shape[1], dtype=torch.float32, device="cpu")
     for begin, end in cut:
         add_product(rows[begin:end], up[begin:end], down, plain.factor, memory)
 
 
 def _as_rows(part: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor | None:
     """View a part of a weight in host memory as the matrix that is added to it. None where it cannot be cut."""
-    if part.device.type != "cpu" or part.numel() == 0 or len(up) != len(part):
+    if part.device.type != "cpu" or part.numel() == 0 or part.ndim == 0 or len(up) != len(part):
         return None
     if part.ndim > 2 and not part.is_contiguous():
         return None
@@ -150,11 +150,16 @@ def is_comfyuis_own() -> bool:
 
 @functools.cache
 def _is_known() -> bool:
-    """Compare bits with ComfyUI's function once, on a small weight."""
+    """Compare bits with ComfyUI's function once, on a small weight and on one of several pieces."""
     if (_CALCULATE.__module__, _ADAPTED.__module__) != ("comfy.lora", LoRAAdapter.__module__):
         return False
+    return _has_its_bits(24, 3, 16) and _has_its_bits(1100, 33, 1500)
+
+
+def _has_its_bits(rows: int, rank: int, columns: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    up, down, weight = (torch.randn(shape, generator=generator) for shape in ((24, 3), (3, 16), (24, 16)))
+    shapes = (rows, rank), (rank, columns), (rows, columns)
+    up, down, weight = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
     try:
         patch = (0.7, LoRAAdapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
         for dtype in (torch.float32, torch.bfloat16):

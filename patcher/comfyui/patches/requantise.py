@@ -23,6 +23,7 @@ FP8 = {"TensorCoreFP8E4M3Layout": torch.float8_e4m3fn, "TensorCoreFP8E5M2Layout"
 FP8["TensorCoreFP8Layout"] = torch.float8_e4m3fn
 INT8 = "TensorWiseINT8Layout"
 NUMBERS = PIECE_BYTES // 4
+_AT_START = (comfy.float.stochastic_rounding, getattr(comfy.float, "_ck_stochastic_rounding_fp8", None))
 
 # Writes to numbers and a scale what is made of a patched weight in fp32, by random numbers of a seed.
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
@@ -53,10 +54,18 @@ def requantiser(out: torch.Tensor, like: torch.Tensor) -> Requantiser | None:
     layout = getattr(like, "_layout_cls", None)
     if layout is None or getattr(out, "_layout_cls", None) != layout or out.shape != like.shape:
         return None
-    make = _of_layout(layout, like)
-    if make is None or not _is_plain(like) or not _is_plain(out) or not is_comfyuis(layout):
+    if layout not in (*FP8, INT8) or not _is_plain(like) or not _is_plain(out):
         return None
-    return Requantiser(like, *inner_tensors(out), make)
+    if not rounds_as_known() or not is_comfyuis(layout):
+        return None
+    make = _of_layout(layout, like)
+    return None if make is None else Requantiser(like, *inner_tensors(out), make)
+
+
+def rounds_as_known() -> bool:
+    """Say whether ComfyUI's functions are still those of its start. A pack that replaces one wants to be asked."""
+    now = (comfy.float.stochastic_rounding, getattr(comfy.float, "_ck_stochastic_rounding_fp8", None))
+    return now == _AT_START
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -80,7 +89,7 @@ def _of_layout(layout: str, like: Any) -> Write | None:
 
 def _dequantised(like: torch.Tensor) -> torch.Tensor:
     numbers, scale = inner_tensors(like)
-    value = torch.empty(numbers.shape, dtype=torch.float32)
+    value = torch.empty(numbers.shape, dtype=torch.float32, device="cpu")
     flat, stored, factor = value.view(-1), numbers.view(-1), scale.float().view(())
     for begin, end in number_pieces(flat.numel()):
         flat[begin:end].copy_(stored[begin:end]).mul_(factor)
@@ -95,7 +104,10 @@ def _largest(value: torch.Tensor) -> torch.Tensor:
 def _fp8(numbers: torch.Tensor, scale: torch.Tensor, value: torch.Tensor, seed: int) -> None:
     made = _largest(value) / torch.finfo(numbers.dtype).max
     factor, generator, table = 1.0 / made, torch.Generator().manual_seed(seed), _roundings(numbers.dtype)
-    stored, chances = numbers.view(torch.uint8), torch.empty(min(NUMBERS, value.numel()), dtype=torch.uint8)
+    stored, chances = (
+        numbers.view(torch.uint8),
+        torch.empty(min(NUMBERS, value.numel()), dtype=torch.uint8, device="cpu"),
+    )
     for begin, end in number_pieces(value.numel()):
         chance = chances[: end - begin].random_(0, 256, generator=generator)
         halves = value[begin:end].mul_(factor).half().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
@@ -110,13 +122,13 @@ def _roundings(dtype: torch.dtype) -> torch.Tensor:
     """Tell for each half how ComfyUI rounds it to FP8, [65536] int32: bits 0 to 7 are the number that it is rounded to
     by small chances, bits 8 to 15 by large ones, and the rest says from which chance on (0 to 256).
     """
-    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.float16)
 
     def rounded(chance: torch.Tensor) -> torch.Tensor:
         made = comfy.float._ck_stochastic_rounding_fp8(halves.clone(), chance.to(torch.uint8), dtype)
         return made.view(torch.uint8).to(torch.int32)
 
-    first = torch.zeros(1 << 16, dtype=torch.int32)
+    first = torch.zeros(1 << 16, dtype=torch.int32, device="cpu")
     down, up = rounded(first), rounded(first + 255)
     for step in (128, 64, 32, 16, 8, 4, 2, 1):
         longer = first + step
@@ -128,7 +140,7 @@ def _roundings(dtype: torch.dtype) -> torch.Tensor:
 def _int8(numbers: torch.Tensor, scale: torch.Tensor, value: torch.Tensor, seed: int) -> None:
     made = (_largest(value) / 127.0).clamp(min=1e-30)
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.empty(min(NUMBERS, value.numel()), dtype=torch.float32)
+    chances = torch.empty(min(NUMBERS, value.numel()), dtype=torch.float32, device="cpu")
     for begin, end in number_pieces(value.numel()):
         chance = chances[: end - begin].uniform_(generator=generator)
         numbers[begin:end] = value[begin:end].div_(made).add_(chance).floor_().clamp_(-128.0, 127.0)
@@ -139,13 +151,13 @@ def _int8(numbers: torch.Tensor, scale: torch.Tensor, value: torch.Tensor, seed:
 def is_comfyuis(layout: str) -> bool:
     """Compare bits with ComfyUI's own functions once, on a small weight. They may come to compute in another way."""
     generator = torch.Generator().manual_seed(1)
-    value = torch.randn(140, 4097, generator=generator)  # more than one piece
+    value = torch.randn(140, 4097, generator=generator, device="cpu")  # more than one piece
     try:
         like = comfy.quant_ops.QuantizedTensor.from_float(value, layout, scale="recalculate")
         make = _of_layout(layout, like)
         if make is None or not _is_plain(like) or not _same_bits(_dequantised(like), like.dequantize()):
             return False
-        value += 0.1 * torch.randn(value.shape, generator=generator)
+        value += 0.1 * torch.randn(value.shape, generator=generator, device="cpu")
         wanted = like.requantize_from_float(
             value.clone(), scale="recalculate", stochastic_rounding=77, inplace_ops=True
         )

@@ -17,7 +17,7 @@ from comfy.model_patcher import LowVramPatch, get_key_weight
 from comfy.weight_adapter import WeightAdapterBase
 
 from ....ops.files.disk_map import mapped_file
-from ....ops.gather import memory_of
+from ....ops.gather import copy_into, memory_of
 from ....ops.gguf.weight import numbers_of, stays_quantised
 from .in_pieces import write_in_pieces
 from .plain_lora import calculate_weight
@@ -90,7 +90,11 @@ class WeightPatch:
         if found is None:
             return False
         value = calculate_weight(stages[0], found.dequantise(), self.key, self._originals(stages[0]))
-        found.write(value.contiguous(), comfy.utils.string_to_seed(self.key))
+        seed = comfy.utils.string_to_seed(self.key)
+        if value.dtype == torch.float32:
+            found.write(value.contiguous(), seed)
+        else:  # of another pack's adapter
+            copy_into(out, self.requantise(value, inplace_update=False, seed=seed, return_weight=True))
         return True
 
     def check_files(self) -> None:

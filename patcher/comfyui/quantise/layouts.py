@@ -54,7 +54,7 @@ class Format:
     @property
     def known(self) -> bool:
         """Say whether this ComfyUI reads files in the format."""
-        if self.algorithm not in QUANT_ALGOS:
+        if self.algorithm not in QUANT_ALGOS or self._layout is None:  # no comfy-kitchen that ComfyUI can use
             return False
         fields = {field.name for field in dataclasses.fields(self._layout.Params)}
         return not self.rotated or "convrot_groupsize" in fields

@@ -21,8 +21,8 @@ def slow(monkeypatch):
         slow.began.set()
         assert slow.go.wait(SECONDS)
 
-    monkeypatch.setattr(routes, "_free_models", free)
-    monkeypatch.setattr(routes, "_free_pins", free)
+    monkeypatch.setattr(routes, "free_models", free)
+    monkeypatch.setattr(routes, "free_pins", free)
     monkeypatch.setattr(model_actions, "_do", free)
     model = SimpleNamespace(ledger=SimpleNamespace(number=1), device_bytes=0, pinned_bytes=0)
     monkeypatch.setattr(model_actions, "dynamic", SimpleNamespace(models=[model]))

@@ -18,9 +18,9 @@ def numbers(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lora(shape, rank, seed, strength=0.7, offset=None):
+def lora(shape, rank, seed, strength=0.7, offset=None, dtype=torch.float16):
     up, down = numbers(shape[0], rank, *[1] * (len(shape) - 2), seed=seed), numbers(rank, *shape[1:], seed=seed + 1)
-    return (strength, LoRAAdapter(set(), (up.half(), down.half(), 3.0, None, None, None)), 1.0, offset, None)
+    return (strength, LoRAAdapter(set(), (up.to(dtype), down.to(dtype), 3.0, None, None, None)), 1.0, offset, None)
 
 
 def comfyuis(weight, dtype, stages):
@@ -41,7 +41,7 @@ def ours(weight, dtype, stages):
 @pytest.mark.parametrize("shape", [(2100, 700), (4097, 513), (31, 20000), (3, 300001), (16, 16), (1, 5), (5, 1)])
 def test_bits_are_comfyuis(shape, rank, dtype):
     weight = numbers(*shape, seed=5)
-    stages = [[lora(shape, rank, seed=1), lora(shape, 3, seed=2, strength=-0.4)]]
+    stages = [[lora(shape, rank, seed=1, dtype=torch.float32), lora(shape, 3, seed=2, strength=-0.4)]]
     got, done = ours(weight, dtype, stages)
     assert done and torch.equal(got, comfyuis(weight, dtype, stages))
 
@@ -59,9 +59,27 @@ def test_what_a_file_holds_is_rounded_to_the_models_dtype_first(dtype, stored):
 def test_parts_of_a_joined_weight_and_hooks_on_top(dtype):
     weight = numbers(3072, 512, seed=5)
     first = [lora((1024, 512), 8, seed=1, offset=(0, 1024, 1024)), lora((3072, 512), 4, seed=3)]
-    hooks = [lora((3072, 128), 8, seed=6, offset=(1, 256, 128)), lora((7, 512), 2, seed=8, offset=(0, 3065, 7))]
+    hooks = [lora((3072, 128), 8, seed=6, offset=(1, 256, 128)), lora((512, 512), 2, seed=8, offset=(0, 2560, 512))]
     got, done = ours(weight, dtype, [first, hooks])
     assert done and torch.equal(got, comfyuis(weight, dtype, [first, hooks]))
+
+
+def test_a_product_is_not_cut_into_a_few_rows():
+    """Of matrices in fp32, products of a few rows are summed in another order, and have other bits."""
+    whole = lora((3072, 512), 33, seed=3, dtype=torch.float32)
+    for rows in range(1, 16):
+        part = lora((rows, 512), 2, seed=8, offset=(0, 3072 - rows, rows), dtype=torch.float32)
+        got, done = ours(numbers(3072, 512, seed=5), torch.float32, [[whole, part]])
+        assert not done and got.isnan().all()
+    large = lora((512, 512), 9, seed=8, offset=(0, 2560, 512), dtype=torch.float32)
+    weight = numbers(3072, 512, seed=5)
+    got, done = ours(weight, torch.float32, [[whole, large]])
+    assert done and torch.equal(got, comfyuis(weight, torch.float32, [[whole, large]]))
+
+
+def test_a_weight_without_any_patch_is_left_to_others():
+    got, done = ours(numbers(8, 8, seed=5), torch.bfloat16, [])
+    assert not done and got.isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(640, 320, 3, 3), (640, 320, 1, 1), (64, 600, 5), (900,)])

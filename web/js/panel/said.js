@@ -59,7 +59,8 @@ export function teller(english, theirs, commas = {}) {
     return { text: said.map((piece) => piece.text).join(commas[between] ?? between), left, known: true };
   }
 
-  return (text) => {
+  return (given) => {
+    const text = String(given ?? ""); // an error of another pack may be no Error
     if (!remembered.has(text)) {
       if (remembered.size >= MOST) remembered.clear();
       const found = text.length <= LONGEST ? part(text, 0) : { text, known: false };
