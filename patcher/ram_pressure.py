@@ -60,9 +60,11 @@ def relieve(models: Iterable[PinHolder]) -> int:
     Called at every step, and looks at most once in POLL_SECONDS.
     """
     global _looked
-    held = [model for model in list(models) if model.pinned_bytes]
     now = time.monotonic()
-    if not held or now - _looked < POLL_SECONDS:
+    if now - _looked < POLL_SECONDS:
+        return 0
+    held = [model for model in list(models) if model.pinned_bytes]
+    if not held:
         return 0
     _looked = now
     short = ram_reserve() - available_ram()

@@ -74,8 +74,8 @@ class Pins:
 
     @property
     def _reserved(self) -> int:
-        """Return the bytes that are on their way."""
-        return sum(nbytes for nbytes, _ in self._coming)
+        """Return the bytes that are on their way. Threads of other models ask too, while this one's change them."""
+        return sum(nbytes for nbytes, _ in list(self._coming))
 
     def expect(self, bundles: Sequence[Bundle]) -> None:
         """Note which bundles will ask for a pin, in the order of their use, so that memory comes ahead of them."""
