@@ -18,6 +18,7 @@ from spillway.patcher.comfyui.forecast import learning, learnt
 from spillway.patcher.json_record import read_record, write_record
 
 MIB = 1 << 20
+PAGE = 32 * MIB  # of comfy-aimdo
 EXACT = 0.05
 OTHER = 0.1  # of the weights, by which the plan that was seen differs from the one that is foreseen
 # By name: the file, and what is special. share: of the weights that the policy lets stay.
@@ -114,6 +115,8 @@ def test_the_next_plan_goes_by_what_the_last_run_took(card, executor):
     # More than a gigabyte, whatever a small model computes. Under comfy-aimdo it is the headroom, and pages are large.
     asked = int(mm.minimum_inference_memory()) if not wants_aimdo() else GIB // 2 + 32 * MIB
     (whole,) = forecast(graph(file))["samplers"]
+    if wants_aimdo() and whole["forecast"]["total"] < PAGE:
+        pytest.skip("one page of comfy-aimdo holds the whole model in 16 bit, so that nothing is ever brought")
     for number in range(card.count):
         card.set(number, capacity=asked + int(0.68 * whole["forecast"]["total"]))
     run(executor, card, graph(file, seed=7))  # shows the order of the layers
