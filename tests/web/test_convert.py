@@ -1,13 +1,8 @@
 """Which loader stands for which, with which values, there and back; and a whole workflow with ComfyUI's."""
 
-import json
-import shutil
-import subprocess
-
 import pytest
 
-from kit.pack import ROOT
-from kit.skips import skip_loudly
+from kit.page_modules import copy_modules, run_script
 
 LOADERS = [
     ("UNETLoader", {"unet_name": "a", "weight_dtype": "fp8_e4m3fn"}),
@@ -57,24 +52,11 @@ WORKFLOW = {
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    program = shutil.which("node")
-    if program is None:
-        skip_loudly("the conversion of loaders: it needs node")
     folder = tmp_path_factory.mktemp("convert")
-    shutil.copytree(ROOT / "web" / "js", folder / "js")
-    shutil.copy(ROOT / "tests" / "web" / "loaders.mjs", folder)
-    (folder / "package.json").write_text('{"type": "module"}')
+    copy_modules(folder, "loaders.mjs")
     moved = [("CLIPLoader", {"clip_name": "a", "type": "wan", "device": "cpu"}), ("KSampler", {"steps": 1})]
     given = {"loaders": [*LOADERS, *moved], "back": OURS_ALONE, "prompts": [WORKFLOW]}
-    done = subprocess.run(
-        [program, str(folder / "loaders.mjs"), str(folder / "js")],
-        input=json.dumps(given),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_script(folder, "loaders.mjs", given, skipped="the conversion of loaders: it needs node")
 
 
 def test_every_loader_comes_back_as_it_was(told):

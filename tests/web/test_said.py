@@ -2,15 +2,13 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from kit import said
 from kit.locales import LOCALES, flat, texts
 from kit.pack import ROOT
-from kit.skips import skip_loudly
+from kit.page_modules import copy_modules, run_script
 
 LANGUAGES = ("zh", "ja")
 # What stands for anything that is not known before it is said: a size, a count or a name.
@@ -37,30 +35,18 @@ OTHERS += (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Copies of the modules where node takes them for modules, whatever lies above the pack."""
     found = tmp_path_factory.mktemp("said")
-    shutil.copytree(ROOT / "web" / "js", found / "js")
-    shutil.copy(ROOT / "tests" / "web" / "said.mjs", found)
-    (found / "package.json").write_text('{"type": "module"}')
+    copy_modules(found, "said.mjs")
     return found
 
 
 @pytest.fixture
 def tell(folder):
     def tell(sentences, language):
-        node = shutil.which("node")
-        if node is None:
-            skip_loudly("what the server says in other languages: it needs node")
-        locales = [str(LOCALES / one / "main.json") for one in ("en", language)]
-        done = subprocess.run(
-            [node, str(folder / "said.mjs"), str(folder / "js"), *locales],
-            input=json.dumps(sentences),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
+        locales = [LOCALES / one / "main.json" for one in ("en", language)]
+        return run_script(
+            folder, "said.mjs", sentences, *locales, skipped="what the server says in other languages: it needs node"
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
     return tell
 

@@ -1,15 +1,12 @@
 """What the panel draws and says of a report: its views are pure functions, which run in node without a page."""
 
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from kit.locales import LOCALES, flat, texts
 from kit.pack import ROOT
-from kit.skips import skip_loudly
+from kit.page_modules import copy_modules, run_script
 
 GIB = 1 << 30
 LANGUAGES = ("en", "zh", "ja")
@@ -79,19 +76,8 @@ def report(**changes):
 
 def seen(reports, language="en"):
     """What the views make of each report. Fails where a text or a value of one is missing."""
-    node = shutil.which("node")
-    if node is None:
-        skip_loudly("the panel's views: they need node")
-    folder = seen.folder
-    done = subprocess.run(
-        [node, str(folder / "views.mjs"), str(folder / "js"), str(LOCALES / language / "main.json")],
-        input=json.dumps(reports),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    locale = LOCALES / language / "main.json"
+    result = run_script(seen.folder, "views.mjs", reports, locale, skipped="the panel's views: they need node")
     assert result["missing"] == []
     seen.asked |= set(result["asked"])
     return result["told"]
@@ -99,11 +85,8 @@ def seen(reports, language="en"):
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """Copies of the modules where node takes them for modules, whatever lies above the pack."""
     seen.folder, seen.asked = tmp_path_factory.mktemp("views"), set()
-    shutil.copytree(ROOT / "web" / "js", seen.folder / "js")
-    shutil.copy(ROOT / "tests" / "web" / "views.mjs", seen.folder)
-    (seen.folder / "package.json").write_text('{"type": "module"}')
+    copy_modules(seen.folder, "views.mjs")
 
 
 CPU = {"device": "cpu", "bytes": {"vram": 0, "pins": 0, "ram": 0, "disk": 1}, "kept_free": 0}
