@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import comfy.model_management
 import torch
 
 from ....ops.gather import is_wrapper
@@ -88,10 +87,7 @@ def _added(patch: tuple, out: torch.Tensor) -> Added | None:
             columns = slice(start, start + length)
         else:
             return None
-    up, down = (
-        comfy.model_management.cast_to_device(matrix, out.device, torch.float32).flatten(start_dim=1)
-        for matrix in (plain.up, plain.down)
-    )
+    up, down = plain.matrices()
     if len(up) != end - begin:
         return None  # of a shape that only as a whole is the weight's
     return Added(up, down, plain.factor, begin, end, columns)

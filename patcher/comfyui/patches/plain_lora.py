@@ -38,6 +38,13 @@ class Plain(NamedTuple):
     factor: float
     part: torch.Tensor
 
+    def matrices(self) -> list[torch.Tensor]:
+        """Give up and down as matrices in fp32, where the weight is."""
+        return [
+            comfy.model_management.cast_to_device(matrix, self.part.device, torch.float32).flatten(start_dim=1)
+            for matrix in (self.up, self.down)
+        ]
+
 
 def calculate_weight(
     patches: list[tuple], weight: torch.Tensor, key: str, originals: dict[str, list[tuple]] | None = None
@@ -116,10 +123,7 @@ def as_plain(patch: tuple, weight: torch.Tensor) -> Plain | None:
 
 
 def _add(plain: Plain) -> None:
-    up, down = (
-        comfy.model_management.cast_to_device(matrix, plain.part.device, torch.float32).flatten(start_dim=1)
-        for matrix in (plain.up, plain.down)
-    )
+    up, down = plain.matrices()
     rows = _as_rows(plain.part, up, down)
     if rows is None:
         product = torch.mm(up, down)

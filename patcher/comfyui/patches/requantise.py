@@ -19,8 +19,7 @@ import torch
 from ....ops.gather import inner_tensors
 from .pieces import PIECE_BYTES, number_pieces
 
-FP8 = {"TensorCoreFP8E4M3Layout": torch.float8_e4m3fn, "TensorCoreFP8E5M2Layout": torch.float8_e5m2}
-FP8["TensorCoreFP8Layout"] = torch.float8_e4m3fn
+FP8 = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout")
 INT8 = "TensorWiseINT8Layout"
 NUMBERS = PIECE_BYTES // 4
 _AT_START = (comfy.float.stochastic_rounding, getattr(comfy.float, "_ck_stochastic_rounding_fp8", None))
@@ -104,10 +103,8 @@ def _largest(value: torch.Tensor) -> torch.Tensor:
 def _fp8(numbers: torch.Tensor, scale: torch.Tensor, value: torch.Tensor, seed: int) -> None:
     made = _largest(value) / torch.finfo(numbers.dtype).max
     factor, generator, table = 1.0 / made, torch.Generator().manual_seed(seed), _roundings(numbers.dtype)
-    stored, chances = (
-        numbers.view(torch.uint8),
-        torch.empty(min(NUMBERS, value.numel()), dtype=torch.uint8, device="cpu"),
-    )
+    stored = numbers.view(torch.uint8)
+    chances = torch.empty(min(NUMBERS, value.numel()), dtype=torch.uint8, device="cpu")
     for begin, end in number_pieces(value.numel()):
         chance = chances[: end - begin].random_(0, 256, generator=generator)
         halves = value[begin:end].mul_(factor).half().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
