@@ -50,8 +50,10 @@ class UseCosts:
         return 0 if self.device.in_place else bundle.load_cost()
 
     def load_casts(self, bundle: Bundle) -> int:
-        """Count the same beside the buffer that its source arrives in."""
-        return max(0, self.load(bundle) - bundle.source_bytes)
+        """Count the same beside the buffer, or the slice, that its source arrives in."""
+        if self.device.in_place or bundle.source_is_final or bundle.pin_is_current:
+            return 0
+        return bundle.making_cost(resident=True)
 
     def makes(self, bundle: Bundle) -> int:
         """Count what a bundle that stays takes beside its buffer, when it comes and when an op uses it."""
@@ -71,7 +73,7 @@ class UseCosts:
         """
         coming = [bundle for bundle in resident if bundle.views is None]
         through = [b.source_bytes for b in coming if not (b.source_is_final or b.only_patched)]
-        casts = max(map(self.load_casts, coming), default=0)
+        casts = max(map(self.makes, coming), default=0)
         if plan.state is LoadState.FULL:
             return min(room, max(aligned(max(through, default=0)), min(window(through), room - casts)))
         casts = max(casts, max(map(self.casts, offloaded), default=0))

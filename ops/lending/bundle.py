@@ -270,6 +270,10 @@ class Bundle:
         """Return the most that one of the quantised weights takes for its numbers. They are used one by one."""
         return max((param.making_bytes() for param in self.params), default=0)
 
+    def making_cost(self, resident: bool) -> int:
+        """Return the bytes that making the final form takes beside the source and, where that stays, its slice."""
+        return max(0, self.offload_cost() - self.source_bytes - (self.nbytes if resident else 0))
+
     def load_cost(self) -> int:
         """Return the least temporary memory in which the bundle can become resident and be used, in bytes."""
         if self.source_is_final or self.pin_is_current or self.only_cast:

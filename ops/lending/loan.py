@@ -41,5 +41,4 @@ class Loan:
 
     def cast_bytes(self) -> int:
         """Return the bytes that making the final form takes beside the source and, where that stays, its slice."""
-        bundle = self.bundle
-        return max(0, bundle.offload_cost() - bundle.source_bytes - (0 if self.signature is None else bundle.nbytes))
+        return self.bundle.making_cost(resident=self.signature is not None)

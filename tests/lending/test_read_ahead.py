@@ -12,6 +12,7 @@ from kit.nets import dynamic, plain, same, write
 from kit.shuffled import DEPTH, WIDTH, Shuffled
 from kit.sim_device import SimDevice
 from kit.threaded_device import Threaded
+from spillway.ops.gather import aligned
 from spillway.ops.lending.reading import Reading
 from spillway.patcher import residency
 
@@ -122,6 +123,46 @@ def test_a_large_bundle_that_stays_does_not_size_the_memory_for_transfers(tmp_pa
     assert offloaded and all(bundle.nbytes < model.total_bytes // 4 for bundle in offloaded)
     casts = max(bundle.offload_cost() - bundle.source_bytes for bundle in offloaded)
     assert model.caster.arena.capacity + casts <= model.caster.room
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("large", [1, 4, 8, 40])
+def test_the_arena_leaves_what_a_patch_takes_of_what_stays(tmp_path, large, share):
+    """Its source arrives in its slice and not in the arena. Else all that is on its way would be ended, and read again."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+            self.large = torch.nn.Linear(WIDTH, large * WIDTH)
+
+        def input(self):
+            return torch.linspace(-1, 1, WIDTH).repeat(3, 1)
+
+        def forward(self, x):
+            x = self.large(x)[:, :WIDTH]
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return x
+
+    write(tmp_path / "m.safetensors", Net())
+    model = dynamic(Net, tmp_path / "m.safetensors", device=SimDevice(eager=True), pinned_bytes=0)
+    model.set_patches(dict.fromkeys((key for key in model.by_key if key.endswith("weight")), double))
+    most = max(bundle.offload_cost() for bundle in model.bundles)
+    model.set_policy(model.policy.with_changes(vram_bytes=int(share * model.total_bytes) + most))
+    residency, beside = model.prepare(), []
+    caster = residency.caster
+    complete = caster.complete
+
+    def watched(loan):
+        left = caster.room - caster.arena.capacity - loan.cast_bytes()
+        offloaded = [b for b in model.bundles if b not in residency.addresses[: residency.plan.resident]]
+        beside.append(left >= 0 or caster.arena.capacity <= max(aligned(b.source_bytes) for b in offloaded))
+        return complete(loan)
+
+    caster.complete = watched
+    model(model.module.input())
+    assert len(beside) == len(model.bundles) and all(beside)
 
 
 def test_memory_that_was_freed_is_held_by_nobody(path):
