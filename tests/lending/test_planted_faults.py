@@ -66,7 +66,7 @@ FAULTS = {
     ),
     "nobody waits for a reader": Fault(f"{CASTER}.complete", "loan.job.wait()", "pass", (CASES,)),
     "a reader goes on when its loan has ended": Fault(
-        f"{READING}:Reading.end", "self.job.cancel()", "pass", (CASES, READERS)
+        f"{READING}:Reading.end", "job.cancel()", "pass", (CASES, READERS)
     ),
     "a reader that failed may have begun a transfer": Fault(
         f"{READING}:Reading._send", "backend.synchronize()", "pass", (PINS, READERS)
