@@ -8,14 +8,16 @@ import torch
 
 from ..gather import is_wrapper
 from ..joined_weight import JoinedWeight
+from ..ram import scratch
 from ..subclasses import add_branch, linear_arguments, writes_into
 from .dequantise import ARITHMETIC, function_for
 from .types import IDS, TYPES
 
-# Bytes of fp32 numbers that are made at a time, which bounds temporary memory. What making them takes beside the
+# Bytes of fp32 numbers that are made at a time, which bounds temporary memory. On a CPU they are fewer than what its
+# allocator takes from the system anew each time, see ram/allocator.py. What making them takes beside the
 # result, as a multiple of the fp32 numbers of one part. Types whose numbers are looked up in a table show 2.3, and
 # what a device takes within its kernels comes on top. The others are arithmetic on single numbers.
-PART_BYTES = 16 << 20
+PART_BYTES, PART_BYTES_ON_CPU = 16 << 20, 3 << 20
 MAKING, LOOKING_UP = 1.55, 3.2
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -96,19 +98,21 @@ class GgufWeight(torch.Tensor):
         making = int(factor * min(PART_BYTES, 4 * self.numel()))
         return self.numel() * wanted.itemsize + making + copies * self.blocks.numel()
 
-    def _own(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the numbers without the branch."""
+    def _own(self, dtype: torch.dtype, made: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the numbers without the branch. made: where they are to be; None for memory of their own."""
         blocks, heads = self.blocks, self.form.heads
         if heads:
             pairs = blocks.view(heads, self.form.shape[0] // (2 * heads), 2, -1)
             blocks = pairs.transpose(1, 2).reshape(blocks.shape)
-        return self._numbers(blocks, dtype).view(self.form.shape)
+        return self._numbers(blocks, dtype, made).view(self.form.shape)
 
-    def _numbers(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _numbers(self, blocks: torch.Tensor, dtype: torch.dtype, made: torch.Tensor | None = None) -> torch.Tensor:
         """Return the numbers of some blocks, one-dimensional."""
         function, per_block = function_for(self.form.kind), TYPES[IDS[self.form.kind]].numbers
-        made = torch.empty(blocks.shape[0] * per_block, dtype=dtype, device=blocks.device)
-        step = max(1, PART_BYTES // (4 * per_block))
+        if made is None:
+            made = torch.empty(blocks.shape[0] * per_block, dtype=dtype, device=blocks.device)
+        part_bytes = PART_BYTES_ON_CPU if blocks.device.type == "cpu" else PART_BYTES
+        step = max(1, part_bytes // (4 * per_block))
         for start in range(0, blocks.shape[0], step):
             part = function(blocks[start : start + step], self.form.work)
             made[start * per_block : start * per_block + part.numel()] = part.flatten().to(self.form.dtype)
@@ -125,8 +129,19 @@ class GgufWeight(torch.Tensor):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
-        result = torch.nn.functional.linear(x, self._own(x.dtype), bias)
+        if self._lives_briefly(x, bias):
+            with scratch.lent((self.numel(),), x.dtype) as memory:
+                result = torch.nn.functional.linear(x, self._own(x.dtype, memory), bias)
+        else:
+            result = torch.nn.functional.linear(x, self._own(x.dtype), bias)
         return add_branch(result, x, self.down, self.up)
+
+    def _lives_briefly(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Say whether a product on a CPU is all that the numbers are made for. Gradients, and graphs, keep them."""
+        if self.device.type != "cpu" or type(x) is not torch.Tensor or type(self.blocks) is not torch.Tensor:
+            return False
+        kept = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        return not kept and not torch.compiler.is_compiling()
 
     # -- torch's protocol for wrapper subclasses
 

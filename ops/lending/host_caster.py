@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from ..gather import interpret_gathered_like
-from ..ram import allocator
+from ..ram import allocator, scratch
 from .bundle import Bundle
 from .caster import Caster
 from .loan import Loan
@@ -82,6 +82,9 @@ class HostCaster(Caster):
     def finish(self, loan: Loan) -> None:
         if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to not in ("ram", "pin"):
             loan.bundle.drop_pages()
+
+    def free_buffers(self) -> int:
+        return scratch.release()
 
     def prefetch_after(self, bundle: Bundle) -> None:
         following = bundle.successor

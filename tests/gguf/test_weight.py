@@ -9,6 +9,7 @@ from spillway.ops.gather import copy_into, gathered_bytes, interpret_gathered_li
 from spillway.ops.gguf import weight as weight_module
 from spillway.ops.gguf.dequantise import IN_TORCH, PLAIN
 from spillway.ops.gguf.weight import Form, GgufWeight
+from spillway.ops.ram import scratch
 
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 KINDS = ("Q4_0", "Q5_K", "Q8_0", "IQ4_XS")
@@ -128,7 +129,9 @@ def test_a_copy_keeps_the_blocks():
 @pytest.mark.parametrize("part_bytes", [1 << 24, 1 << 18])
 def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch):
     """However a weight gets into its op, and whatever order its rows have."""
-    monkeypatch.setattr(weight_module, "PART_BYTES", part_bytes)
+    assert weight_module.PART_BYTES_ON_CPU < weight_module.PART_BYTES  # which the plan counts for every device
+    for name in ("PART_BYTES", "PART_BYTES_ON_CPU"):
+        monkeypatch.setattr(weight_module, name, part_bytes)
     rows, columns = 512, 512
     blocks = (
         random_blocks(kind, rows * columns) if kind in IN_TORCH else torch.zeros(rows * columns, SIZES[kind]).byte()
@@ -141,6 +144,7 @@ def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch
             (lambda w: torch.nn.functional.linear(x, w), torch.float32),
             (lambda w: torch.nn.functional.linear(x, w.to(torch.float32)), torch.float32),
         ):
+            scratch.release()  # else memory of the use before is lent again
             with LiveMemory(blocks, x) as live:
                 use(weight)
             counted = weight.making_bytes(dtype) + 4 * rows  # and the result

@@ -128,7 +128,7 @@ def test_a_large_bundle_that_stays_does_not_size_the_memory_for_transfers(tmp_pa
 @pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
 @pytest.mark.parametrize("large", [1, 4, 8, 40])
 def test_the_arena_leaves_what_a_patch_takes_of_what_stays(tmp_path, large, share):
-    """Its source arrives in its slice and not in the arena. Else all that is on its way would be ended, and read again."""
+    """Its source arrives in its slice, not in the arena. Else all that is on its way would be ended, and read again."""
 
     class Net(torch.nn.Module):
         def __init__(self):
