@@ -129,29 +129,32 @@ def test_an_interrupt_ends_what_is_yet_to_be_read_before_memory_goes(path, monke
     assert same(model(model.module.input()), expected(path))
 
 
-def test_a_pin_that_a_reader_fills_is_not_given_to_others(path, monkeypatch):
+@pytest.mark.parametrize("step", ["fill", "_send"])
+def test_a_pin_that_a_reader_fills_or_sends_is_not_given_to_others(path, monkeypatch, step):
     """RAM runs short, so that another thread frees pins, at the very moment."""
     model = made(path, Threaded(1), pinned_bytes=ALL)
-    fill, began, may_end = Reading.fill, threading.Event(), threading.Event()
+    does, began, may_end = getattr(Reading, step), threading.Event(), threading.Event()
+    at = []
 
-    def slow(self):
+    def slow(self, *args):
         if self.pin is not None:
+            at.append(self.bundle)
             began.set()
             assert may_end.wait(10)
-        fill(self)
+        does(self, *args)
 
-    monkeypatch.setattr(Reading, "fill", slow)
+    monkeypatch.setattr(Reading, step, slow)
     running = threading.Thread(target=lambda: model(model.module.input()))
     running.start()
     assert began.wait(10)
-    freeing = threading.Thread(target=lambda: model.pins.free(float("inf")))
+    freeing = threading.Thread(target=lambda: model.pins.drop(at[0]))
     freeing.start()
     freeing.join(0.1)
-    assert freeing.is_alive() and model.pins.used
+    kept = freeing.is_alive() and at[0] in model.pins._pins
     may_end.set()
     freeing.join(10)
     running.join(10)
-    assert not freeing.is_alive() and not running.is_alive()
+    assert kept and not freeing.is_alive() and not running.is_alive()
     monkeypatch.undo()
     assert same(model(model.module.input()), expected(path))
 
