@@ -263,7 +263,7 @@ def test_a_model_of_higher_rank_keeps_its_memory(path, monkeypatch, policy):
 @pytest.mark.parametrize("fraction", [0.9, 0.7, 0.5])
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, None])
 def test_weights_and_transfers_together_stay_within_the_budget(tmp_path, fraction, patched, file_dtype, prefetch):
     """What the device really holds: resident weights, ring buffers, casts."""
     write(tmp_path / "m.safetensors", build(), file_dtype)
