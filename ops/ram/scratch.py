@@ -50,9 +50,3 @@ def release() -> int:
         freed = sum(block.numel() for block in _idle)
         _idle.clear()
     return freed
-
-
-def idle_bytes() -> int:
-    """Count the bytes that are kept for the next use."""
-    with _lock:
-        return sum(block.numel() for block in _idle)

@@ -41,14 +41,13 @@ def test_what_is_kept_does_not_grow_with_the_sizes_asked_for():
     for nbytes in (100, 300, 200, 5000, 50):
         with scratch.lent((nbytes,), torch.uint8):
             pass
-    assert scratch.idle_bytes() == 5000
-    assert scratch.release() == 5000 and scratch.idle_bytes() == 0
+    assert scratch.release() == 5000 and scratch.release() == 0
 
 
 def test_memory_of_a_failed_operation_is_lent_again():
     with pytest.raises(ValueError, match="failed"), scratch.lent((10,), torch.uint8):
         raise ValueError("failed")
-    assert scratch.idle_bytes() == 10
+    assert scratch.release() == 10
 
 
 def test_a_product_of_blocks_makes_its_numbers_there_and_leaves_nothing_of_it_in_the_result():
@@ -57,8 +56,8 @@ def test_a_product_of_blocks_makes_its_numbers_there_and_leaves_nothing_of_it_in
     with torch.inference_mode():
         result, expected = one.linear(x), torch.nn.functional.linear(x, one.dequantize())
         other.linear(x)  # its numbers lie where those of the first did
-        assert scratch.idle_bytes() == ROWS * COLUMNS * 4
         assert torch.equal(result, expected)
+        assert scratch.release() == ROWS * COLUMNS * 4
 
 
 def test_numbers_that_a_gradient_needs_are_left_alone():
@@ -89,4 +88,4 @@ def test_threads_get_right_products():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert scratch.idle_bytes() <= 4 * ROWS * COLUMNS * 4
+    assert scratch.release() <= 4 * ROWS * COLUMNS * 4
