@@ -23,7 +23,6 @@ import torch
 from harness import comfyui, report
 from harness.device import CPU, add_device
 from harness.laps import Laps
-from harness.pack import load_pack
 from harness.race import Contestant, difference, must_have_run, race, read_into_cache, slug
 from harness.turns import rotated
 
@@ -58,7 +57,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import nodes
 
     if args.contestant != REFERENCE:
-        load_pack()
+        comfyui.load_installed_pack()
         from spillway.nodes.load import SpillwayLoadDiffusionModel
         from spillway.nodes.policy import SpillwayPolicy  # noqa: F401 - imported before the clock runs
 

@@ -92,7 +92,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     if theirs:
         nodes = pack_nodes(args.pack, args.base / "site")
     else:
-        load_pack()
+        comfyui.load_installed_pack()
         from spillway.nodes.load import SpillwayLoadDiffusionModel
         from spillway.patcher.policy import Policy
     torch.set_num_threads(args.threads)

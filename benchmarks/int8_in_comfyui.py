@@ -20,7 +20,6 @@ import torch
 
 from harness import comfyui, report
 from harness.laps import Laps
-from harness.pack import load_pack
 from harness.race import Contestant, must_have_run, race, read_into_cache, slug
 
 COMFYUI, OURS = "ComfyUI", "Spillway"
@@ -55,7 +54,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import comfy.sd
     import comfy.utils
 
-    load_pack()
+    comfyui.load_installed_pack()
     from spillway.patcher.comfyui.loading.load import load_diffusion_model
     from spillway.patcher.policy import Policy
 

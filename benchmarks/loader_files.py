@@ -23,7 +23,6 @@ from comfyui_loader import REFERENCE, SETTLE, figures, summary, table
 from harness import comfyui
 from harness.laps import Laps
 from harness.loader_rows import ROWS, Row, file_of, lora_of, write
-from harness.pack import load_pack
 from harness.race import difference, must_have_run, race, read_into_cache, slug
 from harness.turns import rotated
 
@@ -59,7 +58,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     row = next(row for row in ROWS if str(row) == name)
     checkpoints.accept_small_lumina()
     if who == OURS:
-        load_pack()
+        comfyui.load_installed_pack()
         from spillway.nodes.load import SpillwayLoadCheckpoint, SpillwayLoadDiffusionModel
 
     torch.set_num_threads(args.threads)

@@ -21,7 +21,6 @@ import torch
 
 from harness import comfyui, report
 from harness.laps import Laps
-from harness.pack import load_pack
 from harness.race import Contestant, difference, must_have_run, race, read_into_cache, slug
 
 RANK = 16
@@ -49,7 +48,7 @@ def run_contestant(args: argparse.Namespace, laps: Laps) -> None:
     import comfy.sd
     import comfy.utils
 
-    load_pack()
+    comfyui.load_installed_pack()
     from spillway.patcher.comfyui.loading.load import load_diffusion_model
     from spillway.patcher.policy import Policy
 

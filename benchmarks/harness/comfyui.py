@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from . import report
 from .device import CPU, finish_comfyui, prepare_comfyui, settle, used_bytes
 from .laps import Laps, contest
-from .pack import ROOT
+from .pack import ROOT, load_pack
 from .race import command_of, must_have_run, solo
 
 WRITE = "write"  # the contestant that writes the files, and is not measured
@@ -126,6 +126,14 @@ def start_comfyui(
 
     if device != CPU:
         finish_comfyui()
+
+
+def load_installed_pack() -> None:
+    """Load the pack with the allocator as its prestartup script sets it in a server."""
+    load_pack()
+    from spillway.ops.ram import allocator
+
+    allocator.tune()
 
 
 def sample_in_turns(

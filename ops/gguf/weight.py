@@ -130,7 +130,7 @@ class GgufWeight(torch.Tensor):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., columns). Return (..., rows), in x's dtype."""
         if self._lives_briefly(x, bias):
-            with scratch.lent((self.numel(),), x.dtype) as memory:
+            with scratch.numbers.lent((self.numel(),), x.dtype) as memory:
                 result = torch.nn.functional.linear(x, self._own(x.dtype, memory), bias)
         else:
             result = torch.nn.functional.linear(x, self._own(x.dtype), bias)

@@ -107,6 +107,7 @@ class Bundle:
         self.vbar_slice: Any = None
         self.signature: Any = None  # of the slice, when the final form was written into it
         self.views: Sequence[torch.Tensor] | None = None  # the final form in the slice
+        self.has_passed = False  # a use has made the final form without keeping it; written by HostCaster
         self.loan: Any = None  # written by the caster, as `depth`: set while the bundle is lent
         self.depth = 0
         # (object, attribute, value while idle, value while lent), for ops that read more than parameters; written by
@@ -185,6 +186,7 @@ class Bundle:
         """Take a slice of a VBAR, or None for a bundle that is always streamed. An older slice's content is void."""
         self.vbar_slice = vbar_slice
         self.signature = self.views = None
+        self.has_passed = False
 
     def became_resident(self, signature: Any, views: Sequence[torch.Tensor]) -> None:
         """Note that the slice holds the final form for as long as the VBAR answers with this signature."""
@@ -197,6 +199,7 @@ class Bundle:
     def evicted(self) -> None:
         """Note that the slice lost its memory. A bundle that is used in place gives its file's pages back."""
         self.views = None
+        self.has_passed = False
         if self.in_place:
             self.drop_pages()
 

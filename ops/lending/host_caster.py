@@ -7,22 +7,32 @@ from contextlib import nullcontext
 
 import torch
 
+from ..device.backend import Backend
 from ..gather import interpret_gathered_like
-from ..ram import allocator, scratch
+from ..ledger import Ledger
+from ..ram import allocator
+from ..ram.scratch import Scratch, numbers
+from ..vbar.protocol import VBAR
 from .bundle import Bundle
 from .caster import Caster
 from .loan import Loan
-from .pins import Pin
+from .pins import Pin, Pins
 
 
 class HostCaster(Caster):
     """No streams. An unpatched weight of the right dtype is a view of its file's map: no copy.
 
     A bundle that is not resident is dropped from memory after its use, so the process holds the resident set and one
-    bundle more. advise: whether reading ahead is worth a system call (the file is not known to be cached).
+    bundle more. One that is merely cast gets memory to stay in at its second use: fresh memory takes longer to come by
+    than the cast, and much is used once (a text encoder, a VAE, the model of a single step).
+    advise: whether reading ahead is worth a system call (the file is not known to be cached).
     """
 
     advise = True
+
+    def __init__(self, backend: Backend, vbar: VBAR, pins: Pins, ledger: Ledger) -> None:
+        super().__init__(backend, vbar, pins, ledger)
+        self.scratch = Scratch()
 
     def start(self, loan: Loan) -> None:
         bundle = loan.bundle
@@ -48,7 +58,11 @@ class HostCaster(Caster):
 
     def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
-        if loan.signature is not None:
+        if self._passes(loan):
+            loan.scratch = self.scratch.take(bundle.nbytes)
+            views = self.make_final(bundle, bundle.source, loan.scratch[: bundle.nbytes])
+            bundle.has_passed = True
+        elif loan.signature is not None:
             memory, pin = self.vbar.tensor(bundle.vbar_slice)[: bundle.nbytes], self._current_pin(bundle)
             if pin is None:
                 views = self.make_final(bundle, bundle.source, memory)
@@ -72,6 +86,22 @@ class HostCaster(Caster):
         bundle.drop_pages()  # the final form lies elsewhere now
         return views
 
+    def _passes(self, loan: Loan) -> bool:
+        """Say whether the final form is made for this use alone, in memory that is used again.
+
+        Gradients keep what they need of the weights beyond the op.
+        """
+        bundle = loan.bundle
+        if not bundle.only_cast or torch.is_grad_enabled() or self._current_pin(bundle) is not None:
+            return False
+        if loan.signature is None:
+            return bundle.offload_to not in ("ram", "pin")
+        return not bundle.has_passed
+
+    def bring(self, bundle: Bundle) -> bool:
+        bundle.has_passed = True  # it is to stay before anybody asks
+        return super().bring(bundle)
+
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
         bundle.check_files()
         with allocator.in_maps() if bundle.worth_keeping else nullcontext():
@@ -80,11 +110,18 @@ class HostCaster(Caster):
         return views
 
     def finish(self, loan: Loan) -> None:
+        block, loan.scratch = loan.scratch, None
+        if block is not None:
+            self.scratch.give_back(block)
         if loan.signature is None and loan.bundle.in_place and loan.bundle.offload_to not in ("ram", "pin"):
             loan.bundle.drop_pages()
 
+    @property
+    def has_buffers(self) -> bool:
+        return self.scratch.idle_bytes() > 0
+
     def free_buffers(self) -> int:
-        return scratch.release()
+        return self.scratch.release() + numbers.release()
 
     def prefetch_after(self, bundle: Bundle) -> None:
         following = bundle.successor

@@ -26,6 +26,7 @@ class Loan:
     event: Event | None = None  # after the transfer, once that is started
     brings_final = False  # the transfer brings the final form
     host_casts = False  # the host makes the final form
+    scratch: torch.Tensor | None = None  # where a host makes the final form for this use alone
     keep: object | None = None  # memory that must outlive a transfer
     held = 0  # bytes of device memory that the loan holds outside of VBAR and arena
     started = False  # bytes had to be brought

@@ -19,13 +19,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # From this size on a block is a map of its own, and goes back to the system as it is freed. glibc starts at 128 KiB but
 # raises the threshold to 32 MiB as blocks are freed. Images and latents would then stay in its arenas.
 MMAP_THRESHOLD = 4 << 20
+# While a CPU computes step after step, which asks for the same blocks each time. It is the most that glibc takes, and
+# goes up to by itself. A block with a map of its own would be cleared page by page at each step.
+COMPUTING_THRESHOLD = 32 << 20
 # While weights are patched. Else each block that outlives the temporary blocks around it would leave a hole.
 PATCHING_THRESHOLD = 128 << 10
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 # done: what `tune` did, in words; None before `tune` ran. tuned: whether the threshold is Spillway's.
+# threshold: what it is now, in bytes, outside of `in_maps`.
 done: str | None = None
 tuned = False
+threshold = MMAP_THRESHOLD
 
 
 @functools.cache
@@ -86,7 +91,33 @@ def in_maps() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_MMAP_THRESHOLD, _tuner().threshold)
+
+
+def begin_computing() -> None:
+    """Let blocks that a CPU computes in be used again in the next step, where `tune` chose the threshold."""
+    _keep_below(COMPUTING_THRESHOLD, 2 * COMPUTING_THRESHOLD)  # of the end of the heap, as glibc itself would keep
+
+
+def end_computing() -> None:
+    """Give back to the system what was kept for the next step. Without `begin_computing` this does nothing."""
+    if _keep_below(MMAP_THRESHOLD, MMAP_THRESHOLD):
+        trim()
+
+
+def _keep_below(nbytes: int, end: int) -> bool:
+    """Choose from how many bytes on blocks go back to the system as they are freed. Say whether that is a change.
+
+    end: from how many on the free end of the heap does.
+    """
+    tuner = _tuner()
+    if not tuner.tuned or tuner.threshold == nbytes:
+        return False
+    tuner.threshold = nbytes
+    libc = _libc()
+    libc.mallopt(M_MMAP_THRESHOLD, nbytes)
+    libc.mallopt(M_TRIM_THRESHOLD, end)
+    return True
 
 
 def trim() -> bool:

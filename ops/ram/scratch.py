@@ -12,41 +12,54 @@ from contextlib import contextmanager
 
 import torch
 
-_lock = threading.Lock()
-_idle: list[torch.Tensor] = []
+
+class Scratch:
+    """Blocks that are lent one by one. Nothing may refer to their memory once they were given back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[torch.Tensor] = []
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Lend a block of at least `nbytes`, with any content, as uint8.
+
+        It is one that is idle and large enough, or a new one in the place of one that is too small. So there are never
+        more blocks than were lent at the same time, and none is larger than what was asked for.
+        """
+        with self._lock:
+            fitting = [place for place, block in enumerate(self._idle) if block.numel() >= nbytes]
+            if fitting:
+                return self._idle.pop(min(fitting, key=lambda place: self._idle[place].numel()))
+            if self._idle:
+                self._idle.pop()
+        # Not of inference mode: whoever is lent it next may not be in it.
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+    def give_back(self, block: torch.Tensor) -> None:
+        with self._lock:
+            self._idle.append(block)
+
+    @contextmanager
+    def lent(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Lend a tensor in host memory, with any content."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        block = self.take(nbytes)
+        try:
+            yield block[:nbytes].view(dtype).view(shape)
+        finally:
+            self.give_back(block)
+
+    def idle_bytes(self) -> int:
+        """Return the bytes that nobody is lent now."""
+        return sum(block.numel() for block in self._idle)
+
+    def release(self) -> int:
+        """Give the memory that is idle back to the system. Return its bytes."""
+        with self._lock:
+            freed = self.idle_bytes()
+            self._idle.clear()
+        return freed
 
 
-@contextmanager
-def lent(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Lend a tensor in host memory, with any content. Nothing may refer to its memory once it was given back."""
-    numel = torch.Size(shape).numel()
-    block = _take(numel * dtype.itemsize)
-    try:
-        yield block[: numel * dtype.itemsize].view(dtype).view(shape)
-    finally:
-        with _lock:
-            _idle.append(block)
-
-
-def _take(nbytes: int) -> torch.Tensor:
-    """Return a block that is idle and large enough, or a new one in the place of one that is too small.
-
-    So there are never more blocks than were lent at the same time, and none is larger than what was asked for.
-    """
-    with _lock:
-        fitting = [place for place, block in enumerate(_idle) if block.numel() >= nbytes]
-        if fitting:
-            return _idle.pop(min(fitting, key=lambda place: _idle[place].numel()))
-        if _idle:
-            _idle.pop()
-    # Not of inference mode: whoever is lent it next may not be in it.
-    with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-
-def release() -> int:
-    """Give the memory that is idle back to the system. Return its bytes."""
-    with _lock:
-        freed = sum(block.numel() for block in _idle)
-        _idle.clear()
-    return freed
+numbers = Scratch()  # of weights in blocks, of all models

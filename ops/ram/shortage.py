@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from ..errors import SpillwayError
 from ..ledger import in_words
+from . import allocator
 from .available import available_ram, refusing_limit
 
 T = TypeVar("T")
@@ -47,6 +48,8 @@ def give_way(nbytes: int) -> int:
         holder = known()
         if holder is not None and freed < nbytes:
             freed += holder.give_ram(nbytes - freed)
+    if freed:
+        allocator.trim()  # small blocks stay in its arenas else, and those of a computation up to 32 MiB
     return freed
 
 

@@ -17,6 +17,7 @@ from ...ops.gather import is_wrapper
 from ...ops.ledger import Ledger, in_words
 from ...ops.lending.repeat import register_pure
 from ...ops.never_raises import never_raises
+from ...ops.ram import allocator
 from ...ops.ram.available import recent_ram
 from ..dynamic_model import DynamicModel, models
 from ..policy import Policy
@@ -324,10 +325,16 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         """Give this patcher where ComfyUI asks for a classic one to serve hooks of conditions."""
         return self
 
-    # -- after sampling
+    # -- sampling
+
+    def pre_run(self) -> None:
+        if self.load_device.type == "cpu":
+            allocator.begin_computing()
+        super().pre_run()
 
     def cleanup(self) -> None:
         super().cleanup()
+        allocator.end_computing()
         dynamic = self.state.dynamic
         if dynamic is not None and dynamic.residency is not None:
             dynamic.residency.note_peak()

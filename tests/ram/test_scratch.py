@@ -7,16 +7,16 @@ import torch
 
 from spillway.ops.gguf.types import IDS, TYPES
 from spillway.ops.gguf.weight import Form, GgufWeight
-from spillway.ops.ram import scratch
+from spillway.ops.ram.scratch import numbers
 
 ROWS, COLUMNS = 96, 512
 
 
 @pytest.fixture(autouse=True)
 def _none_before():
-    scratch.release()
+    numbers.release()
     yield
-    scratch.release()
+    numbers.release()
 
 
 def weight(kind="Q8_0"):
@@ -28,26 +28,26 @@ def weight(kind="Q8_0"):
 
 
 def test_memory_is_lent_again_and_to_one_at_a_time():
-    with scratch.lent((4, 8), torch.float32) as one, scratch.lent((2, 8), torch.float32) as other:
+    with numbers.lent((4, 8), torch.float32) as one, numbers.lent((2, 8), torch.float32) as other:
         assert one.shape == (4, 8) and one.data_ptr() != other.data_ptr()
         places = {one.data_ptr(), other.data_ptr()}
-    with scratch.lent((2, 8), torch.float32) as again:
+    with numbers.lent((2, 8), torch.float32) as again:
         assert again.data_ptr() == other.data_ptr()  # the smallest that is large enough
-        with scratch.lent((4, 8), torch.float32) as larger:
+        with numbers.lent((4, 8), torch.float32) as larger:
             assert {again.data_ptr(), larger.data_ptr()} == places
 
 
 def test_what_is_kept_does_not_grow_with_the_sizes_asked_for():
     for nbytes in (100, 300, 200, 5000, 50):
-        with scratch.lent((nbytes,), torch.uint8):
+        with numbers.lent((nbytes,), torch.uint8):
             pass
-    assert scratch.release() == 5000 and scratch.release() == 0
+    assert numbers.release() == 5000 and numbers.release() == 0
 
 
 def test_memory_of_a_failed_operation_is_lent_again():
-    with pytest.raises(ValueError, match="failed"), scratch.lent((10,), torch.uint8):
+    with pytest.raises(ValueError, match="failed"), numbers.lent((10,), torch.uint8):
         raise ValueError("failed")
-    assert scratch.release() == 10
+    assert numbers.release() == 10
 
 
 def test_a_product_of_blocks_makes_its_numbers_there_and_leaves_nothing_of_it_in_the_result():
@@ -57,7 +57,7 @@ def test_a_product_of_blocks_makes_its_numbers_there_and_leaves_nothing_of_it_in
         result, expected = one.linear(x), torch.nn.functional.linear(x, one.dequantize())
         other.linear(x)  # its numbers lie where those of the first did
         assert torch.equal(result, expected)
-        assert scratch.release() == ROWS * COLUMNS * 4
+        assert numbers.release() == ROWS * COLUMNS * 4
 
 
 def test_numbers_that_a_gradient_needs_are_left_alone():
@@ -88,4 +88,4 @@ def test_threads_get_right_products():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert scratch.release() <= 4 * ROWS * COLUMNS * 4
+    assert numbers.release() <= 4 * ROWS * COLUMNS * 4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..running import drop_unloaded
 from .check_quantised import check_quantised
 from .diffusers_names import convert_lazily
 from .lazy_layers import check_shapes
+from .quantised_ops import cast_when_used
 
 log = logging.getLogger("spillway")
 
@@ -168,7 +169,8 @@ def building(
                 for attr, parameter in part._parameters.items():
                     if parameter is not None and parameter.is_meta:
                         part._parameters[attr] = parameter_of(torch.empty_like(parameter, device="cpu"))
-        result = load(module, tensors, strict, assign)
+        with cast_when_used(module, tensors) if assign else nullcontext():
+            result = load(module, tensors, strict, assign)
         if assign:
             opened.note(module, result.missing_keys)
         return result
@@ -204,7 +206,8 @@ def _assigned(load: Callable[..., Any], root: torch.nn.Module, tensors: Mapping[
             elif getattr(module, f"{attr}_comfy_model_dtype", None) is None:
                 setattr(module, f"{attr}_comfy_model_dtype", parameter.dtype)
         buffers.update({(module, attr): buffer for attr, buffer in module._buffers.items() if buffer is not None})
-    result = load(root, tensors, strict, True)
+    with cast_when_used(root, tensors):
+        result = load(root, tensors, strict, True)
     for (module, attr), before in buffers.items():
         now = module._buffers[attr]
         if now is not before and now is not None:

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import comfy.ops
 import comfy.quant_ops
 import comfy.utils
 import pytest
@@ -11,7 +12,8 @@ import torch
 from kit.comfyui import checkpoints
 from kit.comfyui.pairs import SMALL, assert_same, pair, run
 from kit.comfyui.quantised import MATCH, quantised, scaled_fp8
-from spillway.ops.files.disk_map import SourceError
+from spillway.ops.files.disk_map import SourceError, locate
+from spillway.ops.gather import is_wrapper
 from spillway.patcher.comfyui.loading.check_quantised import NEEDED
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_diffusion_model, load_vae
 
@@ -161,3 +163,27 @@ def test_a_shard_alone_is_an_error_that_says_which_part_it_is(flux, checkpoint, 
 
 def test_the_layers_of_these_tests_are_quantised():
     assert any(part in LAYER for part in MATCH)
+
+
+@pytest.mark.skipif(not hasattr(comfy.ops, "_load_quantized_module"), reason="this ComfyUI casts by a class of its own")
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_what_is_not_quantised_stays_in_the_file_in_its_dtype_until_it_is_used(kind, checkpoint, tmp_path):
+    base = checkpoint("flux", dtype=torch.bfloat16, **SMALL)
+    path = quantised(tmp_path / "m.safetensors", base, kind)
+    host, ours = pair(path)
+    weights = [
+        (name, layer, param)
+        for name, layer in ours.model.named_modules()
+        if isinstance(layer, comfy.ops.CastWeightBiasOp)
+        for bundle in [ours.dynamic.by_key.get(f"{name}.weight")]
+        if bundle is not None
+        for param in bundle.params
+        if param.key == f"{name}.weight" and not is_wrapper(param.source)
+    ]
+    assert len(weights) > 10
+    for name, layer, param in weights:
+        assert param.source.dtype == torch.bfloat16 and locate(param.source) is not None, name
+        made_in = getattr(layer, "factory_kwargs", {}).get("dtype")
+        assert made_in is None or param.final.dtype == made_in == host.model.get_submodule(name).weight.dtype, name
+    for _ in range(2):  # the first use, and what stays
+        assert_same(run(ours), run(host))

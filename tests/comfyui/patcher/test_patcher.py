@@ -1,6 +1,7 @@
 """DynamicModelPatcher as ComfyUI uses it: loading, clones, unloading, saving, and leaving no trace."""
 
 import gc
+from contextlib import nullcontext
 
 import comfy.memory_management
 import comfy.model_management as mm
@@ -17,6 +18,7 @@ from kit.comfyui.loras import QKV, SHAPES, forms, with_lora
 from kit.comfyui.on_device import comfyuis_dynamic_models
 from kit.comfyui.pairs import SMALL, assert_same, budget, comfyui_vae, pair, run
 from spillway.ops.lending.layer import DynamicLayer
+from spillway.ops.ram import allocator
 from spillway.patcher import ram_pressure
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.loading.loader_overrides import building
@@ -346,3 +348,24 @@ def test_pins_of_other_models_give_way_to_the_size_of_a_loaded_one(sizes, stay, 
     monkeypatch.setattr(ram_pressure, "available_ram", lambda: int(sizes * model.model_size()))
     model.load(model.load_device)
     assert (other.dynamic.pinned_bytes == held) == stay
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_on_a_cpu_keeps_blocks_for_the_next_and_the_end_gives_them_back(flux, monkeypatch, fails):
+    monkeypatch.setattr(allocator, "tuned", True)
+    model = comfy_load.load_diffusion_model(flux)
+    on_cpu = model.load_device.type == "cpu"
+    seen = []
+
+    def look(*_):
+        seen.append(allocator.threshold)
+        if fails:
+            raise ValueError("stopped")
+
+    try:
+        with pytest.raises(ValueError, match="stopped") if fails else nullcontext():
+            sampling.sample(model, steps=2, width=32, height=32, callback=look)
+        assert set(seen) == {allocator.COMPUTING_THRESHOLD if on_cpu else allocator.MMAP_THRESHOLD}
+        assert allocator.threshold == allocator.MMAP_THRESHOLD
+    finally:
+        allocator.end_computing()

@@ -50,7 +50,7 @@ def test_a_saved_quantisation_is_comfyuis_own_and_loads_everywhere(dtype, checkp
     # LoRAs on it, saved in its own quantisation and in another.
     patched = [with_lora(model, forms("lora"), 0.5) for model in again]
     wanted, _ = read(comfyui_save(patched[0]))
-    # Of what is not quantised ComfyUI makes fp32 copies on a CPU, of Linear layers in its loader also for us.
+    # Of what is not quantised ComfyUI makes fp32 copies on a CPU.
     assert_same_tensors(like(read(save(again[1]))[0], got := read(saved)[0]), got)
     assert_same_tensors(like(read(save(patched[1]))[0], wanted), wanted)
     assert_same_tensors(read(save(patched[0]))[0], wanted)
@@ -88,7 +88,12 @@ def test_other_quantisations_are_kept(algorithm, checkpoint, tmp_path):
     files = [
         read(saver(with_lora(model, forms("lora"))))[0] for model, saver in ((classic, comfyui_save), (ours, save))
     ]
-    assert_same_tensors(like(files[1], files[0]), files[0])
+    # Of what is not quantised ComfyUI has made fp32 copies on a CPU. Here it stays in the dtype of the file.
+    rounded = {
+        key: tensor.to(files[1][key].dtype).to(tensor.dtype) if files[1][key].dtype.itemsize == 2 else tensor
+        for key, tensor in files[0].items()
+    }
+    assert_same_tensors(like(files[1], files[0]), rounded)
 
 
 @pytest.mark.parametrize("stored", ["default", "fp8_e4m3fn"])
