@@ -49,7 +49,7 @@ def outside_of_the_code_page(source):
     for number, line in enumerate(source.splitlines(), 1):
         strange = {char for char in line if not char.encode(CODE_PAGE, "ignore")}
         if strange:
-            yield f"{number}: {ascii(''.join(sorted(strange)))}"
+            yield f"{number}: {''.join(sorted(strange))!a}"
 
 
 def refused(source):
@@ -99,7 +99,10 @@ def test_the_pack_obeys(rule):
         (outside_of_the_code_page, ["A = 'a wave \N{WATER WAVE}'", "# an arrow \N{RIGHTWARDS ARROW}"]),
         (refused, ["x = x.cuda()", "x.cuda (0)", "'use .cuda() here'", "x.to('cuda:1')", "x.to(torch.device('cuda'))"]),
         (refused, ["with torch.autocast('cpu'):", "torch.cuda.amp.autocast()", "a = nn.Linear(1, 2)"]),
-        (without_encoding, ["open(path)", "open(path, 'w')", "path.read_text()", "path.open('r')", "path.write_text(a)"]),
+        (
+            without_encoding,
+            ["open(path)", "open(path, 'w')", "path.read_text()", "path.open('r')", "path.write_text(a)"],
+        ),
     ],
 )
 def test_each_rule_sees_what_it_forbids(rule, lines):
