@@ -49,6 +49,16 @@ def test_backends_that_write_code_anew(make, backend, batches):
     assert model.ledger.counters.graphs_compiled == len(set(min(batch, 2) for batch in batches))
 
 
+@pytest.mark.parametrize("equal", [(7, 7), (WIDTH, WIDTH)])
+def test_sizes_that_are_equal_by_chance_are_no_rule(make, equal):
+    """A first call with as many pictures as tokens says nothing of the next."""
+    model, plain = make()
+    model(inputs(*equal))
+    for batch, length in ((3, 5), (5, 3), (WIDTH, 4), (4, WIDTH)):
+        assert torch.equal(model(inputs(batch, length)), plain(inputs(batch, length)))
+    assert model.ledger.counters.graphs_compiled == compile_count() == 1
+
+
 def test_a_block_is_one_loan(make):
     model, plain = make(device=SimDevice(), vram_bytes=0, prefetch=0)
     assert torch.equal(model(inputs()), plain(inputs()))

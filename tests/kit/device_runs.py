@@ -14,6 +14,7 @@ MANAGED = f"{COMFYUI}/loading/test_managed.py"
 DEVICE = f"{COMFYUI}/device"
 STAYS = f"{DEVICE}/test_nothing_stays.py"
 CACHED = f"{DEVICE}/test_cached_outputs.py"
+OUT_OF_MEMORY = f"{DEVICE}/test_out_of_memory.py"
 SAVED = f"{DEVICE}/test_saved_formats.py"
 PATCHER = f"{COMFYUI}/patcher"
 # Whose servers are processes of their own, which run on the CPU or choose the device themselves.
@@ -90,6 +91,8 @@ RUNS = {
         (DEVICE, PARITY, MANAGED),
     ),
     # As most users have it.
-    "device, dynamic VRAM, 16 bit": DeviceRun("", True, (), IN_16_BIT_WITH_DYNAMIC_VRAM),
+    "device, dynamic VRAM, 16 bit": DeviceRun(
+        "", True, (OUT_OF_MEMORY,), (OUT_OF_MEMORY, *IN_16_BIT_WITH_DYNAMIC_VRAM)
+    ),
     "device, 16 bit": DeviceRun("", False, (PARITY, "-k", "not t5"), (DEVICE, PARITY, *IN_16_BIT)),
 }

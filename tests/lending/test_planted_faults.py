@@ -246,6 +246,56 @@ FAULTS = {
         "return False and",
         (f"{AIMDO}", "cuda_sim/on_aimdo/test_headroom.py"),
     ),
+    # Buffers of bundles on their way, and what they are read into.
+    "the arena outlives what frees it": Fault(
+        f"{CASTER}.free_buffers", "self.arena.clear()", "pass", (f"{BUFFERS}::test_buffers_go_with_the_weights",)
+    ),
+    "staging outlives what frees it": Fault(
+        f"{CASTER}.free_buffers", "self.staging.clear()", "pass", (f"{BUFFERS}::test_buffers_go_with_the_weights",)
+    ),
+    "the arena is counted nowhere": Fault(
+        f"{CASTER}.buffer_bytes", "self.arena.nbytes + self._outside()", "self._outside()", (BUFFERS,)
+    ),
+    "staging is counted nowhere": Fault(f"{CASTER}.staging_bytes", "self.staging.nbytes", "0", (BUFFERS,)),
+    "the arena is as large as it likes": Fault(
+        f"{CASTER}.set_room", "self.arena.resize(arena)", "self.arena.resize(nbytes + (1 << 20))", (BUFFERS,)
+    ),
+    "staging is as large as it likes": Fault(
+        f"{CASTER}.set_room",
+        "self.staging.resize(staging, staged)",
+        "self.staging.resize(1 << 30, 1 << 30)",
+        (f"{BUFFERS}::test_one_large_bundle_does_not_grow_every_buffer",),
+    ),
+    "buffers of what has come to stay are kept": Fault(
+        "patcher.residency:Residency.drop_buffers",
+        "caster.free_buffers()",
+        "pass",
+        (f"{BUFFERS}::test_a_model_that_has_come_to_stay_holds_no_buffers",),
+    ),
+    "weights go before buffers": Fault(
+        "patcher.residency:Residency.free",
+        "freed = self.caster.free_buffers()",
+        "freed = 0",
+        (f"{BUFFERS}::test_buffers_go_with_the_weights",),
+    ),
+    "a library without figures is asked for them": Fault(
+        "ops.ram.allocator:arenas",
+        'libc is None or not hasattr(libc, "mallinfo2")',
+        "libc is None",
+        ("ram/test_available.py::test_a_library_without_figures_gives_none", "ram/test_arena_log.py"),
+    ),
+    "pins give way to twice the size": Fault(
+        "patcher.ram_pressure:free_ram",
+        "short = nbytes - available_ram()",
+        "short = 2 * nbytes - available_ram()",
+        ("patcher/test_ram_pressure.py::test_room_for_another_model_is_made_by_pins",),
+    ),
+    "sizes that are equal by chance are one symbol": Fault(
+        "ops.compile.compiled_function:compiler_settings",
+        "use_duck_shape=False",
+        "use_duck_shape=True",
+        ("compile/test_blocks.py::test_sizes_that_are_equal_by_chance_are_no_rule",),
+    ),
     "bundles on their way ignore the budget": Fault(f"{CASTER}.set_room", "self.room = nbytes", "pass", (BUFFERS,)),
     "whatever has begun runs again": Fault(
         "ops.lending.repeat:may_repeat", "cls = type(module)", "return True", ("lending/test_repeat.py",)

@@ -22,6 +22,7 @@ from spillway.cache.comfyui import cache as comfy_cache
 from spillway.cache.comfyui import install as cache_install
 from spillway.nodes import extension, routes
 from spillway.ops import never_raises as module
+from spillway.patcher.comfyui import patcher
 from spillway.patcher.comfyui.loading import load as comfy_load
 from spillway.patcher.comfyui.patcher import DynamicModelPatcher
 from spillway.patcher.dynamic_model import DynamicModel
@@ -186,7 +187,7 @@ def test_a_node_that_fails_with_a_model_that_cannot_be_named(executor, model, mo
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Load", node_class("Load", lambda **_: (model, "clip")))
     with monkeypatch.context() as patch:
         patch.setitem(nodes.NODE_CLASS_MAPPINGS, "Fails", node_class("Fails", fails))
-        patch.setattr(DynamicModelPatcher, "model_size", fails)
+        patch.setattr(patcher, "in_words", fails)  # of the size that a name says
         failing = prompt(1)
         failing["lora"]["class_type"] = "Fails"
         with pytest.raises(AssertionError, match="planted"):  # the prompt failed, and its node is named

@@ -13,6 +13,8 @@ from kit.planting import Fault, check_is_seen, check_passes
 CASTER = "ops.lending.device_caster:DeviceCaster"
 HERE = "comfyui/device/test_half_resident.py"
 LORAS = f"{HERE}::test_loras_come_and_go"
+HEED = "patcher.comfyui.flags:heed_flags"
+FLAGS = "comfyui/device/test_flags.py"
 
 FAULTS = {
     "memory is filled that kernels may still read": Fault(
@@ -54,6 +56,23 @@ FAULTS = {
         "before = self.loaded_size()",
         "before = self.loaded_size()\n        if before:\n            return 0",
         (f"{HERE}::test_each_clone_has_its_own_patches",),
+    ),
+    # ComfyUI's own options.
+    "streams that were turned off": Fault(HEED, "backend.streams = 0", "pass", (f"{FLAGS}::test_streams",)),
+    "more streams than were asked for": Fault(
+        HEED, "min(backend.streams, args.async_offload)", "backend.streams", (f"{FLAGS}::test_streams",)
+    ),
+    "memory is locked all the same": Fault(
+        HEED, 'not getattr(args, "disable_pinned_memory", False)', "True", (f"{FLAGS}::test_page_locking",)
+    ),
+    "reserved memory is used": Fault(
+        HEED, "backend.reserved = int(args.reserve_vram * GIB)", "pass", (f"{FLAGS}::test_reserved_vram",)
+    ),
+    "what ComfyUI has locked is not counted": Fault(
+        "patcher.comfyui.flags:room_beside_comfyui",
+        ' - getattr(management, "TOTAL_PINNED_MEMORY", 0)',
+        "",
+        (f"{FLAGS}::test_pins_leave_what_comfyui_has_locked",),
     ),
 }
 
