@@ -21,13 +21,21 @@ from spillway.ops.files.safetensors_writer import SaveError
 from spillway.ops.files.watched_file import FileChanged
 from spillway.ops.parts.folder import weights_of
 from spillway.ops.parts.open_map import open_map
+from spillway.ops.pickles import reader
 from spillway.ops.pickles.convert import convert
 from spillway.ops.pickles.probe import probe
 
 CONVERT = Path(__file__).resolve().parents[1] / "kit" / "processes" / "convert_pickle.py"
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
+@pytest.fixture(params=["zip", "zip, as torch 2.8 reads it", "before 2020"])
+def old(request, monkeypatch):
+    """Whether a pickle is written as before 2020. Torch 2.8 does not say where the numbers of a tensor on meta lie."""
+    if "2.8" in request.param:
+        monkeypatch.setattr(reader, "_tells_places", lambda: False)
+    return request.param == "before 2020"
+
+
 @pytest.mark.parametrize("form", forms({}))
 def test_the_tensors_of_a_pickle(form, old, tmp_path):
     """Shared, transposed, expanded, empty: each key has its own numbers, and what is no tensor is left out."""
@@ -187,7 +195,6 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_model_is_refused_by_name(name, old, tmp_path):
     value, words = WRONG[name]
