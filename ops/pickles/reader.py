@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, BinaryIO
 
 import torch
@@ -94,6 +95,11 @@ def _refused(path: Path, error: Exception) -> SourceError:
         return SourceError(
             f"{path}: this is a tar archive as torch wrote them before 2017. It cannot be read without running it. "
             "Get the model as safetensors."
+        )
+    if any(frame.f_code.co_name == "_validate_loaded_sparse_tensors" for frame, _ in walk_tb(error.__traceback__)):
+        # Torch 2.15 checks these by their numbers, which a tensor on meta has not, and does not say which it is.
+        return SourceError(
+            f"{path}: it holds a sparse tensor, which safetensors cannot hold. Save it as an ordinary tensor."
         )
     first = next((line.strip() for line in words.splitlines() if line.strip()), "")
     if isinstance(error, (io.UnsupportedOperation, AttributeError)) or not first:

@@ -184,7 +184,7 @@ WRONG = {
     "several": ({"a": {"x": torch.zeros(1)}, "b": {"x": torch.ones(1)}}, "under 'a', 'b', and not which"),
     "a number for a name": ({1: torch.zeros(2)}, "named 1, not by a text"),
     "half a character for a name": ({"a\ud800": torch.zeros(2)}, "named 'a.ud800', which is no text"),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse"),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse|holds a sparse tensor"),
     "a lazy sign": ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a Tensor .* as it lies"),
     "a lazy conjugate": ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "'a' is a Tensor .* as it lies"),
     "no numbers at all": ({"a": torch.empty(3, device="meta")}, "'a' has no numbers"),
