@@ -60,6 +60,7 @@ def _import(comfyui, base):
         import comfy.sd
         import folder_paths
         import torch
+        import utils  # noqa: F401 - before nodes.py of 0.22 puts comfy/ first on the path, which has another
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
 
