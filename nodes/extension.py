@@ -31,7 +31,7 @@ from .lora_growing import SpillwayGrowingLoraStack, SpillwayLora
 from .memory import SpillwayDeviceControl, SpillwayMemoryReport
 from .merge import SpillwayMergeModels
 from .merge_blocks import BLOCK_MERGES
-from .old_ids import free_old_ids
+from .old_ids import free_old_ids, tell_of_replacements
 from .policy import SpillwayCachePolicy, SpillwayPolicy
 from .probe import SpillwayProbeModel
 from .quantise import SpillwayQuantiseModel
@@ -58,6 +58,8 @@ class SpillwayExtension(ComfyExtension):
             output_cache.install()
         with never_raises("adding /spillway/memory and /spillway/free to the server"):
             routes.install()
+        with never_raises("telling ComfyUI which nodes took the place of older ones"):
+            await tell_of_replacements()
         with never_raises("listening to the end of prompts"):
             loads.install_prompt_end()
         with never_raises("listening to the beginning of prompts"):

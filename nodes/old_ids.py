@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import reprlib
+import sys
 from typing import Any
 
 import nodes as comfyui_nodes
-from comfy_api.latest import io
+from comfy_api.latest import ComfyAPI, io
 
 from .compile import DYNAMIC, SpillwayLazyTorchCompile
 
@@ -65,8 +66,6 @@ def free_old_ids() -> list[type[io.ComfyNode]]:
     """Return the nodes to register under older ids: those that no pack has taken that was loaded before.
 
     A pack that is loaded later takes its id over, as ComfyUI keeps the last.
-    There is no node replacement beside them. ComfyUI applies one only where nobody has the old id, never so with
-    this list, and it stops with a KeyError at a prompt that lacks an input of the mapping, as one of either form does.
     """
     taken = comfyui_nodes.NODE_CLASS_MAPPINGS.get(OLD_COMPILE)
     if taken is None or getattr(taken, "of_spillway", False):
@@ -78,3 +77,27 @@ def free_old_ids() -> list[type[io.ComfyNode]]:
         SpillwayLazyTorchCompile.define_schema().node_id,
     )
     return []
+
+
+async def tell_of_replacements() -> None:
+    """Tell ComfyUI which node took the place of an older id, where ComfyUI keeps a list of that and there is a server.
+
+    Server and page go by the list only where nobody has the id, so a graph changes neither here nor beside the other
+    pack. It could not stand in place of the class: the server stops at a prompt that lacks an input of the mapping, as
+    one of either form does.
+    """
+    running = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    replacement = getattr(io, "NodeReplace", None)
+    if replacement is None or not hasattr(running, "node_replace_manager"):
+        return
+    new = SpillwayLazyTorchCompile.define_schema()
+    names = [entry.id for entry in new.inputs]
+    await ComfyAPI().node_replacement.register(
+        replacement(
+            new_node_id=new.node_id,
+            old_node_id=OLD_COMPILE,
+            old_widget_ids=names[1:],  # all but the model, in the order in which workflow files keep their values
+            input_mapping=[{"new_id": name, "old_id": name} for name in names],
+            output_mapping=[{"new_idx": 0, "old_idx": 0}],
+        )
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
+import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, BinaryIO
 
 import torch
@@ -43,10 +47,34 @@ def unpickle(path: Path, file: BinaryIO, device: str) -> Any:
 
 
 def _load(file: BinaryIO, device: str, encoding: str = "utf-8") -> Any:
+    fake = device == "meta" and not _tells_places()
     file.seek(0)
-    with warnings.catch_warnings(), torch.inference_mode(False):
+    with warnings.catch_warnings(), torch.inference_mode(False), _fake_tensors() if fake else nullcontext():
         warnings.simplefilter("ignore")
         return torch.load(file, map_location=device, weights_only=True, encoding=encoding)
+
+
+@functools.cache
+def _tells_places() -> bool:
+    """Say whether torch notes where in a file the numbers of a tensor on `meta` lie. Torch 2.8 reads them instead."""
+    file = io.BytesIO()
+    torch.save({"": torch.zeros(1)}, file)
+    file.seek(0)
+    storage = torch.load(file, map_location="meta", weights_only=True)[""].untyped_storage()
+    return getattr(storage, "_checkpoint_offset", None) is not None
+
+
+def _fake_tensors() -> Any:
+    """Return a context in which each torch notes that and reads nothing. Its tensors are of a class of their own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes long to import, and few need it
+
+    return FakeTensorMode()
+
+
+def _kind(tensor: torch.Tensor) -> type:
+    """Return the class of a tensor, which is an ordinary one where `_fake_tensors` made it."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return torch.Tensor if type(tensor) is getattr(module, "FakeTensor", None) else type(tensor)
 
 
 def _asked(error: Exception) -> str | None:
@@ -67,6 +95,11 @@ def _refused(path: Path, error: Exception) -> SourceError:
         return SourceError(
             f"{path}: this is a tar archive as torch wrote them before 2017. It cannot be read without running it. "
             "Get the model as safetensors."
+        )
+    if any(frame.f_code.co_name == "_validate_loaded_sparse_tensors" for frame, _ in walk_tb(error.__traceback__)):
+        # Torch 2.15 checks these by their numbers, which a tensor on meta has not, and does not say which it is.
+        return SourceError(
+            f"{path}: it holds a sparse tensor, which safetensors cannot hold. Save it as an ordinary tensor."
         )
     first = next((line.strip() for line in words.splitlines() if line.strip()), "")
     if isinstance(error, (io.UnsupportedOperation, AttributeError)) or not first:
@@ -101,14 +134,15 @@ def state_dict_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
             continue
         if not isinstance(key, str):
             raise SourceError(f"{path}: a tensor is named {key!r}, not by a text. Get the model as safetensors.")
-        if type(value) not in ORDINARY or value.layout is not torch.strided or value.is_quantized:
+        kind = _kind(value)
+        if kind not in ORDINARY or value.layout is not torch.strided or value.is_quantized:
             raise SourceError(
-                f"{path}: '{key}' is a {type(value).__name__} ({value.layout}, {value.dtype}), which safetensors "
+                f"{path}: '{key}' is a {kind.__name__} ({value.layout}, {value.dtype}), which safetensors "
                 "cannot hold. Save it as an ordinary tensor."
             )
         if value.is_conj() or value.is_neg():
             raise SourceError(
-                f"{path}: '{key}' is a {type(value).__name__} of which another sign is meant than is written, so it "
+                f"{path}: '{key}' is a {kind.__name__} of which another sign is meant than is written, so it "
                 "cannot be copied as it lies. Save it after resolve_conj and resolve_neg."
             )
         tensors[key] = value.detach()

@@ -35,6 +35,22 @@ def test_a_version_that_is_not_ready_is_named(project, changelog, because):
     assert because in found
 
 
+def test_a_workflow_with_another_version_of_the_pack_is_named():
+    """Of other packs it may have any. Each workflow here has this one."""
+    node = '{{"cnr_id": "{}",\n "ver": "{}"}}'
+    texts = {"old.json": node.format("spillway", "0.1.0"), "new.json": node.format("spillway", "0.2.0")}
+    (found,) = release.workflow_faults({**texts, "core.json": node.format("comfy-core", "0.22.0")}, "0.2.0")
+    assert found == "old.json names version 0.1.0 of the pack; write 0.2.0"
+    assert list(release.workflow_faults()) == []
+
+
+def test_each_version_in_a_workflow_is_looked_at():
+    """Blueprints name none, so that the newest is installed for them."""
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert len(release.PACK_AND_VERSION.findall(text)) == text.count('"ver": ') > 0, path.name
+
+
 @pytest.fixture(scope="module")
 def files():
     try:

@@ -21,6 +21,8 @@ PACKAGES = ("ops", "patcher", "cache", "nodes")
 NEEDED = ("__init__.py", "prestartup_script.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md")
 SERVED = ("web/js", "web/docs", "web/images", "locales/en", "locales/zh", "locales/ja", "docs")
 SERVED += ("example_workflows", "subgraphs", "workflows/tests")
+WORKFLOWS = ("example_workflows", "subgraphs", "workflows")
+PACK_AND_VERSION = re.compile(r'"cnr_id": "([\w-]+)",\s+"ver": "([\w.]+)"')
 MOST_BYTES = 2_000_000  # of a file in the archive
 RELEASE = re.compile(r"^## \[(\d+\.\d+\.\d+)\](?: - (\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 
@@ -33,6 +35,7 @@ def main(arguments: list[str]) -> int:
         return fail(f"{USAGE}, not {' '.join(arguments)!r}.", 2)
     checks: dict[str, Callable[[], Iterator[str]]] = {
         "versions and changelog": version_faults,
+        "versions in workflows": workflow_faults,
         "the archive": archive_faults,
         "pages: links, lengths, dates of figures": lambda: iter(faults_of_pages()),
         "results of benchmarks": result_faults,
@@ -79,6 +82,18 @@ def version_faults(project: str | None = None, changelog: str | None = None) -> 
     waiting = changelog[: newest.start()].partition("## [Unreleased]")[2].strip()
     if waiting:
         yield f"CHANGELOG.md: [Unreleased] still has {waiting.splitlines()[0]!r}; move it to [{newest[1]}]"
+
+
+def workflow_faults(found: dict[str, str] | None = None, ours: str = "") -> Iterator[str]:
+    """Say which workflows name a version of the pack that is not this one, which the Manager would install for them."""
+    if found is None:
+        paths = (path for folder in WORKFLOWS for path in sorted((ROOT / folder).rglob("*.json")))
+        found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    ours = ours or version(read("pyproject.toml"))
+    for name, text in found.items():
+        others = {one for pack, one in PACK_AND_VERSION.findall(text) if pack == "spillway" and one != ours}
+        if others:
+            yield f"{name} names version {', '.join(sorted(others))} of the pack; write {ours}"
 
 
 def archive_files() -> list[str]:

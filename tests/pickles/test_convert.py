@@ -21,13 +21,21 @@ from spillway.ops.files.safetensors_writer import SaveError
 from spillway.ops.files.watched_file import FileChanged
 from spillway.ops.parts.folder import weights_of
 from spillway.ops.parts.open_map import open_map
+from spillway.ops.pickles import reader
 from spillway.ops.pickles.convert import convert
 from spillway.ops.pickles.probe import probe
 
 CONVERT = Path(__file__).resolve().parents[1] / "kit" / "processes" / "convert_pickle.py"
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
+@pytest.fixture(params=["zip", "zip, as torch 2.8 reads it", "before 2020"])
+def old(request, monkeypatch):
+    """Whether a pickle is written as before 2020. Torch 2.8 does not say where the numbers of a tensor on meta lie."""
+    if "2.8" in request.param:
+        monkeypatch.setattr(reader, "_tells_places", lambda: False)
+    return request.param == "before 2020"
+
+
 @pytest.mark.parametrize("form", forms({}))
 def test_the_tensors_of_a_pickle(form, old, tmp_path):
     """Shared, transposed, expanded, empty: each key has its own numbers, and what is no tensor is left out."""
@@ -176,7 +184,7 @@ WRONG = {
     "several": ({"a": {"x": torch.zeros(1)}, "b": {"x": torch.ones(1)}}, "under 'a', 'b', and not which"),
     "a number for a name": ({1: torch.zeros(2)}, "named 1, not by a text"),
     "half a character for a name": ({"a\ud800": torch.zeros(2)}, "named 'a.ud800', which is no text"),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse"),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor .*sparse|holds a sparse tensor"),
     "a lazy sign": ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "'a' is a Tensor .* as it lies"),
     "a lazy conjugate": ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "'a' is a Tensor .* as it lies"),
     "no numbers at all": ({"a": torch.empty(3, device="meta")}, "'a' has no numbers"),
@@ -187,7 +195,6 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 2020"])
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_model_is_refused_by_name(name, old, tmp_path):
     value, words = WRONG[name]

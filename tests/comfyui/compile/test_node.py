@@ -1,7 +1,10 @@
 """The node INT8 Lazy Torch Compile: its inputs, and what it says where it does otherwise than asked."""
 
 import asyncio
+import importlib
 import logging
+import sys
+from types import SimpleNamespace
 
 import execution
 import nodes as comfyui_nodes
@@ -17,7 +20,7 @@ from kit.comfyui.pairs import SMALL, assert_same, run
 from kit.device import is_fake
 from spillway.nodes.compile import SpillwayLazyTorchCompile
 from spillway.nodes.extension import SpillwayExtension
-from spillway.nodes.old_ids import OLD_COMPILE
+from spillway.nodes.old_ids import OLD_COMPILE, tell_of_replacements
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.compile.dynamic_models import CompileRequest
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
@@ -62,6 +65,37 @@ def test_the_old_id_stays_with_the_pack_that_has_it(monkeypatch, caplog):
     ours = listed()
     assert OLD_COMPILE not in ours and "SpillwayLazyTorchCompile" in ours
     assert "another_pack" in caplog.text and "SpillwayLazyTorchCompile" in caplog.text
+
+
+def test_comfyui_is_told_what_took_the_old_ids_place(monkeypatch):
+    """Through its own list, twice, as a pack may be loaded again. A graph with the old id is left as it is."""
+    manager = importlib.import_module("app.node_replace_manager").NodeReplaceManager()
+    running = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(node_replace_manager=manager)))
+    monkeypatch.setitem(sys.modules, "server", running)
+    for _ in range(2):
+        asyncio.run(tell_of_replacements())
+    (told,) = manager.as_dict()[OLD_COMPILE]
+    assert told["new_node_id"] == "SpillwayLazyTorchCompile"
+    assert [entry["new_id"] for entry in told["input_mapping"]] == ORDER == ["model", *told["old_widget_ids"]]
+
+    prompt = {"1": {"class_type": OLD_COMPILE, "inputs": {"model": ["2", 0], "verbose": True}, "_meta": {}}}
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE, object())
+    manager.apply_replacements(prompt)
+    assert prompt["1"]["class_type"] == OLD_COMPILE and prompt["1"]["inputs"]["verbose"] is True
+
+    monkeypatch.delitem(comfyui_nodes.NODE_CLASS_MAPPINGS, OLD_COMPILE)
+    monkeypatch.setitem(comfyui_nodes.NODE_CLASS_MAPPINGS, "SpillwayLazyTorchCompile", object())
+    prompt["1"]["inputs"] = dict(zip(ORDER, [["2", 0], *STORED], strict=True))
+    wanted = dict(prompt["1"]["inputs"])
+    manager.apply_replacements(prompt)
+    assert (prompt["1"]["class_type"], prompt["1"]["inputs"]) == ("SpillwayLazyTorchCompile", wanted)
+
+
+def test_a_comfyui_without_such_a_list_is_told_nothing(monkeypatch):
+    for running in (None, SimpleNamespace()):
+        server = SimpleNamespace(PromptServer=SimpleNamespace(instance=running))
+        monkeypatch.setitem(sys.modules, "server", server)
+        asyncio.run(tell_of_replacements())
 
 
 @pytest.mark.parametrize(
