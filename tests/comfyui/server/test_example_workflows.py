@@ -1,16 +1,24 @@
-"""Example workflows run as they are, on a real server with narrow files of the names that they ask for."""
+"""What the pages name runs on a real server: every example workflow, and every route with the body that stands there.
+
+The server has narrow files of the names that the workflows ask for. They run in short, with few steps and a small
+picture. Some also run as they are, slow ones with `--slow` alone.
+"""
 
 import json
 import os
+import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 
-from kit.comfyui.example_workflows import lay_out, prompt_of
+from kit.comfyui.example_workflows import ALL, SMALL, in_short, lay_out, prompt_of
 from kit.comfyui.running_server import Server, node
+from kit.docs import HELP, PAGES
+from kit.range_server import RangeServer
 
 PICTURES = {
     "flux_style_reference": {(1024, 1024)},
@@ -23,7 +31,29 @@ TEXTS = {
 }
 SAVED = {"merge_blocks": 3}
 SLOW = {"flux_style_reference", "sd15_seamless_controlnet"}  # 20 steps and a whole VAE: minutes
-ALL = [*PICTURES, *TEXTS, *SAVED]
+AS_THEY_ARE = [*PICTURES, *TEXTS, *SAVED]
+# What each leaves in short: (width of a picture) or (end of a file's name), once for each.
+LEAVES = {
+    "flux_dev_save_fp8": ["safetensors"],
+    "flux_merge_and_save": ["safetensors"],
+    "sd15_extract_lora": ["safetensors"],
+    "sd15_save_checkpoint": ["safetensors"],
+    "sd15_seamless_controlnet": [SMALL, 2 * SMALL],
+    "sd15_memory": [SMALL * 3 // 2, 1024],  # the second is the report's
+    **{name: [] for name in ("flux_dev_probe", "self_test")},
+}
+FROM_ELSEWHERE = "remote_model_file"
+
+ROUTE = re.compile(r"`(GET|POST) (/spillway/[a-z]+)`(?:[^`|]*? with\s`(\{[^`]*\})`)?")
+# What an answer to each must have: of the report the parts that the pages name, and `coming`.
+ANSWERS = {
+    "GET /spillway/memory": {"memory", "models", "run", "cache", "coming"},
+    "POST /spillway/free": {"cache_bytes", "put_off", "words"},
+    "POST /spillway/model": {"freed", "put_off"},
+    "POST /spillway/forecast": {"samplers", "uses"},
+    "POST /spillway/compare": {"state"},
+    "GET /spillway/compare": {"state"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +83,34 @@ def seams(picture):
     return max(one / other for one, other in zip(apart, near, strict=True))
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in ALL])
+@pytest.fixture(scope="module")
+def elsewhere(server):
+    """The address of a file that is on no disk of the server's."""
+    (found,) = (server.base / "models" / "checkpoints").glob("v1-5-pruned-emaonly-fp16.safetensors")
+    web = RangeServer(found.parent)
+    threading.Thread(target=web.serve, daemon=True).start()
+    yield web.address(found.name)
+    web.stop()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in AS_THEY_ARE or name in SLOW])
+def test_a_workflow_runs_in_short(name, server, request):
+    prompt = in_short(prompt_of(name, server))
+    if name == FROM_ELSEWHERE:
+        (file,) = (one["inputs"] for one in prompt.values() if one["class_type"] == "SpillwayRemoteModelFile")
+        file |= {"address": request.getfixturevalue("elsewhere"), "name": "from_elsewhere.safetensors"}
+    before = set(server.base.rglob("*.safetensors"))
+    history = server.run(prompt, 600)
+    kept(server, name, history)
+    assert history["status"]["status_str"] == "success", server.said()
+    pictures = server.pictures_of(history).values()
+    saved = sorted(path.suffix[1:] for path in set((server.base / "output").rglob("*.safetensors")) - before)
+    assert sorted(picture.shape[1] for picture in pictures) + saved == LEAVES.get(name, [SMALL])
+    assert all(picture.std() > 1 for picture in pictures), "no picture of one colour"
+    assert [one for one in prompt.values() if one["class_type"].startswith("Spillway")], "a workflow of this pack"
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in AS_THEY_ARE])
 def test_a_workflow_runs_as_it_is(name, server):
     history = server.run(prompt_of(name, server), 2400)
     kept(server, name, history)
@@ -118,3 +175,41 @@ def test_a_stack_of_no_loras_of_many_and_of_some_with_gaps(server):
     server.wait(lambda: not server.get("queue")["queue_running"] and not server.get("queue")["queue_pending"], 120)
     ((_, again),) = server.pictures(stacked(["loras.lora0"], server)).items()
     assert (again == pictures["one"]).all()
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def routes_of(text):
+    return {(f"{method} {route}", body) for method, route, body in ROUTE.findall(" ".join(text.split()))}
+
+
+ASKED = sorted({asked for page in (*PAGES, *HELP) for asked in routes_of(page.read_text(encoding="utf-8"))})
+
+
+def test_each_route_of_the_pages_is_known_with_its_body():
+    assert {route for route, _ in ASKED} == set(ANSWERS)
+    bodies = {route for route, body in ASKED if body}
+    assert bodies == {route for route in ANSWERS if route.startswith("POST")}, "a page has to say what is sent"
+
+
+@pytest.mark.parametrize(("route", "body"), [asked for asked in ASKED if asked[1] or asked[0].startswith("GET")])
+def test_a_route_answers_as_its_page_says(route, body, server):
+    path = route.split()[1].strip("/")
+    # A comparison loads all anew, twice, so that it gets the smallest model.
+    prompt = in_short(prompt_of("audio_encoder" if "compare" in path else "sd15_load_checkpoint", server))
+    server.pictures(prompt)
+    sent = json.loads(body.replace("...", json.dumps(prompt))) if body else None
+    if path == "spillway/model":  # the number on the page stands for one of the report's
+        sent["model"] = server.get("spillway/memory")["models"][0]["id"]
+    told = server.get(path, sent)
+    assert ANSWERS[route] <= set(told), told
+    if path == "spillway/memory":
+        assert told["memory"]["devices"] is not None and told["models"] and told["run"]
+    if route == "POST /spillway/free":
+        assert told["cache_bytes"] > 0 and not told["put_off"] and "RAM" in told["words"]
+    if route == "POST /spillway/forecast":
+        assert [one["kind"] for one in told["samplers"]] == ["KSampler"]
+    if route == "POST /spillway/compare":
+        server.wait(lambda: server.get(path)["state"] != "runs", 240)
+        assert server.get(path)["state"] == "done", told
