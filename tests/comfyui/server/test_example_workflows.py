@@ -4,10 +4,13 @@ The server has narrow files of the names that the workflows ask for. They run in
 picture. Some also run as they are, slow ones with `--slow` alone.
 """
 
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import safetensors
 from kit.comfyui.example_workflows import ALL, SMALL, in_short, lay_out, prompt_of
 from kit.comfyui.running_server import Server, node
 from kit.docs import HELP, PAGES
+from kit.page_commands import WORKFLOW, commands_of
 from kit.range_server import RangeServer
 
 PICTURES = {
@@ -177,6 +181,69 @@ def test_a_stack_of_no_loras_of_many_and_of_some_with_gaps(server):
     assert (again == pictures["one"]).all()
 
 
+# --- graphs in words --------------------------------------------------------------------------------------------------
+
+CHAIN = re.compile(r"^[^\n.]*→(?:[^\n.]|\.(?=[\w*]))*", re.MULTILINE)
+
+
+def chain_of(page, known):
+    """The steps of the graph that a help page puts in words: of each the kinds of nodes that it may be."""
+    (words,) = CHAIN.findall(page.read_text(encoding="utf-8"))
+    steps = []
+    for step in words.split("→"):
+        names = re.findall(r"`([^`]+)`", step) + ["KSampler"] * ("sampler" in step)
+        # ComfyUI's names change a little with its versions: Apply USO Style Reference was one without the verb.
+        found = [[kind for kind, shown in known.items() if name == shown or name in shown] for name in names]
+        found = [kinds for kinds in found if kinds] + [[page.stem]] * ("this node" in step)
+        assert found or "loaders" in step, f"no node is called {names}"
+        steps.append(found)
+    return [step for step in steps if step]
+
+
+def behind(prompt, number):
+    """The numbers of the nodes that get something of a node, through others too."""
+    found = {number}
+    for _ in prompt:
+        found |= {one for one, node in prompt.items() for link in node["inputs"].values() if links(link, found)}
+    return found - {number}
+
+
+def links(value, numbers):
+    return isinstance(value, list) and len(value) == 2 and value[0] in numbers
+
+
+def follows(prompt, steps):
+    """Whether nodes of a prompt follow each other as the steps say."""
+    of_kind = [[[n for n, one in prompt.items() if one["class_type"] in kinds] for kinds in step] for step in steps]
+    pairs = [(a, b) for before, after in itertools.pairwise(of_kind) for a in before for b in after]
+    return all(any(set(after) & behind(prompt, number) for number in before) for before, after in pairs)
+
+
+IN_WORDS = [page for page in HELP if page.parent.name == "docs" and CHAIN.search(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", IN_WORDS, ids=lambda page: page.stem)
+def test_a_graph_in_words_is_one_that_runs(page, server):
+    known = {kind: one["display_name"] for kind, one in server.get("object_info").items()}
+    steps = chain_of(page, known)
+    assert len(steps) > 1
+    named = set(WORKFLOW.findall(page.read_text(encoding="utf-8"))) & set(ALL)
+    prompts = [prompt_of(name, server) for name in sorted(named)]
+    if any(follows(prompt, steps) for prompt in prompts):
+        return  # that workflow ran above
+    assert steps[1:] == [[["PreviewAny"]]], "no workflow that the page names is so"
+    ((number, _),) = prompts[0].items()  # a node alone, which is looked at here as the page says
+    history = server.run({**prompts[0], "look": node("PreviewAny", source=[number, 0])})
+    assert history["status"]["status_str"] == "success" and history["outputs"]["look"]["text"][0]
+
+
+def test_nodes_in_an_order_that_no_workflow_has_are_found(server):
+    prompt = prompt_of("sd15_lora", server)
+    loader, lora, sampler = ([[kind]] for kind in ("SpillwayLoadCheckpoint", "SpillwayLoraLoader", "KSampler"))
+    assert follows(prompt, [loader, lora, sampler])
+    assert not follows(prompt, [lora, loader, sampler]) and not follows(prompt, [loader, [["SpillwayLoraStack"]]])
+
+
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,3 +280,17 @@ def test_a_route_answers_as_its_page_says(route, body, server):
     if route == "POST /spillway/compare":
         server.wait(lambda: server.get(path)["state"] != "runs", 240)
         assert server.get(path)["state"] == "done", told
+
+
+CURL = sorted(
+    {one for page in PAGES for one in commands_of(page.read_text(encoding="utf-8")) if one.startswith("curl ")}
+)
+
+
+@pytest.mark.parametrize("command", CURL)
+def test_curl_asks_as_the_page_says(command, server):
+    asked = shlex.split(command.replace(":8188/", f":{server.port}/"))
+    if shutil.which("curl") is None:
+        pytest.skip("this machine has no curl")
+    done = subprocess.run([*asked, "-s", "-f"], capture_output=True, timeout=120)
+    assert done.returncode == 0 and json.loads(done.stdout)["words"], done.stderr
