@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from kit.comfyui.example_workflows import ALL, SMALL, in_short, lay_out, prompt_of
+from kit.comfyui.example_workflows import ALL, SMALL, in_short, lay_out, nodes_of, prompt_of
 from kit.comfyui.running_server import Server, node
 from kit.docs import HELP, PAGES
 from kit.page_commands import WORKFLOW, commands_of
@@ -224,7 +224,7 @@ IN_WORDS = [page for page in HELP if page.parent.name == "docs" and CHAIN.search
 
 @pytest.mark.parametrize("page", IN_WORDS, ids=lambda page: page.stem)
 def test_a_graph_in_words_is_one_that_runs(page, server):
-    known = {kind: one["display_name"] for kind, one in server.get("object_info").items()}
+    known = {kind: one["display_name"] or kind for kind, one in nodes_of(server).items()}
     steps = chain_of(page, known)
     assert len(steps) > 1
     named = set(WORKFLOW.findall(page.read_text(encoding="utf-8"))) & set(ALL)

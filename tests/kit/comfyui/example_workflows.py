@@ -1,5 +1,6 @@
 """The example workflows as a page would queue them, and narrow files under the names that they ask for."""
 
+import functools
 import json
 import os
 
@@ -94,9 +95,15 @@ def lay_out(base, names, checkpoint):
             raise AssertionError(f"{file}: no narrow file of this name is known here.")
 
 
+@functools.cache
+def nodes_of(server):
+    """What a server says of its nodes, asked once. Their inputs stay what they are."""
+    return server.get("object_info")
+
+
 def prompt_of(name, server):
     """The prompt that a page makes of a workflow: nodes with their widgets' values in order, and links."""
-    info, workflow = server.get("object_info"), read(name)
+    info, workflow = nodes_of(server), read(name)
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for one in workflow["nodes"]:
