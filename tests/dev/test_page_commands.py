@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from cuda_sim import Unavailable, build
+from cuda_sim.wheels import VERSIONS, package
 from kit.environment import ROOT, test_environment
 from kit.find_comfyui import find_comfyui, find_comfyui_python
 from kit.nets import Stack, write
@@ -62,6 +64,21 @@ def in_place(command, folder):
     return words
 
 
+def missing(command):
+    """What a command needs that this machine has not; '' where it has all."""
+    if command.startswith("git ") and not (ROOT / ".git").exists():
+        return "this is no git repository"
+    if command.endswith(" gpu") and (torch.backends.mps.is_available() or torch.xpu.is_available()):
+        return "this machine has a GPU, which it would test for an hour"
+    if command.endswith(" sim"):
+        try:
+            build.driver()
+            package(VERSIONS[-1])
+        except Unavailable as error:
+            return str(error)
+    return ""
+
+
 def each():
     for command, how in RUN.items():
         yield pytest.param(command, how, marks=[pytest.mark.slow] * how.slow, id=command.removeprefix("python dev.py "))
@@ -71,8 +88,8 @@ def each():
 def test_a_command_of_the_pages_runs(command, how, folder):
     if how.comfyui:
         comfyui()
-    if command.startswith("git ") and not (ROOT / ".git").exists():
-        pytest.skip("no git repository here")
+    if reason := missing(command):
+        skip_loudly(f"`{command}`: {reason}")
     if "requirements.txt" in command:
         (folder / "custom_nodes" / "ComfyUI-Spillway").symlink_to(ROOT, target_is_directory=True)
     if command.split()[2:3] in (["demo"], ["sim"]):

@@ -69,7 +69,7 @@ RUN = {
     ),
     "python dev.py convert FILE": Run("model.safetensors"),
     "python dev.py convert FILE... --to FOLDER": Run("other.safetensors"),
-    "python dev.py demo": Run("largest difference", "--gb 0.1 --steps 1 --size 64"),
+    "python dev.py demo": Run("largest difference", "--gb 0.1 --steps 1 --size 64 --device cpu"),
     "python dev.py demo --comfyui ~/ComfyUI": IN_COMFYUI._replace(
         says="", adds="--gb 0.1 --steps 1 --size 64", slow=True
     ),

@@ -1,5 +1,6 @@
 """Each figure that users read names its machine, command and date and stands in a result, or is arithmetic."""
 
+import functools
 import json
 import math
 import re
@@ -212,6 +213,7 @@ def test_merging_a_lora_into_rounded_weights_makes_errors_as_many_times_larger_a
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def table_of(bits):
     sys.path.insert(0, str(BENCHMARKS))
     try:
