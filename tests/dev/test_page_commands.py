@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -91,7 +92,8 @@ def test_a_command_of_the_pages_runs(command, how, folder):
     if reason := missing(command):
         skip_loudly(f"`{command}`: {reason}")
     if "requirements.txt" in command:
-        (folder / "custom_nodes" / "ComfyUI-Spillway").symlink_to(ROOT, target_is_directory=True)
+        (folder / "custom_nodes" / "ComfyUI-Spillway").mkdir()
+        shutil.copy(ROOT / "requirements.txt", folder / "custom_nodes" / "ComfyUI-Spillway")
     if command.split()[2:3] in (["demo"], ["sim"]):
         # Else they would write into the folder of whoever tests, and leave the model there.
         how = how._replace(adds=f"{how.adds} --checkpoint {folder / 'flux.safetensors'}")
