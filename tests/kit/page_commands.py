@@ -22,6 +22,7 @@ ROUTE = re.compile(r"(?:GET|POST|PUT|DELETE) /\S+")
 JSON = re.compile(r"[{\"].*:", re.DOTALL)
 FLAG = re.compile(r"--[a-z][a-z-]+")
 VARIABLE = re.compile(r"\bSPILLWAY_[A-Z_]+")
+COMFYUIS = re.compile(r"ComfyUI's(?: own)? \*([A-Z][^*]+)\*")
 WORKFLOW = re.compile(r"\*\*([a-z0-9]+(?:_[a-z0-9]+)+)\*\*")
 SHELLS = {"", "bash", "sh", "shell", "console", "bat", "powershell", "text"}
 
@@ -159,6 +160,14 @@ VARIABLES = {
     "SPILLWAY_STORE_KEY": "tests/comfyui/cache/test_shared_store.py"
     "::test_members_of_one_key_find_each_other_and_no_others",
     "SPILLWAY_TORCH": f"{BY_CI} test",
+}
+
+# What pages say of ComfyUI's own nodes, which no example workflow has -> the test of it.
+NODES_OF_COMFYUI = {
+    "Load LoRA": "tests/comfyui/cache/test_kept_files.py"
+    "::test_what_a_node_made_of_a_file_that_it_had_kept_is_found_by_nobody",
+    "MultiGPU CFG Split": "tests/comfyui/device/test_second_device.py::test_cfg_split_over_two_devices",
+    "Select Model Device": "tests/comfyui/device/test_second_device.py::test_select_model_device",
 }
 
 

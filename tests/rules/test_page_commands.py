@@ -8,10 +8,21 @@ import pytest
 
 from kit.docs import HELP, PAGES
 from kit.pack import ROOT
-from kit.page_commands import ELSEWHERE, NOT_HERE, RUN, VARIABLE, VARIABLES, WORKFLOW, commands_of
+from kit.page_commands import (
+    COMFYUIS,
+    ELSEWHERE,
+    NODES_OF_COMFYUI,
+    NOT_HERE,
+    RUN,
+    VARIABLE,
+    VARIABLES,
+    WORKFLOW,
+    commands_of,
+)
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in (*PAGES, *HELP)}
 KNOWN = [*RUN, *ELSEWHERE, *NOT_HERE]
+RUN_BY = {*(entry.where for entry in ELSEWHERE.values()), *VARIABLES.values(), *NODES_OF_COMFYUI.values()}
 WORKFLOWS = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
 RAN = ROOT / "tests" / "comfyui" / "server" / "test_example_workflows.py"
 
@@ -69,7 +80,9 @@ def is_left_out(function):
     return any(mark in ast.unparse(one) for one in function.decorator_list for mark in ("mark.slow", "mark.skip("))
 
 
-@pytest.mark.parametrize("where", sorted({entry.where for entry in ELSEWHERE.values()} | set(VARIABLES.values())))
+@pytest.mark.parametrize(
+    "where", sorted({entry.where for entry in ELSEWHERE.values()} | {*VARIABLES.values(), *NODES_OF_COMFYUI.values()})
+)
 def test_what_is_said_to_run_a_command_is_there(where):
     assert exists(where)
 
@@ -83,6 +96,11 @@ def test_each_variable_of_the_pages_is_set_by_a_test():
     named = set().union(*(VARIABLE.findall(text) for text in TEXTS.values()))
     types = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["dataTypes"]
     assert named - set(types) == set(VARIABLES)
+
+
+def test_what_is_said_of_comfyuis_nodes_is_tested():
+    named = set().union(*(COMFYUIS.findall(text) for text in TEXTS.values()))
+    assert named == set(NODES_OF_COMFYUI)
 
 
 @pytest.mark.parametrize("page", TEXTS)
