@@ -80,9 +80,7 @@ def is_left_out(function):
     return any(mark in ast.unparse(one) for one in function.decorator_list for mark in ("mark.slow", "mark.skip("))
 
 
-@pytest.mark.parametrize(
-    "where", sorted({entry.where for entry in ELSEWHERE.values()} | {*VARIABLES.values(), *NODES_OF_COMFYUI.values()})
-)
+@pytest.mark.parametrize("where", sorted(RUN_BY))
 def test_what_is_said_to_run_a_command_is_there(where):
     assert exists(where)
 
