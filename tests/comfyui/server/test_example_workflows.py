@@ -46,6 +46,13 @@ LEAVES = {
     "sd15_memory": [SMALL * 3 // 2, 1024],  # the second is the report's
     **{name: [] for name in ("flux_dev_probe", "self_test")},
 }
+# What the log says of what a workflow is there to show, and would lack where it ran without that.
+LOGGED = {
+    "flux_dev_compile": "compiled DoubleStreamBlock",
+    "flux_dev_lora_stack": "weights patched",
+    "flux_dev_policy": "set by the policy",
+    "sd15_lora": "weights patched",
+}
 FROM_ELSEWHERE = "remote_model_file"
 
 ROUTE = re.compile(r"`(GET|POST) (/spillway/[a-z]+)`(?:[^`|]*? with\s`(\{[^`]*\})`)?")
@@ -103,7 +110,7 @@ def test_a_workflow_runs_in_short(name, server, request):
     if name == FROM_ELSEWHERE:
         (file,) = (one["inputs"] for one in prompt.values() if one["class_type"] == "SpillwayRemoteModelFile")
         file |= {"address": request.getfixturevalue("elsewhere"), "name": "from_elsewhere.safetensors"}
-    before = set(server.base.rglob("*.safetensors"))
+    before, logged = set(server.base.rglob("*.safetensors")), len(server.said())
     history = server.run(prompt, 600)
     kept(server, name, history)
     assert history["status"]["status_str"] == "success", server.said()
@@ -111,6 +118,7 @@ def test_a_workflow_runs_in_short(name, server, request):
     saved = sorted(path.suffix[1:] for path in set((server.base / "output").rglob("*.safetensors")) - before)
     assert sorted(picture.shape[1] for picture in pictures) + saved == LEAVES.get(name, [SMALL])
     assert all(picture.std() > 1 for picture in pictures), "no picture of one colour"
+    assert LOGGED.get(name, "") in server.said()[logged:]
     assert [one for one in prompt.values() if one["class_type"].startswith("Spillway")], "a workflow of this pack"
 
 
