@@ -160,6 +160,13 @@ class Card:
             process.wait()
 
 
+def has_card(python: str) -> bool:
+    """Ask before a file of many GB is written for it."""
+    return (
+        subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]).returncode == 0
+    )
+
+
 def measure(args: argparse.Namespace, command: Callable[[str], list[str]]) -> comfyui.Outcome:
     card, free = Card(str(comfyui.find_comfyui()[1])), int(args.free_gb * GB)
     with card.leaving(0) as found:
@@ -236,6 +243,9 @@ def main() -> int:
     comfyui.add_flux(parser, 3072, "3072 is Flux.1's", size=1024)
     args = parser.parse_args()
     args.steps = 1 + args.rounds  # of one run of the sampler
+    if not args.contestant and not has_card(str(comfyui.find_comfyui()[1])):
+        print("there is no card that torch in ComfyUI's Python can use, and this measures one.", file=sys.stderr)
+        return 2
     return comfyui.run(args, run_contestant, measure, write=write_model)
 
 

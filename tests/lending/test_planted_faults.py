@@ -20,6 +20,7 @@ READING = "ops.lending.reading"
 WRITE_BACKS = "ops.lending.write_backs:WriteBacks"
 
 CASES = "lending/test_caster.py"
+PASSING = "lending/test_passing.py"
 ARENA = "lending/test_arena.py"
 READERS = "lending/test_readers.py"
 AHEAD = "lending/test_read_ahead.py"
@@ -39,6 +40,15 @@ BITS = f"{ON_DEVICE}::test_the_bits_of_the_plain_module"
 AIMDO = "cuda_sim/on_aimdo/test_dropped.py"
 
 FAULTS = {
+    "memory that is used again is given away while it is in use": Fault(
+        "ops.lending.host_caster:HostCaster.complete",
+        "loan.scratch = self.scratch.take(bundle.nbytes)",
+        "loan.scratch = self.scratch.take(bundle.nbytes); self.scratch.give_back(loan.scratch)",
+        (PASSING,),
+    ),
+    "a gradient's weights lie where the next weights are made": Fault(
+        "ops.lending.host_caster:HostCaster._passes", "torch.is_grad_enabled()", "False", (PASSING,)
+    ),
     # Waits in their order along a loan's way.
     "memory is filled that kernels may still read": Fault(
         f"{READING}:_start", "backend.wait(event, stream)", "pass", (CASES, CONTRACT)

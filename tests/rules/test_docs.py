@@ -1,19 +1,16 @@
-"""What is written for users leads somewhere, names what there is, and says where its figures come from."""
+"""What is written for users leads somewhere and names what there is."""
 
 import json
-import math
 import re
-import runpy
 import struct
-import sys
 
 import pytest
 
-from kit.docs import MOST_LINES, PAGES, READMES, anchors, broken_links, faults_of_pages, undated
+from kit.docs import MOST_LINES, PAGES, READMES, anchors, broken_links, faults_of_pages
 from kit.pack import ROOT
+from spillway.ops import settings
 
 BENCHMARKS = ROOT / "benchmarks"
-RESULTS = BENCHMARKS / "results"
 WORKFLOWS = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
 SOURCES = [path for folder in ("ops", "patcher", "cache", "nodes") for path in (ROOT / folder).rglob("*.py")]
 PACK = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
@@ -23,10 +20,6 @@ DEVELOPERS = (ROOT / "dev.py").read_text(encoding="utf-8") + "".join(
     for path in folder.rglob("*.py")
 )
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
-
-
-def result(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 
 @pytest.fixture(params=PAGES, ids=IDS)
@@ -41,7 +34,7 @@ def text_of(page):
 # --- links, lengths, dates --------------------------------------------------------------------------------------------
 
 
-def test_links_lead_somewhere_figures_are_dated_and_two_minutes_are_enough():
+def test_links_lead_somewhere_and_two_minutes_are_enough():
     assert faults_of_pages() == []
 
 
@@ -59,15 +52,6 @@ def test_links_lead_somewhere_figures_are_dated_and_two_minutes_are_enough():
 def test_a_broken_link_is_found(link, because):
     (found,) = broken_links(READMES[0], f"See [this]({link}).")
     assert because in found
-
-
-def test_a_figure_without_a_source_is_found():
-    said = "## Speed\n\nA step takes 0.5 s"
-    dated = f"{said} (an H100, 26 November 2026, `python dev.py bench card`)."
-    assert len(list(undated(READMES[0], f"{said}."))) == 1
-    assert len(list(undated(READMES[0], dated.replace("`", "")))) == 1
-    assert len(list(undated(READMES[0], dated.replace("26 November 2026, ", "")))) == 1
-    assert list(undated(READMES[0], dated)) == []
 
 
 def test_every_page_is_linked_from_each_readme():
@@ -112,8 +96,30 @@ def test_commands_exist(page):
         assert name is None or (BENCHMARKS / f"{name}.py").is_file(), f"there is no benchmark {name}"
         for option in re.findall(r"--[a-z][a-z-]+", words):
             assert f'"{option}"' in DEVELOPERS, f"{command} {name or ''}: there is no {option}"
+        for option in required_options(name):
+            assert option in words.split(), f"{command} {name} does not run without {option}"
     for path in re.findall(r"`((?:tests|benchmarks)/[\w/.]+)`", text_of(page)):
         assert (ROOT / path).exists(), path
+
+
+def required_options(benchmark):
+    """The options without which a benchmark ends at once."""
+    source = text_of(BENCHMARKS / f"{benchmark}.py") if benchmark else ""
+    return re.findall(r'add_argument\("(--[a-z-]+)"[^\n]*required=True', source)
+
+
+def test_values_of_variables_are_ones_that_are_taken(page):
+    """Those that a page gives to the pack's variables, in code; what makes no sense would be ignored."""
+    options = {option.name: option for option in settings.VARIABLES}
+    given = re.findall(r"`(SPILLWAY_[A-Z_]+)=([^`\n]+)`", text_of(page))
+    if page.name == "remote-models.md":
+        given += [
+            ("SPILLWAY_REMOTE", value)
+            for value in re.findall(r"^\| `(?!SPILLWAY)([^`]+)` \|", text_of(page), re.MULTILINE)
+        ]
+        assert len(given) > 3
+    for name, value in given:
+        assert options[name].parse(value) is not None, f"{name}={value}: expected {options[name].expected}"
 
 
 def test_workflows_exist(page):
@@ -140,54 +146,11 @@ def shown_in(row):
     return [] if "," in name or name in ("Node", "---") else [name]
 
 
-def test_settings_are_those_of_the_page():
-    settings = json.loads((ROOT / "locales" / "en" / "settings.json").read_text(encoding="utf-8"))
-    names = {entry["name"] for entry in settings.values()}
-    assert "Use Spillway's output cache" in names
-    assert "Use Spillway's output cache" in text_of(READMES[0]).replace("\n", " ")
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def table_of(bits):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return runpy.run_path(str(BENCHMARKS / "card_table.py"))["table"](bits)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.mark.parametrize(("bits", "pages"), [(16, READMES), (8, [ROOT / "docs" / "small-cards.md"])], ids=["16", "8"])
-def test_the_arithmetic_is_recomputed(bits, pages):
-    table = table_of(bits)
-    for page in pages:
-        assert table in text_of(page), f"{page.name}: paste what `dev.py bench card_table --bits {bits}` prints"
-
-
-def test_the_arithmetic_is_right_for_flux():
-    """By hand: 11.9 billion numbers of two bytes. 5.5 GB stay on a card of 8, and 18.3 come at 6.3 and 25 GB/s."""
-    (row,) = [line for line in table_of(16).splitlines() if line.startswith("| Flux")]
-    assert row.split(" | ")[1:4] == ["23.8", "3.5 + 20.3: 3.2 / 0.8 s", "5.5 + 18.3: 2.9 / 0.7 s"]
-
-
-def test_the_readmes_figures_are_those_of_the_results():
-    card, before = (result(f"card-h100-{name}2026-11-26") for name in ("", "before-"))
-    theirs, ours = "ComfyUI, dynamic VRAM", ("Spillway, dynamic VRAM", "Spillway, without")
-    first = [f"{card[name]['first_step_s']:.2f}" for name in (theirs, ours[0])]
-    began = [f"{step:.1f}" for step in card[ours[0]]["steps_s"][:2]]
-    seven = [f"{card[name]['first_step_s'] + sum(card[name]['steps_s'][:6]):.1f}" for name in (ours[0], theirs)]
-
-    def steps(names):
-        found = [run[name]["step_s"] for run in (card, before) for name in names if name in run]
-        return f"{min(found):.2f}", f"{max(found):.2f}"
-
-    saved, formats = result("save_model-cpu-2026-11-23"), result("formats-cpu-2026-11-26")["nvfp4"]
-    grown = [f"{saved[name]['peak_growth_bytes'] / 1e6:,.0f} MB" for name in ("core ModelSave", "Spillway")]
-    errors = [f"{formats[name]:.1e}".replace("e-0", "e-") for name in ("into file", "beside file")]
-    graphs = result("compile_step-cpu-2026-11-23")["core, TorchCompileModel"]["script_graphs"]["wider"]
-    for readme in READMES:
-        text = text_of(readme)
-        for figure in (*first, *grown, *errors, f"| {graphs} ", *began, *seven, *steps([theirs]), *steps(ours)):
-            assert figure in text, f"{readme.name}: {figure} is nowhere"
-    assert all(math.isclose(before[name]["max_abs_difference"], 0) for name in (*ours,))
+def test_settings_are_those_of_the_pages(page):
+    """Each path that a page in English gives through ComfyUI's settings ends at one of them, or at their group."""
+    shown = json.loads((ROOT / "locales" / "en" / "settings.json").read_text(encoding="utf-8"))
+    names = {entry["name"] for entry in shown.values()} | {key.split("_")[1] for key in shown} | {"Spillway"}
+    paths = re.findall(r"\*Settings > (Spillway[^*]*)\*", text_of(page).replace("\n", " "))
+    assert paths or page != READMES[0]
+    if page not in READMES[1:]:
+        assert [path for path in paths if path.split(" > ")[-1].strip() not in names] == []

@@ -103,6 +103,10 @@ def test_a_help_page_is_whole_in_every_language(page, language):
     assert list(parts) == TITLES[language]
     for ours, theirs in list(zip(parts.values(), english.values(), strict=True))[:2]:
         assert entries(ours) == entries(theirs)
+    # What an input or output is given or gives, as it is typed: values, folders, files.
+    for ours, theirs in list(zip(parts.values(), english.values(), strict=True))[:2]:
+        code = {" ".join(one.split()) for one in re.findall(r"`([^`]+)`", theirs)}
+        assert [one for one in sorted(code) if one not in ours] == []
     text, original = translated.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     workflows = r"\*\*([a-z0-9]+(?:_[a-z0-9]+)+)\*\*"
     names = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}

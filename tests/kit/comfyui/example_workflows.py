@@ -1,5 +1,6 @@
 """The example workflows as a page would queue them, and narrow files under the names that they ask for."""
 
+import functools
 import json
 import os
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit.comfyui import checkpoints
+from kit.gguf_files import T5, quantised_copy, renamed, write_gguf
 from kit.pack import ROOT
 
 FOLDER = ROOT / "example_workflows"
@@ -16,6 +18,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOTES = ("Note", "MarkdownNote")
 
 TEXT_WIDTH = checkpoints.T5XXL_SMALL["d_model"]
+QWEN_WIDTH = checkpoints.SMALL_LLAMAS["qwen3_4b"][1]["hidden_size"]
 FLUX = {"hidden": checkpoints.SMALL_USO, "depth": 1, "depth_single": 1, "context": TEXT_WIDTH, "pooled": 768}
 SD15 = {"mult": (1,)}
 # name -> (builder, its options), or what is written instead
@@ -35,7 +38,23 @@ FILES = {
     "control_v11p_sd15_canny_fp16.safetensors": ("sd15_controlnet", SD15),
     "RealESRGAN_x4plus.safetensors": ("compact", {}),
     "wav2vec2_large_english_fp16.safetensors": ("wav2vec", {}),
+    "flux1-schnell.safetensors": ("flux", {**FLUX, "guidance": False, "seed": 4}),
+    "vae-ft-mse-840000-ema-pruned.safetensors": ("sd_vae", {}),
+    "z_image_turbo_bf16.safetensors": ("z_image", {"context": QWEN_WIDTH}),
+    "qwen_3_4b.safetensors": ("small_llama", {"name": "qwen3_4b"}),
 }
+# name -> (the file of FILES that is in it in blocks, their kind, the architecture that it names, its names of tensors)
+IN_BLOCKS = {
+    "flux1-dev-Q4_K_S.gguf": ("flux1-dev.safetensors", "Q4_K", "flux", ()),
+    "t5-v1_1-xxl-encoder-Q5_K_M.gguf": ("t5xxl_fp16.safetensors", "Q5_K", "t5encoder", T5),
+}
+FLUX_LORAS = {
+    f"{name}.safetensors"
+    for name in ("Hyper-FLUX.1-dev-8steps-lora", "art_lora_comfy_converted", "realism_lora_comfy_converted")
+}
+ALL = sorted(path.stem for path in FOLDER.glob("*.json"))
+# What makes a run short. It leaves every node and link as it is.
+FEW_STEPS, SMALL, TINY = 2, 128, {"EmptyImage", "EmptyLatentImage", "EmptySD3LatentImage"}
 
 
 def read(name):
@@ -59,6 +78,13 @@ def lay_out(base, names, checkpoint):
         if file in FILES:
             build, options = FILES[file]
             os.symlink(checkpoint(build, **options), path)
+        elif file in IN_BLOCKS:
+            source, kind, architecture, called = IN_BLOCKS[file]
+            build, options = FILES[source]
+            written, _ = quantised_copy(load_file(checkpoint(build, **options)), kind)
+            write_gguf(path, renamed(written, called), {"general.architecture": architecture})
+        elif file in FLUX_LORAS:
+            checkpoints.lora(path, checkpoint("flux", **FLUX), match="blocks.")
         elif folder == "loras":
             checkpoints.lora(path, checkpoint("sd15", **SD15), match="diffusion_model.")
         elif file.endswith(".ckpt"):
@@ -69,9 +95,15 @@ def lay_out(base, names, checkpoint):
             raise AssertionError(f"{file}: no narrow file of this name is known here.")
 
 
+@functools.cache
+def nodes_of(server):
+    """What a server says of its nodes, asked once. Their inputs stay what they are."""
+    return server.get("object_info")
+
+
 def prompt_of(name, server):
     """The prompt that a page makes of a workflow: nodes with their widgets' values in order, and links."""
-    info, workflow = server.get("object_info"), read(name)
+    info, workflow = nodes_of(server), read(name)
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for one in workflow["nodes"]:
@@ -88,4 +120,15 @@ def prompt_of(name, server):
         assert not values, f"{one['type']} has values too many: {values}"
         linked = {entry["name"]: sources[entry["link"]] for entry in one["inputs"] if entry["link"] is not None}
         prompt[str(one["id"])] = {"class_type": one["type"], "inputs": {**inputs, **linked}}
+    return prompt
+
+
+def in_short(prompt):
+    """The same prompt with few steps and a small picture."""
+    for one in prompt.values():
+        inputs = one["inputs"]
+        if one["class_type"] in TINY:
+            inputs |= {"width": SMALL, "height": SMALL}
+        if isinstance(inputs.get("steps"), int):
+            inputs["steps"] = min(inputs["steps"], FEW_STEPS)
     return prompt

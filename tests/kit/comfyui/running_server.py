@@ -105,7 +105,7 @@ class Server:
     def pictures_of(self, history):
         """{node: picture} of the history of a prompt."""
         return {
-            node: np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"]))
+            node: np.asarray(Image.open(self.base / image["type"] / image["subfolder"] / image["filename"]))
             for node, output in history["outputs"].items()
             for image in output.get("images", [])
         }

@@ -37,6 +37,7 @@ from .model_patches import (
 from .small_lumina import accept_small_lumina
 from .text_encoders import (
     CLIP_G_SMALL,
+    SMALL_LLAMAS,
     T5XXL_SMALL,
     T5XXL_SMALL_OPTIONS,
     UMT5_SMALL,
@@ -58,6 +59,7 @@ from .wrong_files import missing_key, not_a_model, truncated, wrong_header
 __all__ = [
     "CLIP_G_SMALL",
     "SIGLIP",
+    "SMALL_LLAMAS",
     "SMALL_SIGLIP",
     "SMALL_USO",
     "T5XXL_SMALL",

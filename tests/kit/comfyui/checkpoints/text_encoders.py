@@ -123,6 +123,7 @@ SMALL_LLAMAS = {
         {**NARROW, "num_hidden_layers": 2, "num_key_value_heads": 4, "num_attention_heads": 4},
     ),
     "gemma3_4b": ("Gemma3_4B", {**NARROW, "num_hidden_layers": 3}),
+    "qwen3_4b": ("Qwen3_4B", {**NARROW, "num_hidden_layers": 3}),
 }
 UMT5_SMALL = {"d_ff": 128, "d_kv": 64, "d_model": 64, "num_heads": 2, "num_layers": 2}
 
