@@ -20,3 +20,13 @@ def flux(checkpoint):
 def wide_forms():
     """``forms`` for its matrices."""
     return functools.partial(forms, hidden=WIDE["hidden"])
+
+
+@pytest.fixture
+def w4a8():
+    """The name of the smallest format, in which files of this size are quantised."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    if "asym_w4a8_int8" not in QUANT_ALGOS:
+        pytest.skip("this ComfyUI has no asym_w4a8_int8")
+    return "w4a8"

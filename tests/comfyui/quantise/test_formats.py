@@ -161,9 +161,9 @@ def test_what_this_comfyui_has_not_is_not_offered(flux):
         load_diffusion_model(flux, "int3")
 
 
-def test_four_bits_are_rotated_in_groups_that_kernels_have(checkpoint):
+def test_four_bits_are_rotated_in_groups_that_kernels_have(checkpoint, w4a8):
     """A card's kernels rotate 256 columns. Narrower layers stay as they are, or the first forward there would fail."""
-    model = load_diffusion_model(checkpoint("flux", hidden=128, depth=1, depth_single=1), "w4a8")
+    model = load_diffusion_model(checkpoint("flux", hidden=128, depth=1, depth_single=1), w4a8)
     forms_ = {param.quantisation.rotation for param in quantised(model)}
     columns = {param.final.shape[1] for param in quantised(model)}
     assert forms_ == {256} and columns == {512}, "of widths of 128, 512 and 640"

@@ -75,30 +75,30 @@ def test_a_device_multiplies_as_with_a_file_in_the_format(name, fraction, flux, 
     assert len(inputs) == 20
 
 
-def test_where_the_device_does_not_multiply_the_log_says_so(flux, multiplies_in_int8_alone):
+def test_where_the_device_does_not_multiply_the_log_says_so(flux, w4a8, multiplies_in_int8_alone):
     for name in EMULATED:
         assert "dequantised where it is used" in said(load_diffusion_model(flux, name))
-    assert "dequantised where it is used" not in said(load_diffusion_model(flux, "w4a8"))
+    assert "dequantised where it is used" not in said(load_diffusion_model(flux, w4a8))
 
 
 # -- auto
 
 
-def test_auto_takes_the_most_exact_that_fits(flux, multiplies_in_int8_alone):
+def test_auto_takes_the_most_exact_that_fits(flux, w4a8, multiplies_in_int8_alone):
     """Of INT8 on a CPU that is our own, whose products are faster there."""
     plain = load_diffusion_model(flux)
     whole, eight = plain.model_size(), "int8" if plain.load_device.type == "cpu" else "int8_convrot"
     sizes = {}
-    for name in (eight, "w4a8"):
+    for name in (eight, w4a8):
         model = load_diffusion_model(flux, name)
         sizes[name] = model.model_size()
-    assert sizes["w4a8"] < sizes[eight] < whole
-    for room, name in [(whole, "default"), (whole - 1, eight), (sizes[eight] - 1, "w4a8"), (0, "w4a8")]:
+    assert sizes[w4a8] < sizes[eight] < whole
+    for room, name in [(whole, "default"), (whole - 1, eight), (sizes[eight] - 1, w4a8), (0, w4a8)]:
         model = load_diffusion_model(flux, "auto", Policy(vram_bytes=room))
         forms = {p.quantisation.name for p in quantised(model)}
         assert {form.lower() for form in forms} == ({name} if name != "default" else set()), room
         assert "that the policy allows" in said(model) and "auto" in said(model)
-        words = {"default": "stay as they are", eight: "most exact", "w4a8": "most exact" if room else "smallest"}
+        words = {"default": "stay as they are", eight: "most exact", w4a8: "most exact" if room else "smallest"}
         assert words[name] in said(model), said(model)
         assert any("auto" in words for words in model.dynamic.ledger.decisions)
 
