@@ -60,7 +60,9 @@ def _import(comfyui, base):
         import comfy.sd
         import folder_paths
         import torch
-        import utils  # noqa: F401 - before nodes.py of 0.22 puts comfy/ first on the path, which has another
+
+        # Before ComfyUI's `nodes`, as main.py does: that puts a folder first on sys.path which has another utils.
+        import utils.extra_config  # noqa: F401
     except ImportError as error:
         return f"{comfyui} cannot be imported with {sys.executable}: {error}"
 
