@@ -337,10 +337,12 @@ class Residency(Planning):
         return self.peak_bytes + self.caster.peak_buffer_bytes
 
     def drop_buffers(self) -> None:
-        """Give the buffers back where all bundles have come to stay."""
+        """Give the buffers back where all bundles have come to stay, or where they are RAM that nobody counts."""
         caster = self.caster
+        if not caster.has_buffers:
+            return
         stays = all(bundle.vbar_slice is not None for bundle in self.bundles)
-        if caster.has_buffers and stays and self.vbar.loaded_size() >= self.total_bytes:
+        if self.device.in_place or (stays and self.vbar.loaded_size() >= self.total_bytes):
             caster.free_buffers()
 
     def is_resident(self, bundle: Bundle) -> bool:

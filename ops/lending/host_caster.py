@@ -120,6 +120,12 @@ class HostCaster(Caster):
     def has_buffers(self) -> bool:
         return self.scratch.idle_bytes() > 0
 
+    def end(self, loan: Loan) -> None:
+        passed = loan.scratch is not None and loan.signature is not None
+        super().end(loan)
+        if passed:  # else memory that nobody has taken yet would count as taken, and be taken later without a question
+            self.vbar.forgo(loan.bundle.vbar_slice)
+
     def free_buffers(self) -> int:
         return self.scratch.release() + numbers.release()
 

@@ -333,8 +333,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         super().pre_run()
 
     def cleanup(self) -> None:
-        super().cleanup()
         allocator.end_computing()
+        super().cleanup()
         dynamic = self.state.dynamic
         if dynamic is not None and dynamic.residency is not None:
             dynamic.residency.note_peak()

@@ -144,7 +144,7 @@ def test_the_plan_counts_what_making_numbers_takes(kind, part_bytes, monkeypatch
             (lambda w: torch.nn.functional.linear(x, w), torch.float32),
             (lambda w: torch.nn.functional.linear(x, w.to(torch.float32)), torch.float32),
         ):
-            scratch.release()  # else memory of the use before is lent again
+            scratch.numbers.release()  # else memory of the use before is lent again
             with LiveMemory(blocks, x) as live:
                 use(weight)
             counted = weight.making_bytes(dtype) + 4 * rows  # and the result

@@ -13,6 +13,8 @@ from typing import Any
 import comfy.ops
 import torch
 
+from ....ops.lending.layer import has_forward
+
 
 @contextmanager
 def cast_when_used(root: torch.nn.Module, tensors: Mapping[str, Any]) -> Iterator[None]:
@@ -24,6 +26,8 @@ def cast_when_used(root: torch.nn.Module, tensors: Mapping[str, Any]) -> Iterato
     for name, layer in root.named_modules():
         made = getattr(layer, "factory_kwargs", None)
         if not isinstance(layer, comfy.ops.CastWeightBiasOp) or not isinstance(made, dict) or "dtype" not in made:
+            continue
+        if not has_forward(layer):  # a bank of experts, which is read as a whole for each of them
             continue
         prefix = f"{name}." if name else ""
         weight = tensors.get(f"{prefix}weight")
