@@ -130,7 +130,7 @@ class Residency(Planning):
     def _give_vbar_back(self) -> None:
         self.vbar.close()
         for bundle in self._all:
-            bundle.move_to(None)
+            bundle.left()
 
     # -- budget
 

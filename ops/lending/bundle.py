@@ -10,7 +10,8 @@
 `slice` and `signature` are the VBAR's answer to `fault`, which is asked at each use. A refused fault changes no state.
 Each transition is one method of `Bundle`, and these are its callers:
 
-    move_to            any -> absent or stale    Residency, when it lays addresses out or gives them back
+    move_to            any -> absent or stale    Residency, when it lays addresses out
+    left               any -> absent             Residency, when it gives its addresses back
     became_resident    stale -> resident         the caster, when the final form lies in the slice
     evicted            resident -> stale         the VBAR, from any thread, when it takes a slice's memory back
     pin_changed        absent <-> pinned         Pins, when a pin comes or goes
@@ -186,6 +187,10 @@ class Bundle:
         """Take a slice of a VBAR, or None for a bundle that is always streamed. An older slice's content is void."""
         self.vbar_slice = vbar_slice
         self.signature = self.views = None
+
+    def left(self) -> None:
+        """Note that its model gave the VBAR back."""
+        self.move_to(None)
         self.has_passed = False
 
     def became_resident(self, signature: Any, views: Sequence[torch.Tensor]) -> None:

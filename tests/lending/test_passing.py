@@ -88,6 +88,28 @@ def test_what_never_stays_is_made_in_the_same_memory_at_each_use(path):
     model.close()
 
 
+def test_the_second_use_is_what_stays_where_the_first_has_shown_another_layout(path):
+    class Backwards(Stack):
+        def forward(self, x):
+            for layer in reversed(self.layers):
+                x = torch.tanh(x + layer(x))
+            return x
+
+    model = dynamic(lambda: Backwards(DEPTH, WIDTH, Watched), path, torch.float32, vram_bytes=DEPTH * WIDTH * WIDTH * 2)
+    run(model)
+    run(model)
+    assert any("laid out anew" in words for words in model.ledger.decisions)
+    assert model.resident_bytes >= WIDTH * WIDTH * 4
+    model.close()
+
+
+def test_what_its_model_gave_back_passes_once_more(model, path):
+    wanted = expected(path, model.module.input())
+    for _ in range(2):
+        assert same(run(model), wanted) and allocated(model) == 0
+        model.release()
+
+
 @pytest.mark.parametrize("budget", [None, 1 << 30])
 def test_memory_is_asked_for_when_it_is_taken(path, budget, monkeypatch):
     """The first use has found room for each bundle, one by one. There is room for a third of them."""

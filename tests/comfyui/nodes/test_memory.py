@@ -86,7 +86,8 @@ def test_memory_of_weights_in_another_form_counts(names):
     """
     vae = ours(names)[2]
     before = model_bytes(vae.patcher)
-    vae.decode(torch.randn(1, 4, 8, 8))
+    for _ in range(2):  # on a CPU the first use of what is cast takes none that stays
+        vae.decode(torch.randn(1, 4, 8, 8))
     dynamic = vae.patcher.dynamic
     held = sum(bundle.nbytes for bundle in dynamic.bundles if not bundle.in_place)
     place, other = ("ram", "vram") if IN_PLACE else ("vram", "ram")
@@ -187,7 +188,7 @@ def test_a_text_encoder_and_a_vae_move_and_the_originals_stay(names, there):
 def test_the_memory_report_names_models_memory_and_cache(names):
     model = ours(names)[0]
     classic = load_classic(names)[0]
-    sampling.sample(model, steps=1)
+    sampling.sample(model, steps=2)
     comfy.model_management.load_models_gpu([classic])
     value, text, picture = SpillwayMemoryReport.execute("anything").result
     assert value == "anything"

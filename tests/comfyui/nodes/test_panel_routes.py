@@ -93,7 +93,7 @@ def test_a_limit_and_keep_hold_over_what_nodes_say_until_they_are_given_back(mod
     assert do(model, model_actions.LIMIT, MIB)["put_off"] == []
     assert do(model, model_actions.KEEP, True)["put_off"] == []
     assert (record_of(model)["limit"], record_of(model)["keep"]) == (MIB, "always")
-    sampling.sample(model, steps=1)
+    sampling.sample(model, steps=2)
     assert (model.dynamic.policy.vram_bytes, model.dynamic.policy.keep) == (MIB, "always")
     assert 0 < model.dynamic.resident_bytes <= MIB, "a model that is kept is not released after its use"
     assert model.clone().policy.vram_bytes == MIB
