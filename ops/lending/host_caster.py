@@ -58,7 +58,7 @@ class HostCaster(Caster):
 
     def complete(self, loan: Loan) -> Sequence[torch.Tensor]:
         bundle = loan.bundle
-        if self._passes(loan):
+        if loan.signature is None and self._is_made_anew(bundle):
             loan.scratch = self.scratch.take(bundle.nbytes)
             views = self.make_final(bundle, bundle.source, loan.scratch[: bundle.nbytes])
             bundle.has_passed = True
@@ -86,17 +86,19 @@ class HostCaster(Caster):
         bundle.drop_pages()  # the final form lies elsewhere now
         return views
 
-    def _passes(self, loan: Loan) -> bool:
-        """Say whether the final form is made for this use alone, in memory that is used again.
+    def _is_made_anew(self, bundle: Bundle) -> bool:
+        """Say whether the final form can be made for one use alone, in memory that is used again.
 
         Gradients keep what they need of the weights beyond the op.
         """
-        bundle = loan.bundle
-        if not bundle.only_cast or torch.is_grad_enabled() or self._current_pin(bundle) is not None:
-            return False
-        if loan.signature is None:
-            return bundle.offload_to not in ("ram", "pin")
-        return not bundle.has_passed
+        plain = bundle.only_cast and not bundle.in_place and bundle.offload_to not in ("ram", "pin")
+        return plain and not torch.is_grad_enabled() and self._current_pin(bundle) is None
+
+    def ask(self, bundle: Bundle) -> Loan:
+        if bundle.vbar_slice is None or bundle.has_passed or not self._is_made_anew(bundle):
+            return super().ask(bundle)
+        self.counters.faults += 1  # and nobody is evicted for what does not stay
+        return Loan(bundle, None)
 
     def bring(self, bundle: Bundle) -> bool:
         bundle.has_passed = True  # it is to stay before anybody asks
@@ -119,12 +121,6 @@ class HostCaster(Caster):
     @property
     def has_buffers(self) -> bool:
         return self.scratch.idle_bytes() > 0
-
-    def end(self, loan: Loan) -> None:
-        passed = loan.scratch is not None and loan.signature is not None
-        super().end(loan)
-        if passed:  # else memory that nobody has taken yet would count as taken, and be taken later without a question
-            self.vbar.forgo(loan.bundle.vbar_slice)
 
     def free_buffers(self) -> int:
         return self.scratch.release() + numbers.release()

@@ -177,9 +177,6 @@ class AimdoVBAR:
     def drop_tensor(self, vbar_slice: AimdoSlice) -> None:
         pass  # its pages stay with the slice
 
-    def forgo(self, vbar_slice: AimdoSlice) -> None:
-        pass  # its pages came with the grant
-
     # Other models and other threads call the methods below at any time.
 
     def prioritize(self) -> None:

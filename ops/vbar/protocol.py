@@ -58,9 +58,6 @@ class VBAR(Protocol):
     def drop_tensor(self, vbar_slice: Any) -> None:
         """Free the memory behind a faulted slice whose bytes nobody needs. The slice still counts as resident."""
 
-    def forgo(self, vbar_slice: Any) -> None:
-        """Take the grant of a slice back that was asked for no memory and is not lent. Its next use asks anew."""
-
     def adopt(self, vbar_slice: Any, other: VBAR, other_slice: Any, signature: Signature) -> Signature | None:
         """Let a slice that is not resident have what lies in another VBAR's slice under that signature.
 

@@ -210,13 +210,6 @@ class SoftwareVBAR:
     def drop_tensor(self, vbar_slice: SoftwareSlice) -> None:
         vbar_slice.memory = None
 
-    def forgo(self, vbar_slice: SoftwareSlice) -> None:
-        with lock:
-            if vbar_slice.serial and not vbar_slice.pins and vbar_slice.memory is None:
-                vbar_slice.serial = 0
-                self.used -= vbar_slice.nbytes
-                self.device_memory.took(-vbar_slice.nbytes)
-
     def prioritize(self) -> None:
         with lock:
             self.rank = next(_ranks)

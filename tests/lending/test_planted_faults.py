@@ -47,7 +47,7 @@ FAULTS = {
         (PASSING,),
     ),
     "a gradient's weights lie where the next weights are made": Fault(
-        "ops.lending.host_caster:HostCaster._passes", "torch.is_grad_enabled()", "False", (PASSING,)
+        "ops.lending.host_caster:HostCaster._is_made_anew", "not torch.is_grad_enabled()", "True", (PASSING,)
     ),
     # Waits in their order along a loan's way.
     "memory is filled that kernels may still read": Fault(
