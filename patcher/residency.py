@@ -212,7 +212,7 @@ class Residency(Planning):
         weights = min(self.plan.limit, self.total_bytes) - self.vbar.loaded_size()
         if self.device.in_place:  # what has yet to pass does not come now
             stays = self._with_addresses()[: self.plan.resident]
-            weights -= sum(one.nbytes for one in stays if one.only_cast and not (one.in_place or one.has_passed))
+            weights -= sum(one.nbytes for one in stays if one.may_pass and not one.has_passed and one.views is None)
         return max(0, weights) + max(0, buffers)
 
     def _claim(self) -> None:

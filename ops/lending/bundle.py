@@ -223,6 +223,11 @@ class Bundle:
         return self.nbytes != before
 
     @property
+    def may_pass(self) -> bool:
+        """Say whether a CPU can make the final form for one use alone, see HostCaster: another use costs but a cast."""
+        return self.only_cast and not self.in_place and self.offload_to not in ("ram", "pin")
+
+    @property
     def worth_writing_back(self) -> bool:
         """Say whether a pin of the final form saves arithmetic (of patches, of quantisation) or bytes.
 

@@ -91,8 +91,7 @@ class HostCaster(Caster):
 
         Gradients keep what they need of the weights beyond the op.
         """
-        plain = bundle.only_cast and not bundle.in_place and bundle.offload_to not in ("ram", "pin")
-        return plain and not torch.is_grad_enabled() and self._current_pin(bundle) is None
+        return bundle.may_pass and not torch.is_grad_enabled() and self._current_pin(bundle) is None
 
     def ask(self, bundle: Bundle) -> Loan:
         if bundle.vbar_slice is None or bundle.has_passed or not self._is_made_anew(bundle):
