@@ -14,6 +14,7 @@ import torch
 
 from ..errors import SpillwayError
 from ..ledger import first_line, in_words
+from ..ram.apart import apart
 from ..ram.available import recent_ram
 from ..ram.shortage import obtain
 from .identity import identity
@@ -69,6 +70,10 @@ class Backend:
         """
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def lasting(self, nbytes: int) -> torch.Tensor:
+        """Allocate memory of the device for a weight that stays. Else as `empty`."""
+        return self.empty(nbytes)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Return uint8 host memory, page-locked where the device gains from it. Raises RuntimeError where refused."""
@@ -179,6 +184,9 @@ class CpuBackend(Backend):
 
     def empty(self, nbytes: int) -> torch.Tensor:
         return obtain(lambda: super(CpuBackend, self).empty(nbytes), nbytes, "a weight")
+
+    def lasting(self, nbytes: int) -> torch.Tensor:
+        return obtain(lambda: apart(lambda: super(CpuBackend, self).empty(nbytes)), nbytes, "a weight")
 
     def limit_in_words(self) -> str:
         ram = recent_ram()

@@ -79,6 +79,9 @@ class CarefulBackend(Backend):
         # Out of memory is not tried again here: the caster makes room.
         return self.unwrapped.empty(nbytes)
 
+    def lasting(self, nbytes: int) -> torch.Tensor:
+        return self.unwrapped.lasting(nbytes)
+
     @torch.inference_mode(False)  # threads that are not in inference mode write into it
     def host_empty(self, nbytes: int) -> torch.Tensor:
         if not self.pageable:

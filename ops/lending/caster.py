@@ -20,6 +20,7 @@ import torch
 
 from ..device.backend import Backend
 from ..device.out_of_memory import is_out_of_memory
+from ..gather import interpret_gathered_like
 from ..ledger import Ledger, in_words
 from ..ram.shortage import OutOfRAM, explained, give_way, is_refusal, refused_bytes
 from ..vbar.protocol import VBAR
@@ -404,7 +405,11 @@ class Caster:
 
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
         """Cast `source` into `memory` and apply the patches there. Return views in the final form."""
-        return make_final(bundle, source, memory, self.counters, in_place=self.backend.in_place)
+        return self.fill(bundle, source, interpret_gathered_like(bundle.final, memory))  # type: ignore[arg-type]
+
+    def fill(self, bundle: Bundle, source: Sequence[torch.Tensor], views: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Cast `source` into `views`, which have the final form, and apply the patches there. Return the views."""
+        return make_final(bundle, source, views, self.counters, in_place=self.backend.in_place)
 
     def keep_resident(self, loan: Loan, views: Sequence[torch.Tensor]) -> None:
         """Note that the slice of the loan's bundle holds the final form."""

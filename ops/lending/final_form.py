@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..gather import copy_into, inner_tensors, interpret_gathered_like, is_wrapper
+from ..gather import copy_into, inner_tensors, is_wrapper
 from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
 from ..ledger import Counters
 from ..quantisation import QuantisedForm
@@ -16,15 +16,13 @@ from .param import Param
 
 
 def make_final(
-    bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor, counters: Counters, *, in_place: bool
+    bundle: Bundle, source: Sequence[torch.Tensor], views: list[torch.Tensor], counters: Counters, *, in_place: bool
 ) -> list[torch.Tensor]:
-    """Cast `source` into `memory` and apply the patches there. Return views in the final form.
+    """Cast `source` into `views`, which have the final form, and apply the patches there. Return the views.
 
     in_place: `source` may be the source itself, which no patch may write into.
     """
-    views = interpret_gathered_like(bundle.final, memory)
     for param, view, tensor in zip(bundle.params, views, source, strict=True):
-        assert view is not None
         if param.quantisation is not None:
             _quantise(param, view, tensor, counters, in_place)  # type: ignore[arg-type]
         elif param.patch is None:
@@ -37,7 +35,7 @@ def make_final(
         else:
             _patch_into(view, param, tensor, in_place)
             counters.patched += 1
-    return views  # type: ignore[return-value]
+    return views
 
 
 def _patch_into(view: torch.Tensor, param: Param, tensor: torch.Tensor, in_place: bool) -> None:

@@ -11,6 +11,7 @@ from ..device.backend import Backend
 from ..gather import interpret_gathered_like
 from ..ledger import Ledger
 from ..ram import allocator
+from ..ram.apart import apart
 from ..ram.scratch import Scratch, numbers
 from ..vbar.protocol import VBAR
 from .bundle import Bundle
@@ -60,7 +61,8 @@ class HostCaster(Caster):
         bundle = loan.bundle
         if loan.signature is None and self._is_made_anew(bundle):
             loan.scratch = self.scratch.take(bundle.nbytes)
-            views = self.make_final(bundle, bundle.source, loan.scratch[: bundle.nbytes])
+            views = interpret_gathered_like(bundle.final, loan.scratch[: bundle.nbytes])
+            self.fill(bundle, bundle.source, views)
             bundle.has_passed = True
         elif loan.signature is not None:
             memory, pin = self.vbar.tensor(bundle.vbar_slice)[: bundle.nbytes], self._current_pin(bundle)
@@ -104,9 +106,12 @@ class HostCaster(Caster):
         return super().bring(bundle)
 
     def make_final(self, bundle: Bundle, source: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+        return self.fill(bundle, source, apart(lambda: interpret_gathered_like(bundle.final, memory)))
+
+    def fill(self, bundle: Bundle, source: Sequence[torch.Tensor], views: list[torch.Tensor]) -> list[torch.Tensor]:
         bundle.check_files()
         with allocator.in_maps() if bundle.worth_keeping else nullcontext():
-            views = super().make_final(bundle, source, memory)
+            super().fill(bundle, source, views)
         bundle.check_files()  # what was written meanwhile must not be kept
         return views
 

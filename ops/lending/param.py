@@ -12,6 +12,7 @@ from ..gather import inner_tensors, is_wrapper, like, memory_of
 from ..gguf.weight import GgufWeight
 from ..joined_weight import JoinedWeight
 from ..quantisation import Quantisation
+from ..ram.apart import apart
 
 Patch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -131,7 +132,7 @@ class Param:
 
     def as_final(self) -> torch.Tensor:
         """Return a copy of the source, which is only to be cast, in the final form."""
-        made = torch.empty(self.source.shape, dtype=self.final.dtype, device=self.source.device)
+        made = apart(lambda: torch.empty(self.source.shape, dtype=self.final.dtype, device=self.source.device))
         return made.copy_(self.source)
 
 

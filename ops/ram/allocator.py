@@ -42,6 +42,11 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
+def has_heaps() -> bool:
+    """Say whether each thread allocates in a heap of its own."""
+    return _libc() is not None
+
+
 def tune(wanted: bool = True) -> str:
     """Fix glibc's mmap threshold. Say what was done, or why nothing was. wanted: the value of SPILLWAY_ALLOCATOR."""
     global done

@@ -191,7 +191,7 @@ class SoftwareVBAR:
 
     def tensor(self, vbar_slice: SoftwareSlice) -> torch.Tensor:
         if vbar_slice.memory is None:
-            vbar_slice.memory = self.backend.empty(vbar_slice.nbytes)
+            vbar_slice.memory = self.backend.lasting(vbar_slice.nbytes)
         return vbar_slice.memory
 
     def adopt(self, vbar_slice: SoftwareSlice, other: Any, other_slice: SoftwareSlice, signature: int) -> int | None:

@@ -196,16 +196,16 @@ def test_loans_within_loans_have_memory_of_their_own(tmp_path):
 
 
 def test_a_use_that_fails_gives_its_memory_back(model, path, monkeypatch):
-    make = HostCaster.make_final
+    make = HostCaster.fill
     calls = []
 
-    def failing(self, bundle, source, memory):
+    def failing(self, bundle, source, views):
         calls.append(bundle)
         if len(calls) == 2:
             raise ValueError("damaged")
-        return make(self, bundle, source, memory)
+        return make(self, bundle, source, views)
 
-    monkeypatch.setattr(HostCaster, "make_final", failing)
+    monkeypatch.setattr(HostCaster, "fill", failing)
     with pytest.raises(ValueError, match="damaged"):
         run(model)
     assert model.residency.caster.scratch.idle_bytes() <= calls[0].nbytes  # one block, lent to both

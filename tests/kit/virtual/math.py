@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from spillway.ops.gather import interpret_gathered_like, is_wrapper, tensor_bytes
+from spillway.ops.gather import is_wrapper, tensor_bytes
 from spillway.ops.int8.weight import Int8Weight
 from spillway.ops.lending import caster as _caster  # noqa: F401 - the modules below are looked up in sys.modules
 from spillway.ops.lending.bundle import Bundle
@@ -46,8 +46,7 @@ def virtual_math(clock: Clock) -> Iterator[None]:
     def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone: bool = False) -> None:
         clock.read(tensor_bytes(source), part=id(source))
 
-    def made(bundle, source, memory, counters, *, in_place):
-        views = interpret_gathered_like(bundle.final, memory)
+    def made(bundle, source, views, counters, *, in_place):
         for param, view, tensor in zip(bundle.params, views, source, strict=True):
             numel, patched = param.source.numel(), param.patch is not None
             quantised = isinstance(view, Int8Weight)

@@ -1,0 +1,71 @@
+"""What stays is allocated apart from what comes and goes, in the heap of a thread of its own."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from spillway.ops.ram import allocator
+from spillway.ops.ram.apart import apart
+
+# Layers that compute in blocks of 4 MB, and at each a small tensor that stays.
+LAYERS = """
+import sys
+import kit.pack
+import torch
+from spillway.ops.ram import allocator
+from spillway.ops.ram.apart import apart
+
+allocator.tune()
+allocator.begin_computing()
+make = apart if sys.argv[1] == "apart" else (lambda call: call())
+stays, before = [], allocator.arenas()["arenas"]
+for layer in range(40):
+    hidden = torch.empty(4 << 20, dtype=torch.uint8)
+    for _ in range(4):
+        inner = torch.empty(4 << 20, dtype=torch.uint8)
+        stays += [make(lambda: torch.empty(64, dtype=torch.uint8)) for _ in range(4)]
+        hidden = torch.empty(4 << 20, dtype=torch.uint8)
+del hidden, inner
+print(allocator.arenas()["arenas"] - before)
+"""
+
+glibc = pytest.mark.skipif(not allocator.has_heaps(), reason="only glibc gives each thread a heap of its own")
+
+
+def growth(how):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n" + LAYERS, how],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@glibc
+def test_layers_that_compute_while_weights_come_to_stay_use_the_same_memory():
+    apart, beside = growth("apart"), growth("beside")
+    assert beside > 1e9, "nothing would be won by a heap of its own"
+    assert apart < beside / 8, "what was computed in is not lent to the next layer"
+
+
+def test_tensors_are_ordinary_whatever_the_caller_is_in():
+    with torch.inference_mode():
+        made = apart(lambda: torch.empty(8))
+    assert not made.is_inference() and not made.requires_grad
+    source = torch.zeros(8, requires_grad=True)
+    assert apart(lambda: source[:4]).grad_fn is None and torch.is_grad_enabled()
+
+
+@glibc
+def test_another_thread_allocates_and_its_errors_are_the_callers():
+    assert apart(threading.get_ident) != threading.get_ident()
+    with pytest.raises(RuntimeError, match="planted"):
+        apart(fail)
+
+
+def fail():
+    raise RuntimeError("planted")
