@@ -163,7 +163,7 @@ def test_freed_memory_comes_back_with_the_next_step(path, device):
     run(model)
     wanted = model.total_bytes // 3
     before = model.resident_bytes
-    model.residency.caster.free_buffers()  # they would be freed in place of weights, and another model may have left some
+    model.residency.caster.free_buffers()  # which may have held what an earlier model left
     assert model.free(wanted) >= wanted
     assert model.resident_bytes <= before - wanted
     assert same(run(model), expected)
