@@ -14,6 +14,21 @@ def linear_arguments(
     return x, weight, bias
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which numbers beside those of a dtype are kept: bf16 has all those of fp8."""
+    return dtype if dtype.itemsize > 1 else torch.bfloat16
+
+
+def empty_branch(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the matrices of a low-rank branch, down and up, without memory. dtype: the weight's.
+
+    A model in fp8 computes in 16 bit. Its branch would lose most of a LoRA in fp8, which has no numbers below 0.002.
+    """
+    rows, columns = shape
+    options: dict[str, Any] = {"dtype": wide(dtype), "device": "meta"}
+    return torch.empty(rank, columns, **options), torch.empty(rows, rank, **options)
+
+
 def add_branch(
     result: torch.Tensor, x: torch.Tensor, down: torch.Tensor | None, up: torch.Tensor | None
 ) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from ..gather import is_wrapper
 from ..joined_weight import JoinedWeight
 from ..ram import scratch
-from ..subclasses import add_branch, linear_arguments, writes_into
+from ..subclasses import add_branch, empty_branch, linear_arguments, writes_into
 from .dequantise import ARITHMETIC, function_for
 from .types import IDS, TYPES
 
@@ -41,9 +41,9 @@ class Form(NamedTuple):
 class GgufWeight(torch.Tensor):
     """A weight that behaves like one in `dtype`, and whose blocks are never made again.
 
-    blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in the form's dtype,
-    (rank, columns) and (rows, rank), which is added exactly. `linear` computes the branch beside the weight. Every
-    other operation gets the numbers, rounded once to the form's dtype. A cast weight stays in blocks.
+    blocks: uint8 (count, bytes of a block), as the file has them. down, up: a low-rank branch in the form's dtype, or
+    bf16 for fp8, (rank, columns) and (rows, rank), which is added exactly. `linear` computes the branch beside the
+    weight. Every other operation gets the numbers, rounded once to the form's dtype. A cast weight stays in blocks.
     """
 
     blocks: torch.Tensor
@@ -73,9 +73,7 @@ class GgufWeight(torch.Tensor):
         blocks = torch.empty(self.blocks.shape, dtype=torch.uint8, device="meta")
         if not rank:
             return GgufWeight(blocks, self.form)
-        rows, columns = self.shape
-        down = torch.empty(rank, columns, dtype=self.form.dtype, device="meta")
-        return GgufWeight(blocks, self.form, down, torch.empty(rows, rank, dtype=self.form.dtype, device="meta"))
+        return GgufWeight(blocks, self.form, *empty_branch(self.shape, rank, self.form.dtype))
 
     @property
     def rank(self) -> int:

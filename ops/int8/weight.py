@@ -8,16 +8,11 @@ from typing import Any
 import torch
 
 from ..gather import inner_tensors, is_wrapper
-from ..subclasses import add_branch, linear_arguments, writes_into
+from ..subclasses import add_branch, empty_branch, linear_arguments, wide, writes_into
 from .linear import dequantise_rows, has_int_mm, int8_linear, quantise_rows
 
 # Bytes of fp32 rows that are quantised at a time, which bounds temporary memory.
 PART_BYTES = 16 << 20
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype in which numbers are looked at: bf16 has every number of fp8."""
-    return dtype if dtype.itemsize > 1 else torch.bfloat16
 
 
 class Int8Weight(torch.Tensor):
@@ -59,13 +54,12 @@ class Int8Weight(torch.Tensor):
     @classmethod
     def template(cls, shape: torch.Size, dtype: torch.dtype, groups: int = 1, rank: int = 0) -> Int8Weight:
         """Return a weight without memory. groups: scales for each row. rank: of its branch; 0 for none."""
-        rows, columns = shape
+        rows, _ = shape
         qdata = torch.empty(shape, dtype=torch.int8, device="meta")
         scale = torch.empty(rows, groups, dtype=torch.float32, device="meta")
         if not rank:
             return cls(qdata, scale, dtype)
-        down = torch.empty(rank, columns, dtype=dtype, device="meta")
-        return cls(qdata, scale, dtype, down, torch.empty(rows, rank, dtype=dtype, device="meta"))
+        return cls(qdata, scale, dtype, *empty_branch(shape, rank, dtype))
 
     @property
     def rank(self) -> int:
@@ -86,10 +80,10 @@ class Int8Weight(torch.Tensor):
                 self.scale.copy_(parts[1].reshape(-1, 1))
                 return
             weight = weight.dequantize()
-        rows, wide, step = self.qdata.shape[0], _wide(weight.dtype), self._rows_of_a_part()
+        rows, step = self.qdata.shape[0], self._rows_of_a_part()
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            quantised, scale = quantise_rows(weight[part].to(wide), self.scale.shape[1])
+            quantised, scale = quantise_rows(weight[part].to(wide(weight.dtype)), self.scale.shape[1])
             self.qdata[part] = quantised
             self.scale[part] = scale
 
@@ -106,7 +100,7 @@ class Int8Weight(torch.Tensor):
         if is_wrapper(source):
             return 3 * min(PART_BYTES, 4 * numel)
         part = min(numel, self._rows_of_a_part() * self.qdata.shape[1])
-        copied = 0 if source.dtype == _wide(source.dtype) else _wide(source.dtype).itemsize
+        copied = 0 if source.dtype == wide(source.dtype) else wide(source.dtype).itemsize
         return part * (4 + 1 + (part < numel) + copied)
 
     def making_bytes(self, dtype: torch.dtype | None = None) -> int:

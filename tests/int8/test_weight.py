@@ -5,6 +5,7 @@ import torch
 
 from kit.int8 import normal, relative, weight_of
 from spillway.ops.gather import gathered_bytes, interpret_gathered_like
+from spillway.ops.gguf.weight import Form, GgufWeight
 from spillway.ops.int8 import linear as kernels
 from spillway.ops.int8.linear import dequantise_rows, group_count, int8_linear, quantise_rows
 from spillway.ops.int8.weight import Int8Weight
@@ -128,6 +129,18 @@ def test_a_branch_is_added_exactly():
     torch.testing.assert_close(
         torch.nn.functional.linear(x, view), torch.nn.functional.linear(x, plainly) + x @ down.t() @ up.t()
     )
+
+
+def test_a_branch_beside_a_model_in_fp8_is_in_bf16():
+    """Of what a model in fp8 computes with, fp8 would round a LoRA's matrices, and small ones to nothing."""
+    blocks = GgufWeight(torch.zeros(2, 34, dtype=torch.uint8), Form("Q8_0", (2, 32), torch.float8_e4m3fn))
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32):
+        shown = blocks.form._replace(dtype=dtype)
+        templates = Int8Weight.template((2, 32), dtype, rank=4), GgufWeight(blocks.blocks, shown).template(4)
+        for template in templates:
+            kept = torch.bfloat16 if dtype.itemsize == 1 else dtype
+            assert template.dtype == dtype and template.down.dtype == template.up.dtype == kept
+            assert template.down.shape == (4, 32) and template.up.shape == (2, 4)
 
 
 def test_fp8_and_int8_sources():

@@ -14,7 +14,7 @@ from ....ops.files.disk_map import check_files
 from ....ops.gather import is_wrapper
 from ....ops.int8.weight import PART_BYTES
 from ....ops.lending.idle_weight import as_stored
-from ....ops.subclasses import add_branch, linear_arguments, writes_into
+from ....ops.subclasses import add_branch, empty_branch, linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
 from .making import Making, backend_for
 
@@ -174,10 +174,7 @@ def form_of(module: torch.nn.Module, multiplies: bool) -> Form | None:
 
 def with_branch(stored: Stored, form: Form, rank: int) -> KitchenWeight:
     """Return a template of a weight from a file with a branch beside it."""
-    rows, columns = stored.shape
-    dtype = stored._params.orig_dtype
-    down = torch.empty(rank, columns, dtype=dtype, device="meta")
-    return KitchenWeight(stored, form, down, torch.empty(rows, rank, dtype=dtype, device="meta"))
+    return KitchenWeight(stored, form, *empty_branch(stored.shape, rank, stored._params.orig_dtype))
 
 
 def _in_dtype(stored: Stored, dtype: torch.dtype) -> Stored:
@@ -217,11 +214,7 @@ class KitchenFormat(Form):
         pieces = {suffix: piece.empty("meta") for suffix, piece in self.pieces(shape).items()}
         if not rank:
             return self.view(pieces, shape, dtype)
-        rows, columns = shape
-        down = torch.empty(rank, columns, dtype=dtype, device="meta")
-        return KitchenWeight(
-            self.stored(pieces, shape, dtype), self, down, torch.empty(rows, rank, dtype=dtype, device="meta")
-        )
+        return KitchenWeight(self.stored(pieces, shape, dtype), self, *empty_branch(shape, rank, dtype))
 
     def view(self, pieces: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> KitchenWeight:
         """Return a weight around its tensors, by suffix."""

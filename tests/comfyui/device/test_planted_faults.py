@@ -57,6 +57,12 @@ FAULTS = {
         "before = self.loaded_size()\n        if before:\n            return 0",
         (f"{HERE}::test_each_clone_has_its_own_patches",),
     ),
+    "an image encoder's weight is read where it lies": Fault(
+        "ops.lending.idle_weight:IdleWeight.lent",
+        "if kept or self.gives_source:",
+        "if True:",
+        ("comfyui/loading/test_companions.py::test_uso_gives_comfyuis_latents[small fp32]",),
+    ),
     # ComfyUI's own options.
     "streams that were turned off": Fault(HEED, "backend.streams = 0", "pass", (f"{FLAGS}::test_streams",)),
     "more streams than were asked for": Fault(

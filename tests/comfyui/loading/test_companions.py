@@ -31,47 +31,66 @@ def lies_in_its_file(dynamic, least=0.9):
     return dynamic.ledger.counters.steps > 0 and dynamic.peak_resident_bytes == 0
 
 
-@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_siglip_encodes_as_comfyuis_does(small, checkpoint):
-    path = checkpoint("siglip", small=small)
-    with checkpoints.encoders_as(checkpoints.SMALL_SIGLIP if small else checkpoints.SIGLIP):
-        encoders = comfy.clip_vision.load(path), companions.load_clip_vision(path, NOTHING)
+# The published size, in the dtype that it is published in; and small ones, of which ComfyUI rounds those of fp32.
+SIGLIPS = {
+    "small": (checkpoints.SMALL_SIGLIP, {"small": True}),
+    "small fp32": (checkpoints.SMALL_SIGLIP, {"small": True, "dtype": torch.float32}),
+    "real": (checkpoints.SIGLIP, {"small": False}),
+}
+EACH_SIGLIP = ["small", "small fp32", pytest.param("real", marks=pytest.mark.slow)]
+
+
+def siglips(which, checkpoint):
+    """Load a SigLIP by ComfyUI and by the pack, which lets nothing stay."""
+    config, options = SIGLIPS[which]
+    path = checkpoint("siglip", **options)
+    with checkpoints.encoders_as(config):
+        return comfy.clip_vision.load(path), companions.load_clip_vision(path, NOTHING)
+
+
+def reads_are_loans(encoder):
+    """Whether a SigLIP's table of places, which no layer is called for, was lent for each picture.
+
+    Where a CPU can use it as it lies in its file, it stands there itself.
+    """
+    dynamic = encoder.dynamic
+    params = [param for bundle in dynamic.bundles for param in bundle.params]
+    places = next(param for param in params if param.key.endswith("position_embedding.weight"))
+    return dynamic.ledger.counters.reads > 0 or (dynamic.backend.in_place and places.usable_in_place())
+
+
+@pytest.mark.parametrize("which", EACH_SIGLIP)
+def test_a_siglip_encodes_as_comfyuis_does(which, checkpoint):
+    encoders = siglips(which, checkpoint)
     picture = sampling.image(100, 80)
     wanted, got = (encoder.encode_image(picture) for encoder in encoders)
     for name in OUTPUTS:
         assert wanted[name].std() > 0
         assert_same(got[name], wanted[name])
-    assert lies_in_its_file(encoders[1].patcher.dynamic)
+    assert lies_in_its_file(encoders[1].patcher.dynamic) and reads_are_loans(encoders[1].patcher)
 
 
-class Encoded:
-    """What a SigLIP of the width that USO reads makes of a picture."""
-
-    all_hidden_states = torch.randn(1, 27, 729, 1152, generator=torch.Generator().manual_seed(2))
-    penultimate_hidden_states = all_hidden_states[:, -2]
-
-
-@pytest.mark.parametrize("siglip", ["its numbers", pytest.param("from a file", marks=pytest.mark.slow)])
-def test_uso_gives_comfyuis_latents(siglip, checkpoint, models_dir):
-    flux, encoders = checkpoint("flux", hidden=128, depth=1, depth_single=1), ()
-    patch = models_dir / "model_patches" / "uso-of-siglip.safetensors"
-    checkpoints.patch_uso(patch, hidden=128)
-    if siglip == "from a file":
-        path = checkpoint("siglip", small=False)
-        with checkpoints.encoders_as(checkpoints.SIGLIP):
-            encoders = comfy.clip_vision.load(path), companions.load_clip_vision(path, NOTHING)
-    with checkpoints.small_patches(uso_hidden=128):
+@pytest.mark.parametrize("which", EACH_SIGLIP)
+def test_uso_gives_comfyuis_latents(which, checkpoint, models_dir):
+    """From the picture to the latents: a SigLIP reads it, USO's patch projects what three of its layers say."""
+    flux, encoders = checkpoint("flux", hidden=128, depth=1, depth_single=1), siglips(which, checkpoint)
+    config = SIGLIPS[which][0]
+    places, width = (config["image_size"] // config["patch_size"]) ** 2, config["hidden_size"]
+    patch = models_dir / "model_patches" / f"uso-of-{which.replace(' ', '-')}.safetensors"
+    checkpoints.patch_uso(patch, hidden=128, places=places, width=width)
+    with checkpoints.small_patches(uso_hidden=128, uso_siglip=(places, width)):
         patches = ModelPatchLoader().load_model_patch(patch.name)[0], companions.load_model_patch(patch.name, NOTHING)
     models = comfy.sd.load_diffusion_model(flux), load_diffusion_model(flux, policy=NOTHING)
-    pictures = [encoder.encode_image(sampling.image(100, 80)) for encoder in encoders] or [Encoded, Encoded]
     outputs = []
-    for model, encoded, patch_model in zip(models, pictures, patches, strict=True):
+    for model, encoder, patch_model in zip(models, encoders, patches, strict=True):
+        encoded = encoder.encode_image(sampling.image(100, 80))
         outputs.append(run(USOStyleReference().apply_patch(model, patch_model, encoded)[0]))
     assert_same(outputs[1], outputs[0])
     assert not torch.equal(outputs[0], run(models[0]))
-    assert all(
-        lies_in_its_file(p.dynamic) for p in (models[1], *(encoder.patcher for encoder in encoders[1:]), patches[1])
-    )
+    other = USOStyleReference().apply_patch(models[1], patches[1], encoders[1].encode_image(sampling.image(90, 90)))[0]
+    assert not torch.equal(run(other), outputs[0]), "else the picture is lost on the way"
+    assert all(lies_in_its_file(p.dynamic) for p in (models[1], encoders[1].patcher, patches[1]))
+    assert reads_are_loans(encoders[1].patcher)
 
 
 def controlled(model, controlnet):

@@ -8,6 +8,7 @@ import torch
 
 from kit.comfyui.checkpoints.diffusion_models import flux_entries
 from kit.comfyui.forecast_graphs import graph, node, pages_in_ram, put_files, write_hole
+from kit.comfyui.on_device import weights_at_once
 from spillway.nodes.forecast import SpillwayMemoryForecast
 from spillway.nodes.forecast_report import forecast
 from spillway.nodes.forecast_words import in_lines
@@ -36,7 +37,8 @@ def codes(told):
 def test_no_weight_of_a_file_larger_than_the_ram_is_read(models_dir, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # the tests' own, and slow
     path = models_dir / "diffusion_models" / "forecast-large.safetensors"
-    end = write_hole(path, flux_entries(torch.bfloat16, **LARGE))
+    with weights_at_once():
+        end = write_hole(path, flux_entries(torch.bfloat16, **LARGE))
     before = set(models)
     told = only(graph(path.name, gigabytes=8.0))
     read = pages_in_ram(path)
@@ -45,7 +47,8 @@ def test_no_weight_of_a_file_larger_than_the_ram_is_read(models_dir, monkeypatch
     assert told["forecast"]["resident"] <= 8 * GIB < told["forecast"]["streamed"]
     assert read < 4 * MIB and set(models) <= before
     ways = {way["code"]: way["forecast"] for way in told["ways"]}
-    assert ways["int8"]["total"] < 0.6 * told["forecast"]["total"]
+    # Modulations, 6.6 of 23.8 GB in 16 bit, keep their dtype.
+    assert ways["int8"]["total"] < 0.65 * told["forecast"]["total"]
 
 
 def test_what_could_be_set_comes_with_what_would_then_be():

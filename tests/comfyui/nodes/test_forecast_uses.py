@@ -7,6 +7,7 @@ import torch
 from kit.comfyui.checkpoints.text_encoders import T5XXL_SMALL, _t5
 from kit.comfyui.checkpoints.vaes import sd_vae_entries
 from kit.comfyui.forecast_graphs import graph, node, pages_in_ram, put_companions, put_files, register, write_hole
+from kit.comfyui.on_device import weights_at_once
 from spillway.nodes.forecast_report import forecast
 from spillway.nodes.forecast_use_report import told_of_uses
 from spillway.nodes.forecast_words import in_lines
@@ -181,8 +182,9 @@ def test_a_prompt_of_many_uses_is_bounded():
 def test_no_tensor_of_a_text_encoder_and_a_vae_is_read(models_dir, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # the tests' own, and slow
     t5, vae = (models_dir / folder / "forecast-hole.safetensors" for folder in ("text_encoders", "vae"))
-    sizes = {t5: write_hole(t5, _t5({**T5XXL_SMALL, "d_model": 4096, "num_heads": 64}, torch.bfloat16))}
-    sizes[vae] = write_hole(vae, sd_vae_entries(torch.bfloat16, 16, 128, False))
+    with weights_at_once():
+        sizes = {t5: write_hole(t5, _t5({**T5XXL_SMALL, "d_model": 4096, "num_heads": 64}, torch.bfloat16))}
+        sizes[vae] = write_hole(vae, sd_vae_entries(torch.bfloat16, 16, 128, False))
     prompt, before = whole(), set(models)
     prompt["clip"] = node("SpillwayLoadCLIP", clip_name1=t5.name, type="sd3")
     prompt["vae"]["inputs"]["vae_name"] = vae.name

@@ -18,6 +18,7 @@ DYNAMIC = "patcher.comfyui.compile.dynamic_models"
 FILES = "comfyui/loading/test_quantised_files.py"
 COMPILED = "comfyui/compile/test_dynamic_models.py"
 OTHERS = "comfyui/compile/test_other_models.py"
+USO = "comfyui/loading/test_companions.py::test_uso_gives_comfyuis_latents[small fp32]"
 MOVES = "comfyui/nodes/test_memory.py::test_a_model_moves_between_two_devices_and_back"
 
 FAULTS = {
@@ -137,6 +138,21 @@ FAULTS = {
         "yield self.view_of(self._of(tensors[self.bundle.params.index(self.param)]))",
         "yield self.view_of(self.param.source.to(self.device, self.dtype))",
         ("comfyui/patcher/test_reads.py",),
+    ),
+    "an image encoder's weight is read as its file has it": Fault(
+        "ops.lending.idle_weight:IdleWeight.lent",
+        "yield self.view_of(self._of(tensors[self.bundle.params.index(self.param)]))",
+        "yield self.view_of(self.param.source.to(self.device))",
+        (USO,),
+    ),
+    "an image encoder's weight is read outside of a loan": Fault(
+        "ops.lending.idle_weight:IdleWeight.lent", "if kept or self.gives_source:", "if True:", (USO,)
+    ),
+    "an image encoder computes in the dtype of its file": Fault(
+        "patcher.comfyui.model_state:model_dtype",
+        'getattr(module, f"{attr}_comfy_model_dtype", None) or parameter.dtype',
+        "parameter.dtype",
+        (USO,),
     ),
     # Moves, and room for pins.
     "a model is moved in name alone": Fault(

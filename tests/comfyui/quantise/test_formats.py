@@ -8,11 +8,12 @@ import comfy.utils
 import comfy_kitchen
 import pytest
 import torch
-from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS
 
 from kit.comfyui import checkpoints
 from kit.comfyui.loras import with_lora
 from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
+from kit.comfyui.quantised import reference
 from kit.comfyui.saving import read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS, SAVED_FORMATS
@@ -37,15 +38,6 @@ def quantised(model):
 
 def random_weight(rows, columns, dtype=torch.float32):
     return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.05).to(dtype)
-
-
-def reference(form, weight):
-    """ComfyUI's own quantised tensor of a whole weight."""
-    options = {"scale": "recalculate"}
-    if form.rotation:
-        weight, options = weight.float(), {"convrot_groupsize": form.rotation}
-        options |= {"per_channel": True, "convrot": True} if form.format.algorithm == "int8_tensorwise" else {}
-    return QuantizedTensor.from_float(weight, form.format.layout_name, **options)
 
 
 def assert_same_bytes(got, wanted):

@@ -11,6 +11,7 @@ from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import assert_same_tensors, read, save
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS
+from spillway.patcher.comfyui.quantise.int8 import INT8
 from spillway.patcher.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("output")
@@ -74,6 +75,35 @@ def test_the_scale_of_an_input_that_a_file_has_holds_with_a_lora(name, products,
     assert_same(without, run(classic_model(path), STEPS))
     assert_same(run(with_lora(model, wide_forms("lora"), 1e-30), STEPS), without)
     assert [param.final.rank for param in patched(model)] == [4, 4, 4]
+
+
+def in_fp8(path, target):
+    """A file with a model's matrices in fp8, and one with the same numbers in the model's own dtype."""
+    tensors = comfy.utils.load_torch_file(path)
+    narrow = {key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in tensors.items()}
+    same = {key: value.to(tensors[key].dtype) for key, value in narrow.items()}
+    names = {"fp8.safetensors": narrow, "same.safetensors": same}
+    return [str(checkpoints.write(target / name, tensors)) for name, tensors in names.items()]
+
+
+@pytest.mark.parametrize("name", [INT8, *FORMATS])
+def test_a_lora_of_small_numbers_acts_beside_a_model_in_fp8(name, flux, wide_forms, tmp_path, monkeypatch):
+    """ComfyUI keeps a file in fp8 so on devices that multiply in it, and wherever 16 bit would be too large."""
+    monkeypatch.setattr(comfy.model_management, "maximum_vram_for_weights", lambda device=None: 0)
+    path, same = in_fp8(flux, tmp_path)
+    lora = wide_forms("lora")
+    # fp8 has no numbers below 0.002. The product is as large as that of other LoRAs.
+    small = {key: value * 1000 if key.endswith("lora_down.weight") else value for key, value in lora.items()}
+    small = {key: value / 1000 if key.endswith("lora_up.weight") else value for key, value in small.items()}
+    model = load_diffusion_model(path, name, Policy(int8_lora="side branch"))
+    assert model.model.get_dtype() == torch.float8_e4m3fn
+    without = run(model, STEPS)
+    acted = run(with_lora(model, small, 5.0), STEPS) - without
+    assert [param.final.rank for param in patched(model)] == [4, 4, 4]
+    plain = load_diffusion_model(same)
+    wanted = run(with_lora(plain, small, 5.0), STEPS) - run(plain, STEPS)
+    assert bool(acted.any()), "nothing is left of the LoRA"
+    assert far(acted, wanted) < 0.25
 
 
 def test_a_model_with_a_lora_beside_it_is_saved_merged(flux, wide_forms):

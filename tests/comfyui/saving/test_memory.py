@@ -7,9 +7,11 @@ import comfy.utils
 import folder_paths
 import psutil
 import pytest
+import torch
 
 from kit.comfyui import checkpoints
 from kit.comfyui.pairs import run
+from kit.device import is_fake
 from spillway.nodes.merge import SUM, SpillwayMergeModels
 from spillway.nodes.save import SpillwaySaveDiffusionModel
 from spillway.ops.files.disk_map import DiskMap
@@ -47,6 +49,18 @@ class Peak:
         return self.peak - self.before
 
 
+class DevicePeak:
+    """How far the memory of the fake device grows while this is open. It lies in the process, which says nothing."""
+
+    def __enter__(self):
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_):
+        self.growth = torch.cuda.max_memory_allocated() - self.before
+
+
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
@@ -55,7 +69,10 @@ class Peak:
     ],
 )
 def test_saving_takes_a_few_parts_of_one_weight(dtype, width, checkpoint, tmp_path, monkeypatch):
-    """With a LoRA on every layer, merged with a second model; ComfyUI would hold both twice, in fp32."""
+    """With a LoRA on every layer, merged with a second model; ComfyUI would hold both twice, in fp32.
+
+    A device makes a weight as a whole: it, its patch, their product and the result, each in fp32 at most.
+    """
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     paths = [checkpoint("flux", hidden=width, **DEPTHS, seed=seed) for seed in (0, 1)]
     specs = [DiskMap(paths[0]).spec(key) for key in DiskMap(paths[0]).keys()]  # noqa: SIM118
@@ -68,6 +85,7 @@ def test_saving_takes_a_few_parts_of_one_weight(dtype, width, checkpoint, tmp_pa
     small = load_diffusion_model(checkpoint("flux", hidden=128, **DEPTHS))
     SpillwaySaveDiffusionModel.execute(model=small, filename_prefix="warm", dtype=dtype)
     run(small, steps=1)
-    with Peak() as peak:
+    limit = 4 * 2 * largest if is_fake() else 2 * largest + (64 << 20)
+    with DevicePeak() if is_fake() else Peak() as peak:
         SpillwaySaveDiffusionModel.execute(model=merged, filename_prefix="x", dtype=dtype)
-    assert peak.growth < 2 * largest + (64 << 20), f"grew by {peak.growth / 1e6:.0f} MB"
+    assert 0 < peak.growth <= limit, f"grew by {peak.growth / 1e6:.0f} MB"

@@ -39,3 +39,12 @@ def scaled_fp8(path, base):
             out[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
             out[f"{name.removesuffix('weight')}scale_weight"] = scale
     return checkpoints.write(path, out)
+
+
+def reference(form, weight):
+    """ComfyUI's own quantised tensor of a whole weight."""
+    options = {"scale": "recalculate"}
+    if form.rotation:
+        weight, options = weight.float(), {"convrot_groupsize": form.rotation}
+        options |= {"per_channel": True, "convrot": True} if form.format.algorithm == "int8_tensorwise" else {}
+    return comfy.quant_ops.QuantizedTensor.from_float(weight, form.format.layout_name, **options)

@@ -22,12 +22,13 @@ def _cheap(operations, device="meta"):
     )
 
 
-def patch_uso(path, dtype=torch.bfloat16, hidden=3072, seed=0, drop=(), metadata=None):
-    """USO's projector of SigLIP features (21 MB).  ComfyUI builds 3072 only; others load inside
-    small_patches(uso_hidden=...)."""
+def patch_uso(path, dtype=torch.bfloat16, hidden=3072, places=729, width=1152, seed=0, drop=(), metadata=None):
+    """USO's projector of the features of a SigLIP of these `places` and this `width` (21 MB).  ComfyUI builds one size
+    only; others load inside small_patches(uso_hidden=..., uso_siglip=(places, width))."""
     from comfy_extras.nodes_model_patch import SigLIPMultiFeatProjModel
 
-    module = SigLIPMultiFeatProjModel(hidden_size=hidden, operations=_cheap(OPS))
+    sizes = {"siglip_token_nums": places, "siglip_token_dims": width, "hidden_size": hidden}
+    module = SigLIPMultiFeatProjModel(**sizes, operations=_cheap(OPS))
     return write(path, entries_of(module, dtype, "feature_embedder."), seed, metadata, drop)
 
 
@@ -132,7 +133,7 @@ def patch_anima_lllite(path, dtype=torch.bfloat16, dim=64, blocks=2, cond=32, ml
 
 
 @contextlib.contextmanager
-def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None, uso_hidden=None):
+def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None, uso_hidden=None, uso_siglip=(None, None)):
     """While this lasts, ComfyUI builds the patches of fixed size in other sizes.
 
     It replaces the classes where ModelPatchLoader looks them up: a loader of one's own takes part if it does that too.
@@ -153,7 +154,9 @@ def small_patches(qwen_dim=None, qwen_layers=None, z_dim=None, uso_hidden=None):
 
     class SmallUSO(saved[1]):
         def __init__(self, **kwargs):
-            super().__init__(**{**({} if uso_hidden is None else {"hidden_size": uso_hidden}), **kwargs})
+            places, width = uso_siglip
+            sizes = {"hidden_size": uso_hidden, "siglip_token_nums": places, "siglip_token_dims": width}
+            super().__init__(**{**{name: size for name, size in sizes.items() if size is not None}, **kwargs})
 
     class SmallZ(saved[2]):
         def __init__(self, **kwargs):
