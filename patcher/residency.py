@@ -27,8 +27,9 @@ from .remembered import Remembered
 
 # Kept free while weights come, where the computation's own need is known and planned for. By then it has taken a part.
 FLOOR = GIB // 4
-# Bundles that are gathered at once, at their largest.
-STAGED = 4
+# Bundles that are gathered at once, at their largest: readers fill some while others leave. Fewer where RAM is short,
+# as pins save more.
+STAGED, STAGED_WHERE_SHORT = 8, 6
 
 
 class Residency(Planning):
@@ -176,7 +177,8 @@ class Residency(Planning):
         self._expect_pins([bundle for bundle in self.bundles if bundle not in stay])
         room = self.room(plan, stays)
         sizes = [bundle.source_bytes for bundle in self.bundles]
-        staging = room_for_staging(sizes, STAGED, self.caster.staging_bytes)
+        count = STAGED_WHERE_SHORT if self.pins.outgrow_ram else STAGED
+        staging = room_for_staging(sizes, count, self.caster.staging_bytes)
         self.caster.set_room(room.whole, room.arena, staging, max(sizes, default=0))
 
     def _expect_pins(self, offloaded: Sequence[Bundle]) -> None:

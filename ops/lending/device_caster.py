@@ -6,7 +6,7 @@ The thread that launches kernels copies nothing. Readers bring what has no pin, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ MOST_AHEAD = 128  # bundles that may be on their way, however small
 # As many in an order that has just proved wrong. Twice as many with each that was right.
 LEAST_AHEAD = 2
 LOADING_AHEAD = 3 << 29  # bytes that may be on their way to slices of the VBAR, which need no buffers
+# As many that have not come yet, in an order that is guessed: what is asked for in their place waits behind them.
+GUESSED_AHEAD = 1 << 28
 
 
 class DeviceCaster(Caster):
@@ -51,6 +53,8 @@ class DeviceCaster(Caster):
         super().__init__(backend, vbar, pins, ledger)
         count = min(streams, backend.streams)
         self.streams: list[Any] = [backend.stream() for _ in range(count)] or [None]
+        # Of its own: what is written back waits for its computation, and what is brought would wait behind it.
+        self.back = backend.stream() if count else None
         self.most_ahead = (MOST_AHEAD if prefetch is None else prefetch) if count else 0
         self.reads_ahead = prefetch is None and count > 0  # further than transfers are begun
         self.turn = 0
@@ -63,6 +67,7 @@ class DeviceCaster(Caster):
         self._looked_at: Bundle | None = None  # the last bundle that is resident or on its way
         self.read_ahead = ReadAhead(backend.readers() if count else Inline(), pins, self.staging, self.prefetched)
         self._trusted = LEAST_AHEAD  # bundles that may be on their way in an order that is guessed
+        self._doubted: set[Bundle] = set()  # on their way since an order that proved wrong; they are used some time
         self._loading = 0  # bytes on their way to slices of the VBAR, ahead of their use
         self.write_backs = WriteBacks(backend, pins)
         self.room = 1 << 62  # see set_room
@@ -96,7 +101,7 @@ class DeviceCaster(Caster):
 
     def make_way(self, nbytes: int) -> None:
         if self.buffer_bytes + nbytes > self.room:
-            self.write_backs.finish()
+            self.write_backs.finish(self.buffer_bytes + nbytes - self.room)
         if self.buffer_bytes + nbytes > self.room:
             self._end_those_in_the_arena()
             self.arena.clear()
@@ -149,12 +154,22 @@ class DeviceCaster(Caster):
     def doubt(self, bundle: Bundle) -> None:
         self._trusted = LEAST_AHEAD
         self.read_ahead.doubt()
-        self._end_those_in_the_arena(but=chain(bundle))
+        wanted = chain(bundle)
+        self._doubted = {b for b in self.prefetched if b not in wanted}
+        self._looked_at = None
 
-    def _end_those_in_the_arena(self, but: Collection[Bundle] = ()) -> None:
-        for bundle in [b for b, loan in self.prefetched.items() if loan.extent is not None and b not in but]:
+    def _end_those_in_the_arena(self) -> None:
+        for bundle in [b for b, loan in self.prefetched.items() if loan.extent is not None]:
             self._end_ahead(bundle)
         self._looked_at = None
+
+    def _end_a_doubted(self) -> bool:
+        """End the last that was begun in an order that proved wrong, for what is expected now. Say whether one was."""
+        for bundle in reversed(self.prefetched):
+            if bundle in self._doubted and self.prefetched[bundle].extent is not None:
+                self._end_ahead(bundle)
+                return True
+        return False
 
     def request_aside(self, bundle: Bundle) -> Loan:
         return self._no_longer_ahead(bundle) if bundle in self.prefetched else super().request(bundle)
@@ -170,6 +185,7 @@ class DeviceCaster(Caster):
 
     def _no_longer_ahead(self, bundle: Bundle) -> Loan:
         loan = self.prefetched.pop(bundle)
+        self._doubted.discard(bundle)
         if loan.goes_to_its_slice:
             self._loading -= bundle.nbytes
         return loan
@@ -305,7 +321,7 @@ class DeviceCaster(Caster):
             views = self.make_final(bundle, source, memory)
             if not resident:
                 loan.keep = memory
-                if bundle.worth_writing_back and self.write_backs.begin(bundle, memory, self.streams[self.turn]):
+                if bundle.worth_writing_back and self.write_backs.begin(bundle, memory, self.back):
                     self.counters.write_backs += 1
                     self.counters.bytes_written_back += bundle.nbytes
             del source
@@ -348,7 +364,7 @@ class DeviceCaster(Caster):
         last = self._looked_at or bundle
         most_ahead = self.most_ahead if self.guess is None else min(self.most_ahead, self._trusted)
         for _ in range(MOST_AHEAD):  # a guessed order may go round in a circle that `bundle` has no part in
-            if len(self.prefetched) >= most_ahead:
+            if len(self.prefetched) - len(self._doubted) >= most_ahead:
                 break
             following = last.successor
             if following is None or following is bundle or following.loan is not None:
@@ -372,8 +388,10 @@ class DeviceCaster(Caster):
             self.end(loan)
             return True
         try:
-            enough = loan.signature is not None and 0 < self._loading > LOADING_AHEAD - bundle.nbytes
+            enough = loan.signature is not None and self._has_enough_to_load(bundle)
             started = not enough and self._try_to_start(loan, ahead=True)
+            while not (started or enough) and self._end_a_doubted():
+                started = self._try_to_start(loan, ahead=True)
         except BaseException as error:
             try:
                 self.backend.synchronize()  # a transfer may have begun
@@ -389,6 +407,13 @@ class DeviceCaster(Caster):
         self._loading += bundle.nbytes if loan.goes_to_its_slice else 0
         self.counters.prefetched += 1
         return True
+
+    def _has_enough_to_load(self, bundle: Bundle) -> bool:
+        """Say whether so much is on its way to slices that this bundle has to wait."""
+        if self.guess is None:
+            return 0 < self._loading > LOADING_AHEAD - bundle.nbytes
+        coming = [loan for loan in self.prefetched.values() if loan.goes_to_its_slice and not loan.has_come]
+        return 0 < sum(loan.bundle.nbytes for loan in coming) > GUESSED_AHEAD - bundle.nbytes
 
     def _not_started(self, loan: Loan) -> None:
         """End a loan that is asked for again later."""

@@ -40,6 +40,11 @@ class Loan:
         """Say whether what is brought goes straight to where it stays."""
         return self.signature is not None and self.extent is None
 
+    @property
+    def has_come(self) -> bool:
+        """Say whether the transfer is done."""
+        return self.event is not None and self.event.query()
+
     def cast_bytes(self) -> int:
         """Return the bytes that making the final form takes beside the source and, where that stays, its slice."""
         return self.bundle.making_cost(resident=self.signature is not None)

@@ -49,9 +49,10 @@ class WriteBacks:
                 (event, kept) for event, kept in self._under_way if event is not None and not event.query()
             ]
 
-    def finish(self) -> None:
-        """Wait for all of them."""
-        while self._under_way:
+    def finish(self, nbytes: int = 1 << 62) -> None:
+        """Wait for them, the oldest first, until so many bytes are free."""
+        left = self.nbytes - nbytes
+        while self._under_way and self.nbytes > left:
             event, _ = self._under_way[0]
             if event is not None:
                 event.synchronize()
