@@ -48,18 +48,22 @@ def write_in_pieces(out: torch.Tensor, weight: torch.Tensor, stages: Sequence[Se
     # A weight that is joined of several stays so: reshaped, it would be copied as a whole.
     target, source = out.view(len(out), columns), weight if weight.ndim == 2 else weight.reshape(len(out), columns)
     most = max(end - begin for begin, end in pieces) * columns
-    value, product = torch.empty(2, most, dtype=torch.float32, device="cpu")
+    rounds = out.dtype != torch.float32  # else the numbers are made where they are to lie
+    product = torch.empty(most, dtype=torch.float32, device="cpu")
+    value = torch.empty_like(product) if rounds else out
     for begin, end in pieces:
-        piece, there = value[: (end - begin) * columns].view(end - begin, columns), target[begin:end]
-        piece.copy_(source[begin:end].to(out.dtype))
+        there = target[begin:end]
+        piece = value[: (end - begin) * columns].view(end - begin, columns) if rounds else there
+        piece.copy_(source[begin:end].to(out.dtype) if rounds else source[begin:end])
         for number, some in enumerate(added):
-            if number:
+            if number and rounds:
                 piece.copy_(there)
             for one in some:
                 if one.begin <= begin < one.end:
                     up = one.up[begin - one.begin : end - one.begin]
                     add_product(piece[:, one.columns], up, one.down, one.factor, product)
-            there.copy_(piece)
+            if rounds:
+                there.copy_(piece)
     return True
 
 
