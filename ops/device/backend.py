@@ -14,7 +14,7 @@ import torch
 
 from ..errors import SpillwayError
 from ..ledger import first_line, in_words
-from ..ram.apart import apart
+from ..ram.apart import memory_apart
 from ..ram.available import recent_ram
 from ..ram.shortage import obtain
 from .identity import identity
@@ -186,7 +186,7 @@ class CpuBackend(Backend):
         return obtain(lambda: super(CpuBackend, self).empty(nbytes), nbytes, "a weight")
 
     def lasting(self, nbytes: int) -> torch.Tensor:
-        return obtain(lambda: apart(lambda: super(CpuBackend, self).empty(nbytes)), nbytes, "a weight")
+        return obtain(lambda: memory_apart(nbytes), nbytes, "a weight")
 
     def limit_in_words(self) -> str:
         ram = recent_ram()

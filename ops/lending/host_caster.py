@@ -137,5 +137,6 @@ class HostCaster(Caster):
     def follow_trace(self, bundles: Sequence[Bundle]) -> None:
         """Stop reading ahead where the files fit into the free memory: they are in the page cache after one step."""
         super().follow_trace(bundles)
+        self.scratch.release()  # what has passed comes to stay now, and has room for it
         maps = {disk_map for bundle in bundles for disk_map in bundle.maps()}
         self.advise = sum(disk_map.file_bytes for disk_map in maps) > self.backend.memory()[0] // 2

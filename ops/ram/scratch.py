@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .apart import memory_apart
+
 
 class Scratch:
     """Blocks that are lent one by one. Nothing may refer to their memory once they were given back."""
@@ -33,8 +35,7 @@ class Scratch:
             if self._idle:
                 self._idle.pop()
         # Not of inference mode: whoever is lent it next may not be in it.
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8)
+        return memory_apart(nbytes)
 
     def give_back(self, block: torch.Tensor) -> None:
         with self._lock:

@@ -1,14 +1,18 @@
 """What stays is allocated apart from what comes and goes, in the heap of a thread of its own."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from spillway.ops.ram import allocator
-from spillway.ops.ram.apart import apart
+from spillway.ops.ram.apart import apart, memory_apart
 
 # Layers that compute in blocks of 4 MB, and at each a small tensor that stays.
 LAYERS = """
@@ -65,6 +69,44 @@ def test_another_thread_allocates_and_its_errors_are_the_callers():
     assert apart(threading.get_ident) != threading.get_ident()
     with pytest.raises(RuntimeError, match="planted"):
         apart(fail)
+
+
+@glibc
+def test_large_blocks_go_back_as_they_are_freed():
+    before, blocks = private_bytes(), []
+    for nbytes in (3 << 20, 200 << 10) * 16:
+        blocks.append(memory_apart(nbytes).fill_(1))
+    assert private_bytes() - before > 45e6
+    del blocks
+    assert private_bytes() - before < 2e6
+
+
+def private_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 1 << 20])
+def test_memory_of_any_size_is_writable(nbytes):
+    memory = memory_apart(nbytes)
+    assert memory.shape == (nbytes,) and memory.dtype == torch.uint8
+    memory.fill_(7)
+    assert memory.untyped_storage().nbytes() == nbytes, "a storage of its own"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_a_thread_of_its_own():
+    apart(threading.get_ident)
+    child = os.fork()
+    if not child:
+        os._exit(apart(torch.empty(8).numel) - 8)  # without a thread it would wait for ever
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def fail():
