@@ -9,6 +9,7 @@ import torch
 from kit.comfyui import checkpoints
 from kit.comfyui.fresh_process import LINUX, run_with_lora
 from kit.comfyui.pairs import SMALL
+from spillway.ops.ram import allocator
 
 
 @LINUX
@@ -35,5 +36,7 @@ def test_hooks_take_one_copy_of_the_weights(depth, checkpoint, tmp_path):
     hooked = run_with_lora(path, lora, **options, hook=0.8)
     assert hooked["digest"] != plain["digest"]
     assert size < plain["grown"] < 1.3 * size  # the weights, above all
-    more = max(plain["grown"] / 20, 40e6)  # of a small model the temporary memory is more than a twentieth
+    # Of a small model the temporary memory is more than a twentieth: what glibc keeps of it at the end of the heap while
+    # a CPU samples. The weights lie apart from that heap, so none of them uses it. A second copy would be 190 MB.
+    more = max(plain["grown"] / 20, 2 * allocator.COMPUTING_THRESHOLD)
     assert hooked["grown"] <= plain["grown"] + more + Path(lora).stat().st_size
