@@ -36,7 +36,7 @@ def test_hooks_take_one_copy_of_the_weights(depth, checkpoint, tmp_path):
     hooked = run_with_lora(path, lora, **options, hook=0.8)
     assert hooked["digest"] != plain["digest"]
     assert size < plain["grown"] < 1.3 * size  # the weights, above all
-    # Of a small model the temporary memory is more than a twentieth: what glibc keeps of it at the end of the heap while
+    # Of a small model the temporary memory is more than a twentieth: what glibc keeps at the end of the heap while
     # a CPU samples. The weights lie apart from that heap, so none of them uses it. A second copy would be 190 MB.
     more = max(plain["grown"] / 20, 2 * allocator.COMPUTING_THRESHOLD)
     assert hooked["grown"] <= plain["grown"] + more + Path(lora).stat().st_size
