@@ -34,7 +34,6 @@ class Scratch:
                 return self._idle.pop(min(fitting, key=lambda place: self._idle[place].numel()))
             if self._idle:
                 self._idle.pop()
-        # Not of inference mode: whoever is lent it next may not be in it.
         return memory_apart(nbytes)
 
     def give_back(self, block: torch.Tensor) -> None:

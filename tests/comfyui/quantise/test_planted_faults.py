@@ -29,8 +29,8 @@ FAULTS = {
     ),
     "the input stays in 16 bits": Fault(
         f"{QUANTISE}.weight:KitchenWeight.linear",
-        "elif self.form.quantises_input",
-        "elif False",
+        "if self.form.quantises_input",
+        "if False",
         (f"{MODELS}::test_a_device_multiplies_as_with_a_file_in_the_format",),
     ),
     "auto takes the smallest": Fault(
