@@ -1,6 +1,6 @@
 """Weights on a CPU, pins and staging mind what this process may have, and the ledger names the limit."""
 
-import gc
+import json
 import re
 
 import pytest
@@ -8,9 +8,9 @@ import torch
 
 from kit.earlier_devices import forget
 from kit.nets import DEPTH, Stack, dynamic
+from kit.own_process import in_own_process
 from kit.pack import ROOT
 from kit.sim_device import SimDevice
-from spillway.ops.device.backend import backend_for
 from spillway.ops.ram import available
 from spillway.ops.ram.available import Available
 from spillway.ops.vbar import software
@@ -107,16 +107,27 @@ def test_pins_that_give_way_say_by_which_limit(path, ram, monkeypatch):
     assert model.ledger.decisions[-1].endswith(f"of pins back: RAM runs short ({LIMIT})")
 
 
-def test_the_variable_limits_a_cpu(monkeypatch):
+# What a block of 256 MiB takes of the RAM that SPILLWAY_RAM_GB allows.
+TAKES = """
+import json
+import kit.pack
+import torch
+from spillway.ops.device.backend import backend_for
+from spillway.ops.ram import available
+
+available.RECENT_SECONDS = 0
+cpu = backend_for("cpu")
+free, total = cpu.memory()
+held = torch.ones(256 << 20, dtype=torch.uint8)
+print(json.dumps([total, free - cpu.memory()[0], cpu.free_in_words()]))
+"""
+
+
+def test_the_variable_limits_a_cpu():
     """For real, with nothing in the place of the figures."""
-    monkeypatch.setattr(available, "RECENT_SECONDS", 0)
-    monkeypatch.setenv("SPILLWAY_RAM_GB", "3")
-    gc.collect()  # models of earlier tests, which would else be freed between the two figures
-    free, total = backend_for("cpu").memory()
-    held = torch.ones(256 << 20, dtype=torch.uint8)
-    assert total == 3 * GIB and 200 << 20 < free - backend_for("cpu").memory()[0] < 300 << 20
-    assert backend_for("cpu").free_in_words().endswith("free of SPILLWAY_RAM_GB of 3.0 GiB")
-    del held
+    total, taken, words = json.loads(in_own_process(TAKES, SPILLWAY_RAM_GB="3"))
+    assert total == 3 * GIB and 200 << 20 < taken < 300 << 20
+    assert words.endswith("free of SPILLWAY_RAM_GB of 3.0 GiB")
 
 
 def test_only_one_place_asks_the_system():

@@ -1,6 +1,5 @@
 """The RAM that the process can have: cgroup files of both versions, PSI, the variable, the allocator."""
 
-import subprocess
 import sys
 import types
 
@@ -8,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from kit.pack import ROOT
+from kit.own_process import in_own_process
 from spillway.ops.ram import allocator, available, cgroup
 
 GIB = 1 << 30
@@ -156,31 +155,20 @@ def test_a_library_without_figures_gives_none(libc, monkeypatch):
     assert allocator.trim() is False
 
 
-def in_a_process(code, **environment):
-    import os
-
-    clean = {name: value for name, value in os.environ.items() if name not in allocator.USERS_OWN}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 PRESTART = "import runpy, sys; runpy.run_path('prestartup_script.py'); "
 WORDS = PRESTART + "print('torch' in sys.modules, sys.modules['spillway_allocator'].done)"
 
 
 @needs_glibc
 def test_prestartup_tunes_before_torch():
-    assert in_a_process(WORDS) == "False mmap threshold fixed at 4 MiB, trim threshold too"
+    assert in_own_process(WORDS) == "False mmap threshold fixed at 4 MiB, trim threshold too"
     grows = PRESTART + (
         "import torch, psutil\nrss = psutil.Process().memory_info\n"
         "for _ in range(3):\n    held = [torch.ones(6 << 20, dtype=torch.uint8) for _ in range(20)]; del held\n"
         "held = [torch.ones(6 << 20, dtype=torch.uint8) for _ in range(20)]; before = rss().rss; del held\n"
         "print(before - rss().rss > 100 << 20)"
     )
-    assert in_a_process(grows) == "True", "blocks of 6 MiB go back as they are freed"
+    assert in_own_process(grows) == "True", "blocks of 6 MiB go back as they are freed"
 
 
 HOLES = (
@@ -202,8 +190,8 @@ print(allocator.arenas()['free'] - before >> 20)
 @needs_glibc
 def test_temporary_blocks_between_lasting_ones_leave_no_holes():
     """As patching does it: small blocks that stay are made while larger ones come and go."""
-    assert int(in_a_process(HOLES.replace("REGION", "contextlib.nullcontext()"))) > 1, "else this test shows nothing"
-    assert int(in_a_process(HOLES.replace("REGION", "allocator.in_maps()"))) <= 0
+    assert int(in_own_process(HOLES.replace("REGION", "contextlib.nullcontext()"))) > 1, "else this test shows nothing"
+    assert int(in_own_process(HOLES.replace("REGION", "allocator.in_maps()"))) <= 0
 
 
 MAPPED = (
@@ -221,8 +209,8 @@ with allocator.in_maps():
 
 @needs_glibc
 def test_the_users_own_threshold_stands_while_patching():
-    assert int(in_a_process(MAPPED)) == 2
-    assert int(in_a_process(MAPPED, SPILLWAY_ALLOCATOR="0", MALLOC_MMAP_THRESHOLD_="16777216")) == 0
+    assert int(in_own_process(MAPPED)) == 2
+    assert int(in_own_process(MAPPED, SPILLWAY_ALLOCATOR="0", MALLOC_MMAP_THRESHOLD_="16777216")) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -231,4 +219,4 @@ def test_the_users_own_threshold_stands_while_patching():
     [({"SPILLWAY_ALLOCATOR": "0"}, "SPILLWAY_ALLOCATOR=0"), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, "is set")],
 )
 def test_prestartup_leaves_the_users_choice(environment, words):
-    assert words in in_a_process(WORDS, **environment)
+    assert words in in_own_process(WORDS, **environment)
