@@ -19,6 +19,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize > 1 else torch.bfloat16
 
 
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which numbers of a model's dtype are merged and quantised: none of fp8, which would round."""
+    return dtype if dtype.itemsize > 1 else torch.float32
+
+
 def empty_branch(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the matrices of a low-rank branch, down and up, without memory. dtype: the weight's.
 

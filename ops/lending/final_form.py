@@ -11,6 +11,7 @@ from ..gather import copy_into, inner_tensors, is_wrapper
 from ..gguf.weight import GgufWeight, numbers_of, stays_quantised
 from ..ledger import Counters
 from ..quantisation import QuantisedForm
+from ..subclasses import exact
 from .bundle import Bundle
 from .param import Param
 
@@ -87,7 +88,7 @@ def _quantise(param: Param, view: QuantisedForm, tensor: torch.Tensor, counters:
         view.quantise_(tensor)
         _fill_branch(view, param.patch)
     else:  # merged in floating point, rounded once
-        view.quantise_(param.patch(_writable(tensor, view.dtype, in_place)))
+        view.quantise_(param.patch(_writable(tensor, exact(view.dtype), in_place)))
         counters.patched += 1
     counters.quantised += 1
 

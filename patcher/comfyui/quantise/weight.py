@@ -14,7 +14,7 @@ from ....ops.files.disk_map import check_files
 from ....ops.gather import is_wrapper
 from ....ops.int8.weight import PART_BYTES
 from ....ops.lending.idle_weight import as_stored
-from ....ops.subclasses import add_branch, empty_branch, linear_arguments, writes_into
+from ....ops.subclasses import add_branch, empty_branch, exact, linear_arguments, writes_into
 from .layouts import MULTIPLE, ROTATIONS, Form, Format, Stored
 from .making import Making, backend_for
 
@@ -66,13 +66,13 @@ class KitchenWeight(torch.Tensor):
         if is_wrapper(weight):
             weight = weight.dequantize()
         making, targets = Making(self.form, tuple(self.shape)), self.stored.state_dict("")
-        edges = making.edges()
+        dtype, edges = exact(self.dtype), making.edges()
         if making.looks:
             for start, stop in itertools.pairwise(edges):
-                making.look(start, weight[start:stop].to(self.dtype))
+                making.look(start, weight[start:stop].to(dtype))
             making.found()
         for start, stop in itertools.pairwise(edges):
-            for suffix, part in making.make(weight[start:stop].to(self.dtype)).items():
+            for suffix, part in making.make(weight[start:stop].to(dtype)).items():
                 targets[suffix][start : start + part.shape[0]].copy_(part)
         for suffix, tensor in making.single.items():
             targets[suffix].copy_(tensor)

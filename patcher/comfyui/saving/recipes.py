@@ -15,6 +15,7 @@ from ....ops.files.safetensors_writer import SaveError
 from ....ops.gather import is_wrapper, memory_of, tensor_bytes
 from ....ops.gguf.weight import numbers_of
 from ....ops.ram.available import available_ram
+from ....ops.subclasses import exact
 from ..patches.rows import rows_of, tensors_read
 from ..patches.weight_patch import WeightPatch
 from ..quantise.layouts import Form
@@ -137,14 +138,13 @@ class Quantised(Recipe):
     """
 
     def __init__(self, weight: FinalWeight, form: Form) -> None:
-        self.weight, self.form = weight, form
+        self.weight = FinalWeight(weight.key, weight.source, exact(weight.dtype), weight.patch, weight.device)
+        self.form = form
 
     def parts(self) -> Iterator[Part]:
         making = Making(self.form, self.weight.shape)
         rows = self._looked_at(making) if making.looks else self.weight.parts()
         for start, part in regrouped(rows, making.edges()):
-            if part.dtype.itemsize == 1:  # numbers of a file in fp8, in which nothing is computed
-                part = part.float()
             if not torch.isfinite(part).all():
                 raise SaveError(f"'{self.weight.key}' holds infinities or NaN and cannot be quantised. Save as loaded.")
             for suffix, tensor in making.make(part).items():

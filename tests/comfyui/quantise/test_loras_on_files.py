@@ -9,6 +9,7 @@ from kit.comfyui import checkpoints
 from kit.comfyui.loras import with_lora
 from kit.comfyui.pairs import FRACTIONS, assert_same, classic_model, run
 from kit.comfyui.saving import assert_same_tensors, read, save
+from spillway.ops.gather import gathered_bytes, inner_tensors, interpret_gathered_like
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS
 from spillway.patcher.comfyui.quantise.int8 import INT8
@@ -104,6 +105,37 @@ def test_a_lora_of_small_numbers_acts_beside_a_model_in_fp8(name, flux, wide_for
     wanted = run(with_lora(plain, small, 5.0), STEPS) - run(plain, STEPS)
     assert bool(acted.any()), "nothing is left of the LoRA"
     assert far(acted, wanted) < 0.25
+
+
+@pytest.mark.parametrize("name", [INT8, *(name for name in FORMATS if FORMATS[name].bits >= 8)])
+def test_a_lora_is_merged_into_a_model_in_fp8_before_its_weights_are_rounded(
+    name, flux, on_every_matrix, tmp_path, monkeypatch
+):
+    """Once. Rounded to the model's fp8 first, they would be several times as far from what they stand for."""
+    monkeypatch.setattr(comfy.model_management, "maximum_vram_for_weights", lambda device=None: 0)
+    path, _ = in_fp8(flux, tmp_path)
+    model = with_lora(load_diffusion_model(path, name, Policy(int8_lora="merge")), on_every_matrix, STRENGTH)
+    assert model.model.get_dtype() == torch.float8_e4m3fn
+    run(model, 1)
+    merged = [
+        (view, param)
+        for bundle in model.dynamic.bundles
+        for view, param in zip(bundle.views or (), bundle.params, strict=False)
+        if param.patch is not None and param.quantisation is not None
+    ]
+    assert len(merged) == 10
+    for view, param in merged:
+        template = param.quantisation.template(param.original.shape, torch.float32)
+        memory = torch.empty(gathered_bytes([template]), dtype=torch.uint8, device=view.device)
+        (wanted,) = interpret_gathered_like([template], memory)
+        wanted.quantise_(param.patch(param.original.to(view.device).float()))
+        for got, part in zip(inner_tensors(view), inner_tensors(wanted), strict=True):
+            assert torch.equal(got.reshape(-1).view(torch.uint8), part.reshape(-1).view(torch.uint8)), param.key
+    if name in FORMATS:  # there is no file in INT8 of our own
+        plain = with_lora(load_diffusion_model(path), on_every_matrix, STRENGTH)
+        assert plain.model.get_dtype() == torch.float8_e4m3fn
+        saved = save(plain, name)
+        assert_same(run(load_diffusion_model(saved), STEPS), run(model, STEPS))
 
 
 def test_a_model_with_a_lora_beside_it_is_saved_merged(flux, wide_forms):
