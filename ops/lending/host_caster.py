@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 
 from ..device.backend import Backend
 from ..gather import interpret_gathered_like
 from ..ledger import Ledger
-from ..ram import allocator
 from ..ram.apart import apart
 from ..ram.scratch import Scratch, numbers
 from ..vbar.protocol import VBAR
@@ -110,8 +108,7 @@ class HostCaster(Caster):
 
     def fill(self, bundle: Bundle, source: Sequence[torch.Tensor], views: list[torch.Tensor]) -> list[torch.Tensor]:
         bundle.check_files()
-        with allocator.in_maps() if bundle.worth_keeping else nullcontext():
-            super().fill(bundle, source, views)
+        super().fill(bundle, source, views)
         bundle.check_files()  # what was written meanwhile must not be kept
         return views
 

@@ -9,8 +9,6 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 # Name under which prestartup_script.py leaves its copy of this module behind.
@@ -22,12 +20,10 @@ MMAP_THRESHOLD = 4 << 20
 # While a CPU computes step after step, which asks for the same blocks each time. It is the most that glibc takes, and
 # goes up to by itself. A block with a map of its own would be cleared page by page at each step.
 COMPUTING_THRESHOLD = 32 << 20
-# While weights are patched. Else each block that outlives the temporary blocks around it would leave a hole.
-PATCHING_THRESHOLD = 128 << 10
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 # done: what `tune` did, in words; None before `tune` ran. tuned: whether the threshold is Spillway's.
-# threshold: what it is now, in bytes, outside of `in_maps`.
+# threshold: what it is now, in bytes.
 done: str | None = None
 tuned = False
 threshold = MMAP_THRESHOLD
@@ -79,24 +75,6 @@ def _tuner() -> Any:
 def what_was_done() -> str:
     """Say in words what was tuned in this process."""
     return _tuner().done or "not tuned: prestartup_script.py did not run"
-
-
-@contextmanager
-def in_maps() -> Iterator[None]:
-    """Let large temporary blocks go back to the system as they are freed, where `tune` chose the threshold.
-
-    For work between allocations that stay. Elsewhere a map costs more than a block of an arena. The region holds for
-    the whole process. A thread that leaves it early merely ends it for the others.
-    """
-    if not _tuner().tuned:
-        yield
-        return
-    libc = _libc()
-    libc.mallopt(M_MMAP_THRESHOLD, PATCHING_THRESHOLD)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, _tuner().threshold)
 
 
 def begin_computing() -> None:

@@ -171,48 +171,6 @@ def test_prestartup_tunes_before_torch():
     assert in_own_process(grows) == "True", "blocks of 6 MiB go back as they are freed"
 
 
-HOLES = (
-    PRESTART
-    + """
-import contextlib, torch
-allocator = sys.modules['spillway_allocator']
-before, stay = allocator.arenas()['free'], []
-with REGION:
-    for i in range(300):
-        block = torch.ones((2 << 20) + 4096 * i, dtype=torch.uint8)
-        stay.append(torch.ones(200))
-        del block
-print(allocator.arenas()['free'] - before >> 20)
-"""
-)
-
-
-@needs_glibc
-def test_temporary_blocks_between_lasting_ones_leave_no_holes():
-    """As patching does it: small blocks that stay are made while larger ones come and go."""
-    assert int(in_own_process(HOLES.replace("REGION", "contextlib.nullcontext()"))) > 1, "else this test shows nothing"
-    assert int(in_own_process(HOLES.replace("REGION", "allocator.in_maps()"))) <= 0
-
-
-MAPPED = (
-    PRESTART
-    + """
-import torch
-allocator = sys.modules['spillway_allocator']
-with allocator.in_maps():
-    before = allocator.arenas()['mapped']
-    block = torch.ones(2 << 20, dtype=torch.uint8)
-    print(allocator.arenas()['mapped'] - before >> 20)
-"""
-)
-
-
-@needs_glibc
-def test_the_users_own_threshold_stands_while_patching():
-    assert int(in_own_process(MAPPED)) == 2
-    assert int(in_own_process(MAPPED, SPILLWAY_ALLOCATOR="0", MALLOC_MMAP_THRESHOLD_="16777216")) == 0
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize(
     ("environment", "words"),
