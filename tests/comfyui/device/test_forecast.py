@@ -37,7 +37,7 @@ GRAPHS = {
 # In 16 bit the step computes most at another moment than weights hold most, so both together are never there.
 IN_16_BIT = {"wan": (1 - EXACT, 1.2), "flux with a LoRA": (1 - EXACT, 1.1)}
 # Where memory has room, more or fewer patched weights wait to be written back, as the device's thread comes to it.
-WITH_ROOM = {"flux with a LoRA": (0.75, 1.5), "flux in int8": (1 - EXACT, 1.3)}
+WITH_ROOM = {"flux with a LoRA": (0.5, 1.5), "flux in int8": (1 - EXACT, 1.3)}
 QUICK = ("flux with a LoRA", "flux in int8", "flux from GGUF", "flux, two samplers", "wan", "sd15")
 
 

@@ -1,6 +1,7 @@
 """A device that fills up: whatever gives way, the pictures are those of ComfyUI's own loaders on the same device."""
 
 import gc
+import time
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from kit.comfyui import sampling
-from kit.comfyui.dynamic_vram import software
+from kit.comfyui.dynamic_vram import PIECE, software
 from kit.comfyui.loras import forms, with_lora
 from kit.comfyui.pairs import assert_same, comfyui_vae, run
 from spillway.nodes.vae import SpillwayVAEDecode
@@ -123,7 +124,11 @@ def test_a_vae_decodes_beside_a_full_model(card, checkpoint, node):
     del core
     mm.unload_all_models()
     model, vae = comfy_load.load_diffusion_model(path, policy=EAGER), comfy_load.load_vae(vae_path, EAGER)
+    deadline = time.monotonic() + 10
     assert_same(run(model), wanted)
+    while model.loaded_size() < PIECE and time.monotonic() < deadline:  # comfy-aimdo looks now and then at what is free
+        assert_same(run(model), wanted)
+    assert model.loaded_size() >= PIECE
     with card.room(needs - model.loaded_size() // 2):
         for _ in range(2):
             if node:
@@ -170,10 +175,12 @@ def test_a_prompt_without_any_memory_ends_with_a_clear_error(card, flux):
     mm.unload_all_models()
     ours = comfy_load.load_diffusion_model(flux, policy=EAGER)
     assert_same(run(ours), wanted)
-    idle = held(card)
+    used, mapped = held(card)
     for _ in range(2):
-        with card.room(0), pytest.raises(RuntimeError, match="out of memory"):
+        # What comfy-aimdo has mapped for models that are gone gives way, and is gone for good.
+        with card.room(-card.get("mapped")), pytest.raises(RuntimeError, match="out of memory"):
             run(ours)
-        assert held(card) == idle
-        assert_same(run(ours), wanted)
-        assert held(card) == idle
+        for _ in range(2):
+            left, still_mapped = held(card)
+            assert left == used and still_mapped <= mapped
+            assert_same(run(ours), wanted)

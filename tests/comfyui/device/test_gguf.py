@@ -6,6 +6,7 @@ import comfy.utils
 import pytest
 
 from kit.comfyui import checkpoints
+from kit.comfyui.dynamic_vram import software
 from kit.comfyui.pairs import assert_same, run
 from kit.gguf_files import quantised_copy, write_gguf
 from spillway.ops.lending.bundle import Bundle
@@ -36,6 +37,7 @@ def activations(card, path):
     return card.memory("peak") - before
 
 
+@software
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_budget_holds_blocks_buffers_and_numbers(card, checkpoint, tmp_path, lora):
     tensors = comfy.utils.load_torch_file(checkpoint("flux", **WIDE))
