@@ -10,6 +10,7 @@ import torch._dynamo.utils
 from kit.comfyui.compiling import compiled, said, with_budget, with_strength
 from kit.comfyui.pairs import SMALL, assert_same, run
 from kit.comfyui.saving import save
+from kit.device import is_fake
 from spillway.ops.compile import compiled_function as engine
 from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.comfyui.quantise.formats import FORMATS
@@ -31,6 +32,8 @@ def test_a_model_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, c
 
 @pytest.mark.parametrize("name", each("w4a8"))
 def test_a_file_in_a_format_is_compiled_once_and_once_more_for_a_branch(name, checkpoint):
+    if is_fake() and FORMATS[name].algorithm == "float8_e4m3fn":
+        pytest.skip("the fake device has no FP8 product. comfy-kitchen logs that and computes otherwise, in no trace")
     path = checkpoint("flux", **{**SMALL, "hidden": 256})  # or no layer has columns that can be rotated
     check(save(load_diffusion_model(path), name), "default", name, checkpoint("lora", base=path))
 
