@@ -11,6 +11,7 @@ from kit.comfyui.on_device import weights_at_once
 from spillway.nodes.forecast_report import forecast
 from spillway.nodes.forecast_use_report import told_of_uses
 from spillway.nodes.forecast_words import in_lines
+from spillway.patcher.comfyui.forecast import learnt
 from spillway.patcher.comfyui.loading.load import load_checkpoint, load_clip, load_vae
 from spillway.patcher.dynamic_model import models
 
@@ -85,7 +86,9 @@ def test_each_text_encoder_is_told_of_once_and_each_use_of_a_vae():
 
 @pytest.mark.parametrize("name", VAES)
 @pytest.mark.parametrize("tile", [None, 128])
-def test_what_a_vae_computes_is_comfyuis_own_estimate(name, tile):
+def test_what_a_vae_computes_is_comfyuis_own_estimate(name, tile, monkeypatch):
+    """Until a run has shown it."""
+    monkeypatch.setattr(learnt, "peaks_of", lambda *_: learnt.Peaks())
     channels, frames = VAES[name]
     arch = "wan" if frames > 1 else "flux"
     tiles = {} if tile is None else {"tile_size": tile, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
@@ -158,8 +161,9 @@ def test_what_cannot_be_known_is_said(change, code):
         assert told is None, "no class of that name decodes"
         return
     assert [note["code"] for note in told["notes"]] == [code]
-    assert (told["forecast"] is None) == (code not in ("theirs", "size")) and told["ways"] == []
-    assert in_lines({"samplers": [], "uses": [told], "left_out": 0}).count("\n") == 2
+    assert (told["forecast"] is None) == (code not in ("theirs", "size"))
+    assert told["ways"] == [] or not told["forecast"]["fits"], "a card in fp32 has no room for this picture"
+    assert in_lines({"samplers": [], "uses": [{**told, "ways": []}], "left_out": 0}).count("\n") == 2
 
 
 def test_loaders_of_text_encoders_are_known():

@@ -22,6 +22,8 @@ from spillway.patcher.comfyui.loading.load import load_diffusion_model
 from spillway.patcher.policy import Policy
 
 MIB = 1 << 20
+# Less than the model, and room for some of its weights beside what transfers take in fp32.
+ROOM = 3 * MIB // 2
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -90,13 +92,13 @@ def test_a_limit_and_keep_hold_over_what_nodes_say_until_they_are_given_back(mod
     model.set_policy(Policy(vram_bytes=2 * MIB, keep="free after use"))
     sampling.sample(model, steps=1)
     assert record_of(model)["limit"] == 2 * MIB
-    assert do(model, model_actions.LIMIT, MIB)["put_off"] == []
+    assert do(model, model_actions.LIMIT, ROOM)["put_off"] == []
     assert do(model, model_actions.KEEP, True)["put_off"] == []
-    assert (record_of(model)["limit"], record_of(model)["keep"]) == (MIB, "always")
+    assert (record_of(model)["limit"], record_of(model)["keep"]) == (ROOM, "always")
     sampling.sample(model, steps=2)
-    assert (model.dynamic.policy.vram_bytes, model.dynamic.policy.keep) == (MIB, "always")
-    assert 0 < model.dynamic.resident_bytes <= MIB, "a model that is kept is not released after its use"
-    assert model.clone().policy.vram_bytes == MIB
+    assert (model.dynamic.policy.vram_bytes, model.dynamic.policy.keep) == (ROOM, "always")
+    assert 0 < model.dynamic.resident_bytes <= ROOM, "a model that is kept is not released after its use"
+    assert model.clone().policy.vram_bytes == ROOM
     do(model, model_actions.LIMIT)
     assert model.dynamic.policy.vram_bytes == 2 * MIB, "what the node says holds again, at once"
     do(model, model_actions.KEEP, False)
@@ -107,9 +109,9 @@ def test_a_limit_and_keep_hold_over_what_nodes_say_until_they_are_given_back(mod
 def test_a_limit_takes_the_place_of_a_share(model):
     model.set_policy(Policy(vram_share=0.5))
     sampling.sample(model, steps=1)
-    do(model, model_actions.LIMIT, MIB)
+    do(model, model_actions.LIMIT, ROOM)
     sampling.sample(model, steps=1)
-    assert model.dynamic.policy.vram_bytes == MIB and 0 < model.dynamic.resident_bytes <= MIB
+    assert model.dynamic.policy.vram_bytes == ROOM and 0 < model.dynamic.resident_bytes <= ROOM
 
 
 def test_while_a_prompt_runs_what_would_disturb_it_is_put_off(model):
