@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from kit.pack import ROOT
+from kit.own_process import in_own_process
 from spillway.cache import disk_format
 from spillway.cache.disk_tier import DiskTier, name_of
 from spillway.ops.ledger import Ledger
@@ -311,15 +310,8 @@ KEY = frozenset([(0, frozenset([(0, "KSampler"), (1, ("seed", 3)), (2, 1.5), (3,
 
 
 def test_names_are_the_same_in_every_process_and_tell_keys_apart():
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); import kit.pack\n"
-        "from spillway.cache.disk_tier import name_of\n"
-        f"print(name_of({KEY!r}, {{'v': 1}}))"
-    )
-    found = {
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for _ in range(2)
-    }
+    code = f"import kit.pack\nfrom spillway.cache.disk_tier import name_of\nprint(name_of({KEY!r}, {{'v': 1}}))"
+    found = {in_own_process(code) for _ in range(2)}
     assert found == {name_of(KEY, {"v": 1})}
     others = [name_of(KEY, {"v": 2}), name_of((1,), None), name_of((1.0,), None), name_of((True,), None)]
     assert len({*others, *found}) == 5

@@ -2,13 +2,12 @@
 
 import json
 import mmap
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from kit.pack import ROOT
+from kit.own_process import in_own_process
 from spillway.cache import snapshot
 from spillway.cache.snapshot import MemorySnapshot, aimdo_bytes, cached_bytes
 from spillway.ops.device.locked_memory import anonymous
@@ -58,11 +57,10 @@ def test_page_cache_is_what_is_in_ram_of_the_file(tmp_path, monkeypatch):
 def test_nothing_is_started_for_a_report():
     """No device context, and no comfy-aimdo, comes to be because somebody looked."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import kit.pack, torch\n"
+        "import sys, kit.pack, torch\n"
         "from spillway.cache.snapshot import MemorySnapshot\n"
         "print(MemorySnapshot.take().devices == {} or torch.backends.mps.is_available(), "
         "'comfy_aimdo' in sys.modules, torch.cuda.is_initialized())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False", "False"], done.stderr
+    assert in_own_process(code).split() == ["True", "False", "False"]
     assert aimdo_bytes() == 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from kit.pack import ROOT
+from spillway.ops.ram.allocator import USERS_OWN
 
 
 def in_own_process(code, *arguments, **environment):
@@ -12,8 +13,6 @@ def in_own_process(code, *arguments, **environment):
 
     Variables that the caller set for glibc's allocator are not passed on. Fails with the process's errors.
     """
-    from spillway.ops.ram.allocator import USERS_OWN
-
     inherited = {name: value for name, value in os.environ.items() if name not in USERS_OWN}
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "tests"), inherited.get("PYTHONPATH"))))
     done = subprocess.run(

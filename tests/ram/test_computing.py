@@ -1,12 +1,11 @@
 """While a CPU computes step after step, the blocks that it computes in are used again, and go back afterwards."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from kit.pack import ROOT
+from kit.own_process import in_own_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tuned allocator is glibc's")
 
@@ -52,8 +51,7 @@ PAGES = 3 * 4 * (35 << 20) // 4096  # that three steps write into
 
 @pytest.fixture(scope="module")
 def found():
-    run = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(in_own_process(SCRIPT).splitlines()[-1])
     if not found["tuned"]:
         pytest.skip("this C library's allocator cannot be tuned, or somebody else does so")
     return found
