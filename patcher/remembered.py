@@ -25,8 +25,8 @@ class Remembered:
     comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
     to need. shown: that an equal one took in an earlier run, None where none was. learnt: bytes that it was seen to
     need beyond that. window: bundles on their way, at their largest, that the device keeps room for. pace: of the last
-    step that was timed. timed: steps that were timed since the model was told to be used. chosen_for: the plan's limit
-    and the seconds of computing that the layout was chosen for.
+    step that was timed. recalled: it, or the bus in it, is of another process. timed: steps that were timed since the
+    model was told to be used. chosen_for: the plan's limit and the seconds of computing that the layout was chosen for.
     note_order: keeps the order for another process.
     """
 
@@ -40,6 +40,7 @@ class Remembered:
     learnt: int = 0
     window: int = 4
     pace: Pace | None = None
+    recalled: bool = False
     timed: int = 0
     chosen_for: tuple[int, float] | None = None
     note_order: Callable[[Sequence[Bundle]], object] = lambda order: None
@@ -55,20 +56,26 @@ class Remembered:
             self.expected, self.shown, self.learnt = nbytes, shown, self.learnt if same else 0
         return changed
 
+    def recall_pace(self, pace: Pace) -> None:
+        """Use what another process has measured, until a step of this one is timed."""
+        if self.pace is None or self.recalled:
+            self.pace, self.recalled = pace, True
+
     def note_pace(self, watch: Stopwatch | None) -> bool:
         """Note what a step has shown, if it was timed. Say whether it has shown anything.
 
-        The bus is as fast as it ever was.
+        The bus is as fast as it ever was in this process. The card may be in another slot than it was in.
         """
         if watch is None:
             return False
         known = self.pace.bus if self.pace is not None else 0.0
         try:
-            seconds, bus = watch.seconds(), max(watch.bus() or 0.0, known)
+            seconds, seen = watch.seconds(), watch.bus() or 0.0
         except RuntimeError:  # a device that tells no times after all
             return False
+        bus = seen or known if self.recalled else max(seen, known)
         if seconds and bus:
-            self.pace = Pace(seconds, bus)
+            self.pace, self.recalled = Pace(seconds, bus), self.recalled and not seen
         return bool(seconds and bus)
 
     def is_other_step(self, limit: int) -> bool:

@@ -101,11 +101,21 @@ class Residency(Planning):
         """Allocate every bundle's addresses, the lowest for those that should stay."""
         self.resized = False
         self._placed = self.bundles
-        self.addresses = list(addresses) if addresses is not None else self.layouts().guessed()
+        self.addresses = list(addresses if addresses is not None else self._first_addresses())
         for bundle in self._all:
             bundle.move_to(None)
         for bundle in self.addresses:
             bundle.move_to(self.vbar.alloc(bundle.nbytes, partial(evicted, bundle, self.ledger)))
+
+    def _first_addresses(self) -> Sequence[Bundle]:
+        """Choose an address order where none is said: by the pace of earlier steps, or else by a guess at it."""
+        self.addresses = self.layouts().guessed()
+        if self.remembered.pace is None or self.plan_of(self.addresses, self.window).state is not LoadState.PARTIAL:
+            return self.addresses
+        layout, is_other = self.timed_layout()
+        if is_other:
+            self.remembered.window = layout.window
+        return layout.addresses
 
     def _rebuild(self, addresses: Sequence[Bundle] | None = None) -> None:
         """Lay out a new VBAR, and move what stays resident. No bundle may be lent. addresses: None for the usual."""

@@ -21,10 +21,19 @@ from spillway.patcher import ram_pressure
 from spillway.patcher.dynamic_model import DynamicModel
 from spillway.patcher.policy import Policy
 from spillway.patcher.quantised_layers import Int8Layers
+from spillway.patcher.step_time import Pace
 
 from .limits import ram_for_weights
 
 FEWEST, MOST = 4, 7  # steps; it is done when two take the same time
+
+
+@dataclass
+class Known:
+    """What a process has measured. seconds: of computing with each bundle. bus: bytes a second."""
+
+    seconds: list[float]
+    bus: float
 
 
 @dataclass
@@ -36,6 +45,7 @@ class Steps:
     bus_s: float
     reader_s: float
     spans: list[Span]
+    known: Known | None
 
 
 @contextmanager
@@ -72,12 +82,13 @@ def run_engine(
     spans: bool = False,
     orders_file: Path | None = None,
     most: int = MOST,
+    known: Known | None = None,
     **policy: object,
 ) -> Steps:
     """Run `most` steps, or fewer once two take the same time.
 
     budget: bytes that weights may hold; None for all that they are. spans: keep the last step's. orders_file: see
-    DynamicModel.
+    DynamicModel. known: what another process has measured.
     """
     clock = Clock(machine)
     backend = VirtualBackend(clock)
@@ -89,6 +100,8 @@ def run_engine(
         limits = Policy(vram_bytes=budget, **policy)
         dynamic = DynamicModel(model, policy=limits, backend=backend, quantise=int8, orders_file=orders_file)
         stack.callback(dynamic.close)
+        if known is not None:
+            dynamic.remembered.recall_pace(Pace(dict(zip(dynamic.bundles, known.seconds, strict=True)), known.bus))
         model.run_on(clock, dtype)
         _prepare(dynamic, model, lora)
         clock.pages = PageCache(lambda: ram - backend.locked_bytes)
@@ -107,7 +120,9 @@ def run_engine(
         from_disk = clock.sums.bytes_from_disk - mark.sums.bytes_from_disk
         from_memory = clock.sums.bytes_read - mark.sums.bytes_read - from_disk
         reading = max(from_disk / machine.disk, from_memory / machine.memcpy_all)
-        return Steps(seconds, compute, bus, reading, clock.spans or [])
+        pace = dynamic.pace
+        measured = pace and Known([pace.compute(bundle) for bundle in dynamic.bundles], pace.bus)
+        return Steps(seconds, compute, bus, reading, clock.spans or [], measured)
 
 
 def _prepare(dynamic: DynamicModel, model: Model, lora: bool) -> None:

@@ -26,7 +26,7 @@ from ..ram_pressure import free_ram
 from . import seams, sizes, tables  # noqa: F401 - stand in ComfyUI's functions, and know its embeddings, from here on
 from .attach_patches import HookPatches, attach_patches, cast_in_ops
 from .compile.dynamic_models import CompileRequest, refuse_compiled
-from .forecast.learnt import peaks_of
+from .forecast.learnt import peaks_of, recall_pace
 from .graph_policy import in_force
 from .loading.loader_overrides import check_complete
 from .loads import BATCH_MARGIN, current_load
@@ -196,6 +196,8 @@ class DynamicModelPatcher(comfy.model_patcher.ModelPatcher):
         self.state.samples = load is not None and load.samples
         if self.is_clip:
             self.state.size = sizes.TEXT
+        if dynamic.residency is None and self.state.size:
+            recall_pace(dynamic, str(self.state.size))
         shrinks = extra_memory < 0 and not dynamic.sees_allocations
         if load is None and shrinks and dynamic.must_be_told:
             free = comfy.model_management.get_free_memory(self.load_device)

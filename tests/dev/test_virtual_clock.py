@@ -35,10 +35,13 @@ BILLIONS |= {"UMT5-XXL": 5.68, "Gemma 12B": 11.77}
 def chain(tokens, count=24, hazards=False, backwards=False, sketch=False, **policy):
     """A chain of equal layers on a free clock, all of it pinned where it does not stay. backwards: in registration.
 
-    sketch: it is only asked for forecasts.
+    tokens: that each of them multiplies, or a list: layers of like names are taken to be of one kind. sketch: it is
+    only asked for forecasts.
     """
     clock = Clock(MACHINE, FREE, hazards)
-    layers = {f"{index}": Linear(4096, 4096, tokens, bias=False) for index in range(count)}
+    rows = [tokens] * count if isinstance(tokens, int) else tokens
+    names = [f"{'abcd'[sorted(set(rows)).index(one)]}{index}" for index, one in enumerate(rows)]
+    layers = {name: Linear(4096, 4096, one, bias=False) for name, one in zip(names, rows, strict=True)}
     model = Model("Chain", layers, list(layers)[:: -1 if backwards else 1])
     policy = {"pinned_bytes": 1 << 40, "prefetch": 16, **policy}
     backend = VirtualBackend(clock)
@@ -84,6 +87,27 @@ def test_a_second_step_brings_again_little_of_what_stays(share):
         after = {bundle for bundle in dynamic.bundles if bundle.views is not None}
         assert before and before <= after
         assert seconds <= 1.25 * sum(bundle.nbytes for bundle in dynamic.bundles if bundle not in after) / MACHINE.bus
+
+
+@pytest.mark.parametrize("faster", [0.5, 1.0, 2.0])
+def test_what_another_process_has_measured_is_used_from_the_first_step_on(faster):
+    """Until this one has measured the bus, which may be another one by now. faster: than it was then."""
+    uneven = {"tokens": [64] * 12 + [16384] * 12, "prefetch": 4, "vram_bytes": 12 << 25}
+    with chain(**uneven) as (dynamic, clock, _):
+        first = steps(dynamic, clock, 1)[0]
+        loaded = dynamic.ledger.counters.bytes_loaded
+        moving, *_, settled = steps(dynamic, clock, 4)
+        assert moving > 1.1 * settled and dynamic.ledger.counters.bytes_loaded > loaded, "what was guessed was wrong"
+        seconds, bus = [dynamic.pace.seconds[bundle] for bundle in dynamic.bundles], dynamic.pace.bus
+    with chain(**uneven) as (dynamic, clock, _):
+        dynamic.remembered.recall_pace(Pace(dict(zip(dynamic.bundles, seconds, strict=True)), bus / faster))
+        taken = steps(dynamic, clock, 1)
+        stays, loaded = dynamic.residency.addresses[:], dynamic.ledger.counters.bytes_loaded
+        taken += steps(dynamic, clock, 2)
+        assert dynamic.pace.bus == pytest.approx(bus, rel=0.05) and not dynamic.remembered.recalled
+        if faster == 1:
+            assert taken[0] <= 1.01 * first and taken[1] <= 1.06 * settled
+            assert dynamic.residency.addresses == stays and dynamic.ledger.counters.bytes_loaded == loaded
 
 
 @pytest.mark.parametrize("tokens", [64, 4096, 16384])

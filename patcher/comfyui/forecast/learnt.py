@@ -171,12 +171,15 @@ def bus_of(model: DynamicModel) -> float | None:
     return float(found) if _is_number(found) and 0 < found < MOST_BYTES else None
 
 
+@never_raises("recalling how fast steps were")
 def recall_pace(model: DynamicModel, size: str) -> None:
-    """Let a sketch know how long the steps of this size took when they were last timed."""
+    """Let a model that has run no step know how long those of this size took when they were last timed."""
+    if model.remembered.pace is not None and not model.remembered.recalled:
+        return
     seconds, bus = read_record(learnt_file(PACES), PACES).get(key_of(model, size)), bus_of(model)
     is_one = isinstance(seconds, list) and len(seconds) == len(model.bundles)
     if bus is not None and is_one and all(_is_number(second) and 0 <= second < MOST_SECONDS for second in seconds):
-        model.remembered.pace = Pace(dict(zip(model.bundles, map(float, seconds), strict=True)), bus)
+        model.remembered.recall_pace(Pace(dict(zip(model.bundles, map(float, seconds), strict=True)), bus))
 
 
 def _is_number(value: object) -> bool:

@@ -13,9 +13,12 @@ from kit.comfyui.executor import Executor
 from kit.comfyui.forecast_graphs import GIB, graph, put_files, register
 from kit.comfyui.on_device import wants_aimdo
 from spillway.nodes.forecast_report import forecast
+from spillway.ops.device.backend import StreamBackend
+from spillway.ops.lending import stopwatch
 from spillway.patcher.comfyui import graph_policy, run_record
 from spillway.patcher.comfyui.forecast import learning, learnt
 from spillway.patcher.json_record import read_record, write_record
+from spillway.patcher.residency import Residency
 
 MIB = 1 << 20
 PAGE = 32 * MIB  # of comfy-aimdo
@@ -135,6 +138,29 @@ def test_the_next_plan_goes_by_what_the_last_run_took(card, executor):
     assert again["forecast"]["peak"] == pytest.approx(peak, rel=EXACT)
     (other,) = forecast(graph(file, batch=4))["samplers"]
     assert not other["forecast"]["learnt"] and other["forecast"]["streamed"] > 0, "of another size nothing is known"
+
+
+def test_a_run_begins_with_the_pace_of_an_earlier_one(card, executor, monkeypatch):
+    """What stays is chosen by it before the first step. Of another size, nothing is known."""
+    # This device says of all events that no time lies between them, and small layers send little.
+    monkeypatch.setattr(StreamBackend, "seconds_between", lambda self, start, end: 0.001)
+    monkeypatch.setattr(stopwatch, "LEAST_BYTES", 1)
+    file, began = "forecast-flux.safetensors", []
+    (whole,) = forecast(graph(file))["samplers"]
+    gigabytes = 0.5 * whole["forecast"]["total"] / GIB
+    first_addresses = Residency._first_addresses
+
+    def noted(self):
+        if self.total_bytes == whole["forecast"]["total"]:
+            began.append(self.remembered.pace if self.remembered.recalled else None)
+        return first_addresses(self)
+
+    monkeypatch.setattr(Residency, "_first_addresses", noted)
+    for batch in (6, 6, 7):
+        run(executor, card, graph(file, gigabytes=gigabytes, batch=batch))
+    assert [pace is not None for pace in began] == [False, True, False]
+    paces = read_record(learnt.learnt_file(learnt.PACES), learnt.PACES)
+    assert list(began[1].seconds.values()) in paces.values() and sum(began[1].seconds.values()) > 0
 
 
 NO_RECORDS = [
