@@ -41,6 +41,8 @@ GRAPHS = {
 IN_16_BIT = {"wan": (1 - EXACT, 1.2), "flux with a LoRA": (1 - EXACT, 1.1)}
 # Where memory has room, more or fewer patched weights wait to be written back, as the device's thread comes to it.
 WITH_ROOM = {"flux with a LoRA": (0.5, 1.5), "flux in int8": (1 - EXACT, 1.3)}
+# In 16 bit it takes 5 MB, of which one weight that is dequantised or not at the moment of the peak is a tenth.
+TINY = {"flux from GGUF": (0.9, 1.15)}
 QUICK = ("flux with a LoRA", "flux in int8", "flux from GGUF", "flux, two samplers", "wan", "sd15")
 
 
@@ -64,7 +66,8 @@ def executor(monkeypatch):
 
 def limits(name):
     """By how much what is told may differ from what a run of a new plan takes."""
-    loose = WITH_ROOM if wants_aimdo() else {} if cli_args.args.force_fp32 else IN_16_BIT
+    tiny = {} if cli_args.args.force_fp32 else TINY
+    loose = {**tiny, **(WITH_ROOM if wants_aimdo() else IN_16_BIT if tiny else {})}
     return loose.get(name, (1 - EXACT, 1 + EXACT))
 
 
@@ -121,7 +124,7 @@ def test_the_next_plan_goes_by_what_the_last_run_took(card, executor):
     if wants_aimdo() and whole["forecast"]["total"] < PAGE:
         pytest.skip("one page of comfy-aimdo holds the whole model in 16 bit, so that nothing is ever brought")
     for number in range(card.count):
-        card.set(number, capacity=asked + int(0.68 * whole["forecast"]["total"]))
+        card.set(number, capacity=asked + int(0.7 * whole["forecast"]["total"]))
     run(executor, card, graph(file, seed=7))  # shows the order of the layers
     prompt = graph(file, batch=5)  # a size that no other test has run
     (guessed,) = forecast(prompt)["samplers"]

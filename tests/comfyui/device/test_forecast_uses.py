@@ -14,6 +14,7 @@ from spillway.patcher.comfyui import graph_policy, run_record
 from spillway.patcher.comfyui.forecast import learning
 
 EXACT = 0.05
+ON_ITS_WAY = 512 * 512 * 9 * 4  # bytes of the VAE's largest weight, which the file has in 32 bits
 DECODERS = {
     "VAEDecode": {},
     "VAEDecodeTiled": {"tile_size": 128, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8},
@@ -90,5 +91,5 @@ def test_a_forecast_is_what_a_text_encoder_and_a_vae_take(card, executor, kind):
         assert fact["resident"] <= foreseen["total"] and (in_vain > 0) == (name == "decode")
         if foreseen["device"] == "cuda:0":
             peak = fact["peak"] - before  # without what other models hold meanwhile
-            assert again[name]["learnt"] and abs(again[name]["peak"] - peak) <= EXACT * peak + in_vain
+            assert again[name]["learnt"] and abs(again[name]["peak"] - peak) <= EXACT * peak + in_vain + ON_ITS_WAY
     assert told["decode"]["device"] == "cuda:0" and told["decode"]["tiled"] == (kind == "VAEDecodeTiled")
