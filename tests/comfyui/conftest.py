@@ -83,6 +83,19 @@ def a_small_heap():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_learnt():
+    """Forget what earlier files have shown: the order in which layers run, how long they take and what runs compute in.
+
+    A run of the same model at the same size would go by it.
+    """
+    from spillway.patcher.comfyui.first_use import orders_file
+    from spillway.patcher.comfyui.forecast import learnt
+
+    for path in (orders_file(), *map(learnt.learnt_file, (learnt.PEAKS, learnt.PACES, learnt.BUSES, learnt.WAITS))):
+        path.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="session")
 def models_dir():
     """The models folder of this session's ComfyUI; every folder that ComfyUI knows exists in it."""

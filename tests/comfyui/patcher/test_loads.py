@@ -41,7 +41,8 @@ class FakeCard:
         self.device = start()
         self.device.reset()
         self.device.drop_cached()
-        self.before = self.device.get("allocated")
+        self.device.set(others=0)
+        self.before = self.device.get("allocated") + self.device.get("mapped")
         self.capacity = capacity
 
     @property
