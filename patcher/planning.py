@@ -131,10 +131,16 @@ class Planning:
 
     def timed_layout(self) -> tuple[Layout, bool]:
         """Give the layout for steps of the pace that was measured, and whether that is another than now."""
-        layouts, pace = self.layouts(), self.remembered.pace
+        pace, costs = self.remembered.pace, self.costs
         assert pace is not None
-        now = layouts.expected(self.addresses, self.remembered.window, pace)
-        best = layouts.best(pace, now)
+        # A thousand bundles in dozens of layouts. Counted anew in each, they would hold a step up for most of a second.
+        self.costs = costs.counted_once()
+        try:
+            layouts = self.layouts()
+            now = layouts.expected(self.addresses, self.remembered.window, pace)
+            best = layouts.best(pace, now)
+        finally:
+            self.costs = costs
         return (best, True) if best.seconds * GAIN < now.seconds else (now, False)
 
     def room(self, plan: LoadPlan, stays: Sequence[Bundle]) -> Room:

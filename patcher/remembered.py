@@ -21,13 +21,13 @@ class Remembered:
     """What a model knows from one residency to the next.
 
     order: the bundles as they run, or as registered until a step was traced. foreseen: the order is one in which they
-    ran in an earlier process. aimdo_failure: why this model has given
-    comfy-aimdo's VBAR up. plan: the last plan that the ledger was told of. expected: bytes that the computation is said
-    to need. shown: that an equal one took in an earlier run, None where none was. learnt: bytes that it was seen to
-    need beyond that. window: bundles on their way, at their largest, that the device keeps room for. pace: of the last
-    step that was timed. recalled: it, or the bus in it, is of another process. timed: steps that were timed since the
-    model was told to be used. chosen_for: the plan's limit and the seconds of computing that the layout was chosen for.
-    note_order: keeps the order for another process.
+    ran in an earlier process. aimdo_failure: why this model has given comfy-aimdo's VBAR up. plan: the last plan that
+    the ledger was told of. expected: bytes that the computation is said to need. shown: that an equal one took in an
+    earlier run, None where none was. learnt: bytes that it was seen to need beyond that. window: bundles on their way,
+    at their largest, that the device keeps room for. pace: of the last step that was timed. recalled: it, or the bus in
+    it, is of another process. timed: steps that were timed since the model was told to be used. chosen_for: the plan's
+    limit, and the seconds of computing and the bus that the layout was chosen for. note_order: keeps the order for
+    another process.
     """
 
     order: Sequence[Bundle]
@@ -42,7 +42,7 @@ class Remembered:
     pace: Pace | None = None
     recalled: bool = False
     timed: int = 0
-    chosen_for: tuple[int, float] | None = None
+    chosen_for: tuple[int, float, float] | None = None
     note_order: Callable[[Sequence[Bundle]], object] = lambda order: None
 
     def expect(self, nbytes: int, shown: int | None) -> bool:
@@ -79,13 +79,14 @@ class Remembered:
         return bool(seconds and bus)
 
     def is_other_step(self, limit: int) -> bool:
-        """Say whether the last layout was chosen for another budget, or for steps of clearly other length."""
+        """Say whether the last layout was chosen for another budget or bus, or for steps of clearly other length."""
         assert self.pace is not None
-        seconds = sum(self.pace.seconds.values())
-        same = self.chosen_for is not None and self.chosen_for[0] == limit
-        if same and abs(seconds - self.chosen_for[1]) <= SAME * seconds:  # type: ignore[index]
+        seconds, bus = sum(self.pace.seconds.values()), self.pace.bus
+        before, self.chosen_for = self.chosen_for, (limit, seconds, bus)
+        same = before is not None and before[0] == limit
+        if same and abs(seconds - before[1]) <= SAME * seconds and abs(bus - before[2]) <= SAME * bus:  # type: ignore[index]
+            self.chosen_for = before
             return False
-        self.chosen_for = limit, seconds
         return True
 
     def next_watch(self, device: Backend) -> Stopwatch | None:

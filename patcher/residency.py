@@ -115,6 +115,7 @@ class Residency(Planning):
         layout, is_other = self.timed_layout()
         if is_other:
             self.remembered.window = layout.window
+        self.remembered.is_other_step(self.plan_of(layout.addresses, self.window).limit)
         return layout.addresses
 
     def _rebuild(self, addresses: Sequence[Bundle] | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from ..ops.device.backend import Backend
 from ..ops.gather import aligned
@@ -18,6 +19,13 @@ class UseCosts:
     """Bytes of temporary memory on one device."""
 
     device: Backend
+
+    def counted_once(self) -> UseCosts:
+        """Return costs that are counted once for each bundle, for as long as nothing about the bundles changes."""
+        fixed = replace(self)
+        for name in ("use", "buffer", "load"):
+            object.__setattr__(fixed, name, cache(getattr(self, name)))
+        return fixed
 
     def use(self, bundle: Bundle) -> int:
         """Count what one use of an offloaded bundle takes."""
