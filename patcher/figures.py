@@ -117,7 +117,7 @@ class Figures:
 
     @property
     def pace(self) -> Pace | None:
-        """Give what a step's time is made of. None where no step was timed yet, and on devices that tell no times."""
+        """Give what a step's time is made of, by this process or an earlier one. None where no step was timed yet."""
         return self._remembered.pace
 
     @property
