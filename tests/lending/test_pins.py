@@ -18,6 +18,7 @@ from spillway.ops.files.source import StateDict
 from spillway.ops.lending import pins as pins_module
 from spillway.ops.lending.pin_blocks import Block
 from spillway.ops.lending.pins import Pins
+from spillway.ops.lending.write_backs import WriteBacks
 from spillway.ops.ram import available
 
 ALL = 1 << 40
@@ -431,3 +432,29 @@ def test_locked_memory_that_is_refused_is_not_unlocked():
         locked(5000, refuse, calls.append)
     gc.collect()
     assert not calls
+
+
+def test_a_write_back_that_fails_half_way_has_ended_before_its_pin_goes(path, monkeypatch):
+    """What a copy still writes into would be another bundle's pin."""
+    device, under_way = SimDevice(), []
+    model = made(path, device, pinned_bytes=ALL)
+    bundle, pins, stream = model.bundles[0], Pins(device, ALL), device.stream()
+    record, drop = SimDevice.record, Pins.drop
+
+    def refuse(backend, on):
+        if on is stream:  # after the copy
+            raise RuntimeError("simulated: no event")
+        return record(backend, on)
+
+    def look(pins, other):
+        under_way.append(stream.done < stream.given)
+        return drop(pins, other)
+
+    memory, write_backs = device.empty(bundle.nbytes).zero_(), WriteBacks(device, pins)
+    assert write_backs.begin(bundle, memory, stream)
+    device.synchronize()
+    monkeypatch.setattr(SimDevice, "record", refuse)
+    monkeypatch.setattr(Pins, "drop", look)
+    with pytest.raises(RuntimeError, match="no event"):
+        write_backs.begin(bundle, memory, stream)
+    assert under_way[-1] is False and not pins.holds(bundle)

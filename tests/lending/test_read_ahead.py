@@ -201,3 +201,15 @@ def test_what_is_asked_for_waits_for_the_memory_of_what_is_being_read(path, monk
     model = dynamic(lambda: Shuffled(0), path, device=Threaded(1), pinned_bytes=0)
     run_and_compare(model, path, 0)  # in another order than was guessed, so that others are on their way
     assert not beside
+
+
+@pytest.mark.parametrize("bundles", [1, 2, 3])
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_staging_memory_is_filled_again_once_nothing_is_sent_from_it(path, monkeypatch, bundles, gives_up):
+    """gives_up: now and then, what is to be read is not. Its memory may still be sent from then."""
+    monkeypatch.setattr(residency, "room_for_staging", lambda sizes, *_: bundles * max(sizes))
+    model = dynamic(lambda: Shuffled(0), path, device=SimDevice(), vram_bytes=0, pinned_bytes=0)
+    for layer in model.module.layers[:: 3 if gives_up else DEPTH]:
+        layer.register_forward_hook(lambda *_: model.caster.read_ahead.end() if gives_up else None)
+    for _ in range(4):
+        run_and_compare(model, path, 0)
