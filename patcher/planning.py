@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest
 
 from ..ops.device.backend import Backend
@@ -116,31 +117,29 @@ class Planning:
         return max(0, min(limits))
 
     def layouts(self) -> Layouts:
-        """Give the address orders to choose from."""
+        """Give the address orders to choose from, for as long as nothing about the bundles changes."""
+        # A thousand bundles in dozens of layouts. Counted anew in each, they would hold a step up for most of a second.
+        costs = self.costs.counted_once()
         # A table may have become a bundle as any other since the order was noted.
         order = [b for b in dict.fromkeys([*self.remembered.order, *self.bundles]) if not b.by_rows]
         may_reside = [bundle for bundle in order if self.policy.may_reside(bundle.name)]
-        return Layouts(order, may_reside, self.plan_of, self.costs.use, fixed_window(self.policy, self.device))
+        plan = partial(self.plan_of, costs=costs)
+        return Layouts(order, may_reside, plan, costs.use, fixed_window(self.policy, self.device))
 
-    def plan_of(self, addresses: Sequence[Bundle], window: Window) -> LoadPlan:
+    def plan_of(self, addresses: Sequence[Bundle], window: Window, costs: UseCosts | None = None) -> LoadPlan:
         """Plan what fits now in an address order, and with a window."""
+        costs = costs or self.costs
         may = set(addresses)
         streamed = [bundle for bundle in self.bundles if bundle not in may]
-        costs = self.costs.buffer, self.costs.casts, self.costs.load
-        return plan_load(addresses, self.available(), window, *costs, streamed, self.unit)
+        kinds = costs.buffer, costs.casts, costs.load
+        return plan_load(addresses, self.available(), window, *kinds, streamed, self.unit)
 
     def timed_layout(self) -> tuple[Layout, bool]:
         """Give the layout for steps of the pace that was measured, and whether that is another than now."""
-        pace, costs = self.remembered.pace, self.costs
+        layouts, pace = self.layouts(), self.remembered.pace
         assert pace is not None
-        # A thousand bundles in dozens of layouts. Counted anew in each, they would hold a step up for most of a second.
-        self.costs = costs.counted_once()
-        try:
-            layouts = self.layouts()
-            now = layouts.expected(self.addresses, self.remembered.window, pace)
-            best = layouts.best(pace, now)
-        finally:
-            self.costs = costs
+        now = layouts.expected(self.addresses, self.remembered.window, pace)
+        best = layouts.best(pace, now)
         return (best, True) if best.seconds * GAIN < now.seconds else (now, False)
 
     def room(self, plan: LoadPlan, stays: Sequence[Bundle]) -> Room:

@@ -58,8 +58,7 @@ class Remembered:
 
     def recall_pace(self, pace: Pace) -> None:
         """Use what another process has measured, until a step of this one is timed."""
-        if self.pace is None or self.recalled:
-            self.pace, self.recalled = pace, True
+        self.pace, self.recalled = pace, True
 
     def note_pace(self, watch: Stopwatch | None) -> bool:
         """Note what a step has shown, if it was timed. Say whether it has shown anything.
@@ -80,14 +79,20 @@ class Remembered:
 
     def is_other_step(self, limit: int) -> bool:
         """Say whether the last layout was chosen for another budget or bus, or for steps of clearly other length."""
+        before = self.chosen_for
+        now = self._step_within(limit)
+        if before is None or before[0] != limit:
+            return True
+        return any(abs(one - other) > SAME * one for one, other in zip(now[1:], before[1:], strict=True))
+
+    def note_choice(self, limit: int) -> None:
+        """Note what the layout is chosen for."""
+        self.chosen_for = self._step_within(limit)
+
+    def _step_within(self, limit: int) -> tuple[int, float, float]:
+        """Return the plan's limit, the seconds of computing and the bus."""
         assert self.pace is not None
-        seconds, bus = sum(self.pace.seconds.values()), self.pace.bus
-        before, self.chosen_for = self.chosen_for, (limit, seconds, bus)
-        same = before is not None and before[0] == limit
-        if same and abs(seconds - before[1]) <= SAME * seconds and abs(bus - before[2]) <= SAME * bus:  # type: ignore[index]
-            self.chosen_for = before
-            return False
-        return True
+        return limit, sum(self.pace.seconds.values()), self.pace.bus
 
     def next_watch(self, device: Backend) -> Stopwatch | None:
         """Return a watch where the next step is to be timed on a device that tells times."""

@@ -112,10 +112,9 @@ class Residency(Planning):
         self.addresses = self.layouts().guessed()
         if self.remembered.pace is None or self.plan_of(self.addresses, self.window).state is not LoadState.PARTIAL:
             return self.addresses
-        layout, is_other = self.timed_layout()
-        if is_other:
-            self.remembered.window = layout.window
-        self.remembered.is_other_step(self.plan_of(layout.addresses, self.window).limit)
+        layout, _ = self.timed_layout()
+        self.remembered.window = layout.window
+        self.remembered.note_choice(self.plan_of(layout.addresses, self.window).limit)
         return layout.addresses
 
     def _rebuild(self, addresses: Sequence[Bundle] | None = None) -> None:
@@ -326,6 +325,7 @@ class Residency(Planning):
             return False
         if not remembered.is_other_step(self.plan.limit):
             return False
+        remembered.note_choice(self.plan.limit)
         layout, is_other = self.timed_layout()
         if is_other:
             remembered.window = layout.window

@@ -76,13 +76,16 @@ class FakeDevice:
         with self.of(device):
             return self.driver.get(name)
 
+    def held(self, device: int = 0) -> int:
+        """Bytes of a device that are not free."""
+        return self.get("allocated", device) + self.get("mapped", device) + self.get("others", device)
+
     @contextmanager
     def room(self, nbytes: int, device: int = 0) -> Iterator[None]:
         """Leaves so many bytes beside what is in use, for the length of a block."""
         before = self.get("capacity", device)
         self.library.fake_drop_cached(device)
-        held = self.get("allocated", device) + self.get("mapped", device) + self.get("others", device)
-        self.set(device, capacity=held + nbytes)
+        self.set(device, capacity=self.held(device) + nbytes)
         try:
             yield
         finally:

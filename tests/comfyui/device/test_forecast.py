@@ -66,8 +66,10 @@ def executor(monkeypatch):
 
 def limits(name):
     """By how much what is told may differ from what a run of a new plan takes."""
-    tiny = {} if cli_args.args.force_fp32 else TINY
-    loose = {**tiny, **(WITH_ROOM if wants_aimdo() else IN_16_BIT if tiny else {})}
+    in_16_bit = not cli_args.args.force_fp32
+    loose = WITH_ROOM if wants_aimdo() else IN_16_BIT if in_16_bit else {}
+    if in_16_bit:
+        loose = {**TINY, **loose}
     return loose.get(name, (1 - EXACT, 1 + EXACT))
 
 

@@ -42,7 +42,7 @@ class FakeCard:
         self.device.reset()
         self.device.drop_cached()
         self.device.set(others=0)
-        self.before = self.device.get("allocated") + self.device.get("mapped")
+        self.before = self.device.held()
         self.capacity = capacity
 
     @property
