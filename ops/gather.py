@@ -7,7 +7,7 @@ protocol.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -15,6 +15,8 @@ import torch
 
 from .joined_weight import JoinedWeight
 
+# Reads a tensor's bytes into host memory. Returns False where they are to be copied.
+Read = Callable[[numpy.ndarray, torch.Tensor], bool]
 # A VBAR allocation starts on 512 bytes; every kernel is content with less.
 ALIGNMENT = 512
 
@@ -97,14 +99,24 @@ def _view_like(template: torch.Tensor, buffer: torch.Tensor, offset: int) -> tup
     return made, offset
 
 
-def copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone: bool = False) -> None:
+def copy_into(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    non_blocking: bool = False,
+    *,
+    alone: bool = False,
+    read: Read | None = None,
+) -> None:
     """Copy, casting where the dtypes differ; wrappers are copied part by part.
 
     alone: by this thread, without torch's other CPU threads, which several readers at once would make compete.
+    read: another way to bring a part's bytes, of those that such a thread copies.
     """
     for to, part in zip(*_pieces(inner_tensors(target), inner_tensors(source)), strict=True):
         if alone and part.numel() and to.dtype == part.dtype and _is_plain_memory(to) and _is_plain_memory(part):
-            numpy.copyto(_bytes(to), _bytes(part))  # without Python's lock
+            memory = _bytes(to)
+            if read is None or not read(memory, part):
+                numpy.copyto(memory, _bytes(part))  # without Python's lock
         else:
             to.copy_(part, non_blocking=non_blocking)
 

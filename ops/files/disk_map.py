@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+import numpy
 import torch
 
 from ..ram.shortage import obtain
 from . import lost_pages
 from .coming_file import coming_of
 from .mapped_file import MappedFile, map_file
+from .past_cache import PastCache
 from .private_pages import has_private_pages
 from .safetensors_header import Header, MissingTensor, SourceError, open_file, parse_header
 from .watched_file import WatchedFile
@@ -158,7 +160,7 @@ class DiskMap(Mapping[str, torch.Tensor]):
             coming = coming_of(file)
             watched = WatchedFile(self.path, file.fileno(), coming)  # before the header is read, which is then its
             self.check_unchanged, self.check_often = watched.check, watched.check_often
-            self._leave_cache = watched.leave_cache
+            self._leave_cache, self._past_cache = watched.leave_cache, PastCache(watched.fd)
             self._specs = self._describe(file, keep, rename)
             self._map, self.read_only = obtain(
                 lambda: map_file(file, self.file_bytes), self.file_bytes, f"{path}: mapping this file"
@@ -286,6 +288,20 @@ class DiskMap(Mapping[str, torch.Tensor]):
         if from_cache:
             self._leave_cache(start, end - start)
 
+    def read_past_cache(self, target: numpy.ndarray, offset: int) -> bool:
+        """Read a range of bytes so that the page cache does not keep them.
+
+        Return False where the map is to be read: of a range that was written into, or has yet to come, or where the
+        system knows no such reads. target: uint8, as long as the range.
+        """
+        page, nbytes = mmap.PAGESIZE, len(target)
+        start, end = offset // page * page, -(-(offset + nbytes) // page) * page
+        if self._map.coming is not None or self.written(offset, nbytes):
+            return False
+        if has_private_pages(self.address + start, end - start):
+            return False
+        return self._past_cache.read(target, offset, numpy.frombuffer(self._map, numpy.uint8, nbytes, offset))
+
     def will_need(self, offset: int, nbytes: int) -> None:
         """Ask the system to read a range of bytes ahead."""
         option = getattr(mmap, "MADV_WILLNEED", None)
@@ -324,6 +340,15 @@ def locate(tensor: torch.Tensor) -> tuple[DiskMap, int, int] | None:
     if disk_map is None or not tensor.is_contiguous():
         return None
     return disk_map, tensor.data_ptr() - disk_map.address, tensor.numel() * tensor.element_size()
+
+
+def read_past_cache(target: numpy.ndarray, tensor: torch.Tensor) -> bool:
+    """Read a contiguous tensor's bytes so that the page cache does not keep them. False where the tensor is to be read.
+
+    target: uint8, as long as they are.
+    """
+    place = locate(tensor)
+    return place is not None and place[0].read_past_cache(target, place[1])
 
 
 def extent(tensor: torch.Tensor) -> tuple[MappedFile, int, int] | None:

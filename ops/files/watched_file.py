@@ -38,10 +38,10 @@ class WatchedFile:
 
     def __init__(self, path: Path, fd: int, coming: ComingFile | None = None) -> None:
         self.path, self._coming = path, coming
-        self._fd = os.dup(fd)
-        weakref.finalize(self, os.close, self._fd)
+        self.fd = os.dup(fd)
+        weakref.finalize(self, os.close, self.fd)
         self._sample = b"" if coming is not None else self._sampled()
-        self._note(os.fstat(self._fd))
+        self._note(os.fstat(self.fd))
         self._next, self._is_lost = 0.0, False
 
     def _note(self, status: os.stat_result) -> None:
@@ -53,7 +53,7 @@ class WatchedFile:
 
         Without it, a read beyond a new end would end the process, and one of other numbers would mix two models.
         """
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != self._opened:
             if not self._still_comes(status):
                 raise changed(self.path, self._opened[0], status.st_size)
@@ -97,11 +97,11 @@ class WatchedFile:
         """
         if not hasattr(os, "pread"):
             return b""
-        size, digest = os.fstat(self._fd).st_size, hashlib.blake2b(digest_size=16)
+        size, digest = os.fstat(self.fd).st_size, hashlib.blake2b(digest_size=16)
         last = max(0, size - BLOCK)
         try:
             for place in dict.fromkeys(number * last // (BLOCKS - 1) for number in range(BLOCKS)):
-                digest.update(os.pread(self._fd, BLOCK, place))
+                digest.update(os.pread(self.fd, BLOCK, place))
         except OSError as error:
             raise unreadable(self.path, error) from error
         return digest.digest()
@@ -114,7 +114,7 @@ class WatchedFile:
         advise = getattr(os, "posix_fadvise", None)
         if advise is not None:
             with suppress(OSError):  # a file system that takes no advice
-                advise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+                advise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def check_often(self) -> None:
         """Do what `check` does, at most once in INTERVAL. Resident weights are lent in a few microseconds."""

@@ -10,6 +10,7 @@ import torch
 
 from ..device.backend import Backend, Event
 from ..device.readers import Job, Readers
+from ..files.disk_map import read_past_cache
 from ..gather import copy_into, interpret_gathered_like
 from .arena import Arena, Extent
 from .bundle import Bundle
@@ -62,9 +63,10 @@ class Reading:
         else:  # larger than all of the staging memory
             self.buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         form = bundle.final if self.as_final else bundle.source
+        read = read_past_cache if self.pins.displace_pages() else None
         for view, tensor in zip(interpret_gathered_like(form, self.buffer), bundle.source, strict=True):
             assert view is not None
-            copy_into(view, tensor, alone=True)
+            copy_into(view, tensor, alone=True, read=read)
         bundle.check_files()  # what was written meanwhile must not be kept
         bundle.drop_pages(from_cache=self.pins.displace_pages())
         if self.pin is not None:

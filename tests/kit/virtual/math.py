@@ -43,7 +43,9 @@ def math_seconds(machine: Machine, numel: int, source: int, final: int, patched:
 def virtual_math(clock: Clock) -> Iterator[None]:
     """Let gathering and final forms cost time on the clock, and do nothing."""
 
-    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone: bool = False) -> None:
+    def copied(
+        target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, alone=False, read=None
+    ) -> None:
         clock.read(tensor_bytes(source), part=id(source))
 
     def made(bundle, source, views, counters, *, in_place):
