@@ -13,22 +13,26 @@ from ..ops.lending.bundle import Bundle
 from .choose_caster import fixed_window
 from .headroom import headroom_bytes, shown_headroom
 from .layout import GAIN, Layout, Layouts
-from .load_plan import LoadPlan, Window, by_bytes, plan_load
+from .load_plan import SMALL_BYTES, LoadPlan, Window, by_bytes, plan_load
 from .policy import Policy
 from .remembered import Remembered
 from .use_costs import UseCosts
 
-# Bundles on their way to their pins at once, which are as fast as what is brought.
-WRITTEN_BACK = 2
+# Bundles on their way to their pins at once, at their largest. They are as fast as what is brought.
+WRITTEN_BACK = 3
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes beside the bundles that stay. whole: for all on their way. arena: of it, for transfers. rows: of tables."""
+    """Bytes beside the bundles that stay.
+
+    whole: for all on their way. arena: of it, for transfers. rows: of tables. written_back: of it, for pins at most.
+    """
 
     whole: int
     arena: int
     rows: int
+    written_back: int
 
 
 class Planning:
@@ -152,8 +156,22 @@ class Planning:
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         # Without room for the rows of tables beside it, each look-up would end what is on its way.
         rows = self.costs.rows(self._all)
-        whole += rows if is_streamed else 0
-        return Room(whole, self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows)), rows)
+        # Nor would the next be made, in a first step, before what was made last lies in its pin.
+        kept = self._kept(offloaded) if is_streamed else 0
+        whole += rows + kept if is_streamed else 0
+        arena = self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows - kept))
+        written_back = sum(nlargest(WRITTEN_BACK, [b.nbytes for b in offloaded if self._comes_back(b)]))
+        return Room(whole, arena, rows, written_back)
+
+    def _kept(self, offloaded: Sequence[Bundle]) -> int:
+        """Count what one bundle takes on its way to its pin, beside what a module around it holds of its own."""
+        largest = max((bundle.nbytes for bundle in offloaded if self._comes_back(bundle)), default=0)
+        around = max((self.costs.use(bundle) for bundle in offloaded if bundle.nbytes < SMALL_BYTES), default=0)
+        return largest + around if largest else 0
+
+    def _comes_back(self, bundle: Bundle) -> bool:
+        """Say whether what is made of an offloaded bundle is yet to be sent to its pin."""
+        return self.costs.keeps_final_form(bundle) and not bundle.pin_is_current
 
     def held(self, plan: LoadPlan, stays: Sequence[Bundle]) -> int:
         """Count what weights hold with those on their way: the arena, and beside it what is made or looked up.
@@ -163,9 +181,7 @@ class Planning:
         room, stay = self.room(plan, stays), set(stays)
         brought = [bundle for bundle in self.bundles if bundle not in stay]
         making = max([*map(self.costs.casts, brought), *map(self.costs.makes, stays)], default=0)
-        made = [b.nbytes for b in brought if self.costs.keeps_final_form(b) and not b.pin_is_current]
-        kept = sum(nlargest(WRITTEN_BACK, made))
-        beside = min(max(0, room.whole - room.arena), making + kept + room.rows)
+        beside = min(max(0, room.whole - room.arena), making + room.written_back + room.rows)
         one = max([*map(self.costs.use, brought), *map(self.costs.load, stays)], default=0)
         mapped = -(-sum(bundle.nbytes for bundle in stays) // self.unit) * self.unit
         return mapped + max(room.arena + beside, one)

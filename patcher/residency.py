@@ -189,7 +189,7 @@ class Residency(Planning):
         sizes = [bundle.source_bytes for bundle in self.bundles]
         count = STAGED_WHERE_SHORT if self.pins.outgrow_ram else STAGED
         staging = room_for_staging(sizes, count, self.caster.staging_bytes)
-        self.caster.set_room(room.whole, room.arena, staging, max(sizes, default=0))
+        self.caster.set_room(room.whole, room.arena, room.written_back, staging, max(sizes, default=0))
 
     def _expect_pins(self, offloaded: Sequence[Bundle]) -> None:
         """Tell the pins who will ask for one, and whether RAM has room for the file beside them."""

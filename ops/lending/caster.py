@@ -359,11 +359,11 @@ class Caster:
     def settle_prefetch(self) -> None:
         """End the loans that were started ahead. Bundles on their way to where they stay become resident."""
 
-    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
+    def set_room(self, nbytes: int, arena: int, written_back: int, staging: int, staged: int) -> None:
         """Set the most device memory that bundles on their way may take, casts and patches included.
 
-        arena: how much of it transfers may go to. staging: the most host memory that bundles are gathered in, in blocks
-        of `staged`.
+        arena: how much of it transfers may go to. written_back: how much may be on its way to pins. staging: the most
+        host memory that bundles are gathered in, in blocks of `staged`.
         """
 
     def free_buffers(self) -> int:

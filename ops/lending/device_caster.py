@@ -76,8 +76,8 @@ class DeviceCaster(Caster):
 
     # -- memory beside the VBAR
 
-    def set_room(self, nbytes: int, arena: int, staging: int, staged: int) -> None:
-        self.room = nbytes
+    def set_room(self, nbytes: int, arena: int, written_back: int, staging: int, staged: int) -> None:
+        self.room, self.write_backs.most = nbytes, written_back
         self.arena.resize(arena)
         self.staging.resize(staging, staged)
         self.make_way(0)

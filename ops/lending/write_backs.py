@@ -16,6 +16,7 @@ class WriteBacks:
 
     def __init__(self, backend: Backend, pins: Pins) -> None:
         self.backend, self.pins = backend, pins
+        self.most = 1 << 62  # bytes that may be under way
         # Memory is kept until the stream has read it. Else the allocator would hand it out and the pin would get the
         # numbers of another tensor.
         self._under_way: list[tuple[Event | None, torch.Tensor]] = []
@@ -40,6 +41,7 @@ class WriteBacks:
             self.pins.drop(bundle)  # its version would pass what lies there off as the final form
             raise
         self._under_way.append((pin.ready, memory))
+        self.finish(self.nbytes - self.most)
         return True
 
     def forget_done(self) -> None:
@@ -51,7 +53,7 @@ class WriteBacks:
 
     def finish(self, nbytes: int = 1 << 62) -> None:
         """Wait for them, the oldest first, until so many bytes are free."""
-        left = self.nbytes - nbytes
+        left = self.nbytes - nbytes if nbytes > 0 else self.nbytes
         while self._under_way and self.nbytes > left:
             event, _ = self._under_way[0]
             if event is not None:

@@ -10,6 +10,7 @@ from kit.virtual.devices import GIB, MACHINES
 sys.path.append(str(ROOT / "benchmarks"))
 from virtual.limits import limits
 from virtual.peers import PEERS, Accelerate, ComfyUI, Diffusers, Mmgp, RamTorch
+from virtual.rows import Case, Runner
 from virtual.work import Group, Op, Work
 
 MACHINE = MACHINES["4090 24GB gen4x16"]
@@ -72,3 +73,9 @@ def test_limits_follow_what_has_no_place():
     assert short.pinned == GIB // 2
     assert short.step == pytest.approx((half - GIB // 2) / MACHINE.disk)
     assert short.first == pytest.approx(model.nbytes / MACHINE.disk)
+
+
+def test_a_first_step_that_patches_waits_for_no_pin_where_nothing_is_to_stay():
+    """Both ways of the bus are busy all the time then. One after the other, it would take 1.22 of its limit."""
+    row = Runner().row(Case("Gemma 12B", "4060Ti 16GB gen4x8", 32, "bf16", True, 0.0))
+    assert row["first_over_limit"] <= 1.1

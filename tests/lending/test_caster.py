@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from kit.nets import Stack, dynamic, plain, same, write
 from kit.sim_device import SimDevice
 from spillway.ops.files.source import StateDict
+from spillway.ops.lending.write_backs import WriteBacks
 
 DEPTH = 6
 ALL = 1 << 40
@@ -165,6 +166,28 @@ def test_finished_write_backs_do_not_hold_device_memory(path):
     for _ in range(3):
         step(model)
     assert model.caster.write_backs.nbytes == 0
+
+
+def test_what_is_made_does_not_wait_for_what_was_made_last_to_reach_its_pin(path):
+    model, kept = dynamic(build, path, device=SimDevice(), vram_bytes=0, pinned_bytes=ALL), []
+    model.set_patches(patches(model))
+    for layer in model.module.layers:
+        layer.register_forward_hook(lambda *_: kept.append(model.caster.write_backs.nbytes))
+    step(model)
+    assert max(kept) == 2 * model.bundles[0].nbytes, "its own, and that of the layer before"
+
+
+def test_no_more_is_on_its_way_to_pins_than_was_planned_for(path):
+    device = SimDevice()
+    model = dynamic(build, path, device=device, vram_bytes=0, pinned_bytes=ALL)
+    model.set_patches(patches(model))
+    step(model)
+    write_backs, stream = WriteBacks(device, model.pins), device.stream()
+    nbytes = model.bundles[0].nbytes
+    write_backs.most = 2 * nbytes
+    for count, bundle in enumerate(model.bundles, 1):
+        assert write_backs.begin(bundle, device.empty(nbytes).zero_(), stream)
+        assert write_backs.nbytes == min(count, 2) * nbytes
 
 
 # The CPU: weights are used where they lie.
