@@ -157,7 +157,7 @@ class Planning:
         # Without room for the rows of tables beside it, each look-up would end what is on its way.
         rows = self.costs.rows(self._all)
         # Nor would the next be made, in a first step, before what was made last lies in its pin.
-        kept = self._kept(offloaded) if is_streamed else 0
+        kept = self._kept(offloaded) if is_streamed and not self.device.in_place else 0
         whole += rows + kept if is_streamed else 0
         arena = self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows - kept))
         written_back = sum(nlargest(WRITTEN_BACK, [b.nbytes for b in offloaded if self._comes_back(b)]))

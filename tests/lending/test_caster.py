@@ -188,6 +188,7 @@ def test_no_more_is_on_its_way_to_pins_than_was_planned_for(path):
     for count, bundle in enumerate(model.bundles, 1):
         assert write_backs.begin(bundle, device.empty(nbytes).zero_(), stream)
         assert write_backs.nbytes == min(count, 2) * nbytes
+    device.synchronize()
 
 
 # The CPU: weights are used where they lie.
