@@ -18,11 +18,11 @@ from typing import Any
 
 import folder_paths
 import nodes
-import psutil
 
 from ...ops.files.coming_file import coming_file
 from ...ops.parts.index import files_of
 from ..content import content_of
+from ..process_start import process_start
 from .first_seen import is_ours
 
 # Size, time of the last change of the content, number, time of the last change of any kind, hash of the content, path
@@ -34,7 +34,7 @@ Place = list[Stamp]
 # (kind, name) -> what was there.
 Stamps = dict[tuple[str, str], Any]
 
-STARTED = int(psutil.Process().create_time() * 1e9)  # nanoseconds since 1970
+STARTED = process_start()  # nanoseconds since 1970
 MAX_SOURCES = 5000
 # Each file of a folder that is named is sampled.
 MAX_FILES = 1000
