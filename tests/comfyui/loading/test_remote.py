@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -153,14 +152,13 @@ def test_a_checkpoints_first_latent_comes_before_its_last_byte(sd15, tmp_path):
     latent, vae = made(sd15)
     picture = vae.decode(latent)
     size = Path(sd15).stat().st_size
-    with slowly(Path(sd15), tmp_path, rate=40e6, block_bytes=64 << 10) as (server, path):
-        began = time.monotonic()
+    with slowly(Path(sd15), tmp_path, block_bytes=64 << 10) as (server, path):
         found, vae = made(str(path))
-        sent, took = server.sent, time.monotonic() - began
+        sent = server.sent
         found_picture = vae.decode(found)
     assert_same(found, latent)
     assert_same(found_picture, picture)
-    assert sent < 0.9 * size, f"{sent} of {size} bytes were sent in {took:.1f} s"
+    assert sent < 0.7 * size, f"{sent} of {size} bytes were sent"
 
 
 # -- the nodes, in ComfyUI's executor
