@@ -26,6 +26,7 @@ READERS = "lending/test_readers.py"
 AHEAD = "lending/test_read_ahead.py"
 CONTRACT = "patcher/test_parity.py"
 PINS = "lending/test_pins.py"
+PAST_CACHE = "files/test_past_cache.py"
 TABLES = "lending/test_table.py"
 TABLE_FORMS = "lending/test_table_forms.py"
 READS = "lending/test_idle_weight.py"
@@ -239,11 +240,26 @@ FAULTS = {
     "memory that is locked takes the place of pages that are next": Fault(
         "ops.lending.pins:Pins._displaces", "if not self.outgrow_ram or", "if True or", (PINS,)
     ),
+    "what was read past the page cache takes the place of what was written": Fault(
+        "ops.files.disk_map:DiskMap.read_past_cache",
+        "if has_private_pages(self.address + start, end - start):",
+        "if False:",
+        (PAST_CACHE,),
+    ),
+    "half of a range is read past the page cache": Fault(
+        "ops.files.past_cache:PastCache._read_piece", "if came < needed:", "if False:", (PAST_CACHE,)
+    ),
     "what was left out waits for ever": Fault("ops.lending.pins:Pins._waits", " and not self._full", "", (PINS,)),
     "moving what is there costs nothing": Fault(
         "patcher.layout:Layouts.best", "pace.transfer(left) / PAYS_WITHIN", "0.0", ("patcher/test_layout.py",)
     ),
     # Limits and repeats.
+    "more is on its way to pins than was planned for": Fault(
+        f"{WRITE_BACKS}.begin", "self.finish(self.nbytes - self.most)", "pass", (CASES,)
+    ),
+    "what is made waits for what was made last to reach its pin": Fault(
+        "patcher.planning:Planning.room", "self._kept(offloaded) if is_streamed", "0 if is_streamed", (CASES,)
+    ),
     "the limit is ignored": Fault(
         "ops.vbar.software:SoftwareVBAR.set_limit", "self.limit = nbytes", "self.limit = None", (BUDGET,)
     ),
