@@ -10,7 +10,6 @@ is one thread that does nothing else (O_DIRECT). Linux alone. All run in turns i
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from harness import report
 from harness.pack import ROOT, load_pack
 
 load_pack()
+from spillway.ops.device.locked_memory import anonymous
 from spillway.ops.device.readers import Threads, reader_count
 from spillway.ops.files.disk_map import DiskMap, read_past_cache
 from spillway.ops.gather import Read, copy_into
@@ -62,7 +62,7 @@ def by_readers(disk_map: DiskMap, count: int, read: Read | None) -> Callable[[],
 
 
 def by_the_disk(path: Path) -> Callable[[], None]:
-    memory = mmap.mmap(-1, 16 << 20)
+    memory = anonymous(16 << 20)
 
     def bring() -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)

@@ -156,18 +156,16 @@ class Planning:
         offloaded = [bundle for bundle in self.bundles if bundle not in stay]
         # Without room for the rows of tables beside it, each look-up would end what is on its way.
         rows = self.costs.rows(self._all)
-        # Nor would the next be made, in a first step, before what was made last lies in its pin.
-        kept = self._kept(offloaded) if is_streamed and not self.device.in_place else 0
+        made = nlargest(WRITTEN_BACK, [bundle.nbytes for bundle in offloaded if self._comes_back(bundle)])
+        kept = 0
+        if is_streamed and made and not self.device.in_place:
+            # Nor would the next be made, in a first step, before what was made last lies in its pin, beside what a
+            # module around the two holds of its own.
+            around = (self.costs.use(bundle) for bundle in offloaded if bundle.nbytes < SMALL_BYTES)
+            kept = made[0] + max(around, default=0)
         whole += rows + kept if is_streamed else 0
         arena = self.costs.arena(stays, offloaded, plan, self.window, max(0, whole - rows - kept))
-        written_back = sum(nlargest(WRITTEN_BACK, [b.nbytes for b in offloaded if self._comes_back(b)]))
-        return Room(whole, arena, rows, written_back)
-
-    def _kept(self, offloaded: Sequence[Bundle]) -> int:
-        """Count what one bundle takes on its way to its pin, beside what a module around it holds of its own."""
-        largest = max((bundle.nbytes for bundle in offloaded if self._comes_back(bundle)), default=0)
-        around = max((self.costs.use(bundle) for bundle in offloaded if bundle.nbytes < SMALL_BYTES), default=0)
-        return largest + around if largest else 0
+        return Room(whole, arena, rows, sum(made))
 
     def _comes_back(self, bundle: Bundle) -> bool:
         """Say whether what is made of an offloaded bundle is yet to be sent to its pin."""

@@ -53,7 +53,7 @@ class WriteBacks:
 
     def finish(self, nbytes: int = 1 << 62) -> None:
         """Wait for them, the oldest first, until so many bytes are free."""
-        left = self.nbytes - nbytes if nbytes > 0 else self.nbytes
+        left = self.nbytes - nbytes
         while self._under_way and self.nbytes > left:
             event, _ = self._under_way[0]
             if event is not None:

@@ -258,7 +258,7 @@ FAULTS = {
         f"{WRITE_BACKS}.begin", "self.finish(self.nbytes - self.most)", "pass", (CASES,)
     ),
     "what is made waits for what was made last to reach its pin": Fault(
-        "patcher.planning:Planning.room", "self._kept(offloaded) if is_streamed", "0 if is_streamed", (CASES,)
+        "patcher.planning:Planning.room", "kept = made[0] + max(around, default=0)", "kept = 0", (CASES,)
     ),
     "the limit is ignored": Fault(
         "ops.vbar.software:SoftwareVBAR.set_limit", "self.limit = nbytes", "self.limit = None", (BUDGET,)
